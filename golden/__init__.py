@@ -1,0 +1,1 @@
+"""What GPT-J must output: prompts, the reference model, how outputs are compared, tolerances."""

@@ -1,0 +1,1 @@
+"""Moving GPT-J checkpoints between formats, and proving the result."""

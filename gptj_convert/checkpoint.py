@@ -1,0 +1,92 @@
+"""A checkpoint of either layout, found and opened: its config, its tensors, its other files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptj_convert.formats import hf, tf
+from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.reference_yaml import config_beside
+from gptj_model.config import CONFIG_FILE, GPTJConfig
+from gptj_model.errors import ConfigError, FileFault
+from gptj_model.source import TensorSource
+from gptj_model.tensors import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open checkpoint. Use it as a context manager, or close its source."""
+
+    path: Path
+    """What was asked for."""
+    scheme: Scheme
+    config: GPTJConfig
+    source: TensorSource
+    files: tuple[Path, ...]
+    """The files that hold its tensors."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.files[0].parent
+
+    @property
+    def companions(self) -> list[Path]:
+        """Tokenizer and generation files beside the weights."""
+        names = (*hf.TOKENIZER_FILES, hf.GENERATION_FILE)
+        return [self.folder / n for n in names if (self.folder / n).is_file()]
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.source.close()
+
+
+def open_checkpoint(path: Path, *, config_file: Path | None = None) -> Checkpoint:
+    """Find and open the GPT-J checkpoint that `path` is or holds.
+
+    Args:
+        path: a folder, a weight file, or a bundle's prefix.
+        config_file: a config.json to use instead of the one beside the weights.
+
+    Raises:
+        ConfigError: no config, or one that is not a GPT-J.
+        FileFault: no checkpoint there, or a corrupt one.
+    """
+    weights = hf.find_weights(path)
+    prefix = None if weights else tf.find_bundle(path)
+    if weights:
+        config = GPTJConfig.from_file(config_file or weights.parent / CONFIG_FILE)
+        return Checkpoint(path, Scheme.HF, config, hf.open_weights(weights), (weights,))
+    if prefix:
+        config = _config_of_bundle(prefix, config_file)
+        bundle = BundleSource(prefix)
+        return Checkpoint(path, Scheme.TF, config, bundle, tuple(bundle.files))
+    if not path.exists():
+        raise FileFault(
+            f"{path}: not found, expected a checkpoint",
+            hint="`gptj download` fetches GPT-J-6B to ./gpt-j-6b; "
+            "`gptj new` makes a random one for trials",
+        )
+    if path.is_dir():
+        wanted = ", ".join((*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index"))
+        raise FileFault(f"{path}: holds no checkpoint, expected one of {wanted}")
+    raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin or .index")
+
+
+def _config_of_bundle(prefix: Path, config_file: Path | None) -> GPTJConfig:
+    if config_file:
+        return GPTJConfig.from_file(config_file)
+    beside = prefix.parent / CONFIG_FILE
+    if beside.is_file():
+        return GPTJConfig.from_file(beside)
+    config = config_beside(prefix)
+    if config is None:
+        raise ConfigError(
+            f"{prefix}: no {CONFIG_FILE} or params.yaml beside it, and a bundle does not hold "
+            "the number of heads, rotary_dim or epsilon",
+            hint="name the model's configuration with `--config FILE`",
+        )
+    return config

@@ -1,0 +1,1 @@
+"""Checkpoint file formats (safetensors, pickle, bundle) and layouts built on them (hf, tf)."""

@@ -1,0 +1,457 @@
+"""The TensorFlow V2 checkpoint bundle, read and written without TensorFlow.
+
+`PREFIX.data-0000i-of-0000n` hold the tensors' little-endian row-major bytes. `PREFIX.index` is
+a LevelDB table from tensor names to where their bytes are, with a masked crc32c for each.
+Formats: tensorflow/core/protobuf/tensor_bundle.proto and leveldb's table_format.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from gptj_convert.formats.output_file import OutputFile
+from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
+from gptj_model.errors import FileFault
+from gptj_model.source import TensorInfo, raw_bytes
+
+#: TensorFlow's dtype enum ↔ canonical names.
+DTYPES = {
+    1: "float32",
+    2: "float64",
+    3: "int32",
+    4: "uint8",
+    5: "int16",
+    6: "int8",
+    9: "int64",
+    10: "bool",
+    14: "bfloat16",
+    19: "float16",
+}
+_CODES = {name: code for code, name in DTYPES.items()}
+
+MAX_INDEX_BYTES = 64 * 2**20
+MAX_SHARDS = 100_000
+_MAGIC = 0xDB4775248B80FB57
+_FOOTER = 48
+_BLOCK_SIZE = 4096
+_RESTART_INTERVAL = 16
+
+
+def index_path(prefix: Path) -> Path:
+    """The index file of a bundle."""
+    return prefix.with_name(prefix.name + ".index")
+
+
+def data_path(prefix: Path, shard: int = 0, shards: int = 1) -> Path:
+    """A data file of a bundle."""
+    return prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
+
+
+def masked(crc: int) -> int:
+    """LevelDB's masking of a crc32c, so that a crc of data with a crc in it stays strong."""
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor's bytes are."""
+
+    info: TensorInfo
+    shard: int
+    offset: int
+    crc: int
+    """Masked crc32c of the bytes."""
+
+
+class BundleSource:
+    """The tensors of one bundle, as `gptj_model.source.TensorSource`.
+
+    Raises:
+        FileFault: the index is corrupt, or a data file is missing or shorter than it says.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self._index = index_path(prefix)
+        self._shards: list[RangedFile] = []
+        shards, self.entries = _read_index(self._index)
+        self.tensors: dict[str, TensorInfo] = {n: e.info for n, e in self.entries.items()}
+        try:
+            for i in range(shards):
+                self._shards.append(RangedFile(data_path(prefix, i, shards)))
+            self._check_extents()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def files(self) -> list[Path]:
+        """The index and every data file."""
+        return [self._index, *(shard.path for shard in self._shards)]
+
+    def _check_extents(self) -> None:
+        for name, entry in self.entries.items():
+            if not 0 <= entry.shard < len(self._shards):
+                raise FileFault(
+                    f"{self._index}: tensor {name!r} is in data file {entry.shard}, "
+                    f"but there are {len(self._shards)}"
+                )
+            file = self._shards[entry.shard]
+            end = entry.offset + entry.info.nbytes
+            if end > file.size:
+                raise FileFault(
+                    f"{file.path}: has {file.size} bytes, tensor {name!r} needs "
+                    f"bytes {entry.offset} to {end}",
+                    hint=DOWNLOAD_HINT,
+                )
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource.read_into`."""
+        entry = self.entries[name]
+        self._shards[entry.shard].read_into(entry.offset + offset, buffer, f"tensor {name!r}")
+
+    def close(self) -> None:
+        """Close the data files."""
+        for shard in self._shards:
+            shard.close()
+
+
+class BundleSink:
+    """A new bundle with one data file, its tensors written in any order at known offsets.
+
+    Args:
+        prefix: neither of its two files may exist.
+        tensors: canonical dtype and shape of each; laid out by name.
+    """
+
+    def __init__(self, prefix: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self._prefix = prefix
+        self._tensors = dict(sorted(tensors.items(), key=lambda t: t[0].encode()))
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for name, info in self._tensors.items():
+            self._offsets[name] = end
+            end += info.nbytes
+        self._file = OutputFile(data_path(prefix), end)
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Put `data` at byte `offset` of a tensor."""
+        self._file.write(self._offsets[name] + offset, data)
+
+    def finish(self, checksums: Mapping[str, int]) -> None:
+        """Write the index, and make both files durable.
+
+        Args:
+            checksums: crc32c (not masked) of every tensor's bytes.
+        """
+        self._file.sync()
+        self.close()
+        entries = {
+            name: Entry(info, 0, self._offsets[name], masked(checksums[name]))
+            for name, info in self._tensors.items()
+        }
+        content = _index_bytes(entries)
+        index = OutputFile(index_path(self._prefix), len(content))
+        try:
+            index.write(0, memoryview(content))
+            index.sync()
+        finally:
+            index.close()
+
+    def close(self) -> None:
+        """Close the data file, finished or not."""
+        self._file.close()
+
+
+def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write arrays that are in memory as a bundle, durably.
+
+    Raises:
+        OSError: the files exist, or the disk is full.
+    """
+    arrays = {
+        name: np.ascontiguousarray(values).reshape(values.shape) for name, values in tensors.items()
+    }
+    sink = BundleSink(
+        prefix, {name: TensorInfo(a.dtype.name, a.shape) for name, a in arrays.items()}
+    )
+    checksums = {}
+    try:
+        for name, values in arrays.items():
+            raw = raw_bytes(values)
+            checksums[name] = crc32c(raw)
+            sink.write(name, 0, raw)
+        sink.finish(checksums)
+    finally:
+        sink.close()
+
+
+# The index: protocol buffers inside a LevelDB table.
+
+
+def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
+    """Number of data files, and the entries by tensor name."""
+    file = RangedFile(path)
+    try:
+        if not _FOOTER <= file.size <= MAX_INDEX_BYTES:
+            raise FileFault(
+                f"{path}: has {file.size} bytes, expected {_FOOTER} to {MAX_INDEX_BYTES} "
+                "(is this the .index of a TensorFlow checkpoint?)"
+            )
+        table = memoryview(file.read(0, file.size, "the index"))
+    finally:
+        file.close()
+    try:
+        pairs = dict(_table_pairs(table))
+        shards = _parse_header(pairs.pop(b""))
+        return shards, {key.decode("utf-8"): _parse_entry(value) for key, value in pairs.items()}
+    except KeyError:
+        raise FileFault(f"{path}: index has no bundle header") from None
+    except _Corrupt as e:
+        raise FileFault(f"{path}: index is corrupt: {e}", hint=DOWNLOAD_HINT) from None
+    except UnicodeDecodeError:
+        raise FileFault(f"{path}: index is corrupt: a tensor's name is not UTF-8") from None
+
+
+class _Corrupt(Exception):
+    """A rule of the index format is broken."""
+
+
+def _table_pairs(table: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    footer = table[-_FOOTER:]
+    if struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
+        raise _Corrupt("its last 8 bytes are not the table's magic number")
+    _, at = _varint(footer, 0)
+    _, at = _varint(footer, at)
+    index_handle = _handle(footer[at:])
+    for _, handle in _block_pairs(_block(table, *index_handle)):
+        yield from _block_pairs(_block(table, *_handle(handle)))
+
+
+def _handle(data: memoryview) -> tuple[int, int]:
+    offset, at = _varint(data, 0)
+    size, _ = _varint(data, at)
+    return offset, size
+
+
+def _block(table: memoryview, offset: int, size: int) -> memoryview:
+    end = offset + size
+    if end + 5 > len(table):
+        raise _Corrupt(f"a block at byte {offset} reaches beyond the end")
+    if table[end] != 0:
+        raise _Corrupt(f"the block at byte {offset} is compressed, which checkpoints are not")
+    (stored,) = struct.unpack("<I", table[end + 1 : end + 5])
+    if stored != masked(crc32c(table[offset : end + 1])):
+        raise _Corrupt(f"checksum of the block at byte {offset} is wrong")
+    return table[offset:end]
+
+
+def _block_pairs(block: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    if len(block) < 4:
+        raise _Corrupt("a block is shorter than its restart count")
+    (restarts,) = struct.unpack("<I", block[-4:])
+    end = len(block) - 4 - 4 * restarts
+    if end < 0:
+        raise _Corrupt(f"a block claims {restarts} restarts, more than fit")
+    at, key = 0, b""
+    while at < end:
+        shared, at = _varint(block, at)
+        rest, at = _varint(block, at)
+        length, at = _varint(block, at)
+        if shared > len(key) or at + rest + length > end:
+            raise _Corrupt("an entry reaches beyond its block")
+        key = key[:shared] + bytes(block[at : at + rest])
+        yield key, block[at + rest : at + rest + length]
+        at += rest + length
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        if at >= len(data):
+            raise _Corrupt("a number is cut short")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise _Corrupt("a number has more than 64 bits")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Numbers and values of a protocol buffer message's fields."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        wire = tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield tag >> 3, value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise _Corrupt(f"a message has wire type {wire}")
+        if at + size > len(data):
+            raise _Corrupt("a message's field is cut short")
+        yield tag >> 3, data[at : at + size]
+        at += size
+
+
+def _number(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise _Corrupt("a message has bytes where a number belongs")
+    return value
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise _Corrupt("a message has a number where bytes belong")
+    return value
+
+
+def _parse_header(data: memoryview) -> int:
+    shards = 0
+    for field, value in _fields(data):
+        if field == 1:
+            shards = _number(value)
+        elif field == 2 and _number(value) != 0:
+            raise _Corrupt("the tensors are big-endian")
+    if not 1 <= shards <= MAX_SHARDS:
+        raise _Corrupt(f"it names {shards} data files")
+    return shards
+
+
+def _parse_entry(data: memoryview) -> Entry:
+    code = shard = offset = size = crc = 0
+    shape: tuple[int, ...] = ()
+    for field, value in _fields(data):
+        if field == 1:
+            code = _number(value)
+        elif field == 2:
+            shape = tuple(_parse_dims(_message(value)))
+        elif field == 3:
+            shard = _number(value)
+        elif field == 4:
+            offset = _number(value)
+        elif field == 5:
+            size = _number(value)
+        elif field == 6:
+            raw = _message(value)
+            if len(raw) != 4:
+                raise _Corrupt("a tensor's checksum is not 4 bytes")
+            (crc,) = struct.unpack("<I", raw)
+        elif field == 7:
+            raise _Corrupt("a tensor is stored in slices, which GPT-J checkpoints are not")
+    if code not in DTYPES:
+        raise _Corrupt(f"a tensor has dtype {code}, expected one of {sorted(DTYPES)}")
+    info = TensorInfo(DTYPES[code], shape)
+    if info.nbytes != size:
+        raise _Corrupt(f"a tensor of {info.dtype} {list(shape)} claims {size} bytes")
+    if offset >= 2**63:
+        raise _Corrupt(f"a tensor begins at byte {offset}")
+    return Entry(info, shard, offset, crc)
+
+
+def _parse_dims(data: memoryview) -> Iterator[int]:
+    for field, value in _fields(data):
+        if field != 2:
+            continue
+        size = 0
+        for inner, number in _fields(_message(value)):
+            if inner == 1:
+                size = _number(number)
+        if size >= 2**63:
+            raise _Corrupt("a tensor has a negative size")
+        yield size
+
+
+def _index_bytes(entries: Mapping[str, Entry]) -> bytes:
+    header = _pack(1, 1) + _pack(3, _pack(1, 1))
+    pairs = [(b"", header)]
+    pairs += [(name.encode(), _entry_bytes(entry)) for name, entry in entries.items()]
+    table = bytearray()
+    index: list[tuple[bytes, bytes]] = []
+    pending: list[tuple[bytes, bytes]] = []
+    size = 0
+    for key, value in pairs:
+        pending.append((key, value))
+        size += len(key) + len(value)
+        if size >= _BLOCK_SIZE:
+            index.append((key, _append_block(table, pending)))
+            pending, size = [], 0
+    if pending:
+        index.append((pending[-1][0], _append_block(table, pending)))
+    meta_handle = _append_block(table, [])
+    index_handle = _append_block(table, index, restart_interval=1)
+    footer = (meta_handle + index_handle).ljust(_FOOTER - 8, b"\0")
+    return bytes(table) + footer + struct.pack("<Q", _MAGIC)
+
+
+def _append_block(
+    table: bytearray,
+    pairs: list[tuple[bytes, bytes]],
+    restart_interval: int = _RESTART_INTERVAL,
+) -> bytes:
+    """Append a block and its trailer; returns its handle."""
+    block = bytearray()
+    restarts = [0]
+    last = b""
+    for n, (key, value) in enumerate(pairs):
+        shared = 0
+        if n % restart_interval:
+            shared = _shared_prefix(last, key)
+        elif n:
+            restarts.append(len(block))
+        block += _encode(shared) + _encode(len(key) - shared) + _encode(len(value))
+        block += key[shared:] + value
+        last = key
+    block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+    handle = _encode(len(table)) + _encode(len(block))
+    block += b"\0"
+    table += block + struct.pack("<I", masked(crc32c(bytes(block))))
+    return handle
+
+
+def _shared_prefix(a: bytes, b: bytes) -> int:
+    """Number of bytes that both begin with."""
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _entry_bytes(entry: Entry) -> bytes:
+    dims = b"".join(_pack(2, _pack(1, size)) for size in entry.info.shape)
+    return (
+        _pack(1, _CODES[entry.info.dtype])
+        + _pack(2, dims)
+        + (_pack(3, entry.shard) if entry.shard else b"")
+        + (_pack(4, entry.offset) if entry.offset else b"")
+        + _pack(5, entry.info.nbytes)
+        + _encode(6 << 3 | 5)
+        + struct.pack("<I", entry.crc)
+    )
+
+
+def _pack(field: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return _encode(field << 3) + _encode(value)
+    return _encode(field << 3 | 2) + _encode(len(value)) + value
+
+
+def _encode(number: int) -> bytes:
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)

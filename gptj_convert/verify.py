@@ -1,0 +1,418 @@
+"""Prove that a converted checkpoint is its source: structure, every bit, and what it computes.
+
+Levels run from cheap to dear and stop at the first that fails. What is wrong with the converted
+side is a finding; a source that cannot be read is a fault, since nothing can be judged then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from gptj_convert.checkpoint import Checkpoint, open_checkpoint
+from gptj_convert.execute import Progress
+from gptj_convert.formats.bundle import BundleSource, masked
+from gptj_convert.manifest import MANIFEST_FILE, Manifest, sha256
+from gptj_convert.options import LEVELS
+from gptj_convert.panels import Panels
+from gptj_convert.plan import match
+from gptj_model.config import GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
+from gptj_model.source import TensorInfo, raw_bytes, read_tensor
+from gptj_model.tensors import Op, Tensor
+
+#: Fields of the config that do not change what is computed from the weights.
+_UNCOMPARED = frozenset(
+    {"attn_pdrop", "embd_pdrop", "resid_pdrop", "bos_token_id", "eos_token_id", "n_inner"}
+)
+#: Files up to this size are hashed at level structure, larger ones at level weights.
+_SMALL_FILE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where the two sides differ first."""
+
+    level: str
+    found: str
+    expected: str
+    tensor: dict[str, str] | None = None
+    """The tensor's names: {hf, tf, cs}."""
+    block: int | None = None
+    prompt: str | None = None
+    file: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where, in words."""
+        if self.tensor:
+            return f"tensor {self.tensor['hf']} ({self.tensor['tf']})"
+        if self.file:
+            return f"file {self.file}"
+        if self.prompt is not None:
+            at = "the head" if self.block is None else f"block {self.block}"
+            return f"prompt {self.prompt!r}, first in {at}"
+        return "the checkpoint"
+
+
+@dataclass(slots=True)
+class LevelResult:
+    """Outcome of one level."""
+
+    ok: bool
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Outcome of a verification, filled level by level."""
+
+    tolerance: float
+    levels: dict[str, LevelResult] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every level that ran passed, and nothing differed."""
+        return not self.differences and all(r.ok for r in self.levels.values())
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """A damaged tensor if one was found, since a file's hash says less; else the first."""
+        by_tensor = [d for d in self.differences if d.tensor]
+        return (by_tensor or self.differences or [None])[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the JSON object."""
+        first = self.first_difference
+        return {
+            "levels": {name: {"ok": r.ok, **r.figures} for name, r in self.levels.items()},
+            "first_difference": asdict(first) if first else None,
+            "tolerance": self.tolerance,
+        }
+
+
+def source_of(converted: Path) -> Path:
+    """The source that a converted folder's manifest names.
+
+    Raises:
+        UsageError: there is no manifest that names one.
+    """
+    folder = converted if converted.is_dir() else converted.parent
+    manifest = Manifest.read(folder)
+    path = manifest.source.get("path") if manifest else None
+    if not isinstance(path, str):
+        raise UsageError(
+            f"{folder}: no {MANIFEST_FILE} that names a source",
+            hint="name the original with `--against SRC`",
+        )
+    return Path(path)
+
+
+def verify(
+    converted: Path,
+    against: Path,
+    verdict: Verdict,
+    *,
+    level: str,
+    config_file: Path | None = None,
+) -> Iterator[Progress]:
+    """Fill a verdict, level by level up to `level`, yielding progress.
+
+    Args:
+        converted: what is to be judged.
+        against: what it must equal.
+        verdict: is filled; its tolerance is the largest |Δ| of logits over their standard
+            deviation that passes.
+        level: the last of `options.LEVELS` to run.
+        config_file: for a bundle without a config beside it.
+
+    Raises:
+        GptjError: the source cannot be read, or there is nothing at `converted`.
+    """
+    with open_checkpoint(against, config_file=config_file) as source:
+        expected = match(source)
+        found = _structure(converted, source, verdict, config_file)
+        if found is None:
+            return
+        with found as checkpoint:
+            manifest = _files(checkpoint, verdict)
+            if LEVELS.index(level) >= LEVELS.index("weights"):
+                yield from _weights(checkpoint, source, expected, manifest, verdict)
+            if level == "logits" and verdict.ok:
+                yield from _logits(checkpoint, source, verdict)
+
+
+def _structure(
+    converted: Path, source: Checkpoint, verdict: Verdict, config_file: Path | None
+) -> Checkpoint | None:
+    """The converted checkpoint if its structure holds; else a difference in the verdict."""
+    if not converted.exists() and not list(converted.parent.glob(f"{converted.name}.*")):
+        raise FileFault(
+            f"{converted}: not found, expected a converted checkpoint",
+            hint="`gptj convert --to tf` makes one",
+        )
+    result = verdict.levels["structure"] = LevelResult(ok=False)
+    try:
+        checkpoint = open_checkpoint(converted, config_file=config_file)
+    except (FileFault, ConfigError) as e:
+        verdict.differences.append(Difference("structure", e.message, "a whole checkpoint"))
+        return None
+    try:
+        differing = _config_differences(checkpoint.config, source.config)
+        if differing:
+            found, expected = differing
+            verdict.differences.append(Difference("structure", found, expected))
+        else:
+            matched = match(checkpoint)
+            result.ok = True
+            result.figures["tensors"] = len(matched)
+            result.figures["parameters"] = sum(t.size for t, _, _ in matched)
+    except TensorFault as e:
+        verdict.differences.append(
+            Difference("structure", "; ".join(e.problems), "the tensors of the source")
+        )
+    if not result.ok:
+        checkpoint.source.close()
+        return None
+    return checkpoint
+
+
+def _config_differences(found: GPTJConfig, expected: GPTJConfig) -> tuple[str, str] | None:
+    differing = [
+        name
+        for name in GPTJConfig.__dataclass_fields__
+        if name not in _UNCOMPARED and getattr(found, name) != getattr(expected, name)
+    ]
+    if found.ffn_dim != expected.ffn_dim:
+        differing.append("ffn_dim")
+    if not differing:
+        return None
+    sides = (
+        ", ".join(f"{n} = {getattr(side, n)!r}" for n in differing) for side in (found, expected)
+    )
+    return tuple(sides)  # type: ignore[return-value]
+
+
+def _files(checkpoint: Checkpoint, verdict: Verdict) -> Manifest | None:
+    """Hold the small files against the manifest; a mismatch does not end the verification."""
+    try:
+        manifest = Manifest.read(checkpoint.folder)
+    except FileFault as e:
+        verdict.levels["structure"].ok = False
+        verdict.differences.append(
+            Difference("structure", e.message, "a manifest", file=MANIFEST_FILE)
+        )
+        return None
+    _compare_hashes("structure", checkpoint, manifest, verdict, large=False)
+    return manifest
+
+
+def _compare_hashes(
+    level: str, checkpoint: Checkpoint, manifest: Manifest | None, verdict: Verdict, *, large: bool
+) -> None:
+    for name, stated in (manifest.files if manifest else {}).items():
+        path = checkpoint.folder / Path(name).name
+        if (stated["bytes"] > _SMALL_FILE) is not large:
+            continue
+        expected = f"{stated['bytes']} bytes, SHA-256 {stated['sha256']}"
+        try:
+            size, digest = path.stat().st_size, sha256(path)
+            found = f"{size} bytes, SHA-256 {digest}"
+        except OSError as e:
+            found = e.strerror or str(e)
+        if found != expected:
+            verdict.levels[level].ok = False
+            verdict.differences.append(Difference(level, found, expected, file=name))
+
+
+def _weights(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    expected: list[tuple[Tensor, str, TensorInfo]],
+    manifest: Manifest | None,
+    verdict: Verdict,
+) -> Iterator[Progress]:
+    """Every tensor, bit for bit after rounding the source to the converted dtype."""
+    result = verdict.levels["weights"] = LevelResult(ok=True)
+    total = sum(info.nbytes for _, _, info in expected)
+    done = differing = nonfinite = 0
+    for (tensor, source_name, info), (_, name, _) in zip(expected, match(checkpoint), strict=True):
+        difference, bad = _compare_tensor(tensor, source, source_name, checkpoint, name, manifest)
+        nonfinite += bad
+        if difference:
+            differing += 1
+            verdict.differences.append(difference)
+        done += info.nbytes
+        yield Progress(done, total, tensor.hf)
+    _compare_hashes("weights", checkpoint, manifest, verdict, large=True)
+    result.ok = result.ok and not differing
+    result.figures |= {
+        "tensors": len(expected),
+        "differing": differing,
+        "nonfinite_values": nonfinite,
+        "bytes_compared": total,
+    }
+
+
+def _compare_tensor(
+    tensor: Tensor,
+    source: Checkpoint,
+    source_name: str,
+    checkpoint: Checkpoint,
+    name: str,
+    manifest: Manifest | None,
+) -> tuple[Difference | None, int]:
+    """The first difference of one tensor, and how many of its values are NaN or infinite."""
+    info = checkpoint.source.tensors[name]
+    dtype = NUMPY[info.dtype]
+    op = tensor.op(source.scheme, checkpoint.scheme)
+    panels = Panels(source.source, source_name, op)
+    offset = crc = wrong = nonfinite = 0
+    first = None
+    worst = 0.0
+    for values in panels:
+        with np.errstate(over="ignore"):
+            expected = values.astype(dtype, copy=False).reshape(-1)
+        found = np.empty_like(expected)
+        checkpoint.source.read_into(name, offset, raw_bytes(found))
+        crc = crc32c(raw_bytes(found), crc)
+        bits = f"u{dtype.itemsize}"
+        unequal = np.flatnonzero(expected.view(bits) != found.view(bits))
+        nonfinite += int(np.count_nonzero(~np.isfinite(expected)))
+        if unequal.size:
+            wrong += unequal.size
+            at = int(unequal[0])
+            if first is None:
+                index = np.unravel_index(offset // dtype.itemsize + at, info.shape)
+                first = ([int(i) for i in index], found[at], expected[at])
+            with np.errstate(over="ignore", invalid="ignore"):
+                delta = np.abs(found[unequal].astype(np.float64) - expected[unequal])
+            worst = max(worst, float(np.nanmax(delta, initial=0.0)))
+        offset += expected.nbytes
+    names = {"hf": tensor.hf, "tf": tensor.tf, "cs": tensor.cs[0]}
+    if first is not None:
+        index, found_value, expected_value = first
+        text = (
+            f"{wrong} of {tensor.size} values differ, by up to {worst:.3g}; "
+            f"first at {index}: {found_value!s}"
+        )
+        if _transposition_skipped(tensor, op, source, source_name, checkpoint, name):
+            text += " (it equals the source untransposed: the transposition was skipped)"
+        return Difference("weights", text, f"{expected_value!s}", tensor=names), nonfinite
+    stated = _stated_checksums(checkpoint, name, manifest, tensor)
+    for where, value in stated.items():
+        if value != crc:
+            found_text = f"crc32c {crc:08x}"
+            return (
+                Difference("weights", found_text, f"{value:08x} by {where}", tensor=names),
+                nonfinite,
+            )
+    return None, nonfinite
+
+
+def _transposition_skipped(
+    tensor: Tensor,
+    op: Op,
+    source: Checkpoint,
+    source_name: str,
+    checkpoint: Checkpoint,
+    name: str,
+) -> bool:
+    rows, *columns = tensor.shape
+    if op is not Op.TRANSPOSE or columns != [rows]:
+        return False
+    found = read_tensor(checkpoint.source, name)
+    untransposed = read_tensor(source.source, source_name).astype(found.dtype, copy=False)
+    return raw_bytes(found) == raw_bytes(untransposed)
+
+
+def _stated_checksums(
+    checkpoint: Checkpoint, name: str, manifest: Manifest | None, tensor: Tensor
+) -> dict[str, int]:
+    """What index and manifest say the tensor's crc32c is."""
+    stated: dict[str, int] = {}
+    if isinstance(checkpoint.source, BundleSource):
+        stated["the bundle's index"] = _unmasked(checkpoint.source.entries[name].crc)
+    if manifest and tensor.hf in manifest.tensors:
+        try:
+            stated[MANIFEST_FILE] = int(manifest.tensors[tensor.hf]["crc32c"], 16)
+        except (KeyError, TypeError, ValueError):
+            stated[MANIFEST_FILE] = -1
+    return stated
+
+
+def _unmasked(value: int) -> int:
+    rotated = (value - 0xA282EAD8) & 0xFFFFFFFF
+    crc = ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
+    assert masked(crc) == value
+    return crc
+
+
+def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Iterator[Progress]:
+    """Hidden states after each block, and logits, against Hugging Face's own model."""
+    from golden.compare import compare_logits, relative_difference
+    from golden.prompts import battery
+    from golden.reference import StreamedReference
+    from gptj_model.streaming import StreamedModel
+
+    config, tolerance = source.config, verdict.tolerance
+    dtypes = {info.dtype for _, _, info in match(checkpoint)}
+    round_to = dtypes.pop() if len(dtypes) == 1 else None
+    ours = StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)
+    reference = StreamedReference(config, source.source, source.scheme, round_to=round_to)
+    prompts = battery(config)
+    stages, done = config.n_layer + 2, 0
+    found = [ours.embed(p.ids[None]) for p in prompts]
+    expected = [reference.embed(p.ids[None]) for p in prompts]
+    hidden: list[list[float]] = [[] for _ in prompts]
+    yield Progress(done := done + 1, stages, "embedding")
+    for i in range(config.n_layer):
+        ours.load_block(i)
+        reference.load_block(i)
+        for n, prompt in enumerate(prompts):
+            found[n] = ours.run_block(found[n], prompt.positions)
+            expected[n] = reference.run_block(expected[n], prompt.positions)
+            hidden[n].append(relative_difference(found[n], expected[n]))
+        yield Progress(done := done + 1, stages, f"block {i}")
+    ours.load_head()
+    reference.load_head()
+    rows = []
+    for n, prompt in enumerate(prompts):
+        figures = compare_logits(ours.logits(found[n])[0], reference.logits(expected[n])[0])
+        if np.isnan(figures.relative):
+            raise GptjError(
+                f"prompt {prompt.name!r}: logits are NaN, so nothing can be judged",
+                hint="the weights hold NaN or infinite values; `--level weights` compares bits",
+            )
+        rows.append(
+            {"name": prompt.name, "tokens": len(prompt.ids), **asdict(figures), "hidden": hidden[n]}
+        )
+        if not figures.relative <= tolerance:
+            block = next((i for i, d in enumerate(hidden[n]) if not d <= tolerance), None)
+            verdict.differences.append(
+                Difference(
+                    "logits",
+                    f"max |Δ| of logits is {figures.relative:.3g} of their standard deviation",
+                    f"at most {tolerance:g}",
+                    block=block,
+                    prompt=prompt.name,
+                )
+            )
+    yield Progress(stages, stages, "logits")
+    verdict.levels["logits"] = LevelResult(
+        ok=all(row["relative"] <= tolerance for row in rows),
+        figures={
+            "max_abs": max(row["max_abs"] for row in rows),
+            "relative": max(row["relative"] for row in rows),
+            "max_kl": max(row["max_kl"] for row in rows),
+            "top1": min(row["top1"] for row in rows),
+            "prompts": rows,
+        },
+    )

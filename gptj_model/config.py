@@ -1,0 +1,251 @@
+"""The shape of a GPT-J and the constants of its computation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gptj_model.errors import ConfigError
+
+MODEL_TYPE = "gptj"
+ARCHITECTURE = "GPTJForCausalLM"
+CONFIG_FILE = "config.json"
+
+#: GPT-2's `<|endoftext|>`, its last token; 143 extra ones follow in GPT-J's vocabulary.
+END_OF_TEXT_ID = 50256
+VOCAB_SIZE = 50400
+
+#: Activations that are GELU in its tanh form, under the names Hugging Face gives it.
+TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh")
+
+#: No published or plausible GPT-J exceeds these; a config beyond them is a typing error
+#: or hostile, and nothing is allocated by it.
+_LIMITS = {
+    "vocab_size": 10_000_000,
+    "n_positions": 1_000_000,
+    "n_embd": 1_000_000,
+    "n_layer": 10_000,
+    "n_head": 10_000,
+    "n_inner": 10_000_000,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTJConfig:
+    """What determines the shapes and the computation of one GPT-J.
+
+    Field names are those of the Hugging Face config.json. The defaults are GPT-J-6B.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or not implemented;
+            all such values are named at once.
+    """
+
+    vocab_size: int = VOCAB_SIZE
+    """Rows of the embedding and of the head: 50257 GPT-2 tokens and 143 extra ones."""
+
+    n_positions: int = 2048
+    """Longest sequence, in tokens."""
+
+    n_embd: int = 4096
+    """Width of the hidden states."""
+
+    n_layer: int = 28
+    """Number of blocks."""
+
+    n_head: int = 16
+    """Attention heads; each has n_embd / n_head features."""
+
+    n_inner: int | None = None
+    """Width of the feed-forward layer; None means 4 · n_embd."""
+
+    rotary_dim: int = 64
+    """Leading features of each head that the rotary embedding turns; even."""
+
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every layer norm."""
+
+    activation_function: str = "gelu_new"
+    """GELU in its tanh form; one of `TANH_GELU_NAMES`."""
+
+    attn_pdrop: float = 0.0
+    """Dropout on attention probabilities, in training."""
+
+    embd_pdrop: float = 0.0
+    """Dropout on embeddings, in training."""
+
+    resid_pdrop: float = 0.0
+    """Dropout on what attention and feed-forward each add to the residual, in training."""
+
+    tie_word_embeddings: bool = False
+    """Whether the head multiplies by the embedding instead of weights of its own."""
+
+    bos_token_id: int | None = END_OF_TEXT_ID
+    eos_token_id: int | None = END_OF_TEXT_ID
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer, resolved."""
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Sizes by the letters that the table of tensors uses."""
+        return {"V": self.vocab_size, "D": self.n_embd, "F": self.ffn_dim}
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTJConfig:
+        """One of `PRESETS`, with single fields replaced.
+
+        Raises:
+            ConfigError: no such preset, no such field, or an impossible value.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r} is unknown, expected one of {', '.join(PRESETS)}")
+        known = {f.name for f in fields(cls)}
+        for key in overrides:
+            if key not in known:
+                raise ConfigError(
+                    f"config field {key!r} is unknown, expected one of {', '.join(sorted(known))}"
+                )
+        values: dict[str, Any] = PRESETS[name] | overrides
+        vocab_size = values.get("vocab_size", VOCAB_SIZE)
+        if type(vocab_size) is int and vocab_size <= END_OF_TEXT_ID:
+            last: dict[str, Any] = {"bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1}
+            values = last | values
+        return cls(**values)
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], *, where: str = CONFIG_FILE) -> GPTJConfig:
+        """Read the content of a Hugging Face config.json.
+
+        Args:
+            values: the parsed JSON object.
+            where: the file's name, for error messages.
+
+        Raises:
+            ConfigError: not a GPT-J, or a value that is not implemented.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: holds {type(values).__name__}, expected a JSON object")
+        found = values.get("model_type")
+        if found != MODEL_TYPE:
+            raise ConfigError(
+                f"{where}: model_type is {found!r}, expected {MODEL_TYPE!r}",
+                hint="only GPT-J checkpoints can be read; other GPT models compute otherwise",
+            )
+        known = {f.name for f in fields(cls)}
+        needed = ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number each")
+        if values.get("scale_attn_weights", True) is not True:
+            raise ConfigError(f"{where}: scale_attn_weights is off, which GPT-J does not implement")
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except ConfigError as e:
+            raise ConfigError(f"{where}: {e.message}", hint=e.hint) from None
+
+    @classmethod
+    def from_file(cls, path: Path) -> GPTJConfig:
+        """Read a config.json.
+
+        Raises:
+            ConfigError: absent, not JSON, or see `from_hf`.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: not found, expected the model's configuration",
+                hint="copy config.json from where the weights came from",
+            ) from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path}: cannot be read: {e}") from None
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise ConfigError(f"{path}: is not valid JSON: {e}") from None
+        return cls.from_hf(values, where=str(path))
+
+    def to_hf(self, *, dtype: str) -> dict[str, Any]:
+        """The content of a Hugging Face config.json that transformers loads.
+
+        Args:
+            dtype: canonical name of the type the weights are stored in.
+        """
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": [ARCHITECTURE],
+            **asdict(self),
+            "dtype": dtype,
+            "use_cache": True,
+            "initializer_range": 0.02,
+        }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
+    "125m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "rotary_dim": 32},
+    "6b": {},
+}
+
+
+def _problems(config: GPTJConfig) -> list[str]:
+    problems = []
+    for name, limit in _LIMITS.items():
+        value = getattr(config, name)
+        if name == "n_inner" and value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= limit:
+            problems.append(f"{name} is {value!r}, expected a whole number from 1 to {limit}")
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            problems.append(f"{name} is {value!r}, expected a number from 0 to below 1")
+    epsilon = config.layer_norm_epsilon
+    if type(epsilon) not in (int, float) or not math.isfinite(epsilon) or not 0 < epsilon < 1:
+        problems.append(f"layer_norm_epsilon is {epsilon!r}, expected a number between 0 and 1")
+    if config.activation_function not in TANH_GELU_NAMES:
+        problems.append(
+            f"activation_function is {config.activation_function!r}, "
+            f"expected one of {', '.join(TANH_GELU_NAMES)}"
+        )
+    if type(config.tie_word_embeddings) is not bool:
+        problems.append(
+            f"tie_word_embeddings is {config.tie_word_embeddings!r}, expected true or false"
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        if value is not None and type(value) is not int:
+            problems.append(f"{name} is {value!r}, expected a token id or null")
+    if problems:
+        return problems
+    if config.n_embd % config.n_head:
+        problems.append(
+            f"n_embd is {config.n_embd}, expected a multiple of n_head ({config.n_head})"
+        )
+    elif (
+        type(config.rotary_dim) is not int
+        or config.rotary_dim % 2
+        or not 2 <= config.rotary_dim <= config.head_dim
+    ):
+        problems.append(
+            f"rotary_dim is {config.rotary_dim!r}, "
+            f"expected an even number from 2 to the head's {config.head_dim} features"
+        )
+    return problems

@@ -1,0 +1,157 @@
+"""The layers of one GPT-J block.
+
+Shape suffixes: B batch, T time (queries), S time (keys), D hidden, F feed-forward,
+H heads, K features of a head, R rotated features.
+"""
+
+# keras.ops is annotated as if its functions returned None.
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from gptj_model.config import GPTJConfig
+from gptj_model.rotary import rotate
+
+# A sequence of one token attends to itself alone, and that is meant.
+warnings.filterwarnings("ignore", message="You are using a softmax over axis -1")
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    sin_BTR2: Any
+    cos_BTR2: Any
+    bias_B1TS: Any
+    """0 where a query may see a key, a large negative number elsewhere; float32."""
+    cache_start: Any
+    """Index of the first query among the cached keys; 0 without a cache."""
+
+
+class Attention(keras.layers.Layer):
+    """Causal self-attention with rotary positions; no biases; softmax in float32."""
+
+    def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.config = config
+
+        def projection(name: str) -> keras.layers.Dense:
+            return keras.layers.Dense(
+                config.n_embd, use_bias=False, name=name, dtype=self.dtype_policy
+            )
+
+        self.q_proj = projection("q_proj")
+        self.k_proj = projection("k_proj")
+        self.v_proj = projection("v_proj")
+        self.out_proj = projection("out_proj")
+        self.drop_probabilities = keras.layers.Dropout(config.attn_pdrop, seed=None)
+        self.drop_residual = keras.layers.Dropout(config.resid_pdrop)
+        _share_seeds(seeds, self.drop_probabilities, self.drop_residual)
+
+    def build(self, input_shape: Any) -> None:
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            layer.build(input_shape)
+
+    def call(self, h_BTD, context: Context, cache=None, training=False):
+        """Returns (output BTD, cache); the cache is a pair of BHSK keys and values, or None."""
+        B, T = ops.shape(h_BTD)[:2]
+        heads = (B, T, self.config.n_head, self.config.head_dim)
+        q_BTHK = ops.reshape(self.q_proj(h_BTD), heads)
+        k_BTHK = ops.reshape(self.k_proj(h_BTD), heads)
+        v_BTHK = ops.reshape(self.v_proj(h_BTD), heads)
+
+        # Rotation, scores and softmax stay in float32 whatever the compute dtype.
+        q_BTHK = rotate(ops.cast(q_BTHK, "float32"), context.sin_BTR2, context.cos_BTR2)
+        k_BTHK = rotate(ops.cast(k_BTHK, "float32"), context.sin_BTR2, context.cos_BTR2)
+        q_BHTK, k_BHSK, v_BHSK = (ops.transpose(x, (0, 2, 1, 3)) for x in (q_BTHK, k_BTHK, v_BTHK))
+        if cache is not None:
+            start = (0, 0, context.cache_start, 0)
+            k_BHSK = ops.slice_update(cache[0], start, k_BHSK)
+            v_BHSK = ops.slice_update(cache[1], start, v_BHSK)
+            cache = (k_BHSK, v_BHSK)
+
+        scores_BHTS = ops.matmul(q_BHTK, ops.transpose(k_BHSK, (0, 1, 3, 2)))
+        scores_BHTS = scores_BHTS * self.config.head_dim**-0.5 + context.bias_B1TS
+        probabilities_BHTS = ops.cast(ops.softmax(scores_BHTS, axis=-1), v_BHSK.dtype)
+        probabilities_BHTS = self.drop_probabilities(probabilities_BHTS, training=training)
+        mixed_BHTK = ops.matmul(probabilities_BHTS, v_BHSK)
+        mixed_BTD = ops.reshape(ops.transpose(mixed_BHTK, (0, 2, 1, 3)), ops.shape(h_BTD))
+        return self.drop_residual(self.out_proj(mixed_BTD), training=training), cache
+
+
+class FeedForward(keras.layers.Layer):
+    """Two dense layers with a tanh-form GELU between."""
+
+    def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.fc_in = keras.layers.Dense(config.ffn_dim, name="fc_in", dtype=self.dtype_policy)
+        self.fc_out = keras.layers.Dense(config.n_embd, name="fc_out", dtype=self.dtype_policy)
+        self.drop_residual = keras.layers.Dropout(config.resid_pdrop)
+        _share_seeds(seeds, self.drop_residual)
+
+    def build(self, input_shape: Any) -> None:
+        self.fc_in.build(input_shape)
+        self.fc_out.build((*input_shape[:-1], self.fc_in.units))
+
+    def call(self, h_BTD, training=False):
+        a_BTF = ops.gelu(self.fc_in(h_BTD), approximate=True)
+        return self.drop_residual(self.fc_out(a_BTF), training=training)
+
+
+class Block(keras.layers.Layer):
+    """x + attention(ln(x)) + feed_forward(ln(x)): both branches read the same normed input."""
+
+    def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.ln_1 = layer_norm(config, "ln_1", self.dtype_policy)
+        self.attn = Attention(config, seeds, name="attn", dtype=self.dtype_policy)
+        self.mlp = FeedForward(config, seeds, name="mlp", dtype=self.dtype_policy)
+
+    def build(self, input_shape: Any) -> None:
+        for layer in (self.ln_1, self.attn, self.mlp):
+            layer.build(input_shape)
+
+    def call(self, x_BTD, context: Context, cache=None, training=False):
+        """Returns (hidden states BTD, cache)."""
+        h_BTD = self.ln_1(x_BTD)
+        attended_BTD, cache = self.attn(h_BTD, context, cache, training=training)
+        return x_BTD + attended_BTD + self.mlp(h_BTD, training=training), cache
+
+
+class Head(keras.layers.Layer):
+    """Hidden states → logits. `kernel` (D, V) is absent when tied to the embedding (V, D)."""
+
+    def __init__(self, config: GPTJConfig, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.config = config
+
+    def build(self, input_shape: Any) -> None:
+        D, V = self.config.n_embd, self.config.vocab_size
+        self.kernel = None
+        if not self.config.tie_word_embeddings:
+            self.kernel = self.add_weight(name="kernel", shape=(D, V), initializer="glorot_uniform")
+        self.bias = self.add_weight(name="bias", shape=(V,), initializer="zeros")
+
+    def call(self, x_BTD, embeddings_VD):
+        kernel_DV = ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
+        return ops.matmul(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
+
+
+def layer_norm(config: GPTJConfig, name: str, dtype: Any) -> keras.layers.LayerNormalization:
+    """A layer norm over the hidden axis with the model's epsilon."""
+    return keras.layers.LayerNormalization(
+        epsilon=config.layer_norm_epsilon, name=name, dtype=dtype
+    )
+
+
+def _share_seeds(seeds: keras.random.SeedGenerator, *layers: keras.layers.Dropout) -> None:
+    """Let the dropouts draw from one generator, so that one state restores them all."""
+    for layer in layers:
+        if layer.rate > 0:
+            layer.seed_generator = seeds

@@ -1,0 +1,137 @@
+"""GPT-J as a Keras model.
+
+Shape suffixes: B batch, T time (queries), S time (keys), D hidden, V vocabulary.
+"""
+
+# keras.ops is annotated as if its functions returned None.
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from gptj_model.config import GPTJConfig
+from gptj_model.layers import Block, Context, Head, layer_norm
+from gptj_model.rotary import sin_cos_tables
+
+#: Added to the score of a key that must not be seen: its probability underflows to 0.
+MASKED = -1e9
+
+
+class GPTJ(keras.Model):
+    """Token ids → logits.
+
+    `embed`, each of `blocks`, and `unembed` are the three stages of `call`; executors that
+    hold one block at a time run them separately.
+
+    Args:
+        config: shapes and constants.
+        dtype: a Keras dtype or policy; "float32" or for example "mixed_bfloat16".
+        seed: of the dropout masks, used in training only.
+    """
+
+    def __init__(
+        self, config: GPTJConfig, *, dtype: str = "float32", seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(name=kwargs.pop("name", "gptj"), dtype=dtype, **kwargs)
+        self.config = config
+        self.seeds = keras.random.SeedGenerator(seed, name="dropout")
+        policy = self.dtype_policy
+        self.wte = keras.layers.Embedding(
+            config.vocab_size, config.n_embd, name="wte", dtype=policy
+        )
+        self.drop = keras.layers.Dropout(config.embd_pdrop)
+        if config.embd_pdrop > 0:
+            self.drop.seed_generator = self.seeds
+        self.blocks = [
+            Block(config, self.seeds, name=f"h_{i}", dtype=policy) for i in range(config.n_layer)
+        ]
+        self.ln_f = layer_norm(config, "ln_f", policy)
+        self.lm_head = Head(config, name="lm_head", dtype=policy)
+        self.build((None, None))
+
+    def build(self, input_shape: Any) -> None:
+        hidden_shape = (None, None, self.config.n_embd)
+        self.wte.build((None, None))
+        for layer in (*self.blocks, self.ln_f, self.lm_head):
+            layer.build(hidden_shape)
+        self.built = True
+
+    def call(self, ids_BT, positions_BT=None, attention_mask_BT=None, training=False):
+        """Logits (B, T, V) in the compute dtype.
+
+        Args:
+            ids_BT: int32 token ids.
+            positions_BT: int32 position of each token, shape (B, T) or (1, T); default 0, 1, ….
+            attention_mask_BT: 0 at padding that no query may see; default none.
+            training: whether dropout is on.
+        """
+        context = self.context(ids_BT, positions_BT, attention_mask_BT)
+        x_BTD = self.embed(ids_BT, training=training)
+        for block in self.blocks:
+            x_BTD, _ = block(x_BTD, context, training=training)
+        return self.unembed(x_BTD)
+
+    def call_cached(self, ids_BT, caches, start, positions_BT=None, attention_mask_BS=None):
+        """Logits of tokens start … start + T, and the caches with their keys and values.
+
+        Args:
+            ids_BT: int32 token ids.
+            caches: what `empty_caches` or the last call gave.
+            start: int32 scalar, number of tokens already in the caches.
+            positions_BT: as in `call`; default start, start + 1, ….
+            attention_mask_BS: 0 at cached padding that no query may see, S the cache's length.
+        """
+        T, S = ops.shape(ids_BT)[1], ops.shape(caches[0][0])[2]
+        context = make_context(self.config, T, S, positions_BT, attention_mask_BS, start)
+        x_BTD = self.embed(ids_BT)
+        updated = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_BTD, cache = block(x_BTD, context, cache)
+            updated.append(cache)
+        return self.unembed(x_BTD), updated
+
+    def context(self, ids_BT, positions_BT=None, attention_mask_BT=None) -> Context:
+        """What the blocks share when these ids are one whole sequence each."""
+        T = ops.shape(ids_BT)[1]
+        return make_context(self.config, T, T, positions_BT, attention_mask_BT)
+
+    def embed(self, ids_BT, training=False):
+        """Token ids → hidden states (B, T, D) before the first block."""
+        return self.drop(self.wte(ids_BT), training=training)
+
+    def unembed(self, x_BTD):
+        """Hidden states after the last block → logits (B, T, V)."""
+        return self.lm_head(self.ln_f(x_BTD), self.wte.embeddings)
+
+    def empty_caches(self, batch: int, length: int) -> list[tuple[Any, Any]]:
+        """Keys (float32) and values (compute dtype) of no tokens yet, (B, H, S, K) a block."""
+        shape = (batch, self.config.n_head, length, self.config.head_dim)
+        return [
+            (ops.zeros(shape, "float32"), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks
+        ]
+
+
+def make_context(
+    config: GPTJConfig, T, S, positions_BT=None, attention_mask_BS=None, start=0
+) -> Context:
+    """Rotary angles and the causal mask for queries start … start + T over S keys."""
+    start = ops.convert_to_tensor(start, dtype="int32")
+    query_T = ops.arange(T, dtype="int32") + start
+    if positions_BT is None:
+        positions_BT = query_T[None, :]
+    sin, cos = sin_cos_tables(config.n_positions, config.rotary_dim)
+    visible_B1TS = (query_T[:, None] >= ops.arange(S, dtype="int32")[None, :])[None, None]
+    if attention_mask_BS is not None:
+        seen_B11S = ops.cast(attention_mask_BS, "bool")[:, None, None, :]
+        visible_B1TS = ops.logical_and(visible_B1TS, seen_B11S)
+    return Context(
+        sin_BTR2=ops.take(ops.convert_to_tensor(sin), positions_BT, axis=0),
+        cos_BTR2=ops.take(ops.convert_to_tensor(cos), positions_BT, axis=0),
+        bias_B1TS=ops.where(visible_B1TS, 0.0, MASKED),
+        cache_start=start,
+    )

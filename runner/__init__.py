@@ -1,0 +1,1 @@
+"""The program people run: the `gptj` command, training, evaluation and data."""

@@ -1,0 +1,134 @@
+"""A run's checkpoints: `model.ckpt-N`, in the names and the format of the reference.
+
+A checkpoint counts once its index file is there, which is written last. Nothing older is
+deleted before that, and nothing that is not listed here is ever deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from gptj_convert.formats.bundle import BundleSource, data_path, index_path, masked, write_bundle
+from gptj_convert.formats.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
+from gptj_model.errors import FileFault, TrainingFault
+from gptj_model.source import raw_bytes, read_tensor
+from gptj_model.tensors import GLOBAL_STEP
+
+_INDEX_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.index")
+
+
+def steps(model_dir: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, rising."""
+    if not model_dir.is_dir():
+        return []
+    matches = (_INDEX_NAME.fullmatch(p.name) for p in model_dir.iterdir())
+    return sorted(int(m.group(1)) for m in matches if m)
+
+
+def prefix(model_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return model_dir / f"{RUN_PREFIX}-{step}"
+
+
+def save(model_dir: Path, step: int, tensors: Mapping[str, np.ndarray], *, keep: int) -> Path:
+    """Write the checkpoint of a step durably, then drop the oldest beyond `keep` (0: none).
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are as they were.
+    """
+    final = prefix(model_dir, step)
+    partial = model_dir / f".partial-{final.name}"
+    _remove(partial)
+    try:
+        write_bundle(partial, {**tensors, GLOBAL_STEP: np.asarray(step, np.int64)})
+        data_path(partial).rename(data_path(final))
+        index_path(partial).rename(index_path(final))
+    except BaseException:
+        _remove(partial)
+        raise
+    _sync(model_dir)
+    known = steps(model_dir)
+    kept = known[-keep:] if keep else known
+    _write_state(model_dir, kept)
+    for old in known[: len(known) - len(kept)]:
+        _remove(prefix(model_dir, old))
+    return final
+
+
+def open_newest(
+    model_dir: Path, *, strict: bool, warn: Callable[[str], None]
+) -> tuple[int, BundleSource]:
+    """Step and content of the newest whole checkpoint; its checksums hold.
+
+    Args:
+        model_dir: the run's folder.
+        strict: take none but the newest.
+        warn: is told of each newer one that is damaged.
+
+    Raises:
+        TrainingFault: none is whole; or, if `strict`, the newest is not.
+    """
+    found = steps(model_dir)
+    _check_state(model_dir, found)
+    for step in reversed(found):
+        try:
+            source = BundleSource(prefix(model_dir, step))
+            _check(source)
+        except FileFault as e:
+            if strict:
+                raise TrainingFault(
+                    f"newest checkpoint is damaged: {e.message}",
+                    hint="without --strict the one before it is used",
+                ) from None
+            warn(f"checkpoint of step {step} is damaged and passed over: {e.message}")
+            continue
+        return step, source
+    raise TrainingFault(
+        f"{model_dir}: none of its checkpoints is whole, and a run is not begun again in silence",
+        hint="name another --model-dir, or restore a checkpoint from a copy",
+    )
+
+
+def _check(source: BundleSource) -> None:
+    for name, entry in source.entries.items():
+        if masked(crc32c(raw_bytes(read_tensor(source, name)))) != entry.crc:
+            raise FileFault(f"{source.prefix}: tensor {name!r}: its checksum is wrong")
+
+
+def _check_state(model_dir: Path, found: list[int]) -> None:
+    named = read_state(model_dir)
+    if named and not found:
+        raise TrainingFault(
+            f"{model_dir / STATE_FILE}: names {named[-1]}, but no checkpoint is in that folder",
+            hint="name another --model-dir, or restore a checkpoint from a copy",
+        )
+
+
+def _write_state(model_dir: Path, kept: list[int]) -> None:
+    partial = model_dir / f".partial-{STATE_FILE}"
+    with partial.open("w", encoding="utf-8") as f:
+        f.write(state_text([prefix(model_dir, s).name for s in kept]))
+        f.flush()
+        os.fsync(f.fileno())
+    partial.rename(model_dir / STATE_FILE)
+    _sync(model_dir)
+
+
+def _remove(bundle: Path) -> None:
+    index_path(bundle).unlink(missing_ok=True)
+    for path in bundle.parent.glob(f"{bundle.name}.data-*"):
+        path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,70 @@
+"""What every command shares: --json, --quiet, and its result as one object."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from runner.cli.errors import Exit
+from runner.cli.output import Output
+
+#: A path argument as pathlib gives it.
+PATH = click.Path(path_type=Path)
+
+
+def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:
+    """Make a command of a function `(output, **options) -> fields of its JSON object`.
+
+    A field `exit` (an `Exit`) is the exit code and is not printed; `ok` follows from it.
+    """
+
+    @functools.wraps(function)
+    def run(**options: Any) -> Exit:
+        begun = time.monotonic()
+        output = Output(json=options.pop("json"), quiet=options.pop("quiet"))
+        fields = dict(function(output, **options))
+        code = fields.pop("exit", Exit.OK)
+        measured = {
+            "seconds": round(time.monotonic() - begun, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        output.finish({"ok": code is Exit.OK, **fields, **measured})
+        return code
+
+    run = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")(run)
+    run = click.option("--quiet", is_flag=True, help="Print errors and results only.")(run)
+    return click.command()(run)
+
+
+def peak_rss_bytes() -> int | None:
+    """Most memory that was resident at once in this process, mapped pages included."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`--set KEY=VALUE` options as a mapping; values are read as YAML 1.2."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set takes KEY=VALUE, found {pair!r}")
+        try:
+            found[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError:
+            raise click.UsageError(f"--set {key}: {value!r} is not a value") from None
+    return found

@@ -1,0 +1,76 @@
+"""`gptj convert`: a checkpoint into another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from gptj_convert.options import DEFAULT_DTYPE, DEFAULT_OUT, DEFAULT_SOURCE, DTYPES, KEEP
+from runner.cli.command import PATH, command
+from runner.cli.output import Output
+from runner.cli.progress import progress
+
+
+@command
+@click.argument("source", metavar="[SRC]", type=PATH, required=False)
+@click.option("--to", "target", type=click.Choice(list(DEFAULT_OUT)), required=True)
+@click.option("--out", type=PATH, help="Folder to make.  [default: converted, converted-hf]")
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPES, KEEP]),
+    help="Of the result.  [default: float32 for tf, else keep]",
+)
+@click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+def convert(
+    output: Output,
+    source: Path | None,
+    target: str,
+    out: Path | None,
+    dtype: str | None,
+    config_file: Path | None,
+    dry_run: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """Convert a checkpoint (default ./gpt-j-6b), bit for bit where the dtype allows.
+
+    SRC is a folder, a .safetensors or .bin file, or the prefix of a TensorFlow checkpoint.
+    """
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.execute import check_space, execute
+    from gptj_convert.plan import make_plan
+    from gptj_model.tensors import Scheme
+
+    scheme = Scheme(target)
+    out = out or DEFAULT_OUT[target]
+    with open_checkpoint(source or DEFAULT_SOURCE, config_file=config_file) as checkpoint:
+        plan = make_plan(checkpoint, scheme, dtype or DEFAULT_DTYPE[target])
+        figures = {
+            "output": str(out),
+            "tensors": len(plan.moves),
+            "source_bytes": plan.source_bytes,
+            "target_bytes": plan.target_bytes,
+        }
+        output.note(
+            f"{checkpoint.path} → {out}: {len(plan.moves)} tensors, "
+            f"{plan.source_bytes / 1e9:.2f} GB → {plan.target_bytes / 1e9:.2f} GB {plan.dtype}"
+        )
+        if dry_run:
+            check_space(plan, out)
+            for move in plan.moves:
+                output.data(
+                    f"{move.source_name}  →  {move.target_name}  {move.op.value}  "
+                    f"{move.source.dtype} {list(move.source.shape)} → "
+                    f"{move.target.dtype} {list(move.target.shape)}"
+                )
+            return figures
+        if not checkpoint.companions:
+            output.note("note: no tokenizer files beside the weights, so none are carried over")
+        with progress(output, "converting") as report:
+            for event in execute(plan, checkpoint, out, force=force):
+                report(event.done, event.total, event.what)
+    output.data(str(out))
+    return figures

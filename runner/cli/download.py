@@ -1,0 +1,39 @@
+"""`gptj download`: fetch a GPT-J from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from gptj_convert.options import DEFAULT_SOURCE
+from runner.cli.command import PATH, command
+from runner.cli.output import Output
+from runner.cli.progress import progress
+
+DEFAULT_REPOSITORY = "EleutherAI/gpt-j-6b"
+
+
+@command
+@click.argument("repository", metavar="[REPO]", default=DEFAULT_REPOSITORY)
+@click.option("--revision", help="Branch, tag or commit; float16 halves the size of the 6B.")
+@click.option("--out", type=PATH, help="Folder.  [default: the repository's own name]")
+def download(
+    output: Output, repository: str, revision: str | None, out: Path | None
+) -> dict[str, Any]:
+    """Fetch config, tokenizer and one set of weights (default: GPT-J-6B to ./gpt-j-6b)."""
+    from gptj_convert.download import fetch, list_files
+
+    default = DEFAULT_SOURCE if repository == DEFAULT_REPOSITORY else Path(Path(repository).name)
+    out = out or default
+    listing = list_files(repository, revision)
+    output.note(
+        f"{repository} at {listing.commit[:12]}: {len(listing.files)} files, "
+        f"{listing.total / 1e9:.2f} GB → {out}"
+    )
+    with progress(output, "downloading") as report:
+        for event in fetch(listing, out):
+            report(event.done, event.total, event.what)
+    output.data(str(out))
+    return {"output": str(out), "commit": listing.commit, "bytes": listing.total}

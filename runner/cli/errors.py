@@ -1,0 +1,59 @@
+"""From a fault to an exit code: the one place where they meet."""
+
+from __future__ import annotations
+
+import errno
+from enum import IntEnum
+
+import click
+
+from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
+
+
+class Exit(IntEnum):
+    """What the program's exit codes mean."""
+
+    OK = 0
+    OPERATIONAL = 1
+    USAGE = 2
+    MISMATCH = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that no handler mistakes it for a fault."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def exit_code(fault: GptjError) -> Exit:
+    """The exit code of a fault."""
+    return Exit.USAGE if isinstance(fault, UsageError | ConfigError) else Exit.OPERATIONAL
+
+
+def as_fault(error: BaseException) -> GptjError | None:
+    """The fault that an exception is, or None for a bug of ours."""
+    if isinstance(error, GptjError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError(error.format_message(), hint=_usage_hint(error))
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        words = error.strerror or str(error)
+        hint = "free some space and run it again" if error.errno in _FULL else None
+        return FileFault(f"{where}{words}", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return FileFault(
+            f"the Python package {error.name!r} is not installed",
+            hint="install this program with all its parts: `pip install 'gptj-tf[all]'`",
+        )
+    if isinstance(error, MemoryError):
+        return FileFault("out of memory", hint="use a smaller batch or sequence length")
+    return None
+
+
+def _usage_hint(error: click.ClickException) -> str | None:
+    context = getattr(error, "ctx", None)
+    return f"see `{context.command_path} --help`" if context else "see `gptj --help`"

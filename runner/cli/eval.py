@@ -1,0 +1,70 @@
+"""`gptj eval`: the reference's metrics of a model on records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from runner.cli.command import PATH, command, parse_settings
+from runner.cli.model_choice import default_model, params_for
+from runner.cli.output import Output
+from runner.cli.progress import progress
+
+if TYPE_CHECKING:
+    from runner.params import Params
+
+
+@command
+@click.option("--model", type=PATH, help="Any checkpoint.  [default: model_dir, or converted]")
+@click.option("--params", "params_file", type=PATH, help="YAML.  [default: beside the model]")
+@click.option("--eval-steps", type=click.IntRange(min=0), help="Batches; 0 means all.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+def evaluate(
+    output: Output,
+    model: Path | None,
+    params_file: Path | None,
+    eval_steps: int | None,
+    settings: tuple[str, ...],
+) -> dict[str, Any]:
+    """Print loss, accuracy, perplexity and bits per byte on the records of eval_input."""
+    from runner.cli import tensorflow
+
+    tensorflow.prepare()
+    from gptj_convert.checkpoint import open_checkpoint
+
+    model = model or default_model()
+    parsed = parse_settings(settings)
+    if eval_steps is not None:
+        parsed["runconfig.eval_steps"] = eval_steps
+    with open_checkpoint(model) as checkpoint:
+        params = params_for(model, params_file, parsed, checkpoint.config)
+    return {"metrics": evaluate_model(output, model, params)}
+
+
+evaluate.name = "eval"
+
+
+def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, float]:
+    """Load a model, evaluate it, print the metrics line and return the metrics."""
+    from runner.evaluate import Evaluator
+    from runner.params import reconcile
+    from runner.restore import load_model
+    from runner.train import evaluation_batches
+
+    loaded = load_model(model, adapt=lambda config: reconcile(params, config, model))
+    with progress(output, "evaluating", in_bytes=False) as report:
+        metrics = Evaluator(loaded)(
+            evaluation_batches(params, loaded.config.vocab_size),
+            tokens_per_byte=params.tokens_per_byte,
+            limit=params.runconfig.eval_steps,
+            report=lambda n: report(n, params.runconfig.eval_steps or n, "batches"),
+        )
+    output.data(metrics_line(metrics))
+    return metrics
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Metrics in the reference's order and manner."""
+    return ", ".join(f"{name} = {value:.7g}" for name, value in sorted(metrics.items()))

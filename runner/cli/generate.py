@@ -1,0 +1,81 @@
+"""`gptj generate`: continue a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from runner.cli.command import PATH, command
+from runner.cli.model_choice import default_model
+from runner.cli.output import Output
+
+
+@command
+@click.option("--model", type=PATH, help="Any checkpoint.  [default: model_dir, or converted]")
+@click.option("--prompt", help="Text to continue.")
+@click.option("--ids", help="Token ids to continue, such as 464,3290.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most likely token.",
+)
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 means all.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0)
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(
+    output: Output,
+    model: Path | None,
+    prompt: str | None,
+    ids: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Continue a prompt, given as text or as token ids."""
+    if (prompt is None) == (ids is None):
+        raise click.UsageError("give one of --prompt and --ids")
+    from runner.cli import tensorflow
+
+    tensorflow.prepare()
+    from gptj_model import generation
+    from runner.data.text import load_tokenizer
+    from runner.restore import load_model
+
+    path = model or default_model()
+    folder = path if path.is_dir() else path.parent
+    tokenizer = load_tokenizer(folder) if prompt is not None else _tokenizer_if_any(folder)
+    begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
+    loaded = load_model(path)
+    sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    made = list(
+        generation.generate(
+            loaded, begun, max_new_tokens, sampling, stop_at=loaded.config.eos_token_id
+        )
+    )
+    text = tokenizer.decode([*begun, *made]) if tokenizer else None
+    output.data(text if text is not None else " ".join(map(str, [*begun, *made])))
+    return {"ids": [*begun, *made], "text": text}
+
+
+def _tokenizer_if_any(folder: Path) -> Any:
+    from gptj_model.errors import FileFault
+    from runner.data.text import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except FileFault:
+        return None
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--ids takes numbers with commas between, found {text!r}") from None

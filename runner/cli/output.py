@@ -1,0 +1,56 @@
+"""The one place the program speaks: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from gptj_model.errors import GptjError
+
+
+class Output:
+    """A sink in one of three manners: for people, `--json` for programs, `--quiet`.
+
+    With json, stdout carries exactly one object, written by `finish` or `fail`.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+
+    def data(self, text: str) -> None:
+        """A line of what was asked for."""
+        if not self.json:
+            print(printable(text), flush=True)
+
+    def note(self, text: str) -> None:
+        """A line about how it goes."""
+        if not self.quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def finish(self, fields: Mapping[str, Any]) -> None:
+        """Close with the JSON object, if one was asked for."""
+        if self.json:
+            print(json.dumps(fields, allow_nan=False, default=str), flush=True)
+
+    def fail(self, fault: GptjError, fields: Mapping[str, Any]) -> None:
+        """Say what went wrong and what to do next."""
+        error = {"kind": fault.kind, "message": fault.message, "hint": fault.hint}
+        self.finish({"ok": False, **fields, "error": error})
+        print(printable(f"error: {fault.message}"), file=sys.stderr)
+        if fault.hint:
+            print(printable(f"hint: {fault.hint}"), file=sys.stderr)
+        sys.stderr.flush()
+
+    @property
+    def live(self) -> bool:
+        """Whether bars may be drawn."""
+        return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: names in files may hold escape codes."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,71 @@
+"""Progress events drawn: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from runner.cli.output import Output
+
+#: Seconds between lines where there is no terminal.
+LINE_EVERY = 30.0
+
+
+class Report(Protocol):
+    """Takes the state of the work: how much is done, of how much, and at what it is."""
+
+    def __call__(self, done: float, total: float, what: str) -> None:
+        """Take the present state."""
+        ...
+
+
+@contextmanager
+def progress(output: Output, title: str, *, in_bytes: bool = True) -> Iterator[Report]:
+    """A reporter to call as often as one likes."""
+    if output.live:
+        with _bar(title, in_bytes) as report:
+            yield report
+    else:
+        yield _lines(output, title)
+
+
+@contextmanager
+def _bar(title: str, in_bytes: bool) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    units = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn(title), BarColumn(), *units, TimeRemainingColumn())
+    last = TextColumn("{task.fields[what]}", style="dim", markup=False)
+    with Progress(*columns, last, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, what="")
+
+        def report(done: float, total: float, what: str) -> None:
+            bar.update(task, completed=done, total=total, what=what)
+
+        yield report
+
+
+def _lines(output: Output, title: str) -> Report:
+    begun = last = time.monotonic()
+
+    def report(done: float, total: float, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_EVERY:
+            return
+        last = now
+        left = (now - begun) * (total - done) / done if done else float("nan")
+        output.note(f"{title}: {100 * done / max(total, 1):.0f} % ({what}), {left:.0f} s to go")
+
+    return report

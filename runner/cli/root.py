@@ -1,0 +1,87 @@
+"""The `gptj` program. Commands import what is heavy inside their functions, not here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import rich_click as click
+
+from gptj_model import __version__
+from runner.cli.convert import convert
+from runner.cli.data import data
+from runner.cli.download import download
+from runner.cli.errors import Exit, Terminated, as_fault, exit_code
+from runner.cli.eval import evaluate
+from runner.cli.generate import generate
+from runner.cli.new import new
+from runner.cli.output import Output
+from runner.cli.train import train
+from runner.cli.verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gptj")
+def root() -> None:
+    """GPT-J in TensorFlow: download, convert, prove, train on."""
+
+
+for _command in (download, new, convert, verify, data, train, evaluate, generate):
+    root.add_command(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code and raises nothing."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    # For what is reported before the command itself has read its options.
+    output = Output(json="--json" in arguments, quiet="--quiet" in arguments)
+    try:
+        code = root.main(arguments, prog_name="gptj", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or Exit.OK)
+    except (KeyboardInterrupt, click.Abort):
+        return _stopped(output, "interrupted", Exit.INTERRUPTED)
+    except Terminated:
+        return _stopped(output, "terminated", Exit.TERMINATED)
+    except BrokenPipeError:
+        # Nobody reads any more; a second failure at exit would only add noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OPERATIONAL
+    except Exception as e:
+        fault = as_fault(e)
+        if fault is None or os.environ.get("GPTJ_DEBUG") == "1":
+            if os.environ.get("GPTJ_DEBUG") == "1":
+                raise
+            return _bug(output, e)
+        output.fail(fault, {})
+        return exit_code(fault)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def _stopped(output: Output, word: str, code: Exit) -> int:
+    from gptj_model.errors import GptjError
+
+    fault = GptjError(f"{word}; what was not complete is removed", hint="run it again")
+    output.fail(fault, {})
+    return code
+
+
+def _bug(output: Output, error: Exception) -> int:
+    from gptj_model.errors import GptjError
+
+    fault = GptjError(
+        f"a fault in gptj itself: {type(error).__name__}: {error}",
+        hint="run it again with GPTJ_DEBUG=1 for the traceback, and report it",
+    )
+    output.fail(fault, {})
+    return Exit.OPERATIONAL
+
+
+if __name__ == "__main__":
+    sys.exit(main())

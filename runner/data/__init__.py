@@ -1,0 +1,1 @@
+"""Text into records, and records into batches."""

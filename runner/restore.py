@@ -1,0 +1,37 @@
+"""A Keras model from a checkpoint of any format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gptj_convert.checkpoint import open_checkpoint
+from gptj_convert.plan import match
+from gptj_model.config import GPTJConfig
+from gptj_model.model import GPTJ
+from gptj_model.weights import load_weights
+
+
+def load_model(
+    path: Path,
+    *,
+    adapt: Callable[[GPTJConfig], GPTJConfig] = lambda config: config,
+    seed: int = 0,
+    config_file: Path | None = None,
+) -> GPTJ:
+    """Open, check and load a checkpoint.
+
+    Args:
+        path: a Hugging Face folder or file, a converted folder, a run's folder or a bundle.
+        adapt: may change the config before the model is made (dropouts), or refuse it.
+        seed: of the dropout masks.
+        config_file: for a bundle without a config beside it.
+
+    Raises:
+        GptjError: see `open_checkpoint` and `match`.
+    """
+    with open_checkpoint(path, config_file=config_file) as checkpoint:
+        match(checkpoint)
+        model = GPTJ(adapt(checkpoint.config), seed=seed)
+        load_weights(model, checkpoint.source, checkpoint.scheme)
+    return model

@@ -1,0 +1,88 @@
+"""Learning-rate schedules of the reference, as functions of the step.
+
+Update s (the first is 1) uses the rate at t = s - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from runner import params as p
+
+Rate = Callable[[int], float]
+
+
+def learning_rate(schedules: Sequence[p.Schedule]) -> Rate:
+    """The rate at step t of schedules that run one after the other.
+
+    A member starts from its own step 0 unless it sets disable_lr_steps_reset; the last goes on
+    for ever.
+    """
+    members = []
+    begin = 0
+    for n, schedule in enumerate(schedules):
+        length = None if n == len(schedules) - 1 else _length(schedule)
+        offset = 0 if schedule.disable_lr_steps_reset else begin
+        members.append((begin if length is None else begin + length, offset, _single(schedule)))
+        begin += length or 0
+
+    def rate(t: int) -> float:
+        for end, offset, member in members[:-1]:
+            if t < end:
+                return member(t - offset)
+        _, offset, member = members[-1]
+        return member(t - offset)
+
+    return rate
+
+
+def _length(schedule: p.Schedule) -> int:
+    steps = schedule.decay_steps if isinstance(schedule, p.Cosine) else schedule.steps
+    assert steps is not None, "validated"
+    return steps
+
+
+def _single(s: p.Schedule) -> Rate:
+    match s:
+        case p.Constant():
+            return lambda t: s.learning_rate
+        case p.Linear():
+            return lambda t: _polynomial(t, s.initial_learning_rate, s.end_learning_rate, s.steps)
+        case p.Polynomial():
+            return lambda t: _polynomial(
+                t, s.initial_learning_rate, s.end_learning_rate, s.steps, s.power, s.cycle
+            )
+        case p.Cosine():
+            return lambda t: _cosine(t, s)
+        case p.Exponential():
+            return lambda t: _exponential(t, s)
+        case p.PiecewiseConstant():
+            return lambda t: _piecewise(t, s)
+
+
+def _polynomial(
+    t: int, initial: float, end: float, steps: int, power: float = 1.0, cycle: bool = False
+) -> float:
+    # With `cycle` the decay stretches to the next multiple of `steps` instead of holding.
+    span = steps * max(1, math.ceil(t / steps)) if cycle else steps
+    return (initial - end) * (1 - min(t, span) / span) ** power + end
+
+
+def _cosine(t: int, s: p.Cosine) -> float:
+    half_wave = (1 + math.cos(math.pi * min(t, s.decay_steps) / s.decay_steps)) / 2
+    return s.initial_learning_rate * ((1 - s.alpha) * half_wave + s.alpha)
+
+
+def _exponential(t: int, s: p.Exponential) -> float:
+    exponent = t / s.decay_steps
+    return s.initial_learning_rate * s.decay_rate ** (
+        math.floor(exponent) if s.staircase else exponent
+    )
+
+
+def _piecewise(t: int, s: p.PiecewiseConstant) -> float:
+    for boundary, value in zip(s.boundaries, s.values, strict=False):
+        if t <= boundary:
+            return value
+    return s.values[-1]
