@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Tokens compared at once: float64 copies of a whole prompt's logits would take gigabytes.
+_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LogitsFigures:
@@ -28,27 +31,40 @@ class LogitsFigures:
 
 def compare_logits(found_TV: np.ndarray, expected_TV: np.ndarray) -> LogitsFigures:
     """Figures in float64. A NaN on either side makes the figures NaN, which no tolerance passes."""
-    found_TV, expected_TV = found_TV.astype(np.float64), expected_TV.astype(np.float64)
-    delta_TV = np.abs(found_TV - expected_TV)
-    spread = float(expected_TV.std())
-    max_abs = float(delta_TV.max())
-    log_p, log_q = _log_softmax(expected_TV), _log_softmax(found_TV)
-    kl_T = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    same_T = found_TV.argmax(-1) == expected_TV.argmax(-1)
+    max_abs_T = np.empty(len(expected_TV))
+    kl_T, same_T = np.empty_like(max_abs_T), np.empty_like(max_abs_T)
+    total = squares = 0.0
+    for start in range(0, len(expected_TV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        found, expected = (x[rows].astype(np.float64) for x in (found_TV, expected_TV))
+        max_abs_T[rows] = np.abs(found - expected).max(-1)
+        log_p, log_q = _log_softmax(expected), _log_softmax(found)
+        kl_T[rows] = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+        same_T[rows] = found.argmax(-1) == expected.argmax(-1)
+        total += expected.sum()
+        squares += np.square(expected).sum()
+    mean = total / expected_TV.size
+    spread = max(0.0, squares / expected_TV.size - mean**2) ** 0.5
+    max_abs = float(max_abs_T.max())
     return LogitsFigures(
         max_abs=max_abs,
-        relative=max_abs / spread if spread > 0 else (0.0 if max_abs == 0 else np.inf),
+        relative=_relative(max_abs, spread),
         max_kl=max(0.0, float(kl_T.max())) if np.isfinite(kl_T).all() else float("nan"),
         top1=float(same_T.mean()),
-        worst_token=int(delta_TV.max(-1).argmax()),
+        worst_token=int(max_abs_T.argmax()),
     )
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest |Δ| divided by the standard deviation of what is expected."""
     spread = float(expected.std(dtype=np.float64))
-    delta = float(np.abs(found - expected).max())
-    return delta / spread if spread > 0 else (0.0 if delta == 0 else float("inf"))
+    return _relative(float(np.abs(found - expected).max()), spread)
+
+
+def _relative(delta: float, spread: float) -> float:
+    if spread > 0 or np.isnan(delta) or np.isnan(spread):
+        return delta / spread if spread else float("nan")
+    return 0.0 if delta == 0 else float("inf")
 
 
 def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptj_convert.execute import Progress
 from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
@@ -62,7 +63,7 @@ def list_files(repository: str, revision: str | None) -> Listing:
     return Listing(repository, info.sha or "main", {name: sizes[name] for name in chosen})
 
 
-def fetch(listing: Listing, folder: Path) -> Iterator[Progress]:
+def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) -> None:
     """Download what is listed into `folder`; files that are there and whole are not fetched again.
 
     Raises:
@@ -73,23 +74,25 @@ def fetch(listing: Listing, folder: Path) -> Iterator[Progress]:
     from huggingface_hub.errors import HfHubHTTPError
 
     folder.mkdir(parents=True, exist_ok=True)
-    present = sum(
-        size
-        for name, size in listing.files.items()
-        if (folder / name).is_file() and (folder / name).stat().st_size == size
-    )
-    free = shutil.disk_usage(folder).free
-    if listing.total - present > free:
+    missing = {n: size for n, size in listing.files.items() if _size(folder / n) != size}
+    needed, free = sum(missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
         raise FileFault(
-            f"{folder}: {(listing.total - present) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
             hint="free some space, or name a folder on another disk with --out",
         )
-    done = 0
+    done = listing.total - needed
     # Small files first, so that a wrong repository shows before the long transfer.
-    for name, size in sorted(listing.files.items(), key=lambda item: item[1]):
-        yield Progress(done, listing.total, name)
+    for name, size in sorted(missing.items(), key=lambda item: item[1]):
+        report(Progress(done, listing.total, name))
         try:
-            hf_hub_download(listing.repository, name, revision=listing.commit, local_dir=folder)
+            hf_hub_download(
+                listing.repository,
+                name,
+                revision=listing.commit,
+                local_dir=folder,
+                tqdm_class=_reporter(name, done, listing.total, report),
+            )
         except HfHubHTTPError as e:
             raise _fault(listing.repository, e) from None
         except OSError as e:
@@ -97,14 +100,34 @@ def fetch(listing: Listing, folder: Path) -> Iterator[Progress]:
                 f"{listing.repository}: {name} was not fetched: {e}",
                 hint="run the same command again",
             ) from None
-        found = (folder / name).stat().st_size
-        if size and found != size:
+        if _size(folder / name) != size:
             raise HubFault(
-                f"{folder / name}: has {found} bytes, the hub says {size}",
+                f"{folder / name}: has {_size(folder / name)} bytes, the hub says {size}",
                 hint="delete the file and run the same command again",
             )
         done += size
-    yield Progress(listing.total, listing.total, "done")
+    report(Progress(listing.total, listing.total, "done"))
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _reporter(name: str, done: int, total: int, report: Callable[[Progress], None]) -> type:
+    """A progress bar, as the library wants one, that draws nothing and reports bytes."""
+    from tqdm.std import tqdm
+
+    class Reporter(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+            self._fetched = kwargs.get("initial") or 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._fetched += n or 0
+            report(Progress(int(done + self._fetched), total, name))
+            return None
+
+    return Reporter
 
 
 def _fault(repository: str, error: Exception) -> HubFault:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.options import DEFAULT_DTYPE, KEEP
+from gptj_convert.panels import Panels
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import TensorFault, UsageError
-from gptj_model.source import TensorInfo
+from gptj_model.source import TensorInfo, raw_bytes
 from gptj_model.tensors import (
+    EMBEDDING,
     GLOBAL_STEP,
     HEAD_WEIGHT,
     Op,
@@ -86,6 +88,8 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
     for name in left:
         if name in dropped or (scheme is Scheme.TF and is_training_state(name)):
             continue
+        if scheme is Scheme.HF and name == HEAD_WEIGHT.hf and _repeats_embedding(checkpoint):
+            continue
         problems.append(f"{name!r} is not a tensor of this model")
     if problems:
         raise TensorFault(str(checkpoint.path), problems, hint=_hint(checkpoint, left))
@@ -135,6 +139,18 @@ def target_tensors(plan: Plan) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _repeats_embedding(checkpoint: Checkpoint) -> bool:
+    """Whether the head that a tied model's file holds is the embedding once more, bit for bit."""
+    names = (HEAD_WEIGHT.hf, EMBEDDING.hf)
+    source = checkpoint.source
+    if not all(name in source.tensors for name in names):
+        return False
+    if source.tensors[names[0]] != source.tensors[names[1]]:
+        return False
+    sides = (Panels(source, name, Op.COPY) for name in names)
+    return all(raw_bytes(a) == raw_bytes(b) for a, b in zip(*sides, strict=True))
+
+
 def _hint(checkpoint: Checkpoint, unknown: dict[str, TensorInfo]) -> str | None:
     if any(name.startswith("h.0.") for name in unknown):
         return (
@@ -142,7 +158,7 @@ def _hint(checkpoint: Checkpoint, unknown: dict[str, TensorInfo]) -> str | None:
             "(a head is never made up)"
         )
     if checkpoint.config.tie_word_embeddings and HEAD_WEIGHT.hf in unknown:
-        return "config.json ties the head to the embedding, but the file holds a head of its own"
+        return "config.json ties the head to the embedding, but the file holds another head"
     untied = replace(checkpoint.config, tie_word_embeddings=True)
     names = {t.names(checkpoint.scheme)[0] for t in table(untied)}
     present = set(checkpoint.source.tensors)

@@ -6,13 +6,14 @@ Key names and defaults are those of the reference implementation's YAML files.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
@@ -21,7 +22,8 @@ from gptj_model.tensors import table
 PARAMS_FILE = "params.yaml"
 MAX_YAML_BYTES = 2**20
 #: Aliases let a small file describe a huge one; no params.yaml needs many.
-MAX_ALIASES = 100
+MAX_ALIASES = 20
+_ALIAS = re.compile(rb"(?:^|[\s\[{,:-])\*\w")
 
 #: YAML key → GPTJConfig field, for the values that are stored as they are.
 MODEL_KEYS = {
@@ -81,13 +83,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
     if len(raw) > MAX_YAML_BYTES:
         raise ConfigError(f"{path}: is larger than {MAX_YAML_BYTES} bytes, expected parameters")
-    if sum(word.startswith(b"*") for word in raw.split()) > MAX_ALIASES:
+    if len(_ALIAS.findall(raw)) > MAX_ALIASES:
         raise ConfigError(f"{path}: has more than {MAX_ALIASES} aliases")
     try:
         values = YAML(typ="safe", pure=True).load(raw.decode("utf-8"))
-    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        text = " ".join(line.strip() for line in str(e).splitlines()[:4])
-        raise ConfigError(f"{path}: is not valid YAML: {text}") from None
+    except MarkedYAMLError as e:
+        line = f" at line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        problem = str(e.problem).splitlines()[0]
+        raise ConfigError(f"{path}: is not valid YAML: {problem}{line}") from None
+    except (YAMLError, ValueError, RecursionError) as e:
+        problem = str(e).splitlines()[0]
+        raise ConfigError(f"{path}: is not valid YAML: {problem}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
     return values

@@ -34,6 +34,21 @@ class Context(NamedTuple):
     """Index of the first query among the cached keys; 0 without a cache."""
 
 
+class Dropout(keras.layers.Layer):
+    """Zeroes a share of the values in training. All draw from one generator, whose state
+    therefore restores them all."""
+
+    def __init__(self, rate: float, seeds: keras.random.SeedGenerator, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.rate = rate
+        self.seeds = seeds
+
+    def call(self, x, training=False):
+        if not training or self.rate == 0:
+            return x
+        return keras.random.dropout(x, self.rate, seed=self.seeds)
+
+
 class Attention(keras.layers.Layer):
     """Causal self-attention with rotary positions; no biases; softmax in float32."""
 
@@ -50,9 +65,8 @@ class Attention(keras.layers.Layer):
         self.k_proj = projection("k_proj")
         self.v_proj = projection("v_proj")
         self.out_proj = projection("out_proj")
-        self.drop_probabilities = keras.layers.Dropout(config.attn_pdrop, seed=None)
-        self.drop_residual = keras.layers.Dropout(config.resid_pdrop)
-        _share_seeds(seeds, self.drop_probabilities, self.drop_residual)
+        self.drop_probabilities = Dropout(config.attn_pdrop, seeds)
+        self.drop_residual = Dropout(config.resid_pdrop, seeds)
 
     def build(self, input_shape: Any) -> None:
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
@@ -92,8 +106,7 @@ class FeedForward(keras.layers.Layer):
         super().__init__(**kwargs)
         self.fc_in = keras.layers.Dense(config.ffn_dim, name="fc_in", dtype=self.dtype_policy)
         self.fc_out = keras.layers.Dense(config.n_embd, name="fc_out", dtype=self.dtype_policy)
-        self.drop_residual = keras.layers.Dropout(config.resid_pdrop)
-        _share_seeds(seeds, self.drop_residual)
+        self.drop_residual = Dropout(config.resid_pdrop, seeds)
 
     def build(self, input_shape: Any) -> None:
         self.fc_in.build(input_shape)
@@ -148,10 +161,3 @@ def layer_norm(config: GPTJConfig, name: str, dtype: Any) -> keras.layers.LayerN
     return keras.layers.LayerNormalization(
         epsilon=config.layer_norm_epsilon, name=name, dtype=dtype
     )
-
-
-def _share_seeds(seeds: keras.random.SeedGenerator, *layers: keras.layers.Dropout) -> None:
-    """Let the dropouts draw from one generator, so that one state restores them all."""
-    for layer in layers:
-        if layer.rate > 0:
-            layer.seed_generator = seeds

@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from gptj_model.config import GPTJConfig
-from gptj_model.layers import Block, Context, Head, layer_norm
+from gptj_model.layers import Block, Context, Dropout, Head, layer_norm
 from gptj_model.rotary import sin_cos_tables
 
 #: Added to the score of a key that must not be seen: its probability underflows to 0.
@@ -44,9 +44,7 @@ class GPTJ(keras.Model):
         self.wte = keras.layers.Embedding(
             config.vocab_size, config.n_embd, name="wte", dtype=policy
         )
-        self.drop = keras.layers.Dropout(config.embd_pdrop)
-        if config.embd_pdrop > 0:
-            self.drop.seed_generator = self.seeds
+        self.drop = Dropout(config.embd_pdrop, self.seeds)
         self.blocks = [
             Block(config, self.seeds, name=f"h_{i}", dtype=policy) for i in range(config.n_layer)
         ]

@@ -22,7 +22,7 @@ class Evaluator:
     """Metrics of a model, compiled once."""
 
     def __init__(self, model: GPTJ) -> None:
-        @tf.function
+        @tf.function(jit_compile=True)
         def run(ids_BT, ignored_BT, labels_BT):
             return token_loss(model(ids_BT, training=False), labels_BT, ignored_BT)
 

@@ -46,7 +46,7 @@ class Optimizer:
                 variables.append(variable)
             self._slots_of[tensor] = variables
         self._update: _Update = getattr(self, f"_{params.optimizer_type}")
-        self.apply = tf.function(self._apply)
+        self.apply = tf.function(self._apply, jit_compile=True)
 
     def scalars(self, step: int) -> dict[str, np.ndarray]:
         """What a checkpoint after `step` updates holds beside weights and slots."""

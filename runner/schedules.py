@@ -1,6 +1,7 @@
 """Learning-rate schedules of the reference, as functions of the step.
 
-Update s (the first is 1) uses the rate at t = s - 1.
+Update s (the first is 1) uses the rate at t = s - 1. Computed in float32 like the reference's:
+at the end of a cosine the rounding of 1 + cos is a visible part of a small rate.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from runner import params as p
 
+F32 = np.float32
 Rate = Callable[[int], float]
 
 
@@ -66,19 +70,22 @@ def _polynomial(
 ) -> float:
     # With `cycle` the decay stretches to the next multiple of `steps` instead of holding.
     span = steps * max(1, math.ceil(t / steps)) if cycle else steps
-    return (initial - end) * (1 - min(t, span) / span) ** power + end
+    left = 1 - F32(min(t, span)) / F32(span)
+    return float((F32(initial) - F32(end)) * left ** F32(power) + F32(end))
 
 
 def _cosine(t: int, s: p.Cosine) -> float:
-    half_wave = (1 + math.cos(math.pi * min(t, s.decay_steps) / s.decay_steps)) / 2
-    return s.initial_learning_rate * ((1 - s.alpha) * half_wave + s.alpha)
+    fraction = F32(min(t, s.decay_steps)) / F32(s.decay_steps)
+    half_wave = F32(0.5) * (1 + np.cos(F32(math.pi) * fraction))
+    alpha = F32(s.alpha)
+    return float(F32(s.initial_learning_rate) * ((1 - alpha) * half_wave + alpha))
 
 
 def _exponential(t: int, s: p.Exponential) -> float:
-    exponent = t / s.decay_steps
-    return s.initial_learning_rate * s.decay_rate ** (
-        math.floor(exponent) if s.staircase else exponent
-    )
+    exponent = F32(t) / F32(s.decay_steps)
+    if s.staircase:
+        exponent = np.floor(exponent)
+    return float(F32(s.initial_learning_rate) * F32(s.decay_rate) ** exponent)
 
 
 def _piecewise(t: int, s: p.PiecewiseConstant) -> float:

@@ -173,7 +173,7 @@ def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write arrays that are in memory as a bundle, durably.
 
     Raises:
-        OSError: the files exist, or the disk is full.
+        FileFault: the files exist, or the disk is full.
     """
     arrays = {
         name: np.ascontiguousarray(values).reshape(values.shape) for name, values in tensors.items()

@@ -33,7 +33,6 @@ def download(
         f"{listing.total / 1e9:.2f} GB → {out}"
     )
     with progress(output, "downloading") as report:
-        for event in fetch(listing, out):
-            report(event.done, event.total, event.what)
+        fetch(listing, out, lambda event: report(event.done, event.total, event.what))
     output.data(str(out))
     return {"output": str(out), "commit": listing.commit, "bytes": listing.total}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from enum import IntEnum
 
 import click
 
+from gptj_convert.formats.output_file import FULL
 from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
 
 
@@ -25,9 +25,6 @@ class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that no handler mistakes it for a fault."""
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def exit_code(fault: GptjError) -> Exit:
     """The exit code of a fault."""
     return Exit.USAGE if isinstance(fault, UsageError | ConfigError) else Exit.OPERATIONAL
@@ -42,7 +39,7 @@ def as_fault(error: BaseException) -> GptjError | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         words = error.strerror or str(error)
-        hint = "free some space and run it again" if error.errno in _FULL else None
+        hint = "free some space and run it again" if error.errno in FULL else None
         return FileFault(f"{where}{words}", hint=hint)
     if isinstance(error, ModuleNotFoundError) and error.name:
         return FileFault(

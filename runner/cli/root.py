@@ -67,7 +67,9 @@ def _terminate(signum: int, frame: object) -> None:
 def _stopped(output: Output, word: str, code: Exit) -> int:
     from gptj_model.errors import GptjError
 
-    fault = GptjError(f"{word}; what was not complete is removed", hint="run it again")
+    fault = GptjError(
+        f"{word}; nothing incomplete is left under its final name", hint="run it again"
+    )
     output.fail(fault, {})
     return code
 

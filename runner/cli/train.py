@@ -51,6 +51,7 @@ def train(
     tensorflow.prepare()
     from gptj_convert.reference_yaml import PARAMS_FILE
     from runner import train as training
+    from runner.data.records import find_records
 
     parsed = parse_settings(settings)
     params = _params(init_from, params_file, model_dir, parsed)
@@ -60,6 +61,7 @@ def train(
     if mode in ("eval", "eval_all"):
         return _evaluate(output, params, model_dir, init_from, every=mode == "eval_all")
 
+    find_records(params.train_input.data_dir)  # before the model is loaded
     stop = _StopSignals()
     with training.locked(model_dir), stop:
         run = training.Run(

@@ -43,24 +43,38 @@ def batches(
         skip: batches to leave out at the beginning, when a run continues.
 
     Raises:
-        DataFault: no records, or one that is damaged or does not fit; with file and record.
+        UsageError: there are no records.
+        DataFault: one is damaged or does not fit; with file and record.
     """
     paths = find_records(params.data_dir)
     length = params.max_sequence_length
     check_records(paths, length=length, vocab_size=vocab_size, only_first=True)
     dataset = _dataset(params, paths, training).skip(skip + params.skip_steps)
-    empty = True
+    dataset = dataset.map(_parser(length, vocab_size)).prefetch(tf.data.AUTOTUNE)
+    return _iterate(dataset, params, paths, vocab_size, may_be_empty=skip > 0)
+
+
+def _iterate(
+    dataset: tf.data.Dataset,
+    params: InputParams,
+    paths: list[Path],
+    vocab_size: int,
+    *,
+    may_be_empty: bool,
+) -> Iterator[Batch]:
+    where = ", ".join(params.data_dir)
+    empty = not may_be_empty
     try:
-        for batch in dataset.map(_parser(length)).prefetch(tf.data.AUTOTUNE):
+        for batch in dataset:
             empty = False
             yield batch
     except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-        check_records(paths, length=length, vocab_size=vocab_size)
-        raise DataFault(f"{', '.join(params.data_dir)}: cannot be read: {e.message}") from None
-    if empty and not skip:
+        # TensorFlow does not say which record it was.
+        check_records(paths, length=params.max_sequence_length, vocab_size=vocab_size)
+        raise DataFault(f"{where}: cannot be read: {e.message}") from None
+    if empty:
         raise DataFault(
-            f"{', '.join(params.data_dir)}: holds fewer records than one batch of "
-            f"{params.batch_size}",
+            f"{where}: holds fewer records than one batch of {params.batch_size}",
             hint="choose a smaller batch_size",
         )
 
@@ -82,11 +96,15 @@ def _dataset(params: InputParams, paths: list[Path], training: bool) -> tf.data.
     return dataset
 
 
-def _parser(length: int):
+def _parser(length: int, vocab_size: int):
     features = {name: tf.io.FixedLenFeature([length], tf.int64) for name in FEATURES}
 
     def parse(serialized: tf.Tensor) -> Batch:
         example: dict[str, Any] = tf.io.parse_example(serialized, features)
+        # Compiled code would clamp such an id in silence.
+        for name in (INPUT_IDS, LABELS):
+            ids = tf.cast(example[name], tf.uint64)  # a negative one becomes huge
+            tf.debugging.assert_less(ids, tf.constant(vocab_size, tf.uint64))
         return (
             tf.cast(example[INPUT_IDS], tf.int32),
             1.0 - tf.cast(example[INPUT_MASK], tf.float32),

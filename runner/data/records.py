@@ -17,7 +17,7 @@ import tensorflow as tf
 from crc32c import crc32c
 
 from gptj_convert.formats.bundle import masked
-from gptj_model.errors import DataFault
+from gptj_model.errors import DataFault, UsageError
 
 #: The features of an example, each a list of max_sequence_length numbers.
 INPUT_IDS = "input_ids"
@@ -38,15 +38,15 @@ def find_records(folders: Sequence[str]) -> list[Path]:
     """Every record file of the folders, sorted.
 
     Raises:
-        DataFault: a folder does not exist, or there is no record at all.
+        UsageError: a folder does not exist, or there is no record at all.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise DataFault(f"{folder}: not found, expected a folder of {PATTERN}", hint=DATA_HINT)
+            raise UsageError(f"{folder}: not found, expected a folder of {PATTERN}", hint=DATA_HINT)
         found += (p for p in folder.glob(PATTERN) if p.is_file())
     if not found:
-        raise DataFault(
+        raise UsageError(
             f"{', '.join(folders)}: holds no {PATTERN}, expected training records", hint=DATA_HINT
         )
     return sorted(found)

@@ -1,0 +1,116 @@
+"""Shared fixtures: the program called in this process, and small checkpoints of healthy scale."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runner.cli import tensorflow
+
+tensorflow.prepare()
+
+from gptj_convert.random_checkpoint import write_random_checkpoint  # noqa: E402
+from gptj_model.config import GPTJConfig  # noqa: E402
+from runner.cli.root import main  # noqa: E402
+
+GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
+
+#: Odd sizes, so that a wrong axis shows in a shape; square projections, so that one may not.
+SMALL = {"vocab_size": 211, "n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 6}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of the program did."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def gptj(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Call the program in this process: `gptj("convert", path, "--to", "tf")`."""
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            code = main([str(a) for a in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return Outcome(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_checkpoint(out: Path, *, seed: int = 7, dtype: str = "float32", **fields: Any) -> Path:
+    """A random Hugging Face checkpoint of `SMALL`, with single fields replaced."""
+    config = GPTJConfig.preset("tiny", **SMALL | fields)
+    for _ in write_random_checkpoint(config, out, seed=seed, dtype=dtype):
+        pass
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint that tests may read but not change."""
+    return make_checkpoint(tmp_path_factory.mktemp("small") / "hf")
+
+
+@pytest.fixture
+def hf(small_hf: Path, workdir: Path) -> Path:
+    """A small checkpoint of one's own, at ./hf."""
+    return shutil.copytree(small_hf, workdir / "hf")
+
+
+@pytest.fixture
+def converted(hf: Path, gptj: Callable[..., Outcome]) -> Path:
+    """./hf converted to ./converted."""
+    assert gptj("convert", hf, "--to", "tf", "--quiet").code == 0
+    return Path("converted")
+
+
+@pytest.fixture
+def golden_run(request: pytest.FixtureRequest, workdir: Path) -> Path:
+    """A recorded run's folder, by parametrised name, which is the current folder."""
+    folder = shutil.copytree(GOLDEN_RUNS / request.param, workdir / request.param)
+    os.chdir(folder)
+    return folder
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, by the library."""
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file with the library."""
+    from safetensors.numpy import save_file
+
+    arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    save_file(arrays, path, metadata={"format": "pt"})

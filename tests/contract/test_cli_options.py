@@ -1,0 +1,47 @@
+"""The public options, frozen: other programs call them."""
+
+from __future__ import annotations
+
+import click
+
+from runner.cli.root import root
+
+COMMON = {"--json", "--quiet"}
+OPTIONS = {
+    "convert": {"--to", "--out", "--dtype", "--config", "--dry-run", "--force"},
+    "data text": {
+        "--tokenizer", "--max-sequence-length", "--out", "--glob", "--on-error", "--force",
+    },
+    "download": {"--revision", "--out"},
+    "eval": {"--model", "--params", "--eval-steps", "--set"},
+    "generate": {
+        "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
+        "--seed",
+    },
+    "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--force"},
+    "train": {
+        "--init-from", "--params", "--model-dir", "--mode", "--max-steps", "--steps", "--set",
+        "--strict",
+    },
+    "verify": {"--against", "--tolerance", "--level", "--config"},
+}  # fmt: skip
+
+
+def _options(group: click.Group, prefix: str = "") -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= _options(command, f"{prefix}{name} ")
+        else:
+            options = (p for p in command.params if isinstance(p, click.Option))
+            found[prefix + name] = {o for p in options for o in p.opts}
+    return found
+
+
+def test_commands_and_options_are_the_published_ones():
+    assert _options(root) == {name: own | COMMON for name, own in OPTIONS.items()}
+
+
+def test_every_option_is_explained():
+    for command in (c for c in root.commands.values() if not isinstance(c, click.Group)):
+        assert command.help, command.name

@@ -1,0 +1,49 @@
+"""What may be loaded when: the command line stays light, converting needs no framework."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "tensorflow", "keras", "transformers")
+
+_PROBE = """
+import json, sys
+from runner.cli.root import main
+code = main(sys.argv[1:])
+loaded = sorted({name.partition(".")[0] for name in sys.modules})
+print("\\n" + json.dumps({"code": code, "loaded": loaded}))
+"""
+
+
+def _loaded(*arguments: object, cwd: Path) -> set[str]:
+    command = [sys.executable, "-c", _PROBE, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["code"] == 0, done.stderr
+    return set(outcome["loaded"])
+
+
+@pytest.mark.parametrize("command", ["", "convert", "verify", "train", "data", "generate"])
+def test_help_loads_nothing_heavy(command: str, tmp_path: Path):
+    loaded = _loaded(*command.split(), "--help", cwd=tmp_path)
+    assert not loaded & {*HEAVY, "numpy", "pydantic"}
+
+
+def test_convert_needs_no_framework(small_hf: Path, tmp_path: Path):
+    assert not _loaded("convert", small_hf, "--to", "tf", cwd=tmp_path) & set(HEAVY)
+
+
+def test_verifying_weights_needs_no_framework(small_hf: Path, tmp_path: Path):
+    _loaded("convert", small_hf, "--to", "tf", cwd=tmp_path)
+    assert not _loaded("verify", "--level", "weights", cwd=tmp_path) & set(HEAVY)
+
+
+def test_the_model_package_itself_loads_no_keras(tmp_path: Path):
+    probe = "import sys, gptj_model.tensors, gptj_model.source; print('keras' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

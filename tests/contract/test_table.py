@@ -1,0 +1,91 @@
+"""The table against everything that names GPT-J's tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from gptj_model.config import GPTJConfig
+from gptj_model.model import GPTJ
+from gptj_model.source import read_tensor
+from gptj_model.tensors import Scheme, ignored_hf, is_training_state, slot_name, table
+from gptj_model.weights import variables
+from tests.conftest import GOLDEN_RUNS, SMALL
+
+SIX_B = GPTJConfig()
+SMALL_CONFIG = GPTJConfig.preset("tiny", **SMALL)
+TIED = replace(SMALL_CONFIG, tie_word_embeddings=True)
+
+
+def test_6b_has_its_published_tensors_and_parameters():
+    assert len(table(SIX_B)) == 285
+    assert sum(t.size for t in table(SIX_B)) == 6_050_882_784
+
+
+@pytest.mark.parametrize("config", [SIX_B, TIED], ids=["6b", "tied"])
+@pytest.mark.parametrize("scheme", Scheme)
+def test_names_are_unique_in_every_scheme(config: GPTJConfig, scheme: Scheme):
+    names = [name for t in table(config) for name in t.names(scheme)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("config", [SIX_B, SMALL_CONFIG, TIED], ids=["6b", "small", "tied"])
+def test_names_and_shapes_are_those_of_transformers(config: GPTJConfig):
+    with torch.device("meta"):
+        hf_config = transformers.GPTJConfig(**config.to_hf(dtype="float32"))
+        model = transformers.GPTJForCausalLM(hf_config)
+    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    expected = {k: v for k, v in state.items() if k not in ignored_hf(config)}
+    if config.tie_word_embeddings:
+        # transformers lists the tied head; its files do not hold it.
+        del expected["lm_head.weight"]
+    assert {t.hf: t.shape for t in table(config)} == expected
+
+
+@pytest.mark.parametrize("config", [SMALL_CONFIG, TIED], ids=["small", "tied"])
+def test_names_and_shapes_are_those_of_the_keras_model(config: GPTJConfig):
+    found = {hf: tuple(v.shape) for hf, v in variables(GPTJ(config)).items()}
+    assert found == {t.hf: t.shape_in(Scheme.KERAS) for t in table(config)}
+
+
+@pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
+def test_names_and_shapes_are_those_of_the_reference(case: str):
+    from gptj_convert.formats.bundle import BundleSource
+
+    folder = GOLDEN_RUNS / case
+    config = GPTJConfig.from_file(folder / "hf/config.json")
+    source = BundleSource(folder / "tf_model.ckpt")
+    weights = {n: i.shape for n, i in source.tensors.items() if not is_training_state(n)}
+    assert weights == {t.tf: t.shape_in(Scheme.TF) for t in table(config)}
+    assert read_tensor(source, "global_step") == 0
+
+
+@pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
+def test_training_state_of_the_reference_is_told_from_weights(case: str):
+    from gptj_convert.formats.bundle import BundleSource
+
+    folder = GOLDEN_RUNS / case
+    config = GPTJConfig.from_file(folder / "hf/config.json")
+    names = set(BundleSource(folder / "ckpt/model.ckpt-20").tensors)
+    weights = {t.tf for t in table(config)}
+    slots = {slot_name(w, s) for w in weights for s in ("AdamW", "AdamW_1")}
+    assert weights | slots <= names
+    assert all(is_training_state(n) for n in names - weights)
+    assert not any(is_training_state(n) for n in weights)
+
+
+def test_names_and_shapes_are_those_of_the_cs_client():
+    config = GPTJConfig.from_file(GOLDEN_RUNS / "adamw/hf/config.json")
+    expected = json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
+    found = {name: list(t.shape) for t in table(config) for name in t.names(Scheme.CS)}
+    assert found == expected
+
+
+def test_the_first_dense_layer_has_no_number():
+    names = {t.tf for t in table(SMALL_CONFIG)}
+    assert "gptj_decoder/0/mlp/dense_layer/dense_layer/kernel" in names
+    assert "gptj_decoder/2/mlp/dense_layer_5/dense_layer_5/bias" in names

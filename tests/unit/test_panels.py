@@ -1,0 +1,70 @@
+"""Panels: whatever the sizes of panel and strip, the bytes are those of the whole tensor."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from crc32c import crc32c
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gptj_convert import panels
+from gptj_model.source import TensorInfo, raw_bytes
+from gptj_model.tensors import Op
+
+
+class OneArray:
+    """A source of a single array in memory."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.tensors = {"x": TensorInfo(values.dtype.name, values.shape)}
+        self._raw = values.tobytes()
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self._raw[offset : offset + len(buffer)]
+
+    def close(self) -> None:
+        pass
+
+
+@given(
+    values=hnp.arrays(
+        st.sampled_from([np.float32, np.float16]),
+        hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=40),
+        elements=st.floats(-100, 100, width=16),
+    ),
+    panel=st.integers(1, 400),
+    strip=st.integers(1, 2000),
+    op=st.sampled_from(Op),
+)
+def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: int, op: Op):
+    with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
+        reader = panels.Panels(OneArray(values), "x", op)
+        found = b"".join(bytes(raw_bytes(p)) for p in reader)
+    assert found == np.ascontiguousarray(op(values)).tobytes()
+    assert reader.crc == crc32c(values.tobytes())
+
+
+@pytest.mark.parametrize("op", Op)
+def test_panels_are_small(op: Op):
+    values = np.zeros((1000, 3000), np.float32)
+    with patch.object(panels, "PANEL_BYTES", 40_000), patch.object(panels, "STRIP_BYTES", 80_000):
+        sizes = [p.nbytes for p in panels.Panels(OneArray(values), "x", op)]
+    assert max(sizes) <= 40_000
+    assert sum(sizes) == values.nbytes
+
+
+@given(
+    hnp.arrays(
+        np.uint32, hnp.array_shapes(min_dims=1, max_dims=2), elements=st.integers(0, 2**32 - 1)
+    ),
+    st.sampled_from(Op),
+)
+def test_every_op_undoes_itself_bit_for_bit(bits: np.ndarray, op: Op):
+    values = bits.view(np.float32)
+    there = np.ascontiguousarray(op(values))
+    assert there.shape == op.shape(values.shape)
+    assert np.array_equal(op(there).view(np.uint32), bits)
