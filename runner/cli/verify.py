@@ -86,7 +86,8 @@ def _show(output: Output, verdict: Verdict) -> None:
     output.data(f"  found:    {first.found}")
     output.data(f"  expected: {first.expected}")
     if len(verdict.differences) > 1:
-        output.data(f"  and {len(verdict.differences) - 1} more differences (--json lists levels)")
+        output.data(f"  and {len(verdict.differences) - 1} more")
+    output.note("hint: convert the source again, to another folder, and verify that")
 
 
 def _summary(figures: dict[str, Any]) -> str:

@@ -132,7 +132,7 @@ def test_dry_run_writes_nothing(hf: Path, gptj):
     done = gptj("convert", hf, "--to", "tf", "--dry-run")
     assert done.code == 0
     assert "gptj_decoder/2/mlp/dense_layer_5/dense_layer_5/kernel  transpose" in done.stdout
-    assert os.listdir() == ["hf"]
+    assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
 
 
 def test_json_is_one_object(hf: Path, gptj):
@@ -275,7 +275,7 @@ def test_a_full_disk_is_known_before_the_first_byte(hf: Path, gptj):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", "disk"], check=True)
     try:
         _refused(gptj("convert", hf, "--to", "tf", "--out", "disk/out"), 1, "GB needed")
-        assert os.listdir("disk") == []
+        assert not list(Path("disk").iterdir())
     finally:
         subprocess.run(["umount", "disk"], check=True)
 
@@ -293,4 +293,4 @@ def test_a_disk_that_fills_midway(hf: Path):
     assert done.returncode == 1
     assert "tf_model.ckpt.data-00000-of-00001: cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert os.listdir() == ["hf"]
+    assert [p.name for p in Path.cwd().iterdir()] == ["hf"]

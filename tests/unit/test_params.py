@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from gptj_convert.reference_yaml import (
     config_from_model_section,

@@ -1,0 +1,99 @@
+"""Real processes, really stopped: nothing is lost, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptj_convert.formats.bundle import BundleSource
+from gptj_model.source import read_tensor
+from tests.conftest import make_checkpoint
+
+GPTJ = (sys.executable, "-m", "runner.cli.root")
+TRAIN = (
+    *GPTJ, "train", "--init-from", "hf", "--params", "params.yaml", "--max-steps", "16",
+    "--set", "runconfig.save_checkpoints_steps=3", "--set", "train_input.shuffle=true",
+)  # fmt: skip
+GO_ON = (*GPTJ, "train", "--max-steps", "16")
+
+pytestmark = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+
+
+def _stop_after(step: int, number: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """Start a process, send it a signal once it has printed a step, and wait for its end."""
+    seen = []
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            seen.append(line)
+            if line.startswith("step") and int(line.split()[1].split("/")[0]) == step:
+                process.send_signal(number)
+                break
+        seen.append(process.stderr.read())
+    return process.returncode, "".join(seen)
+
+
+def _rows(model_dir: str) -> list[dict]:
+    lines = (Path(model_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        del row["tokens_per_second"]
+    return rows
+
+
+def _weights(model_dir: str) -> dict[str, bytes]:
+    source = BundleSource(Path(model_dir) / "model.ckpt-16")
+    return {name: read_tensor(source, name).tobytes() for name in source.tensors}
+
+
+def test_killed_at_several_steps_the_run_ends_as_if_it_had_not_been(golden_run: Path):
+    subprocess.run([*TRAIN, "--model-dir", "whole"], check=True, capture_output=True)
+    random = np.random.default_rng()
+    command = TRAIN
+    for step in sorted(random.choice(np.arange(1, 16), 3, replace=False)):
+        code, _ = _stop_after(int(step), signal.SIGKILL, *command)
+        assert code == -signal.SIGKILL
+        command = GO_ON if Path("model_dir/checkpoint").exists() else TRAIN
+    subprocess.run(command, check=True, capture_output=True)
+    assert _rows("model_dir") == _rows("whole")
+    assert _weights("model_dir") == _weights("whole")
+    assert not list(Path("model_dir").glob(".partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_asked_to_stop_it_saves_the_step(golden_run: Path, number: signal.Signals, code: int):
+    found, text = _stop_after(5, number, *TRAIN)
+    assert found == code
+    assert "stopped after step" in text
+    assert "Traceback" not in text
+    stopped_at = len(_rows("model_dir"))
+    assert Path(f"model_dir/model.ckpt-{stopped_at}.index").exists()
+    subprocess.run(GO_ON, check=True, capture_output=True)
+    assert [row["step"] for row in _rows("model_dir")] == list(range(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_conversion_stopped_midway_leaves_nothing(
+    golden_run: Path, number: signal.Signals, code: int
+):
+    make_checkpoint(Path("large"), n_embd=1024, n_head=8, n_layer=8, vocab_size=5000)
+    arguments = [*GPTJ, "convert", "large", "--to", "tf", "--out", "out"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "tensors" in process.stderr.readline()
+        process.send_signal(number)
+        text = process.stderr.read()
+    assert process.returncode == code
+    assert "error: " in text
+    assert "Traceback" not in text
+    assert not list(Path.cwd().glob("out*"))
