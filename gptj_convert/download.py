@@ -2,153 +2,264 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gptj_convert.execute import Progress
-from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.formats.hf import GENERATION_FILE, INDEX_FILES, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.hub import (
+    Unreachable,
+    WrongContent,
+    file_size,
+    hub_faults,
+    persist,
+    transfer,
+)
 from gptj_model.config import CONFIG_FILE
-from gptj_model.errors import FileFault, HubFault
+from gptj_model.errors import FileFault, HubFault, UsageError
 
-#: What the hub's file list is asked for: the smaller, safer format first.
+#: Written last into a finished folder: what is in it, and from where.
+RECORD_FILE = ".gptj-download.json"
+
 _EXTRAS = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+_OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file on the hub; `digest` is "sha256:…" or "git:…", its blob's name."""
+
+    size: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What will be fetched: one commit's files, with sizes."""
+    """One commit's files; `offline` when a finished folder's record stands in for the hub."""
 
     repository: str
+    revision: str | None
     commit: str
-    files: dict[str, int]
+    files: dict[str, RemoteFile]
+    offline: bool = False
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return sum(self.files.values())
+        return sum(f.size for f in self.files.values())
 
 
-def list_files(repository: str, revision: str | None) -> Listing:
+def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
     """Choose one set of weights and the small files beside it.
 
+    If the hub cannot be reached and `folder` holds the finished download, that is the answer.
+
     Raises:
+        UsageError: no repository can have this name.
         HubFault: no network, no access, no such repository, or no weights that can be read.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from httpx2 import ConnectError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import logging, validate_repo_id
+
+    logging.set_verbosity_error()  # its warnings would stand between our own lines
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        hint = "expected OWNER/NAME, as in EleutherAI/gpt-j-6b"
+        raise UsageError(f"{repository!r} is not a repository's name", hint=hint) from None
+
+    def ask() -> Any:
+        options = {"files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        return HfApi().model_info(repository, revision=revision, **options)
 
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except HFValidationError as e:
-        raise HubFault(f"{repository!r} is not a repository's name: {e}") from None
-    except HfHubHTTPError as e:
-        raise _fault(repository, e) from None
-    except OSError as e:
-        raise HubFault(
-            f"{repository}: the hub cannot be reached: {e}",
-            hint="check the network; a complete folder needs no download",
-        ) from None
-    sizes = {f.rfilename: f.size or 0 for f in info.siblings or ()}
-    weights = next((name for name in WEIGHT_FILES if name in sizes), None)
-    if weights is None or CONFIG_FILE not in sizes:
-        raise HubFault(
-            f"{repository}: has neither {' nor '.join(WEIGHT_FILES)}"
-            if weights is None
-            else f"{repository}: has no {CONFIG_FILE}"
-        )
-    chosen = [weights, *(name for name in _EXTRAS if name in sizes)]
-    return Listing(repository, info.sha or "main", {name: sizes[name] for name in chosen})
+        with hub_faults(repository):
+            # A refused connection does not mend in seconds, and a finished folder needs none.
+            info = persist(ask, at_once=(ConnectError,))
+        stated = {f.rfilename: f for f in info.siblings}
+        # No other name is ever used, so none of the hub's choosing becomes a path.
+        wanted = (*WEIGHT_FILES, *_EXTRAS)
+        files = {name: _remote_file(stated[name]) for name in wanted if name in stated}
+        if not re.fullmatch("[0-9a-f]{40}", info.sha):
+            raise ValueError
+    except Unreachable:
+        if record := _finished(folder, repository, revision):
+            return record
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):
+        hint = "check HF_ENDPOINT, and whether the network asks for a login"
+        raise HubFault(f"{repository}: the answer is not a hub's", hint=hint) from None
+    weights = [name for name in WEIGHT_FILES if name in files]
+    if not weights or CONFIG_FILE not in files:
+        raise _unreadable(repository, list(stated))
+    for other in weights[1:]:
+        del files[other]
+    return Listing(repository, revision, info.sha, files)
 
 
-def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) -> None:
-    """Download what is listed into `folder`; files that are there and whole are not fetched again.
+def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) -> int:
+    """Bring `folder` to what is listed; returns the bytes that had to come.
+
+    A file gets its name once it is whole; until then it is a part that the next run goes on with.
 
     Raises:
-        FileFault: too little space, known before the first byte.
-        HubFault: the transfer failed; what arrived is kept for the next try.
+        UsageError: another file of that name is there that no download brought.
+        FileFault: too little space, known before the first byte; or writing fails.
+        HubFault: the transfer failed, or what arrives is not what the hub states.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = {n: size for n, size in listing.files.items() if _size(folder / n) != size}
-    needed, free = sum(missing.values()), shutil.disk_usage(folder).free
-    if needed > free:
+    if listing.offline:
+        return 0
+    record = _read_record(folder)
+    known = record.files if record else {}
+    missing: dict[str, RemoteFile] = {}
+    for name, remote in listing.files.items():
+        report(Progress(0, listing.total, f"checking {name}"))
+        if file_size(folder / name) != remote.size or (
+            known.get(name) != remote and _digest(folder / name, remote) != remote.digest
+        ):
+            missing[name] = remote
+            if (folder / name).exists() and name not in known:
+                raise UsageError(
+                    f"{folder / name}: exists already and is not the hub's; it is left as it is",
+                    hint="choose another folder with --out, or delete the file",
+                )
+    needed = sum(f.size - (file_size(_part(folder, n, f)) or 0) for n, f in missing.items())
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    if needed > (free := shutil.disk_usage(existing).free):
         raise FileFault(
             f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
             hint="free some space, or name a folder on another disk with --out",
         )
-    done = listing.total - needed
-    # Small files first, so that a wrong repository shows before the long transfer.
-    for name, size in sorted(missing.items(), key=lambda item: item[1]):
-        report(Progress(done, listing.total, name))
-        try:
-            hf_hub_download(
-                listing.repository,
-                name,
-                revision=listing.commit,
-                local_dir=folder,
-                tqdm_class=_reporter(name, done, listing.total, report),
-            )
-        except HfHubHTTPError as e:
-            raise _fault(listing.repository, e) from None
-        except OSError as e:
-            raise HubFault(
-                f"{listing.repository}: {name} was not fetched: {e}",
-                hint="run the same command again",
-            ) from None
-        if _size(folder / name) != size:
-            raise HubFault(
-                f"{folder / name}: has {_size(folder / name)} bytes, the hub says {size}",
-                hint="delete the file and run the same command again",
-            )
-        done += size
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as handle:
+        done = listing.total - sum(f.size for f in missing.values())
+        # Small files first, so that a wrong repository shows before the long transfer.
+        for name in sorted(missing, key=lambda name: missing[name].size):
+            tell = partial(_tell, report, listing.total, name, done)
+            _fetch_one(listing, name, folder, tell)
+            done += missing[name].size
+        if missing or record != replace(listing, offline=True):
+            text = json.dumps(asdict(listing), indent=1)
+            (folder / f"{RECORD_FILE}.part").write_text(text, encoding="utf-8")
+            (folder / f"{RECORD_FILE}.part").replace(folder / RECORD_FILE)
+        os.fsync(handle)
     report(Progress(listing.total, listing.total, "done"))
+    return needed
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], None]) -> None:
+    from huggingface_hub import hf_hub_url
+
+    remote = listing.files[name]
+    url = hf_hub_url(listing.repository, name, revision=listing.commit)
+    part = _part(folder, name, remote)
+
+    def kept() -> str:
+        return f"; {file_size(part) or 0} of {remote.size} bytes are kept"
+
+    for last_try in (False, True):
+        try:
+            with hub_faults(f"{listing.repository}: {name}", kept):
+                persist(
+                    lambda: transfer(url, part, remote.size, tell), lambda: file_size(part) or 0
+                )
+            if (found := _digest(part, remote)) != remote.digest:
+                raise WrongContent(f"is {found}, the hub states {remote.digest}")
+            part.replace(folder / name)
+            break
+        except WrongContent as e:
+            part.unlink(missing_ok=True)
+            if last_try:
+                message = f"{listing.repository}: {name}: what arrives, twice, {e}"
+                raise HubFault(message, hint="try another network, or later") from None
+    for stale in folder.glob(f".{name}.*.part"):  # of a commit that was asked for before
+        stale.unlink()
 
 
-def _reporter(name: str, done: int, total: int, report: Callable[[Progress], None]) -> type:
-    """A progress bar, as the library wants one, that draws nothing and reports bytes."""
-    from tqdm.std import tqdm
-
-    class Reporter(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})
-            self._fetched = kwargs.get("initial") or 0
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self._fetched += n or 0
-            report(Progress(int(done + self._fetched), total, name))
-            return None
-
-    return Reporter
+def _remote_file(sibling: Any) -> RemoteFile:
+    """As the hub states it. The digest becomes part of a file's name, so its form is checked."""
+    size = sibling.lfs.size if sibling.lfs else sibling.size
+    digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
+    if not isinstance(size, int) or not re.fullmatch(
+        "sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", digest
+    ):
+        raise ValueError
+    return RemoteFile(size, digest)
 
 
-def _fault(repository: str, error: Exception) -> HubFault:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
+def _unreadable(repository: str, names: list[str]) -> HubFault:
+    if CONFIG_FILE not in names:
+        hint = "check the name: a model's repository has one"
+        return HubFault(f"{repository}: has no {CONFIG_FILE}", hint=hint)
+    if index := next((name for name in INDEX_FILES if name in names), None):
         return HubFault(
-            f"{repository}: access is gated",
-            hint="accept its terms on the hub, then `hf auth login`",
+            f"{repository}: its weights are in shards ({index}), which are not read yet",
+            hint='load it with transformers, then save_pretrained(..., max_shard_size="100GB")',
         )
-    if isinstance(error, RevisionNotFoundError):
-        return HubFault(f"{repository}: has no such revision")
-    if isinstance(error, RepositoryNotFoundError):
-        return HubFault(
-            f"{repository}: not found, or private",
-            hint="check the name; for a private repository, `hf auth login`",
-        )
+    found = ", ".join(repr(n) for n in names if n.endswith(_OTHER_WEIGHTS)) or "no weights"
     return HubFault(
-        f"{repository}: {str(error).splitlines()[0]}", hint="run the same command again"
+        f"{repository}: has neither {' nor '.join(WEIGHT_FILES)}; found {found[:300]}",
+        hint="name a repository, or with --revision a branch, that has one of them",
     )
+
+
+def _read_record(folder: Path) -> Listing | None:
+    try:
+        fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        files = {name: RemoteFile(**f) for name, f in fields.pop("files").items()}
+        return Listing(**fields | {"files": files, "offline": True})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # as good as none: everything is compared with the hub again
+
+
+def _finished(folder: Path, repository: str, revision: str | None) -> Listing | None:
+    record = _read_record(folder)
+    if record is None or (record.repository, record.revision) != (repository, revision):
+        return None
+    whole = all(file_size(folder / name) == f.size for name, f in record.files.items())
+    return record if whole else None
+
+
+def _tell(report: Callable[[Progress], None], total: int, name: str, before: int, now: int) -> None:
+    report(Progress(before + now, total, name))
+
+
+def _part(folder: Path, name: str, remote: RemoteFile) -> Path:
+    # The digest in its name keeps bytes of two versions from being joined.
+    return folder / f".{name}.{remote.digest.partition(':')[2][:16]}.part"
+
+
+def _digest(path: Path, like: RemoteFile) -> str:
+    """The file's digest in the same kind as the hub's; returns once the file is on the disk."""
+    kind = like.digest.partition(":")[0]
+    state = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % like.size)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        hashlib.file_digest(file, lambda: state)
+    return f"{kind}:{state.hexdigest()}"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Keep other downloads out of the folder; the kernel lets go when the process ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        hint = "wait for it, or choose another folder with --out"
+        raise FileFault(f"{folder}: another download is at work here", hint=hint) from None
+    finally:
+        os.close(handle)

@@ -51,8 +51,13 @@ def generate(
     """
     config = model.config
     length = len(prompt) + max_new_tokens
-    if not prompt or not all(0 <= i < config.vocab_size for i in prompt):
-        raise UsageError(f"prompt ids must be from 0 to {config.vocab_size - 1}, at least one")
+    if not prompt:
+        raise UsageError("the prompt is empty, expected at least one token")
+    outside = [i for i in prompt if not 0 <= i < config.vocab_size]
+    if outside:
+        raise UsageError(
+            f"the prompt holds the id {outside[0]}, expected 0 to {config.vocab_size - 1}"
+        )
     if length > config.n_positions:
         raise UsageError(
             f"prompt and continuation are {length} tokens, "

@@ -105,7 +105,9 @@ class Run:
         self._warn = warn
         seed = params.model.dropout_seed or params.runconfig.tf_random_seed or 0
         self._seed = seed
-        if checkpoints.steps(model_dir) or (model_dir / STATE_FILE).exists():
+        self.continued = bool(checkpoints.steps(model_dir))
+        """Whether the folder's own checkpoints were gone on from."""
+        if self.continued or (model_dir / STATE_FILE).exists():
             self._continue(strict)
         elif init_from is None:
             raise ConfigError(

@@ -18,6 +18,7 @@ from runner.cli import tensorflow
 
 tensorflow.prepare()
 
+from gptj_convert import panels  # noqa: E402
 from gptj_convert.random_checkpoint import write_random_checkpoint  # noqa: E402
 from gptj_model.config import GPTJConfig  # noqa: E402
 from runner.cli.root import main  # noqa: E402
@@ -91,6 +92,13 @@ def converted(hf: Path, gptj: Callable[..., Outcome]) -> Path:
     """./hf converted to ./converted."""
     assert gptj("convert", hf, "--to", "tf", "--quiet").code == 0
     return Path("converted")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut tensors as those of the true size are cut: panels and strips far smaller than them."""
+    monkeypatch.setattr(panels, "PANEL_BYTES", 1000)
+    monkeypatch.setattr(panels, "STRIP_BYTES", 5000)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Formats: tensorflow/core/protobuf/tensor_bundle.proto and leveldb's table_format
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from crc32c import crc32c
 
 from gptj_convert.formats.output_file import OutputFile
 from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
+from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, raw_bytes
 
@@ -35,7 +37,11 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 
-MAX_INDEX_BYTES = 64 * 2**20
+#: A GPT-J of 28 blocks with its optimizer's state needs 855 tensors and 130 kB.
+MAX_INDEX_BYTES = 4 * 2**20
+MAX_TENSORS = 2**14
+MAX_NAME_BYTES = 1024
+MAX_DIMENSIONS = 8
 MAX_SHARDS = 100_000
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
@@ -208,11 +214,17 @@ def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
     finally:
         file.close()
     try:
-        pairs = dict(_table_pairs(table))
-        shards = _parse_header(pairs.pop(b""))
-        return shards, {key.decode("utf-8"): _parse_entry(value) for key, value in pairs.items()}
-    except KeyError:
-        raise FileFault(f"{path}: index has no bundle header") from None
+        pairs = _table_pairs(table)
+        key, header = next(pairs, (None, None))
+        if header is None or key != b"":
+            raise _Corrupt("it does not begin with the bundle's header")
+        shards = _parse_header(header)
+        entries: dict[str, Entry] = {}
+        for key, value in pairs:
+            if len(entries) == MAX_TENSORS:
+                raise _Corrupt(f"it names more than {MAX_TENSORS} tensors")
+            entries[key.decode("utf-8")] = _parse_entry(value)
+        return shards, entries
     except _Corrupt as e:
         raise FileFault(f"{path}: index is corrupt: {e}", hint=DOWNLOAD_HINT) from None
     except UnicodeDecodeError:
@@ -230,8 +242,18 @@ def _table_pairs(table: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     _, at = _varint(footer, 0)
     _, at = _varint(footer, at)
     index_handle = _handle(footer[at:])
+    end, last = 0, None
     for _, handle in _block_pairs(_block(table, *index_handle)):
-        yield from _block_pairs(_block(table, *_handle(handle)))
+        # In order, as every writer has them: else few bytes could be read as any number.
+        offset, size = _handle(handle)
+        if offset < end:
+            raise _Corrupt(f"the block at byte {offset} begins inside the one before it")
+        end = offset + size
+        for key, value in _block_pairs(_block(table, offset, size)):
+            if last is not None and key <= last:
+                raise _Corrupt("its names are not in order, or one occurs twice")
+            yield key, value
+            last = key
 
 
 def _handle(data: memoryview) -> tuple[int, int]:
@@ -266,6 +288,8 @@ def _block_pairs(block: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         length, at = _varint(block, at)
         if shared > len(key) or at + rest + length > end:
             raise _Corrupt("an entry reaches beyond its block")
+        if shared + rest > MAX_NAME_BYTES:
+            raise _Corrupt(f"a name has {shared + rest} bytes, expected at most {MAX_NAME_BYTES}")
         key = key[:shared] + bytes(block[at : at + rest])
         yield key, block[at + rest : at + rest + length]
         at += rest + length
@@ -338,7 +362,7 @@ def _parse_entry(data: memoryview) -> Entry:
         if field == 1:
             code = _number(value)
         elif field == 2:
-            shape = tuple(_parse_dims(_message(value)))
+            shape = _parse_shape(_message(value))
         elif field == 3:
             shard = _number(value)
         elif field == 4:
@@ -355,6 +379,9 @@ def _parse_entry(data: memoryview) -> Entry:
     if code not in DTYPES:
         raise _Corrupt(f"a tensor has dtype {code}, expected one of {sorted(DTYPES)}")
     info = TensorInfo(DTYPES[code], shape)
+    # Also of an empty tensor: numpy has no array of such a shape.
+    if math.prod(max(n, 1) for n in shape) * NUMPY[info.dtype].itemsize >= 2**63:
+        raise _Corrupt(f"a tensor's shape {list(shape)} overflows")
     if info.nbytes != size:
         raise _Corrupt(f"a tensor of {info.dtype} {list(shape)} claims {size} bytes")
     if offset >= 2**63:
@@ -362,7 +389,8 @@ def _parse_entry(data: memoryview) -> Entry:
     return Entry(info, shard, offset, crc)
 
 
-def _parse_dims(data: memoryview) -> Iterator[int]:
+def _parse_shape(data: memoryview) -> tuple[int, ...]:
+    shape: list[int] = []
     for field, value in _fields(data):
         if field != 2:
             continue
@@ -372,7 +400,10 @@ def _parse_dims(data: memoryview) -> Iterator[int]:
                 size = _number(number)
         if size >= 2**63:
             raise _Corrupt("a tensor has a negative size")
-        yield size
+        if len(shape) == MAX_DIMENSIONS:
+            raise _Corrupt(f"a tensor has more than {MAX_DIMENSIONS} dimensions")
+        shape.append(size)
+    return tuple(shape)
 
 
 def _index_bytes(entries: Mapping[str, Entry]) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -35,8 +36,15 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 
-#: A GPT-J of 28 blocks needs 40 kB; more than this is not one, and is not parsed.
+#: A GPT-J of 28 blocks needs 40 kB, and 3,000 brackets and commas. A header beyond these limits
+#: is not one, and is not parsed: a parsed value takes far more memory than its text.
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_MARKS = 2**18
+MAX_DIMENSIONS = 8
+
+#: Shows what a header holds, whatever its length or depth.
+_shown = reprlib.Repr()
+_shown.maxstring = 200
 
 _METADATA = "__metadata__"
 
@@ -129,11 +137,15 @@ def _read_header(file: RangedFile) -> tuple[int, dict[str, Any]]:
             hint=DOWNLOAD_HINT,
         )
     text = file.read(8, length, "the header")
+    if sum(text.count(mark) for mark in b"[{,") > MAX_MARKS:
+        raise FileFault(f"{file.path}: header holds more than {MAX_MARKS} values, far from a GPT-J")
     try:
         # A bare brace first: the format requires it, and json would take leading blanks.
         if not text.startswith(b"{"):
             raise ValueError("does not begin with '{'")
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer
+        )
     except (ValueError, RecursionError) as e:
         raise FileFault(f"{file.path}: header is not valid JSON: {e}") from None
     return 8 + length, header
@@ -142,10 +154,18 @@ def _read_header(file: RangedFile) -> tuple[int, dict[str, Any]]:
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # Half of a surrogate pair is no text: a ValueError.
         if key in found:
-            raise ValueError(f"key {key!r} occurs twice")
+            raise ValueError(f"key {_shown.repr(key)} occurs twice")
         found[key] = value
     return found
+
+
+def _integer(text: str) -> int | float:
+    """A JSON integer; -0 is a float, as the library has it."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _check(
@@ -158,12 +178,12 @@ def _check(
     for name, entry in header.items():
         rule = _entry_fault(entry)
         if rule:
-            raise FileFault(f"{file.path}: tensor {name!r}: {rule}")
+            raise FileFault(f"{file.path}: tensor {_shown.repr(name)}: {rule}")
         info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
         begin, end = entry["data_offsets"]
         if end - begin != info.nbytes:
             raise FileFault(
-                f"{file.path}: tensor {name!r}: data_offsets span {end - begin} bytes, "
+                f"{file.path}: tensor {_shown.repr(name)}: data_offsets span {end - begin} bytes, "
                 f"{info.dtype} of shape {list(info.shape)} needs {info.nbytes}"
             )
         entries.append((begin, end, name, info))
@@ -172,7 +192,8 @@ def _check(
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
             raise FileFault(
-                f"{file.path}: tensor {name!r}: {kind}: begins at {begin}, expected {position}"
+                f"{file.path}: tensor {_shown.repr(name)}: {kind}: "
+                f"begins at {begin}, expected {position}"
             )
         position = end
     if start + position != file.size:
@@ -188,14 +209,18 @@ def _entry_fault(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "its entry is not {dtype, shape, data_offsets}"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        return f"dtype is {entry['dtype']!r}, expected one of {', '.join(DTYPES)}"
+        return f"dtype is {_shown.repr(entry['dtype'])}, expected one of {', '.join(DTYPES)}"
     for key in ("shape", "data_offsets"):
         value = entry[key]
         if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**63 for n in value):
-            return f"{key} is {str(value)[:80]}, expected a list of whole numbers from 0"
-    if len(entry["shape"]) > 8:
-        return f"has {len(entry['shape'])} dimensions, expected at most 8"
-    if math.prod(entry["shape"]) * NUMPY[DTYPES[entry["dtype"]]].itemsize >= 2**63:
+            return f"{key} is {_shown.repr(value)}, expected a list of whole numbers from 0"
+    if len(entry["shape"]) > MAX_DIMENSIONS:
+        return f"has {len(entry['shape'])} dimensions, expected at most {MAX_DIMENSIONS}"
+    # Also of an empty tensor: numpy has no array of such a shape.
+    if (
+        math.prod(max(n, 1) for n in entry["shape"]) * NUMPY[DTYPES[entry["dtype"]]].itemsize
+        >= 2**63
+    ):
         return f"shape {entry['shape']} overflows"
     if len(entry["data_offsets"]) != 2:
         return "data_offsets is not a pair"

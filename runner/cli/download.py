@@ -27,12 +27,20 @@ def download(
 
     default = DEFAULT_SOURCE if repository == DEFAULT_REPOSITORY else Path(Path(repository).name)
     out = out or default
-    listing = list_files(repository, revision)
+    listing = list_files(repository, revision, out)
     output.note(
         f"{repository} at {listing.commit[:12]}: {len(listing.files)} files, "
         f"{listing.total / 1e9:.2f} GB → {out}"
     )
+    if listing.offline:
+        output.note("the hub cannot be reached; the folder is complete, and stays as it is")
     with progress(output, "downloading") as report:
-        fetch(listing, out, lambda event: report(event.done, event.total, event.what))
+        fetched = fetch(listing, out, lambda event: report(event.done, event.total, event.what))
     output.data(str(out))
-    return {"output": str(out), "commit": listing.commit, "bytes": listing.total}
+    return {
+        "output": str(out),
+        "commit": listing.commit,
+        "bytes": listing.total,
+        "fetched": fetched,
+        "offline": listing.offline,
+    }

@@ -35,7 +35,8 @@ def as_fault(error: BaseException) -> GptjError | None:
     if isinstance(error, GptjError):
         return error
     if isinstance(error, click.ClickException):
-        return UsageError(error.format_message(), hint=_usage_hint(error))
+        message = " ".join(error.format_message().split())  # it may list choices on lines
+        return UsageError(message, hint=_usage_hint(error))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         words = error.strerror or str(error)

@@ -68,6 +68,8 @@ def train(
             params, model_dir, init_from=init_from, strict=strict, warn=_warner(output)
         )
         (model_dir / PARAMS_FILE).write_text(params.to_yaml(), encoding="utf-8")
+        if init_from and run.continued:
+            output.note(f"note: {model_dir} has checkpoints, so --init-from is not read")
         extra = steps if steps is not None else runconfig.steps if max_steps is None else None
         target = run.step + extra if extra is not None else max_steps
         target = runconfig.max_steps if target is None else target

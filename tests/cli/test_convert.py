@@ -58,7 +58,9 @@ def test_the_folder_is_complete(converted: Path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back_bit_for_bit(dtype: str, tied: bool, workdir: Path, gptj):
+def test_there_and_back_bit_for_bit(
+    dtype: str, tied: bool, workdir: Path, small_pieces: None, gptj
+):
     make_checkpoint(workdir / "hf", dtype=dtype, tie_word_embeddings=tied)
     assert gptj("convert", "hf", "--to", "tf", "--dtype", "keep").code == 0
     assert gptj("convert", "converted", "--to", "hf").code == 0
@@ -68,7 +70,7 @@ def test_there_and_back_bit_for_bit(dtype: str, tied: bool, workdir: Path, gptj)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dtypes_are_rounded_as_numpy_rounds(dtype: str, hf: Path, gptj):
+def test_dtypes_are_rounded_as_numpy_rounds(dtype: str, hf: Path, small_pieces: None, gptj):
     assert gptj("convert", hf, "--to", "tf", "--dtype", dtype).code == 0
     source = load_tensors(hf / "model.safetensors")["transformer.wte.weight"]
     reader = tf.train.load_checkpoint("converted/tf_model.ckpt")

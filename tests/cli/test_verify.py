@@ -41,7 +41,7 @@ def _first(done, level: str) -> dict:
     return first
 
 
-def test_a_healthy_conversion_passes_every_level(converted: Path, gptj):
+def test_a_healthy_conversion_passes_every_level(converted: Path, small_pieces: None, gptj):
     done = gptj("verify", "--tolerance", "1e-4", "--json")
     assert done.code == 0
     assert done.json["first_difference"] is None
@@ -133,7 +133,7 @@ def test_tensors_exchanged_or_changed(change, named: str, converted: Path, gptj)
     assert first["tensor"]["hf"] == named
 
 
-def test_one_unit_in_the_last_place(converted: Path, gptj):
+def test_one_unit_in_the_last_place(converted: Path, small_pieces: None, gptj):
     def nudge(tensors) -> None:
         values = tensors["gptj_decoder/2/mlp/dense_layer_5/dense_layer_5/kernel"]
         values[100, 7] = np.nextafter(values[100, 7], np.float32(9))

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from crc32c import crc32c
 
 from gptj_model.config import GPTJConfig
 from gptj_model.model import GPTJ
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Scheme, ignored_hf, is_training_state, slot_name, table
 from gptj_model.weights import variables
-from tests.conftest import GOLDEN_RUNS, SMALL
+from tests.conftest import GOLDEN_RUNS, SMALL, load_tensors
 
 SIX_B = GPTJConfig()
 SMALL_CONFIG = GPTJConfig.preset("tiny", **SMALL)
@@ -78,11 +79,15 @@ def test_training_state_of_the_reference_is_told_from_weights(case: str):
     assert not any(is_training_state(n) for n in weights)
 
 
-def test_names_and_shapes_are_those_of_the_cs_client():
+def test_names_shapes_and_values_are_those_of_the_cs_client():
     config = GPTJConfig.from_file(GOLDEN_RUNS / "adamw/hf/config.json")
-    expected = json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
-    found = {name: list(t.shape) for t in table(config) for name in t.names(Scheme.CS)}
-    assert found == expected
+    weights = load_tensors(GOLDEN_RUNS / "adamw/hf/model.safetensors")
+    found = {
+        name: {"shape": list(t.shape), "crc32c": f"{crc32c(weights[t.hf].tobytes()):08x}"}
+        for t in table(config)
+        for name in t.names(Scheme.CS)
+    }
+    assert found == json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
 
 
 def test_the_first_dense_layer_has_no_number():
