@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.execute import Progress
 from gptj_convert.formats.hf import GENERATION_FILE, INDEX_FILES, TOKENIZER_FILES, WEIGHT_FILES
 from gptj_convert.hub import (
     Unreachable,
@@ -25,6 +24,7 @@ from gptj_convert.hub import (
     persist,
     transfer,
 )
+from gptj_convert.progress import Progress
 from gptj_model.config import CONFIG_FILE
 from gptj_model.errors import FileFault, HubFault, UsageError
 
@@ -121,7 +121,7 @@ def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) ->
     """
     if listing.offline:
         return 0
-    record = _read_record(folder)
+    record = read_record(folder)
     known = record.files if record else {}
     missing: dict[str, RemoteFile] = {}
     for name, remote in listing.files.items():
@@ -215,7 +215,8 @@ def _unreadable(repository: str, names: list[str]) -> HubFault:
     )
 
 
-def _read_record(folder: Path) -> Listing | None:
+def read_record(folder: Path) -> Listing | None:
+    """What a finished download noted in its folder; None when there is no such note."""
     try:
         fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         files = {name: RemoteFile(**f) for name, f in fields.pop("files").items()}
@@ -225,7 +226,7 @@ def _read_record(folder: Path) -> Listing | None:
 
 
 def _finished(folder: Path, repository: str, revision: str | None) -> Listing | None:
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None or (record.repository, record.revision) != (repository, revision):
         return None
     whole = all(file_size(folder / name) == f.size for name, f in record.files.items())

@@ -1,71 +1,138 @@
-"""Carry out a plan: read, transform, write, in bounded memory and without TensorFlow or torch."""
+"""A plan carried out: read → lay out → checksum → write, in bounded memory.
+
+Every output offset is known before the first byte. Nothing is visible under the output's name
+until all of it is durable; an interrupted run is gone on with where its last whole tensor ends.
+"""
 
 from __future__ import annotations
 
 import json
-import queue
 import shutil
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.formats import hf, tf
-from gptj_convert.manifest import MANIFEST_FILE, Manifest, describe_file, describe_target
-from gptj_convert.panels import Panels
-from gptj_convert.plan import Move, Plan, target_tensors
+from gptj_convert.journal import JOURNAL_FILE, Journal, Moved, read_journal
+from gptj_convert.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    describe_file,
+    describe_source,
+    describe_target,
+)
+from gptj_convert.panels import Strip, Strips, strip_bytes
+from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_convert.plan import Move, Plan
+from gptj_convert.progress import Progress
 from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining, yaml_text
-from gptj_convert.staging import staged_folder
+from gptj_convert.staging import staged_folder, staging_root
+from gptj_convert.writer import Start, find_start, reserve, write_files
 from gptj_model.config import CONFIG_FILE
-from gptj_model.dtypes import FLOAT16_MAX, NUMPY, overflows
-from gptj_model.errors import FileFault, TensorFault
+from gptj_model.dtypes import count_nonfinite, count_overflows, largest, saturate
+from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import raw_bytes
-from gptj_model.tensors import GLOBAL_STEP, Scheme
+from gptj_model.tensors import GLOBAL_STEP, Op, Scheme
 
-WORKERS = 2
 #: Bytes of the small files beside the weights, generously.
 _SMALL_FILES = 16 * 2**20
-
-
-class TensorSink(Protocol):
-    """A new file of tensors, written in any order."""
-
-    def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Put `data` at byte `offset` of a tensor; threads may do so at once."""
-        ...
-
-    def finish(self, checksums: dict[str, int]) -> None:
-        """Make it durable; `checksums` are the crc32c of every tensor's bytes."""
-        ...
-
-    def close(self) -> None:
-        """Close it, finished or not."""
-        ...
+#: Strips that go around: one is laid out while the next is read.
+_STRIPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Bytes of the source that are done, of how many, and what is being done."""
+class Result:
+    """A finished conversion."""
 
-    done: int
-    total: int
-    what: str
+    moved: tuple[Moved, ...]
+    """In the order of the target's bytes."""
+    kept_bytes: int
+    """Of the target, that an interrupted run had written."""
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        """NaN and infinite values by name of the tensor in the target."""
+        return {m.name: m.nonfinite for m in self.moved if m.nonfinite}
+
+    @property
+    def saturated(self) -> dict[str, int]:
+        """Replaced values by name of the tensor in the target."""
+        return {m.name: m.saturated for m in self.moved if m.saturated}
 
 
-def check_space(plan: Plan, out: Path) -> None:
+def execute(
+    plan: Plan, checkpoint: Checkpoint, out: Path, *, force: bool = False, resume: bool = False
+) -> Generator[Progress | Result, None, None]:
+    """Write the converted checkpoint to `out`, which appears when it is complete.
+
+    Yields progress as it goes, the result last; nothing happens before the first is asked for.
+
+    Args:
+        plan: see `make_plan`.
+        checkpoint: the plan's source.
+        out: the folder to make.
+        force: replace an existing one, and begin anew what was interrupted.
+        resume: go on with what was interrupted; a complete `out` of the same plan is left.
+
+    Raises:
+        UsageError: `out` exists, or an interrupted run is there, and neither option is given;
+            or that run was another conversion.
+        FileFault: the source is cut short or has changed, or the disk is too small.
+        TensorFault: a value does not fit the target's dtype.
+        OSError: writing fails.
+    """
+    job = _job(plan, checkpoint)
+    journal_path = staging_root(out) / JOURNAL_FILE
+    found = read_journal(journal_path)
+    if resume and not found and _is_complete(out, job):
+        yield Result((), plan.layout.total)
+        return
+    replaces = force or bool(resume and found and found.job["force"])
+    with staged_folder(out, force=replaces, fresh=False) as staging:
+        found = None if force else read_journal(journal_path)
+        try:
+            if found:
+                staging.keep = True
+                _check_job(found.job, job, out, resume=resume)
+            else:
+                staging.clear()
+            check_space(plan.layout.total, out, there=staging.content)
+            reserve(plan.layout, staging.content, existing=True)
+            journal = Journal(journal_path, job | {"force": force})
+            staging.keep = True
+            with closing(journal):
+                yield from _write(plan, checkpoint, staging.content, journal)
+        except TensorFault:
+            staging.keep = False  # going on would end the same way
+            raise
+
+
+def is_resumable(out: Path) -> bool:
+    """Whether an interrupted conversion to `out` can be gone on with."""
+    return read_journal(staging_root(out) / JOURNAL_FILE) is not None
+
+
+def check_space(needed: int, out: Path, *, there: Path | None = None) -> None:
     """Refuse before the first byte what the disk cannot hold.
+
+    Args:
+        needed: bytes of the large files.
+        out: what is to be made.
+        there: a folder whose files take their space already.
 
     Raises:
         FileFault: with bytes needed and free.
     """
     folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    needed, free = plan.target_bytes + _SMALL_FILES, shutil.disk_usage(folder).free
+    needed += _SMALL_FILES
+    if there:
+        needed -= sum(p.stat().st_blocks * 512 for p in there.iterdir())
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise FileFault(
             f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
@@ -73,94 +140,162 @@ def check_space(plan: Plan, out: Path) -> None:
         )
 
 
-def execute(
-    plan: Plan, checkpoint: Checkpoint, out: Path, *, force: bool = False
-) -> Iterator[Progress]:
-    """Write the converted checkpoint to `out`, which appears when it is complete.
-
-    Yields progress as it goes; nothing happens before the first is asked for.
-
-    Raises:
-        UsageError: `out` exists and `force` is off.
-        FileFault: the source is cut short, or the disk too small.
-        TensorFault: a value does not fit the target's dtype.
-        OSError: writing fails.
-    """
-    with staged_folder(out, force=force) as staging:
-        check_space(plan, out)
-        create = tf.create_bundle if plan.scheme is Scheme.TF else hf.create_weights
-        sink = create(staging, target_tensors(plan))
-        try:
-            checksums = yield from _move_all(plan, checkpoint, sink)
-            target_crcs = {m.target_name: checksums[m.tensor.hf][1] for m in plan.moves}
-            if plan.scheme is Scheme.TF:
-                step = raw_bytes(np.zeros((), np.int64))
-                sink.write(GLOBAL_STEP, 0, step)
-                target_crcs[GLOBAL_STEP] = crc32c(step)
-            sink.finish(target_crcs)
-        finally:
-            sink.close()
-        _write_companions(plan, checkpoint, staging)
-        yield Progress(plan.source_bytes, plan.source_bytes, "hashing the result")
-        manifest = _manifest(plan, checkpoint, staging, checksums)
-        (staging / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is converted into what: an interrupted run is gone on with only for the same."""
+    names = {m.target_name: m.source_name for m in plan.moves}
+    return {
+        "source": describe_source(checkpoint),
+        "changed": _changed(checkpoint),
+        "config": plan.config.to_hf(dtype=plan.dtype),
+        "target": describe_target(plan),
+        "files": [
+            [file.name, plan.layout.size(file), [names.get(str(p), "") for p in file.parts]]
+            for file in plan.layout.files
+        ],
+    }
 
 
-def _move_all(plan: Plan, checkpoint: Checkpoint, sink: TensorSink) -> Iterator[Progress]:
-    """Move every tensor with a few threads; returns crc32c of source and result by HF name."""
-    events: queue.SimpleQueue[tuple[int, str] | Future] = queue.SimpleQueue()
-    stop = threading.Event()
-    checksums: dict[str, tuple[int, int]] = {}
-    done = 0
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for move in plan.moves:
-                future = pool.submit(_move, move, checkpoint, sink, events, stop)
-                future.add_done_callback(events.put)
-            left = len(plan.moves)
-            while left:
-                event = events.get()
-                if isinstance(event, Future):
-                    hf_name, pair = event.result()
-                    checksums[hf_name] = pair
-                    left -= 1
-                else:
-                    done += event[0]
-                    yield Progress(done, plan.source_bytes, event[1])
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-    return checksums
-
-
-def _move(
-    move: Move,
-    checkpoint: Checkpoint,
-    sink: TensorSink,
-    events: queue.SimpleQueue,
-    stop: threading.Event,
-) -> tuple[str, tuple[int, int]]:
-    panels = Panels(checkpoint.source, move.source_name, move.op)
-    dtype = NUMPY[move.target.dtype]
-    offset = crc = 0
-    for values in panels:
-        if stop.is_set():
-            break
-        if overflows(values, move.target.dtype):
-            raise TensorFault(
-                str(checkpoint.path),
-                [
-                    f"{move.source_name!r} holds a value beyond ±{FLOAT16_MAX:g}, "
-                    f"which {move.target.dtype} cannot hold"
-                ],
-                hint="convert with --dtype float32 or bfloat16",
+def _check_job(
+    found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, resume: bool
+) -> None:
+    if not resume:
+        raise UsageError(
+            f"{out}: an interrupted conversion is there ({staging_root(out)})",
+            hint="go on with it with --resume, or begin anew with --force",
+        )
+    for key in ("source", "changed"):
+        if found.get(key) != job[key]:
+            raise FileFault(
+                f"{job['source']['path']}: has changed since the conversion was interrupted: "
+                f"was {found.get(key)}, is {job[key]}",
+                hint="begin anew with --force",
             )
-        raw = raw_bytes(values.astype(dtype, copy=False))
-        crc = crc32c(raw, crc)
-        sink.write(move.target_name, offset, raw)
-        offset += len(raw)
-        events.put((values.nbytes, move.tensor.hf))
-    return move.tensor.hf, (panels.crc, crc)
+    for key in ("target", "config", "files"):
+        if found.get(key) != job[key]:
+            raise UsageError(
+                f"{out}: the interrupted conversion was another one: its {key} was "
+                f"{str(found.get(key))[:200]}, now {str(job[key])[:200]}",
+                hint="give the options it was begun with, or begin anew with --force",
+            )
+
+
+def _is_complete(out: Path, job: Mapping[str, Any]) -> bool:
+    try:
+        manifest = Manifest.read(out)
+    except FileFault:
+        return False
+    return manifest is not None and (manifest.source, manifest.target) == (
+        job["source"],
+        job["target"],
+    )
+
+
+def _write(
+    plan: Plan, checkpoint: Checkpoint, folder: Path, journal: Journal
+) -> Generator[Progress | Result, None, None]:
+    total = plan.layout.total
+    start = yield from find_start(plan.layout, folder, {m.name: m.crc32c for m in journal.moved})
+    done = kept = start.done
+    moved = {m.name: m for m in journal.moved if m.name in start.checksums}
+    with Pipeline() as pipeline:
+        reader = _Reader(plan, checkpoint, pipeline, start)
+        what = "reading"
+        for event in write_files(plan.layout, folder, reader.strips, pipeline, start):
+            for name, crc in event.tensors:
+                what, moved[name] = name, replace(reader.facts[name], crc32c=crc)
+                journal.add(moved[name])
+            done += event.nbytes
+            yield Progress(done, total, what)
+    for name, content in plan.layout.index(start.checksums).items():
+        (folder / name).write_bytes(content)
+    _write_companions(plan, checkpoint, folder)
+    _check_unchanged(checkpoint, journal)
+    manifest = _manifest(plan, checkpoint, folder, moved, start.digests)
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    yield Result(tuple(moved.values()), kept)
+
+
+class _Reader:
+    """The source's tensors in the order of the target's bytes, read ahead in their own thread."""
+
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, pipeline: Pipeline, start: Start
+    ) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._moves = {m.target_name: m for m in plan.moves}
+        size = max(strip_bytes(m.source, m.op) for m in plan.moves)
+        self._buffers = Buffers(pipeline, _STRIPS, size)
+        self.facts: dict[str, Moved] = {}
+        """Of every tensor that is read, without the crc32c of the result."""
+        names = plan.layout.tensors_from(start.file, start.offset)
+        self._ahead = pipeline.ahead(self._read(names), depth=1)
+
+    def strips(self, name: str) -> Iterator[Strip]:
+        """The strips of a tensor of the target; tensors must be asked for in order."""
+        for strip, buffer in self._ahead:
+            if strip is None:
+                return
+            yield strip
+            if buffer is not None:
+                self._buffers.give(buffer)
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[Strip | None, np.ndarray | None]]:
+        for name in names:
+            if name == GLOBAL_STEP:
+                step = np.zeros(1, np.int64)
+                self.facts[name] = Moved(name, crc32c(raw_bytes(step)), 0)
+                yield Strip(step, Op.COPY), None
+            else:
+                yield from self._read_tensor(self._moves[name])
+            yield None, None
+
+    def _read_tensor(self, move: Move) -> Iterator[tuple[Strip, np.ndarray]]:
+        nonfinite = overflows = 0
+        target = move.target.dtype
+        buffer = np.empty(0, np.uint8)
+
+        def take(size: int) -> np.ndarray:
+            nonlocal buffer
+            buffer = self._buffers.take()
+            return buffer
+
+        def look(values: np.ndarray) -> None:
+            nonlocal nonfinite, overflows
+            nonfinite += count_nonfinite(values)
+            overflows += count_overflows(values, target)
+            if overflows and not self._plan.saturate:
+                raise TensorFault(
+                    str(self._checkpoint.path),
+                    [
+                        f"{move.source_name!r} holds a value beyond ±{largest(target):g}, "
+                        f"which {target} cannot hold"
+                    ],
+                    hint="convert with --dtype float32 or bfloat16, or set such values to the "
+                    "largest with --saturate",
+                )
+
+        strips = Strips(self._checkpoint.source, move.source_name, move.op, buffer=take, look=look)
+        for strip in strips:
+            if overflows:
+                saturate(strip.values, target)
+            yield strip, buffer
+        self.facts[move.target_name] = Moved(move.target_name, strips.crc, 0, nonfinite, overflows)
+
+
+def _changed(checkpoint: Checkpoint) -> dict[str, int]:
+    """When each file of the source was last changed, in nanoseconds."""
+    return {p.name: p.stat().st_mtime_ns for p in checkpoint.files}
+
+
+def _check_unchanged(checkpoint: Checkpoint, journal: Journal) -> None:
+    now = {"source": describe_source(checkpoint), "changed": _changed(checkpoint)}
+    if any(journal.job[key] != value for key, value in now.items()):
+        raise TensorFault(
+            str(checkpoint.path),
+            ["its files were changed while they were read"],
+            hint="convert again, once nobody writes to them",
+        )
 
 
 def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None:
@@ -176,22 +311,23 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
 def _manifest(
     plan: Plan,
     checkpoint: Checkpoint,
-    staging: Path,
-    checksums: dict[str, tuple[int, int]],
+    folder: Path,
+    moved: Mapping[str, Moved],
+    digests: Mapping[str, str],
 ) -> Manifest:
-    written = sorted(p for p in staging.iterdir() if p.name != PARAMS_FILE)
+    files = {
+        file.name: {"bytes": plan.layout.size(file), "sha256": digests[file.name]}
+        for file in plan.layout.files
+    }
+    small = (p for p in folder.iterdir() if p.name not in files and p.name != PARAMS_FILE)
     return Manifest(
-        source={
-            "path": str(checkpoint.path.absolute()),
-            "format": checkpoint.scheme.value,
-            "files": {p.name: {"bytes": p.stat().st_size} for p in checkpoint.files},
-        },
+        source=describe_source(checkpoint),
         target=describe_target(plan),
-        files={p.name: describe_file(p) for p in written},
+        files=files | {p.name: describe_file(p) for p in small},
         tensors={
             m.tensor.hf: {
-                "source_crc32c": f"{checksums[m.tensor.hf][0]:08x}",
-                "crc32c": f"{checksums[m.tensor.hf][1]:08x}",
+                "source_crc32c": f"{moved[m.target_name].source_crc32c:08x}",
+                "crc32c": f"{moved[m.target_name].crc32c:08x}",
             }
             for m in plan.moves
         },

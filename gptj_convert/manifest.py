@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.download import read_record
 from gptj_convert.plan import Plan
 from gptj_model import __version__
 from gptj_model.errors import FileFault
@@ -56,9 +58,26 @@ class Manifest:
             raise FileFault(f"{path}: is not a manifest of this program: {e}") from None
 
 
-def describe_target(plan: Plan) -> dict[str, str]:
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The manifest's word on what was converted; with the hub's digests where they are known."""
+    record = read_record(checkpoint.folder)
+    stated = {} if record is None else {n: f.digest for n, f in record.files.items()}
+    files: dict[str, dict[str, Any]] = {}
+    for path in checkpoint.files:
+        files[path.name] = {"bytes": path.stat().st_size}
+        kind, _, digest = stated.get(path.name, "").partition(":")
+        if kind == "sha256":
+            files[path.name]["sha256"] = digest
+    return {
+        "path": str(checkpoint.path.absolute()),
+        "format": checkpoint.scheme.value,
+        "files": files,
+    }
+
+
+def describe_target(plan: Plan) -> dict[str, Any]:
     """The manifest's word on the output."""
-    return {"format": plan.scheme.value, "dtype": plan.dtype}
+    return {"format": plan.scheme.value, "dtype": plan.dtype, "saturate": plan.saturate}
 
 
 def sha256(path: Path) -> str:

@@ -1,85 +1,234 @@
-"""Tensors read piece by piece in the order the target stores them, in bounded memory."""
+"""Tensors read piece by piece in the order the target stores them, in bounded memory.
+
+A strip is what is read at once: rows of the tensor or, to be transposed, columns. From strips
+the target's bytes are laid out in whatever portions the writer takes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from crc32c import crc32c
 
 from gptj_model.dtypes import NUMPY
-from gptj_model.source import TensorSource, raw_bytes, read_rows
+from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.tensors import Op
 
 #: Bytes of source that are yielded at once.
 PANEL_BYTES = 8 * 2**20
 #: Bytes of a matrix that are held to be transposed; a larger one is read in strips of columns.
-STRIP_BYTES = 128 * 2**20
+#: The 6B's feed-forward matrices in float32 just fit.
+STRIP_BYTES = 256 * 2**20
+
+#: Rows and columns of the result that are transposed at once: shapes that stay in the caches.
+#: benchmarks/transposition.py compares them.
+_TILE = (256, 256)
+_FOUR_BYTE_TILE = (4096, 16)
+_TWO_BYTE_TILE = (1024, 128)
 
 
-class Panels:
-    """One tensor, laid out by an op, as consecutive contiguous pieces.
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Part of a tensor as its source stores it; `op` of it follows on in the target."""
 
-    Iterating yields arrays in the source's dtype whose bytes, one after the other, are those
-    of `op(tensor)`. Afterwards `crc` is the crc32c of the tensor's bytes as the source has them.
+    values: np.ndarray
+    op: Op
+
+    def fill(self, out: np.ndarray, begin: int) -> None:
+        """Write elements from `begin` on of the flattened `op(values)` to all of `out` (1-D).
+
+        The values are rounded to the dtype of `out`.
+        """
+        if self.op is Op.COPY:
+            flat = self.values.reshape(-1)
+            np.copyto(out, flat[begin : begin + out.size], casting="unsafe")
+            return
+        width = self.values.shape[0]
+        at = 0
+        while at < out.size:
+            row, column = divmod(begin + at, width)
+            rows = (out.size - at) // width
+            if column or not rows:
+                count = min(width - column, out.size - at)
+                part = self.values[column : column + count, row]
+                np.copyto(out[at : at + count], part, casting="unsafe")
+            else:
+                count = rows * width
+                whole = out[at : at + count].reshape(rows, width)
+                _transpose(whole, self.values[:, row : row + rows])
+            at += count
+
+
+def _transpose(out: np.ndarray, values: np.ndarray) -> None:
+    """Write the transpose of a part of a matrix to a contiguous `out`, rounded to its dtype."""
+    if out.dtype != values.dtype or out.itemsize not in (2, 4):
+        _transpose_by(_TILE, out, values)
+    elif out.itemsize == 4 or values.strides[0] % 8:
+        _transpose_by(_FOUR_BYTE_TILE, out, values)
+    else:
+        # Up to three rows before and after those that lie in whole words of 8 bytes.
+        rows = len(out)
+        head = min(rows, -values.ctypes.data % 8 // 2)
+        tail = rows - (rows - head) % 4
+        bits, result = values.view(np.uint16), out.view(np.uint16)
+        _transpose_by(_FOUR_BYTE_TILE, result[:head], bits[:, :head])
+        _transpose_words(result[head:tail], bits[:, head:tail])
+        _transpose_by(_FOUR_BYTE_TILE, result[tail:], bits[:, tail:])
+
+
+def _transpose_by(tile: tuple[int, int], out: np.ndarray, values: np.ndarray) -> None:
+    height, width = tile
+    rows, columns = out.shape
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            part = values[left : left + width, top : top + height].T
+            np.copyto(out[top : top + height, left : left + width], part, casting="unsafe")
+
+
+def _transpose_words(out: np.ndarray, values: np.ndarray) -> None:
+    """Two-byte elements, moved four at a time and taken apart: three times as fast.
+
+    Args:
+        out: uint16, of 4n rows.
+        values: uint16, of 4n columns that begin at a multiple of 8 bytes.
+    """
+    height, width = _TWO_BYTE_TILE
+    words = values.view(np.uint64)
+    scratch = np.empty((height // 4, width), np.uint64)
+    for top in range(0, len(out), height):
+        for left in range(0, out.shape[1], width):
+            tile = out[top : top + height, left : left + width]
+            moved = scratch[: len(tile) // 4, : tile.shape[1]]
+            part = words[left : left + width, top // 4 : (top + height) // 4].T
+            for at in range(0, tile.shape[1], 8):  # a line of the cache
+                np.copyto(moved[:, at : at + 8], part[:, at : at + 8])
+            for n in range(4):
+                np.copyto(tile[n::4], moved, casting="unsafe")
+                if n < 3:
+                    np.right_shift(moved, 16, out=moved)
+
+
+def strip_bytes(info: TensorInfo, op: Op) -> int:
+    """Bytes of the largest strip of such a tensor."""
+    if op is Op.COPY or len(info.shape) < 2:
+        return min(info.nbytes, max(PANEL_BYTES, NUMPY[info.dtype].itemsize))
+    column = info.shape[0] * NUMPY[info.dtype].itemsize
+    return min(info.nbytes, max(STRIP_BYTES, column))
+
+
+class Strips:
+    """One tensor, laid out by an op, as consecutive strips.
+
+    Args:
+        source, name: of the tensor.
+        op: what is to be done to it.
+        buffer: gives memory (uint8) for a strip of at most `strip_bytes`; by default new memory.
+        look: is shown every part of the tensor once, in the source's dtype.
+
+    Afterwards `crc` is the crc32c of the tensor's bytes as the source has them.
     """
 
-    def __init__(self, source: TensorSource, name: str, op: Op) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        name: str,
+        op: Op,
+        *,
+        buffer: Callable[[int], np.ndarray] | None = None,
+        look: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
         self._source = source
         self._name = name
-        self._op = op
         self._info = source.tensors[name]
         self._dtype = NUMPY[self._info.dtype]
+        self._op = op if len(self._info.shape) > 1 else Op.COPY
+        self._buffer = buffer or _new_memory
+        self._look = look
         self.crc = 0
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Strip]:
         self.crc = 0
-        if self._op is Op.COPY or len(self._info.shape) < 2:
-            return self._rows(checksum=True)
-        return self._columns()
+        return self._rows() if self._op is Op.COPY else self._columns()
 
-    def _rows(self, *, checksum: bool) -> Iterator[np.ndarray]:
-        shape = self._info.shape
-        if not shape:
-            values = read_rows(self._source, self._name, 0, None)
+    def _rows(self) -> Iterator[Strip]:
+        """Consecutive elements of the tensor, whole ones."""
+        step = max(PANEL_BYTES // self._dtype.itemsize, 1) * self._dtype.itemsize
+        for begin in range(0, self._info.nbytes, step):
+            values = self._memory((min(step, self._info.nbytes - begin) // self._dtype.itemsize,))
+            self._source.read_into(self._name, begin, raw_bytes(values))
             self._count(values)
-            yield values
+            yield Strip(values, Op.COPY)
+
+    def _columns(self) -> Iterator[Strip]:
+        rows, columns = self._info.shape
+        if not self._info.nbytes:
             return
-        row_bytes = max(1, math.prod(shape[1:]) * self._dtype.itemsize)
-        step = max(1, PANEL_BYTES // row_bytes)
-        for start in range(0, shape[0], step):
-            values = read_rows(self._source, self._name, start, min(start + step, shape[0]))
-            if checksum:
-                self._count(values)
-            yield values
-
-    def _columns(self) -> Iterator[np.ndarray]:
-        rows, columns = self._info.shape
-        column_bytes = rows * self._dtype.itemsize
-        width = max(1, min(columns, STRIP_BYTES // column_bytes))
-        if width < columns:
-            # The strips below see the bytes out of order: one pass in order for the checksum.
-            for _ in self._rows(checksum=True):
-                pass
-        step = max(1, PANEL_BYTES // column_bytes)
+        row_bytes = columns * self._dtype.itemsize
+        width = max(1, min(columns, STRIP_BYTES // (rows * self._dtype.itemsize)))
+        if width == columns:
+            values = self._memory((rows, columns))
+            self._source.read_into(self._name, 0, raw_bytes(values))
+            self._count(values)
+            yield Strip(values, self._op)
+            return
+        # Whole rows are read for every strip: the disk gives them faster than parts of them.
+        scratch = np.empty((min(rows, max(1, PANEL_BYTES // row_bytes)), columns), self._dtype)
         for left in range(0, columns, width):
-            right = min(left + width, columns)
-            strip = self._strip(left, right)
-            for start in range(0, right - left, step):
-                yield np.ascontiguousarray(strip[:, start : start + step].T)
+            values = self._memory((rows, min(width, columns - left)))
+            for top in range(0, rows, len(scratch)):
+                part = scratch[: rows - top]
+                self._source.read_into(self._name, top * row_bytes, raw_bytes(part))
+                if left == 0:
+                    self._count(part)
+                values[top : top + len(scratch)] = part[:, left : left + width]
+            yield Strip(values, self._op)
 
-    def _strip(self, left: int, right: int) -> np.ndarray:
-        rows, columns = self._info.shape
-        if right - left == columns:
-            strip = read_rows(self._source, self._name, 0, rows)
-            self._count(strip)
-            return strip
-        strip = np.empty((rows, right - left), self._dtype)
-        for r in range(rows):
-            offset = (r * columns + left) * self._dtype.itemsize
-            self._source.read_into(self._name, offset, raw_bytes(strip[r]))
-        return strip
+    def _memory(self, shape: tuple[int, ...]) -> np.ndarray:
+        size = math.prod(shape) * self._dtype.itemsize
+        return self._buffer(size)[:size].view(self._dtype).reshape(shape)
 
     def _count(self, values: np.ndarray) -> None:
         self.crc = crc32c(raw_bytes(values), self.crc)
+        if self._look:
+            self._look(values)
+
+
+def _new_memory(size: int) -> np.ndarray:
+    return np.empty(size, np.uint8)
+
+
+class Panels:
+    """One tensor, laid out by an op, as consecutive flat arrays of at most PANEL_BYTES.
+
+    Iterating yields arrays in the source's dtype whose bytes, one after the other, are those
+    of `op(tensor)`; each holds until the next is asked for. Afterwards `crc` is the crc32c of
+    the tensor's bytes as the source has them.
+    """
+
+    def __init__(self, source: TensorSource, name: str, op: Op) -> None:
+        info = source.tensors[name]
+        self._dtype = NUMPY[info.dtype]
+        self._memory = np.empty(strip_bytes(info, op), np.uint8)
+        self._strips = Strips(source, name, op, buffer=lambda size: self._memory)
+
+    @property
+    def crc(self) -> int:
+        """See the class."""
+        return self._strips.crc
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        step = max(1, PANEL_BYTES // self._dtype.itemsize)
+        panel = np.empty(0, self._dtype)
+        for strip in self._strips:
+            if strip.op is Op.COPY:
+                yield strip.values
+                continue
+            if not panel.size:
+                panel = np.empty(min(step, strip.values.size), self._dtype)
+            for begin in range(0, strip.values.size, step):
+                part = panel[: min(step, strip.values.size - begin)]
+                strip.fill(part, begin)
+                yield part

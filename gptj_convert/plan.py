@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.formats.hf import hf_layout
+from gptj_convert.formats.layout import Layout
+from gptj_convert.formats.tf import tf_layout
 from gptj_convert.options import DEFAULT_DTYPE, KEEP
 from gptj_convert.panels import Panels
 from gptj_model.config import GPTJConfig
@@ -44,6 +48,10 @@ class Plan:
     scheme: Scheme
     """Of the target."""
     moves: tuple[Move, ...]
+    layout: Layout
+    """Of the target."""
+    saturate: bool = False
+    """Values beyond the target's range become its largest, instead of an error."""
 
     @property
     def source_bytes(self) -> int:
@@ -96,13 +104,16 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
     return matched
 
 
-def make_plan(checkpoint: Checkpoint, target: Scheme, dtype: str) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, target: Scheme, dtype: str, *, saturate: bool = False
+) -> Plan:
     """Plan the conversion of an open checkpoint.
 
     Args:
         checkpoint: the source.
         target: `Scheme.TF` or `Scheme.HF`.
         dtype: one of `options.DTYPES`, or `options.KEEP`.
+        saturate: see `Plan`.
 
     Raises:
         TensorFault: see `match`.
@@ -128,15 +139,18 @@ def make_plan(checkpoint: Checkpoint, target: Scheme, dtype: str) -> Plan:
                 op=tensor.op(checkpoint.scheme, target),
             )
         )
-    return Plan(checkpoint.config, target, tuple(moves))
+    layout = _LAYOUTS[target]({m.target_name: m.target for m in moves})
+    return Plan(checkpoint.config, target, tuple(moves), layout, saturate)
 
 
-def target_tensors(plan: Plan) -> dict[str, TensorInfo]:
-    """What the target holds: the moved tensors and, in TF, the step counter."""
-    tensors = {m.target_name: m.target for m in plan.moves}
-    if plan.scheme is Scheme.TF:
-        tensors[GLOBAL_STEP] = TensorInfo("int64", ())
-    return tensors
+def _tf_layout(tensors: dict[str, TensorInfo]) -> Layout:
+    return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
+
+
+_LAYOUTS: dict[Scheme, Callable[[dict[str, TensorInfo]], Layout]] = {
+    Scheme.TF: _tf_layout,
+    Scheme.HF: hf_layout,
+}
 
 
 def _repeats_embedding(checkpoint: Checkpoint) -> bool:

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from gptj_convert.execute import Progress
-from gptj_convert.formats.hf import GENERATION_FILE, create_weights
-from gptj_convert.panels import PANEL_BYTES
+from gptj_convert.execute import check_space
+from gptj_convert.formats.hf import GENERATION_FILE, hf_layout
+from gptj_convert.panels import PANEL_BYTES, Strip
+from gptj_convert.pipeline import Pipeline
+from gptj_convert.progress import Progress
 from gptj_convert.staging import staged_folder
 from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.writer import Start, reserve, write_files
 from gptj_model.config import CONFIG_FILE, VOCAB_SIZE, GPTJConfig
-from gptj_model.dtypes import NUMPY
-from gptj_model.source import TensorInfo, raw_bytes
-from gptj_model.tensors import Tensor, table
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import Op, Tensor, table
 
 
 def write_random_checkpoint(
@@ -30,31 +32,30 @@ def write_random_checkpoint(
         UsageError: `out` exists and `force` is off.
         OSError: the disk is full or not writable.
     """
-    tensors = table(config)
-    infos = {t.hf: TensorInfo(dtype, t.shape) for t in tensors}
-    total = sum(info.nbytes for info in infos.values())
+    tensors = {t.hf: (n, t) for n, t in enumerate(table(config))}
+    layout = hf_layout({name: TensorInfo(dtype, t.shape) for name, (_, t) in tensors.items()})
+
+    def strips(name: str) -> Iterator[Strip]:
+        n, tensor = tensors[name]
+        generator = np.random.Generator(np.random.SFC64([seed, n]))
+        for values in _values(tensor, config, generator):
+            yield Strip(values, Op.COPY)
+
     done = 0
     with staged_folder(out, force=force) as staging:
-        sink = create_weights(staging, infos)
-        try:
-            for n, tensor in enumerate(tensors):
-                generator = np.random.Generator(np.random.SFC64([seed, n]))
-                offset = 0
-                for values in _values(tensor, config, generator):
-                    raw = raw_bytes(values.astype(NUMPY[dtype]))
-                    sink.write(tensor.hf, offset, raw)
-                    offset += len(raw)
-                    done += len(raw)
-                    yield Progress(done, total, tensor.hf)
-            sink.finish({})
-        finally:
-            sink.close()
+        check_space(layout.total, out)
+        reserve(layout, staging.content)
+        with Pipeline() as pipeline:
+            for event in write_files(layout, staging.content, strips, pipeline, Start()):
+                done += event.nbytes
+                yield Progress(done, layout.total, event.file)
+        folder = staging.content
         hf_config = json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n"
-        (staging / CONFIG_FILE).write_text(hf_config, encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(hf_config, encoding="utf-8")
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        (staging / GENERATION_FILE).write_text(json.dumps(ends) + "\n", encoding="utf-8")
+        (folder / GENERATION_FILE).write_text(json.dumps(ends) + "\n", encoding="utf-8")
         if config.vocab_size == VOCAB_SIZE:
-            write_tokenizer(staging)
+            write_tokenizer(folder)
 
 
 def _values(

@@ -1,64 +1,152 @@
-"""An output folder that appears complete or not at all."""
+"""An output folder that appears complete or not at all.
+
+Beside `OUT` the folder `OUT.partial-gptj` holds, while the work goes on, `content` (what becomes
+OUT), a lock, and what the work notes for its own resumption.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
-from gptj_model.errors import UsageError
+from gptj_model.errors import FileFault, UsageError
+
+SUFFIX = ".partial-gptj"
+_CONTENT = "content"
+_LOCK = "lock"
+_REPLACED = "replaced"
+
+
+@dataclass(slots=True)
+class Staging:
+    """The folder beside the output."""
+
+    root: Path
+
+    keep: bool = False
+    """Leave it when the work fails, for a resumption."""
+
+    @property
+    def content(self) -> Path:
+        """What becomes the output."""
+        return self.root / _CONTENT
+
+    def clear(self) -> None:
+        """Remove what an interrupted run has left."""
+        for path in self.root.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+        self.content.mkdir()
+
+
+def staging_root(out: Path) -> Path:
+    """Where the output is made."""
+    return out.with_name(out.name + SUFFIX)
 
 
 @contextmanager
-def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
-    """A new folder beside `out` that takes its name once the body is done.
+def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Iterator[Staging]:
+    """A folder that takes the name `out` once the body is done.
 
     With `force` an existing `out` lives until the new one is durable, then goes. If the body
-    fails, the staging folder is removed and `out` is as it was.
+    fails, `out` is as it was, and the staging folder is removed unless its `keep` is set.
+
+    Args:
+        out: the output.
+        force: replace an existing one.
+        fresh: begin with an empty folder, without what an interrupted run has left.
 
     Raises:
         UsageError: `out` exists and `force` is off.
+        FileFault: another process is making it.
         OSError: the disk is full or not writable.
+    """
+    refuse_existing(out, force=force)
+    if out.is_symlink() or out.is_file():
+        raise UsageError(f"{out}: is not a folder, expected a name for one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Staging(staging_root(out))
+    with _locked(staging.root, out):
+        if fresh:
+            staging.clear()
+        staging.content.mkdir(exist_ok=True)
+        try:
+            yield staging
+            for path in staging.content.iterdir():
+                _sync(path)
+            _sync(staging.content)
+            _replace(staging, out)
+        except BaseException:
+            if not staging.keep:
+                shutil.rmtree(staging.root, ignore_errors=True)
+            raise
+        shutil.rmtree(staging.root)
+
+
+def refuse_existing(out: Path, *, force: bool) -> None:
+    """Never overwrite.
+
+    Raises:
+        UsageError: `out` exists and `force` is off.
     """
     if (out.exists() or out.is_symlink()) and not force:
         raise UsageError(
             f"{out}: exists already, and is never overwritten",
             hint="choose another folder with --out, or replace this one with --force",
         )
-    if out.is_symlink() or out.is_file():
-        raise UsageError(f"{out}: is not a folder, expected a name for one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
-    staging.chmod(0o755)
-    try:
-        yield staging
-        for path in staging.iterdir():
-            _sync(path)
-        _sync(staging)
-        _replace(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
-def _replace(staging: Path, out: Path) -> None:
-    old = None
+@contextmanager
+def _locked(root: Path, out: Path) -> Iterator[None]:
+    """The folder, for this process alone; the kernel lets go when the process ends."""
+    with suppress(FileExistsError):
+        root.mkdir()
+    if root.is_symlink() or not root.is_dir():
+        raise UsageError(
+            f"{root}: is in the way, expected a folder of ours or nothing",
+            hint="delete or rename it",
+        )
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(root / _LOCK, flags, 0o644), "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileFault(
+                f"{out}: process {lock.read().strip() or '?'} is making it at this moment",
+                hint="wait for it, or choose another folder with --out",
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _recover(root, out)
+        yield
+
+
+def _recover(root: Path, out: Path) -> None:
+    """Put back what an interrupted replacement had moved away."""
+    old = root / _REPLACED
+    if old.is_dir() and not out.exists():
+        old.rename(out)
+
+
+def _replace(staging: Staging, out: Path) -> None:
+    old = staging.root / _REPLACED
     if out.exists():
-        old = Path(mkdtemp(prefix=f"{out.name}.replaced-", dir=out.parent)) / out.name
         out.rename(old)
     try:
-        staging.rename(out)
+        staging.content.rename(out)
     except BaseException:
-        if old:
+        if old.exists():
             old.rename(out)
-            old.parent.rmdir()
         raise
     _sync(out.parent)
-    if old:
-        shutil.rmtree(old.parent)
 
 
 def _sync(path: Path) -> None:

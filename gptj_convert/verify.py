@@ -15,12 +15,12 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
-from gptj_convert.execute import Progress
 from gptj_convert.formats.bundle import BundleSource, masked
 from gptj_convert.manifest import MANIFEST_FILE, Manifest, sha256
 from gptj_convert.options import LEVELS
 from gptj_convert.panels import Panels
 from gptj_convert.plan import match
+from gptj_convert.progress import Progress
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import ml_dtypes
 import numpy as np
 
@@ -25,16 +27,49 @@ OTHERS: dict[str, np.dtype] = {
 
 NUMPY: dict[str, np.dtype] = FLOATS | OTHERS
 
-#: Largest finite float16; a larger float32 has no float16 value.
-FLOAT16_MAX = 65504.0
+#: Magnitudes from which a value is rounded to infinity, by dtype: half a step beyond the largest.
+_OVERFLOW = {
+    "float16": 65520.0,
+    "bfloat16": float.fromhex("0x1.FFp+127"),
+    "float32": float.fromhex("0x1.FFFFFFp+127"),
+}
+#: Elements that are looked at together, so that they stay in the cache.
+_PIECE = 2**18
 
 
-def overflows(values: np.ndarray, target: str) -> bool:
-    """Whether a finite element of `values` becomes infinite in `target` (a canonical name)."""
-    if target == "float32" and values.dtype != np.float64:
-        return False
-    if target == values.dtype.name or target == "float64":
-        return False
-    with np.errstate(over="ignore"):
-        cast = values.astype(NUMPY[target])
-    return bool(np.any(np.isinf(cast) & np.isfinite(values)))
+def largest(dtype: str) -> float:
+    """The largest finite value of a float dtype."""
+    return float(ml_dtypes.finfo(NUMPY[dtype]).max)
+
+
+def count_nonfinite(values: np.ndarray) -> int:
+    """Number of NaN and infinite elements of a contiguous float array."""
+    infinite = _magnitudes(np.full(1, np.inf, values.dtype))[0]
+    return sum(int(np.count_nonzero(m >= infinite)) for m in _pieces(values))
+
+
+def count_overflows(values: np.ndarray, target: str) -> int:
+    """Number of finite elements of a contiguous float array that `target` makes infinite."""
+    if target not in _OVERFLOW or largest(values.dtype.name) < _OVERFLOW[target]:
+        return 0
+    limits = np.array([_OVERFLOW[target], np.inf]).astype(values.dtype)
+    limit, infinite = _magnitudes(limits)
+    return sum(int(np.count_nonzero((m >= limit) & (m < infinite))) for m in _pieces(values))
+
+
+def saturate(values: np.ndarray, target: str) -> None:
+    """Replace, in place, finite elements beyond the range of `target` by its largest value."""
+    limit = largest(target)
+    beyond = np.isfinite(values) & (np.abs(values) > limit)
+    values[beyond] = np.copysign(limit, values[beyond].astype(np.float64)).astype(values.dtype)
+
+
+def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
+    flat = values.reshape(-1)
+    return (_magnitudes(flat[at : at + _PIECE]) for at in range(0, flat.size, _PIECE))
+
+
+def _magnitudes(values: np.ndarray) -> np.ndarray:
+    """The bits without the sign, as unsigned integers: they are ordered as the magnitudes are."""
+    unsigned = np.dtype(f"u{values.itemsize}")
+    return values.view(unsigned) & unsigned.type(2 ** (8 * values.itemsize - 1) - 1)

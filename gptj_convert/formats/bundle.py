@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
 
+from gptj_convert.formats.layout import FileLayout, Layout
 from gptj_convert.formats.output_file import OutputFile
 from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
 from gptj_model.dtypes import NUMPY
@@ -128,51 +131,20 @@ class BundleSource:
             shard.close()
 
 
-class BundleSink:
-    """A new bundle with one data file, its tensors written in any order at known offsets.
+def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
+    """A new bundle with one data file, its tensors in the order of their names."""
+    ordered = dict(sorted(tensors.items(), key=lambda t: t[0].encode()))
+    begins = accumulate((info.nbytes for info in ordered.values()), initial=0)
+    places = dict(zip(ordered, begins, strict=False))
 
-    Args:
-        prefix: neither of its two files may exist.
-        tensors: canonical dtype and shape of each; laid out by name.
-    """
-
-    def __init__(self, prefix: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        self._prefix = prefix
-        self._tensors = dict(sorted(tensors.items(), key=lambda t: t[0].encode()))
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name, info in self._tensors.items():
-            self._offsets[name] = end
-            end += info.nbytes
-        self._file = OutputFile(data_path(prefix), end)
-
-    def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Put `data` at byte `offset` of a tensor."""
-        self._file.write(self._offsets[name] + offset, data)
-
-    def finish(self, checksums: Mapping[str, int]) -> None:
-        """Write the index, and make both files durable.
-
-        Args:
-            checksums: crc32c (not masked) of every tensor's bytes.
-        """
-        self._file.sync()
-        self.close()
+    def index(checksums: Mapping[str, int]) -> dict[str, bytes]:
         entries = {
-            name: Entry(info, 0, self._offsets[name], masked(checksums[name]))
-            for name, info in self._tensors.items()
+            name: Entry(info, 0, places[name], masked(checksums[name]))
+            for name, info in ordered.items()
         }
-        content = _index_bytes(entries)
-        index = OutputFile(index_path(self._prefix), len(content))
-        try:
-            index.write(0, memoryview(content))
-            index.sync()
-        finally:
-            index.close()
+        return {index_path(Path(prefix)).name: _index_bytes(entries)}
 
-    def close(self) -> None:
-        """Close the data file, finished or not."""
-        self._file.close()
+    return Layout(ordered, (FileLayout(data_path(Path(prefix)).name, tuple(ordered)),), index)
 
 
 def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -184,18 +156,20 @@ def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
     arrays = {
         name: np.ascontiguousarray(values).reshape(values.shape) for name, values in tensors.items()
     }
-    sink = BundleSink(
-        prefix, {name: TensorInfo(a.dtype.name, a.shape) for name, a in arrays.items()}
-    )
+    infos = {name: TensorInfo(a.dtype.name, a.shape) for name, a in arrays.items()}
+    layout = bundle_layout(prefix.name, infos)
+    (data,) = layout.files
     checksums = {}
-    try:
-        for name, values in arrays.items():
-            raw = raw_bytes(values)
-            checksums[name] = crc32c(raw)
-            sink.write(name, 0, raw)
-        sink.finish(checksums)
-    finally:
-        sink.close()
+    with closing(OutputFile(prefix.with_name(data.name), layout.size(data))) as output:
+        for name, begin, _ in layout.spans(data):
+            raw = raw_bytes(arrays[str(name)])
+            checksums[str(name)] = crc32c(raw)
+            output.write(begin, raw)
+        output.sync()
+    for name, content in layout.index(checksums).items():
+        with closing(OutputFile(prefix.with_name(name), len(content))) as output:
+            output.write(0, memoryview(content))
+            output.sync()
 
 
 # The index: protocol buffers inside a LevelDB table.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.pickle import open_pickle
-from gptj_convert.formats.safetensors import SafetensorsSink, SafetensorsSource
+from gptj_convert.formats.safetensors import SafetensorsSource, safetensors_file
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, TensorSource
 
@@ -55,6 +56,7 @@ def open_weights(path: Path) -> TensorSource:
     return SafetensorsSource(path) if path.suffix == ".safetensors" else open_pickle(path)
 
 
-def create_weights(folder: Path, tensors: Mapping[str, TensorInfo]) -> SafetensorsSink:
-    """A new weight file in a folder. transformers asks for the `format` entry."""
-    return SafetensorsSink(folder / SAFETENSORS_FILE, tensors, {"format": "pt"})
+def hf_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
+    """The weight file of a folder. transformers asks for the `format` entry."""
+    file = safetensors_file(SAFETENSORS_FILE, tensors, {"format": "pt"})
+    return Layout(tensors, (file,), lambda checksums: {})

@@ -1,13 +1,14 @@
-"""A file of known size, written at offsets from many threads."""
+"""A file of known size, written at offsets."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gptj_convert.formats.ranged_file import ALIGNMENT
 from gptj_model.errors import FileFault
 
 #: Errors that mean: no more space, on the disk, in the quota, or under a limit.
@@ -15,26 +16,62 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFile:
-    """A new file whose space is reserved at once, so that a full disk shows at the first byte.
+    """A file whose space is reserved at once, so that a full disk shows at the first byte.
+
+    Aligned data goes around the page cache where the file system can do that: the copy and the
+    pages would cost more processor time than the conversion itself.
+
+    Args:
+        path: the file; it must not exist unless `existing`.
+        size: of the whole file, in bytes.
+        existing: go on with a file that an interrupted run has left.
 
     Raises:
         FileFault: it exists already, there is no space for it, or writing fails.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, existing: bool = False) -> None:
         self.path = path
-        self._fd = -1
+        self._fd = self._direct = -1
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with self._faults():
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, flags | (0 if existing else os.O_EXCL), 0o644)
+            if os.fstat(self._fd).st_size > size:
+                os.ftruncate(self._fd, size)
             if size:
                 os.posix_fallocate(self._fd, 0, size)
+        if size >= ALIGNMENT and hasattr(os, "O_DIRECT"):
+            with suppress(OSError):  # tmpfs, for one
+                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`."""
-        done = 0
         with self._faults():
+            done = self._write_directly(offset, data)
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def _write_directly(self, offset: int, data: memoryview) -> int:
+        """Write what may go directly; returns how many bytes did."""
+        whole = len(data) // ALIGNMENT * ALIGNMENT
+        if self._direct < 0 or offset % ALIGNMENT:
+            return 0
+        done = 0
+        try:
+            while done < whole:
+                written = os.pwrite(self._direct, data[done:whole], offset + done)
+                done += written
+                if written % ALIGNMENT:
+                    break
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # memory that is not aligned, or a stricter device
+                raise
+        return done
+
+    def read(self, offset: int, length: int) -> bytes:
+        """What is there now; shorter only at the end of the file."""
+        with self._faults("read"):
+            return os.pread(self._fd, length, offset)
 
     def sync(self) -> None:
         """Return once the content is on the device."""
@@ -43,17 +80,18 @@ class OutputFile:
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
 
     @contextmanager
-    def _faults(self) -> Iterator[None]:
+    def _faults(self, doing: str = "written") -> Iterator[None]:
         try:
             yield
         except OSError as e:
             self.close()
             raise FileFault(
-                f"{self.path}: cannot be written: {e.strerror}",
+                f"{self.path}: cannot be {doing}: {e.strerror}",
                 hint="free some space and run it again" if e.errno in FULL else None,
             ) from None

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from gptj_model.errors import FileFault
 
 DOWNLOAD_HINT = "fetch the file again, for example with `gptj download`"
+
+#: Offsets, sizes and addresses of this alignment may go to and from a device directly.
+ALIGNMENT = 4096
+#: Ranges from this size on are read directly, so many bytes at once.
+_DIRECT_FROM = 2**20
+_DIRECT_BYTES = 8 * 2**20
+_of_thread = threading.local()
+
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -21,11 +33,15 @@ class RangedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._direct = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._fd).st_size
         except OSError as e:
             raise FileFault(f"{path}: cannot be opened: {e.strerror}") from None
+        if self.size >= _DIRECT_FROM and hasattr(os, "O_DIRECT"):
+            with suppress(OSError):  # tmpfs, for one
+                self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
             self._refuse_impostors()
         except BaseException:
@@ -55,7 +71,7 @@ class RangedFile:
         done = 0
         while done < len(buffer):
             try:
-                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+                got = self._read_some(offset + done, buffer[done:])
             except OSError as e:
                 raise FileFault(
                     f"{self.path}: cannot be read at byte {offset + done} ({what}): {e.strerror}"
@@ -68,6 +84,29 @@ class RangedFile:
                 )
             done += got
 
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        """What one call of the system gives. Returns 0 at the end of the file only.
+
+        Long ranges that no other reader has brought into the page cache go around it: filling
+        it costs more processor time than converting what is read.
+        """
+        if self._direct < 0 or len(buffer) < _DIRECT_FROM:
+            return os.preadv(self._fd, [buffer], offset)
+        with suppress(OSError):  # not in the cache, or a system that cannot tell
+            if got := os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT):
+                return got
+        bounce = _bounce_memory()
+        skip = offset % ALIGNMENT
+        try:
+            got = os.preadv(self._direct, [bounce], offset - skip) - skip
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # a device that wants a stricter alignment
+                raise
+            return os.preadv(self._fd, [buffer], offset)
+        got = max(0, min(got, len(buffer)))
+        buffer[:got] = bounce[skip : skip + got]
+        return got
+
     def read(self, offset: int, length: int, what: str) -> bytes:
         """`length` bytes from `offset`. The caller has compared `length` with `size`."""
         buffer = bytearray(length)
@@ -76,6 +115,14 @@ class RangedFile:
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
+
+
+def _bounce_memory() -> memoryview:
+    """Aligned memory of this thread, to read into directly."""
+    if not hasattr(_of_thread, "bounce"):
+        _of_thread.bounce = memoryview(mmap.mmap(-1, _DIRECT_BYTES))
+    return _of_thread.bounce

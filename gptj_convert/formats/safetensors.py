@@ -1,8 +1,8 @@
 """The safetensors format: an 8-byte length, a JSON header, then the tensors' bytes.
 
 Reading is by ranges and stricter than the library's on purpose: a header that names a key
-twice, leaves a gap or overlaps is refused. Writing is at offsets known from the header, which
-the library (whole file in memory) does not offer.
+twice, leaves a gap or overlaps is refused. What is written is a layout, for the library would
+need the whole file in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.formats.output_file import OutputFile
+from gptj_convert.formats.layout import FileLayout
 from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
@@ -75,48 +75,21 @@ class SafetensorsSource:
         self._file.close()
 
 
-class SafetensorsSink:
-    """A new file of known tensors, written in any order at known offsets.
-
-    Args:
-        path: must not exist.
-        tensors: name, canonical dtype and shape of each, in the order of their bytes.
-        metadata: string pairs for the header.
-    """
-
-    def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-    ) -> None:
-        header: dict[str, Any] = {_METADATA: dict(metadata)}
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name, info in tensors.items():
-            self._offsets[name] = end
-            offsets = [end, end := end + info.nbytes]
-            header[name] = {
-                "dtype": _CODES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": offsets,
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
-        self._file = OutputFile(path, self._start + end)
-        self._file.write(0, memoryview(struct.pack("<Q", len(text)) + text))
-
-    def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Put `data` at byte `offset` of a tensor."""
-        self._file.write(self._start + self._offsets[name] + offset, data)
-
-    def finish(self, checksums: Mapping[str, int]) -> None:
-        """Make the content durable. The format has no place for checksums."""
-        del checksums
-        self._file.sync()
-        self.close()
-
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        self._file.close()
+def safetensors_file(
+    name: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> FileLayout:
+    """A new file of these tensors, in this order, with string pairs for the header."""
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    end = 0
+    for tensor, info in tensors.items():
+        header[tensor] = {
+            "dtype": _CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end := end + info.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return FileLayout(name, (struct.pack("<Q", len(text)) + text, *tensors))
 
 
 def _read_header(file: RangedFile) -> tuple[int, dict[str, Any]]:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from gptj_convert.formats.bundle import BundleSink
+from gptj_convert.formats.bundle import bundle_layout
+from gptj_convert.formats.layout import Layout
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 
@@ -61,6 +62,6 @@ def state_text(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def create_bundle(folder: Path, tensors: Mapping[str, TensorInfo]) -> BundleSink:
-    """A new bundle in a folder of converted weights."""
-    return BundleSink(folder / CONVERTED_PREFIX, tensors)
+def tf_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
+    """The bundle in a folder of converted weights."""
+    return bundle_layout(CONVERTED_PREFIX, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from runner.cli.progress import progress
 )
 @click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--saturate", is_flag=True, help="Values too large for the dtype become its largest.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
+@click.option("--force", is_flag=True, help="Replace an existing folder, or begin anew.")
 def convert(
     output: Output,
     source: Path | None,
@@ -33,6 +36,8 @@ def convert(
     dtype: str | None,
     config_file: Path | None,
     dry_run: bool,
+    saturate: bool,
+    resume: bool,
     force: bool,
 ) -> dict[str, Any]:
     """Convert a checkpoint (default ./gpt-j-6b), bit for bit where the dtype allows.
@@ -40,14 +45,16 @@ def convert(
     SRC is a folder, a .safetensors or .bin file, or the prefix of a TensorFlow checkpoint.
     """
     from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.execute import check_space, execute
+    from gptj_convert.execute import Result, check_space, execute, is_resumable
     from gptj_convert.plan import make_plan
     from gptj_model.tensors import Scheme
 
+    if resume and force:
+        raise click.UsageError("--resume goes on, --force begins anew: give one of them")
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
     with open_checkpoint(source or DEFAULT_SOURCE, config_file=config_file) as checkpoint:
-        plan = make_plan(checkpoint, scheme, dtype or DEFAULT_DTYPE[target])
+        plan = make_plan(checkpoint, scheme, dtype or DEFAULT_DTYPE[target], saturate=saturate)
         figures = {
             "output": str(out),
             "tensors": len(plan.moves),
@@ -59,7 +66,7 @@ def convert(
             f"{plan.source_bytes / 1e9:.2f} GB → {plan.target_bytes / 1e9:.2f} GB {plan.dtype}"
         )
         if dry_run:
-            check_space(plan, out)
+            check_space(plan.layout.total, out)
             for move in plan.moves:
                 output.data(
                     f"{move.source_name}  →  {move.target_name}  {move.op.value}  "
@@ -69,8 +76,30 @@ def convert(
             return figures
         if not checkpoint.companions:
             output.note("note: no tokenizer files beside the weights, so none are carried over")
-        with progress(output, "converting") as report:
-            for event in execute(plan, checkpoint, out, force=force):
-                report(event.done, event.total, event.what)
+        event = None
+        events = execute(plan, checkpoint, out, force=force, resume=resume)
+        try:
+            with progress(output, "converting") as report, closing(events):
+                for event in events:
+                    if not isinstance(event, Result):
+                        report(event.done, event.total, event.what)
+        except BaseException as e:
+            if event and is_resumable(out):
+                e.add_note("what is done is kept: the same command with --resume goes on")
+            raise
+    assert isinstance(event, Result), "the last event"
+    result = event
+    if result.kept_bytes:
+        output.note(f"{result.kept_bytes / 1e9:.2f} GB were there already, and hold")
+    for what, counts in (
+        ("are NaN or infinite, and are kept", result.nonfinite),
+        ("lie beyond the dtype's range, and became its largest", result.saturated),
+    ):
+        for name, count in counts.items():
+            output.note(f"warning: {count} values of {name} {what}")
     output.data(str(out))
-    return figures
+    return figures | {
+        "kept_bytes": result.kept_bytes,
+        "nonfinite": result.nonfinite,
+        "saturated": result.saturated,
+    }

@@ -31,7 +31,17 @@ def exit_code(fault: GptjError) -> Exit:
 
 
 def as_fault(error: BaseException) -> GptjError | None:
-    """The fault that an exception is, or None for a bug of ours."""
+    """The fault that an exception is, or None for a bug of ours.
+
+    Its notes say how to go on, and join the hint.
+    """
+    fault = _as_fault(error)
+    if fault and getattr(error, "__notes__", None):
+        fault.hint = "; ".join(filter(None, (fault.hint, *error.__notes__)))
+    return fault
+
+
+def _as_fault(error: BaseException) -> GptjError | None:
     if isinstance(error, GptjError):
         return error
     if isinstance(error, click.ClickException):

@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = root.main(arguments, prog_name="gptj", standalone_mode=False)
         sys.stdout.flush()
         return int(code or Exit.OK)
-    except (KeyboardInterrupt, click.Abort):
-        return _stopped(output, "interrupted", Exit.INTERRUPTED)
-    except Terminated:
-        return _stopped(output, "terminated", Exit.TERMINATED)
+    except (KeyboardInterrupt, click.Abort) as e:
+        return _stopped(output, "interrupted", Exit.INTERRUPTED, e)
+    except Terminated as e:
+        return _stopped(output, "terminated", Exit.TERMINATED, e)
     except BrokenPipeError:
         # Nobody reads any more; a second failure at exit would only add noise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,12 +64,12 @@ def _terminate(signum: int, frame: object) -> None:
     raise Terminated
 
 
-def _stopped(output: Output, word: str, code: Exit) -> int:
+def _stopped(output: Output, word: str, code: Exit, stop: BaseException) -> int:
     from gptj_model.errors import GptjError
 
-    fault = GptjError(
-        f"{word}; nothing incomplete is left under its final name", hint="run it again"
-    )
+    # What was at work may have noted how to go on.
+    hint = "; ".join(getattr(stop, "__notes__", ())) or "run it again"
+    fault = GptjError(f"{word}; nothing incomplete is left under its final name", hint=hint)
     output.fail(fault, {})
     return code
 

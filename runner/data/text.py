@@ -124,7 +124,7 @@ def pack(
     if end is None:
         raise DataFault(f"the tokenizer has no {END_OF_TEXT}, which separates documents")
     with staged_folder(out, force=force) as staging:
-        writer = _Packer(staging, length, end, counts)
+        writer = _Packer(staging.content, length, end, counts)
         try:
             for batch in _batches(texts, counts, skip_bad):
                 for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
@@ -140,7 +140,7 @@ def pack(
             "vocab_size": tokenizer.get_vocab_size(),
             **{name: getattr(counts, name) for name in Counts.__dataclass_fields__},
         }
-        write_data_params(staging, values)
+        write_data_params(staging.content, values)
 
 
 def _batches(texts: Iterable[Path], counts: Counts, skip_bad: bool) -> Iterator[list[str]]:

@@ -18,8 +18,8 @@ import pytest
 from huggingface_hub import constants
 
 from gptj_convert import download
-from gptj_convert.execute import Progress
 from gptj_convert.hub import TRIES
+from gptj_convert.progress import Progress
 from tests.cli.fake_hub import COMMIT, REPOSITORY, FakeHub, serving
 
 SMALL_FILES = {

@@ -1,0 +1,241 @@
+"""The files of a layout, written in one pass: laid out, hashed and put on the disk at once.
+
+An interrupted pass leaves files that `find_start` takes up again: what is whole is read and
+hashed, not made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from gptj_convert.formats.layout import FileLayout, Layout
+from gptj_convert.formats.output_file import OutputFile
+from gptj_convert.formats.ranged_file import ALIGNMENT
+from gptj_convert.panels import Strip
+from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_convert.progress import Progress
+from gptj_model.dtypes import NUMPY
+from gptj_model.tensors import Op
+
+#: Bytes that are handed on and written at once, and how many such blocks go around.
+BLOCK_BYTES = 8 * 2**20
+BLOCKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A block is in its file."""
+
+    nbytes: int
+    file: str
+    tensors: tuple[tuple[str, int], ...]
+    """Name and crc32c of each tensor that ends in it."""
+
+
+@dataclass(slots=True)
+class Start:
+    """Where to begin: everything before is there already."""
+
+    file: int = 0
+    offset: int = 0
+    """The beginning of a part of that file."""
+    sha256: Any = field(default_factory=hashlib.sha256)
+    """Of that file's bytes up to `offset`."""
+    done: int = 0
+    """Bytes before it, in all files."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the files before it."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """crc32c of the tensors before it."""
+
+
+def reserve(layout: Layout, folder: Path, *, existing: bool = False) -> None:
+    """Make every file at its full size, so that a full disk shows before the first byte.
+
+    Raises:
+        FileFault: there is no space; or files are there, and `existing` is off.
+    """
+    for file in layout.files:
+        OutputFile(folder / file.name, layout.size(file), existing=existing).close()
+
+
+def write_files(
+    layout: Layout,
+    folder: Path,
+    content: Callable[[str], Iterable[Strip]],
+    pipeline: Pipeline,
+    start: Start,
+) -> Iterator[Written]:
+    """Write what is missing, in order; `start` moves on, to the end.
+
+    Args:
+        layout: the files, which `reserve` has made.
+        folder: where they are.
+        content: gives the strips of a tensor. It runs in another thread.
+        pipeline: gives threads.
+        start: see `find_start`.
+
+    Raises:
+        FileFault: writing fails.
+    """
+    buffers = Buffers(pipeline, BLOCKS, BLOCK_BYTES)
+    blocks = pipeline.ahead(_lay_out(layout, content, start, buffers), depth=BLOCKS)
+    begun = layout.files[start.file] if start.file < len(layout.files) else None
+    output: OutputFile | None = None
+    try:
+        for block in pipeline.ahead(_hash(blocks, start.sha256), depth=BLOCKS):
+            if output is None:
+                path = folder / block.file.name
+                output = OutputFile(path, layout.size(block.file), existing=True)
+                if block.file is begun and start.offset % ALIGNMENT:
+                    _restore_head(block, output)
+            output.write(block.offset, block.memory[: block.end].data)
+            start.checksums.update(block.finished)
+            nbytes = block.end - block.skip
+            buffers.give(block.memory)
+            yield Written(nbytes, block.file.name, tuple(block.finished))
+            if block.sha256:
+                start.digests[block.file.name] = block.sha256
+                output.sync()
+                output.close()
+                output = None
+    finally:
+        if output:
+            output.close()
+
+
+def find_start(
+    layout: Layout, folder: Path, finished: Mapping[str, int]
+) -> Generator[Progress, None, Start]:
+    """How far an interrupted pass came: whole tensors whose bytes have the noted checksum.
+
+    Args:
+        layout: as it was then.
+        folder: as it was left.
+        finished: crc32c of tensors that were written.
+    """
+    start = Start()
+    for n, file in enumerate(layout.files):
+        start.file, start.offset, start.sha256 = n, 0, hashlib.sha256()
+        with (folder / file.name).open("rb", buffering=0) as f:
+            for part, begin, end in layout.spans(file):
+                if isinstance(part, str) and part not in finished:
+                    return start
+                digest = start.sha256.copy()
+                crc = 0
+                for at in range(begin, end, BLOCK_BYTES):
+                    data = f.read(min(BLOCK_BYTES, end - at))
+                    crc = crc32c(data, crc)
+                    digest.update(data)
+                    yield Progress(start.done + at - begin, layout.total, "reading what is there")
+                if crc != (crc32c(part) if isinstance(part, bytes) else finished[part]):
+                    return start
+                start.offset, start.sha256 = end, digest
+                start.done += end - begin
+                if isinstance(part, str):
+                    start.checksums[part] = crc
+        start.digests[file.name] = start.sha256.hexdigest()
+    start.file = len(layout.files)
+    return start
+
+
+@dataclass(slots=True)
+class _Block:
+    """Consecutive bytes of one file, from an aligned offset on."""
+
+    memory: np.ndarray
+    file: FileLayout
+    offset: int
+    skip: int
+    """Bytes at its beginning that are there already."""
+    end: int
+    """Bytes of the memory that are in use."""
+    spans: list[tuple[str | None, int, bool]] = field(default_factory=list)
+    """Tensor (None for other bytes), bytes, and whether it ends there."""
+    finished: list[tuple[str, int]] = field(default_factory=list)
+    is_last: bool = False
+    sha256: str | None = None
+    """Of the file, with its last block."""
+
+
+def _lay_out(
+    layout: Layout, content: Callable[[str], Iterable[Strip]], start: Start, buffers: Buffers
+) -> Iterator[_Block]:
+    offset = start.offset
+    for file in layout.files[start.file :]:
+        skip = offset % ALIGNMENT
+        block = _Block(buffers.take(), file, offset - skip, skip, skip)
+        for part, begin, _ in layout.spans(file):
+            if begin < offset:
+                continue
+            name = None if isinstance(part, bytes) else part
+            for strip, dtype in _strips(layout, part, content):
+                size, at = strip.values.size * dtype.itemsize, 0
+                while at < size:
+                    if block.end == len(block.memory):
+                        yield block
+                        following = block.offset + block.end
+                        block = _Block(buffers.take(), file, following, 0, 0)
+                    count = min(len(block.memory) - block.end, size - at)
+                    _fill(block.memory[block.end : block.end + count], strip, dtype, at)
+                    block.spans.append((name, count, False))
+                    block.end += count
+                    at += count
+            block.spans.append((name, 0, True))
+        block.is_last = True
+        yield block
+        offset = 0
+
+
+def _strips(
+    layout: Layout, part: bytes | str, content: Callable[[str], Iterable[Strip]]
+) -> Iterator[tuple[Strip, np.dtype]]:
+    if isinstance(part, bytes):
+        yield Strip(np.frombuffer(part, np.uint8), Op.COPY), np.dtype(np.uint8)
+        return
+    dtype = NUMPY[layout.tensors[part].dtype]
+    for strip in content(part):
+        yield strip, dtype
+
+
+def _fill(out: np.ndarray, strip: Strip, dtype: np.dtype, begin: int) -> None:
+    """Fill bytes from byte `begin` on of the strip in its new dtype."""
+    first, skip = divmod(begin, dtype.itemsize)
+    if not skip and out.size % dtype.itemsize == 0:
+        strip.fill(out.view(dtype), first)
+        return
+    # The block ends inside an element.
+    whole = np.empty(-(-(skip + out.size) // dtype.itemsize), dtype)
+    strip.fill(whole, first)
+    out[:] = whole.view(np.uint8)[skip : skip + out.size]
+
+
+def _hash(blocks: Iterable[_Block], sha256: Any) -> Iterator[_Block]:
+    crc = 0
+    for block in blocks:
+        at = block.skip
+        for name, count, ends in block.spans:
+            crc = crc32c(block.memory[at : at + count].data, crc)
+            at += count
+            if ends:
+                if name is not None:
+                    block.finished.append((name, crc))
+                crc = 0
+        sha256.update(block.memory[block.skip : block.end].data)
+        if block.is_last:
+            block.sha256 = sha256.hexdigest()
+            sha256 = hashlib.sha256()
+        yield block
+
+
+def _restore_head(block: _Block, output: OutputFile) -> None:
+    """The block begins inside an aligned piece of the file whose beginning is there already."""
+    head = np.frombuffer(output.read(block.offset, block.skip), np.uint8)
+    block.memory[: block.skip] = head
