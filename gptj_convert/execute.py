@@ -31,7 +31,7 @@ from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_convert.plan import Move, Plan
 from gptj_convert.progress import Progress
 from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining, yaml_text
-from gptj_convert.staging import staged_folder, staging_root
+from gptj_convert.staging import has_content, remove_staging, staged_folder, staging_root
 from gptj_convert.writer import Start, find_start, reserve, write_files
 from gptj_model.config import CONFIG_FILE
 from gptj_model.dtypes import count_nonfinite, count_overflows, largest, saturate
@@ -89,7 +89,8 @@ def execute(
     job = _job(plan, checkpoint)
     journal_path = staging_root(out) / JOURNAL_FILE
     found = read_journal(journal_path)
-    if resume and not found and _is_complete(out, job):
+    if resume and not has_content(out) and _is_complete(out, job):
+        remove_staging(out)
         yield Result((), plan.layout.total)
         return
     replaces = force or bool(resume and found and found.job["force"])
@@ -319,7 +320,7 @@ def _manifest(
         file.name: {"bytes": plan.layout.size(file), "sha256": digests[file.name]}
         for file in plan.layout.files
     }
-    small = (p for p in folder.iterdir() if p.name not in files and p.name != PARAMS_FILE)
+    small = (p for p in folder.iterdir() if p.name not in {*files, PARAMS_FILE, MANIFEST_FILE})
     return Manifest(
         source=describe_source(checkpoint),
         target=describe_target(plan),

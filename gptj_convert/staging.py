@@ -51,6 +51,11 @@ def staging_root(out: Path) -> Path:
     return out.with_name(out.name + SUFFIX)
 
 
+def has_content(out: Path) -> bool:
+    """Whether an interrupted run has left something that may become the output."""
+    return (staging_root(out) / _CONTENT).exists()
+
+
 @contextmanager
 def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Iterator[Staging]:
     """A folder that takes the name `out` once the body is done.
@@ -88,6 +93,18 @@ def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Iterator[Sta
                 shutil.rmtree(staging.root, ignore_errors=True)
             raise
         shutil.rmtree(staging.root)
+
+
+def remove_staging(out: Path) -> None:
+    """Remove what is left beside a complete output.
+
+    Raises:
+        FileFault: another process is at work there.
+    """
+    root = staging_root(out)
+    if root.is_dir():
+        with _locked(root, out):
+            shutil.rmtree(root)
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
@@ -142,11 +159,15 @@ def _replace(staging: Staging, out: Path) -> None:
         out.rename(old)
     try:
         staging.content.rename(out)
+        try:
+            _sync(out.parent)
+        except BaseException:
+            out.rename(staging.content)
+            raise
     except BaseException:
         if old.exists():
             old.rename(out)
         raise
-    _sync(out.parent)
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from gptj_convert.panels import Panels
 from gptj_convert.plan import match
 from gptj_convert.progress import Progress
 from gptj_model.config import GPTJConfig
-from gptj_model.dtypes import NUMPY
+from gptj_model.dtypes import NUMPY, saturate
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import Op, Tensor
@@ -273,11 +273,14 @@ def _compare_tensor(
     info = checkpoint.source.tensors[name]
     dtype = NUMPY[info.dtype]
     op = tensor.op(source.scheme, checkpoint.scheme)
+    saturated = manifest is not None and manifest.target.get("saturate") is True
     panels = Panels(source.source, source_name, op)
     offset = crc = wrong = nonfinite = 0
     first = None
     worst = 0.0
     for values in panels:
+        if saturated:
+            saturate(values, info.dtype)
         with np.errstate(over="ignore"):
             expected = values.astype(dtype, copy=False).reshape(-1)
         found = np.empty_like(expected)

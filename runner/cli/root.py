@@ -68,6 +68,7 @@ def _stopped(output: Output, word: str, code: Exit, stop: BaseException) -> int:
     from gptj_model.errors import GptjError
 
     # What was at work may have noted how to go on.
+    stop = stop.__context__ or stop  # click wraps an interruption
     hint = "; ".join(getattr(stop, "__notes__", ())) or "run it again"
     fault = GptjError(f"{word}; nothing incomplete is left under its final name", hint=hint)
     output.fail(fault, {})

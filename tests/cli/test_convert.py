@@ -250,6 +250,36 @@ def test_float16_that_would_overflow(hf: Path, gptj):
     assert gptj("convert", hf, "--to", "tf", "--dtype", "bfloat16").code == 0
 
 
+def test_values_that_are_too_large_saturate_if_asked(hf: Path, small_pieces: None, gptj):
+    tensors = load_tensors(hf / "model.safetensors")
+    name = "transformer.h.2.attn.v_proj.weight"
+    tensors[name][3, 4:8] = [65520.0, -1e30, np.inf, 65519.0]
+    save_tensors(hf / "model.safetensors", tensors)
+    done = gptj("convert", hf, "--to", "tf", "--dtype", "float16", "--saturate", "--json")
+    assert done.code == 0
+    kernel = "gptj_decoder/2/attn/v_proj/v_proj/kernel"
+    assert done.json["saturated"] == {kernel: 2}
+    assert done.json["nonfinite"] == {kernel: 1}
+    found = tf.train.load_checkpoint("converted/tf_model.ckpt").get_tensor(kernel)
+    assert found[4:8, 3].tolist() == [65504.0, -65504.0, np.inf, 65504.0]
+    assert gptj("verify", "--level", "weights").code == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_nan_and_infinity_are_kept_and_told(dtype: str, workdir: Path, small_pieces: None, gptj):
+    make_checkpoint(workdir / "hf", dtype="float32")
+    tensors = load_tensors(workdir / "hf/model.safetensors")
+    tensors["transformer.wte.weight"][0, :3] = [np.nan, np.inf, -np.inf]
+    save_tensors(workdir / "hf/model.safetensors", tensors)
+    done = gptj("convert", "hf", "--to", "tf", "--dtype", dtype)
+    assert done.code == 0
+    assert "warning: 3 values of input_embedding/embedding_weights are NaN" in done.stderr
+    found = tf.train.load_checkpoint("converted/tf_model.ckpt")
+    values = found.get_tensor("input_embedding/embedding_weights")[0, :3].astype(np.float32)
+    assert np.isnan(values[0])
+    assert values[1:].tolist() == [np.inf, -np.inf]
+
+
 def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
     (converted / "mine.txt").write_text("precious")
     done = gptj("convert", hf, "--to", "tf")

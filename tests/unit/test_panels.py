@@ -48,6 +48,20 @@ def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: i
     assert reader.crc == crc32c(values.tobytes())
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("target", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (300, 4100), (1100, 135), (131, 2052)])
+def test_beyond_every_tile(dtype, target, shape: tuple[int, int]):
+    """Matrices larger than what is transposed at once, asked for from odd places."""
+    values = (np.arange(np.prod(shape)) % 2003).reshape(shape).astype(dtype)
+    whole = values.T.astype(target).reshape(-1)
+    strip = panels.Strip(values, Op.TRANSPOSE)
+    for begin, end in ((0, whole.size), (1, whole.size), (3 * shape[0] + 1, whole.size - 5)):
+        out = np.empty(max(0, end - begin), target)
+        strip.fill(out, begin)
+        assert np.array_equal(out, whole[begin:end])
+
+
 @pytest.mark.parametrize("op", Op)
 def test_panels_are_small(op: Op):
     values = np.zeros((1000, 3000), np.float32)
