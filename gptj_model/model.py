@@ -22,6 +22,7 @@ from gptj_model.rotary import sin_cos_tables
 MASKED = -1e9
 
 
+@keras.saving.register_keras_serializable(package="gptj")
 class GPTJ(keras.Model):
     """Token ids → logits.
 
@@ -39,6 +40,7 @@ class GPTJ(keras.Model):
     ) -> None:
         super().__init__(name=kwargs.pop("name", "gptj"), dtype=dtype, **kwargs)
         self.config = config
+        self.seed = seed
         self.seeds = keras.random.SeedGenerator(seed, name="dropout")
         policy = self.dtype_policy
         self.wte = keras.layers.Embedding(
@@ -51,6 +53,18 @@ class GPTJ(keras.Model):
         self.ln_f = layer_norm(config, "ln_f", policy)
         self.lm_head = Head(config, name="lm_head", dtype=policy)
         self.build((None, None))
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes the same model of; `config` in Hugging Face's words."""
+        hf = self.config.to_hf(dtype=self.compute_dtype)
+        return {"config": hf, "dtype": self.dtype_policy.name, "seed": self.seed, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPTJ:
+        """The inverse of `get_config`; keys that are missing take their defaults."""
+        del custom_objects
+        known = {k: config[k] for k in ("dtype", "seed", "name") if k in config}
+        return cls(GPTJConfig.from_hf(config["config"]), **known)
 
     def build(self, input_shape: Any) -> None:
         hidden_shape = (None, None, self.config.n_embd)

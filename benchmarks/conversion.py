@@ -1,0 +1,129 @@
+"""Time and memory of `gptj convert` beside `cp` of the bytes it writes, in one run.
+
+    python benchmarks/conversion.py WORK_FOLDER [--layers 28] [--rounds 3] [--with-transformers]
+
+Makes a random checkpoint of the 6B's width in float16 (12.1 GB at 28 layers) and needs six times
+that on the disk. The peer and the conversion take turns; the least of each is what counts. `cp`
+is followed by fsync, as the conversion is. Prints the table of docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GPTJ = (sys.executable, "-m", "runner.cli.root")
+PIECE = 16 * 2**20
+
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+model.save_pretrained(sys.argv[2], max_shard_size="100GB")
+"""
+
+
+def timed(*command: object) -> tuple[float, float]:
+    """Seconds and peak resident GB of a command and its children."""
+    begun = time.monotonic()
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{command} ended with {process.returncode}")
+    return time.monotonic() - begun, usage.ru_maxrss * 1024 / 1e9
+
+
+def copied(folder: Path, to: Path) -> float:
+    """Seconds to copy a folder's weights with cp, and to sync them."""
+    to.mkdir()
+    weights = [p for p in folder.iterdir() if p.stat().st_size > 2**20]
+    copies = [to / p.name for p in weights]
+    begun = time.monotonic()
+    subprocess.run(["cp", *weights, to], check=True)
+    subprocess.run(["sync", *copies], check=True)
+    seconds = time.monotonic() - begun
+    shutil.rmtree(to)
+    return seconds
+
+
+def device_rates(path: Path, size: int) -> tuple[float, float]:
+    """GB/s of writing and reading around the page cache, one stream."""
+    memory = mmap.mmap(-1, PIECE)
+    rates = []
+    for flags in (os.O_WRONLY | os.O_CREAT, os.O_RDONLY):
+        fd = os.open(path, flags | os.O_DIRECT, 0o644)
+        begun = time.monotonic()
+        for offset in range(0, size, PIECE):
+            if flags == os.O_RDONLY:
+                os.preadv(fd, [memory], offset)
+            else:
+                os.pwrite(fd, memory, offset)
+        os.fsync(fd)
+        rates.append(size / (time.monotonic() - begun) / 1e9)
+        os.close(fd)
+    path.unlink()
+    return rates[0], rates[1]
+
+
+def race(source: Path, out: Path, rounds: int, *options: str) -> tuple[float, float, float, int]:
+    """Least seconds of convert and of cp, most memory in GB, and bytes of the result."""
+    ours, copies, memory, size = [], [], 0.0, 0
+    for _ in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        seconds, peak = timed(*GPTJ, "convert", source, "--out", out, "--quiet", *options)
+        ours.append(seconds)
+        memory = max(memory, peak)
+        size = sum(p.stat().st_size for p in out.iterdir())
+        os.sync()
+        copies.append(copied(out, out.with_name("copy")))
+    return min(ours), min(copies), memory, size
+
+
+def main() -> None:
+    """Run the races and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--with-transformers", action="store_true")
+    options = parser.parse_args()
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    source, float32 = folder / "source", folder / "float32"
+    new = ("new", "--preset", "6b", "--set", f"n_layer={options.layers}", "--dtype", "float16")
+    if not source.exists():
+        timed(*GPTJ, *new, "--out", source, "--quiet")
+    written, read = device_rates(folder / "rate", 4 * 2**30)
+    print(f"Layers: {options.layers}. Device: {written:.1f} GB/s writing, {read:.1f} reading.\n")
+    print("| | result | gptj | cp | ratio | memory |\n| --- | --- | --- | --- | --- | --- |")
+
+    def row(name: str, *arguments: str, of: Path = source, out: Path = folder / "out") -> None:
+        ours, copy, memory, size = race(of, out, options.rounds, *arguments)
+        print(
+            f"| {name} | {size / 1e9:.1f} GB | {ours:.1f} s | {copy:.1f} s | "
+            f"{ours / copy:.2f} | {memory:.2f} GB |",
+            flush=True,
+        )
+
+    row("HF float16 → TF float32", "--to", "tf", out=float32)
+    row("HF float16 → TF float16", "--to", "tf", "--dtype", "keep")
+    row("TF float32 → HF float32", "--to", "hf", of=float32)
+    row("HF float16 → HF float16, 2 GB shards", "--to", "hf", "--max-shard-size", "2GB")
+    if options.with_transformers:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        seconds, peak = timed(sys.executable, "-c", TRANSFORMERS, source, folder / "out")
+        print(f"| transformers, load and save in float16 | | {seconds:.1f} s | | | {peak:.1f} GB |")
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main()
