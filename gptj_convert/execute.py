@@ -88,8 +88,10 @@ def execute(
     """
     with staged_folder(out, force=force) as staging:
         check_space(plan, out)
-        create = tf.create_bundle if plan.scheme is Scheme.TF else hf.create_weights
-        sink = create(staging, target_tensors(plan))
+        if plan.scheme is Scheme.TF:
+            sink = tf.create_bundle(staging, target_tensors(plan))
+        else:
+            sink = hf.create_weights(staging, target_tensors(plan), plan.max_shard_bytes)
         try:
             checksums = yield from _move_all(plan, checkpoint, sink)
             target_crcs = {m.target_name: checksums[m.tensor.hf][1] for m in plan.moves}
@@ -184,6 +186,7 @@ def _manifest(
         source={
             "path": str(checkpoint.path.absolute()),
             "format": checkpoint.scheme.value,
+            "vocab_size": checkpoint.vocab_choice,
             "files": {p.name: {"bytes": p.stat().st_size} for p in checkpoint.files},
         },
         target=describe_target(plan),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.options import DEFAULT_DTYPE, KEEP
+from gptj_convert.formats import hf
+from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
@@ -44,6 +46,8 @@ class Plan:
     scheme: Scheme
     """Of the target."""
     moves: tuple[Move, ...]
+    max_shard_bytes: int | None = None
+    """Of the tensors of one file of weights; None: all are in one."""
 
     @property
     def source_bytes(self) -> int:
@@ -71,14 +75,16 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
     """
     scheme, config = checkpoint.scheme, checkpoint.config
     left = dict(checkpoint.source.tensors)
-    matched, problems = [], []
+    rows = vocabulary.rows(config, scheme, left)
+    disagreement = vocabulary.disagreement(config, rows)
+    matched, problems = [], [disagreement] if disagreement else []
     for tensor in table(config):
         (name,) = tensor.names(scheme)
         info = left.pop(name, None)
         expected = tensor.shape_in(scheme)
         if info is None:
             problems.append(f"{name!r} is missing, expected shape {list(expected)}")
-        elif info.shape != expected:
+        elif info.shape != expected and name not in rows:
             problems.append(f"{name!r} has shape {list(info.shape)}, expected {list(expected)}")
         elif info.dtype not in FLOATS:
             problems.append(f"{name!r} holds {info.dtype}, expected one of {', '.join(FLOATS)}")
@@ -91,28 +97,33 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
         if scheme is Scheme.HF and name == HEAD_WEIGHT.hf and _repeats_embedding(checkpoint):
             continue
         problems.append(f"{name!r} is not a tensor of this model")
+    if problems == [disagreement]:
+        hint = vocabulary.hint(rows, checkpoint.vocab_choice)
+        raise TensorFault(str(checkpoint.path), problems, hint=hint)
     if problems:
         raise TensorFault(str(checkpoint.path), problems, hint=_hint(checkpoint, left))
     return matched
 
 
-def make_plan(checkpoint: Checkpoint, target: Scheme, dtype: str) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, target: Scheme, dtype: str, *, max_shard_bytes: int | None = None
+) -> Plan:
     """Plan the conversion of an open checkpoint.
 
     Args:
         checkpoint: the source.
         target: `Scheme.TF` or `Scheme.HF`.
         dtype: one of `options.DTYPES`, or `options.KEEP`.
+        max_shard_bytes: see `Plan`; for `Scheme.HF`.
 
     Raises:
         TensorFault: see `match`.
-        UsageError: the target would be a copy of the source.
+        UsageError: the format has no shards, or there would be too many.
     """
-    if target is checkpoint.scheme:
-        others = " or ".join(name for name in DEFAULT_DTYPE if name != target.value)
+    if max_shard_bytes is not None and target is not Scheme.HF:
         raise UsageError(
-            f"{checkpoint.path}: is in the {target.value} format already",
-            hint=f"choose --to {others}",
+            f"--max-shard-size does not go with --to {target.value}, whose weights are one file",
+            hint="leave it out, or choose --to hf",
         )
     moves = []
     for tensor, name, info in match(checkpoint):
@@ -128,7 +139,9 @@ def make_plan(checkpoint: Checkpoint, target: Scheme, dtype: str) -> Plan:
                 op=tensor.op(checkpoint.scheme, target),
             )
         )
-    return Plan(checkpoint.config, target, tuple(moves))
+    plan = Plan(checkpoint.config, target, tuple(moves), max_shard_bytes)
+    hf.divide(target_tensors(plan), max_shard_bytes)  # refuses what cannot be
+    return plan
 
 
 def target_tensors(plan: Plan) -> dict[str, TensorInfo]:

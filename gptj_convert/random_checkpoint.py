@@ -20,14 +20,20 @@ from gptj_model.tensors import Tensor, table
 
 
 def write_random_checkpoint(
-    config: GPTJConfig, out: Path, *, seed: int, dtype: str, force: bool = False
+    config: GPTJConfig,
+    out: Path,
+    *,
+    seed: int,
+    dtype: str,
+    max_shard_bytes: int | None = None,
+    force: bool = False,
 ) -> Iterator[Progress]:
     """Write weights, config.json and, when the vocabulary is GPT-J's, the tokenizer.
 
     The values do not depend on the dtype (but for rounding), nor on numpy's thread count.
 
     Raises:
-        UsageError: `out` exists and `force` is off.
+        UsageError: `out` exists and `force` is off, or see `hf.divide`.
         OSError: the disk is full or not writable.
     """
     tensors = table(config)
@@ -35,7 +41,7 @@ def write_random_checkpoint(
     total = sum(info.nbytes for info in infos.values())
     done = 0
     with staged_folder(out, force=force) as staging:
-        sink = create_weights(staging, infos)
+        sink = create_weights(staging, infos, max_shard_bytes)
         try:
             for n, tensor in enumerate(tensors):
                 generator = np.random.Generator(np.random.SFC64([seed, n]))
