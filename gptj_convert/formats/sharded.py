@@ -217,10 +217,10 @@ class ShardedSource:
         bools = sum(i.nbytes for i in self.tensors.values() if i.dtype == "bool")
         size = sum(i.nbytes for i in self.tensors.values())
         embedding = self.tensors.get(EMBEDDING.hf)
-        head = self.tensors.get(HEAD_WEIGHT.hf)
         counts = {size}
-        if embedding and head in (None, embedding):
-            counts.add(size - embedding.nbytes if head else size + embedding.nbytes)
+        if embedding:
+            stored = HEAD_WEIGHT.hf in self.tensors
+            counts.add(size - embedding.nbytes if stored else size + embedding.nbytes)
         if any(stated * 8 in (count * 8, count * 8 - bools * 7) for count in counts):
             return []
         return [f"metadata.total_size is {_shown.repr(stated)}, the tensors have {size} bytes"]
@@ -246,6 +246,7 @@ def split(
     for name, info in tensors.items():
         if max_bytes is not None and info.nbytes > max_bytes:
             shards.append({name: info})
+            size = 0
             continue
         if max_bytes is not None and size + info.nbytes > max_bytes:
             shards.append(shard)
