@@ -246,7 +246,6 @@ def split(
     for name, info in tensors.items():
         if max_bytes is not None and info.nbytes > max_bytes:
             shards.append({name: info})
-            size = 0
             continue
         if max_bytes is not None and size + info.nbytes > max_bytes:
             shards.append(shard)

@@ -388,8 +388,8 @@ def test_the_index_is_that_of_transformers(sharded: Path, gptj):
 
 @on_one_path
 @given(limit=st.integers(1, 450_000))
-@example(4 * ROWS * WIDTH)  # just the embedding
-@example(4 * ROWS * WIDTH + 4 * WIDTH)  # and just the norm after it
+@example(limit=4 * ROWS * WIDTH)  # just the embedding
+@example(limit=4 * ROWS * WIDTH + 4 * WIDTH)  # and just the norm after it
 def test_any_limit_divides_as_the_hub_does(limit: int, hf: Path, gptj):
     assert gptj("convert", hf, "--to", "hf", "--max-shard-size", limit, "--force").code == 0
     out = Path("converted-hf")
