@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptj_convert.formats import hf, tf
+from gptj_convert import vocabulary
+from gptj_convert.formats import hf, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.reference_yaml import config_beside
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -24,7 +25,9 @@ class Checkpoint:
     config: GPTJConfig
     source: TensorSource
     files: tuple[Path, ...]
-    """The files that hold its tensors."""
+    """The files that hold its tensors, and their index."""
+    vocab_choice: str | None = None
+    """Where its vocab_size is from: one of `options.VOCAB_SIZES`; None: both must agree."""
 
     @property
     def folder(self) -> Path:
@@ -44,26 +47,33 @@ class Checkpoint:
         self.source.close()
 
 
-def open_checkpoint(path: Path, *, config_file: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, config_file: Path | None = None, vocab_choice: str | None = None
+) -> Checkpoint:
     """Find and open the GPT-J checkpoint that `path` is or holds.
 
     Args:
-        path: a folder, a weight file, or a bundle's prefix.
+        path: a folder, a weight file, an index of shards, or a bundle's prefix.
         config_file: a config.json to use instead of the one beside the weights.
+        vocab_choice: see `Checkpoint`.
 
     Raises:
         ConfigError: no config, or one that is not a GPT-J.
         FileFault: no checkpoint there, or a corrupt one.
+        TensorFault: an index and its shards disagree.
     """
     weights = hf.find_weights(path)
     prefix = None if weights else tf.find_bundle(path)
     if weights:
         config = GPTJConfig.from_file(config_file or weights.parent / CONFIG_FILE)
-        return Checkpoint(path, Scheme.HF, config, hf.open_weights(weights), (weights,))
+        source, files = hf.open_weights(weights)
+        config = vocabulary.settle(config, Scheme.HF, source.tensors, vocab_choice)
+        return Checkpoint(path, Scheme.HF, config, source, files, vocab_choice)
     if prefix:
         config = _config_of_bundle(prefix, config_file)
         bundle = BundleSource(prefix)
-        return Checkpoint(path, Scheme.TF, config, bundle, tuple(bundle.files))
+        config = vocabulary.settle(config, Scheme.TF, bundle.tensors, vocab_choice)
+        return Checkpoint(path, Scheme.TF, config, bundle, tuple(bundle.files), vocab_choice)
     if not path.exists():
         raise FileFault(
             f"{path}: not found, expected a checkpoint",
@@ -71,6 +81,12 @@ def open_checkpoint(path: Path, *, config_file: Path | None = None) -> Checkpoin
             "`gptj new` makes a random one for trials",
         )
     if path.is_dir():
+        if shards := hf.shards_without_index(path):
+            raise FileFault(
+                f"{path}: holds {shards[0]} and {len(shards) - 1} more, but no index of shards, "
+                f"expected {' or '.join(n for n in hf.WEIGHT_FILES if sharded.is_index(n))}",
+                hint="fetch the index from where the shards came from",
+            )
         wanted = ", ".join((*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index"))
         raise FileFault(f"{path}: holds no checkpoint, expected one of {wanted}")
     raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin or .index")

@@ -8,14 +8,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from gptj_convert.formats.hf import GENERATION_FILE, INDEX_FILES, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.formats.sharded import MAX_INDEX_BYTES, is_index, parse_index
 from gptj_convert.hub import (
     Unreachable,
     WrongContent,
@@ -26,7 +28,7 @@ from gptj_convert.hub import (
 )
 from gptj_convert.progress import Progress
 from gptj_model.config import CONFIG_FILE
-from gptj_model.errors import FileFault, HubFault, UsageError
+from gptj_model.errors import FileFault, HubFault, TensorFault, UsageError
 
 #: Written last into a finished folder: what is in it, and from where.
 RECORD_FILE = ".gptj-download.json"
@@ -62,11 +64,13 @@ class Listing:
 def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
     """Choose one set of weights and the small files beside it.
 
+    Which shards are a set, only their index says: it is fetched for that.
     If the hub cannot be reached and `folder` holds the finished download, that is the answer.
 
     Raises:
         UsageError: no repository can have this name.
         HubFault: no network, no access, no such repository, or no weights that can be read.
+        TensorFault: the index names shards that no checkpoint has, or that are not there.
     """
     from httpx2 import ConnectError
     from huggingface_hub import HfApi, constants
@@ -89,9 +93,6 @@ def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
             # A refused connection does not mend in seconds, and a finished folder needs none.
             info = persist(ask, at_once=(ConnectError,))
         stated = {f.rfilename: f for f in info.siblings}
-        # No other name is ever used, so none of the hub's choosing becomes a path.
-        wanted = (*WEIGHT_FILES, *_EXTRAS)
-        files = {name: _remote_file(stated[name]) for name in wanted if name in stated}
         if not re.fullmatch("[0-9a-f]{40}", info.sha):
             raise ValueError
     except Unreachable:
@@ -99,14 +100,18 @@ def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
             return record
         raise
     except (ValueError, TypeError, KeyError, AttributeError):
-        hint = "check HF_ENDPOINT, and whether the network asks for a login"
-        raise HubFault(f"{repository}: the answer is not a hub's", hint=hint) from None
-    weights = [name for name in WEIGHT_FILES if name in files]
-    if not weights or CONFIG_FILE not in files:
+        raise _not_a_hub(repository) from None
+    weights = next((name for name in WEIGHT_FILES if name in stated), None)
+    if not weights or CONFIG_FILE not in stated:
         raise _unreadable(repository, list(stated))
-    for other in weights[1:]:
-        del files[other]
-    return Listing(repository, revision, info.sha, files)
+    # Besides these, only names of shards that their index was checked for become paths.
+    wanted = [name for name in (weights, *_EXTRAS) if name in stated]
+    files = {name: _remote_file(stated[name], repository) for name in wanted}
+    listing = Listing(repository, revision, info.sha, files)
+    if is_index(weights):
+        shards = _shards(listing, weights, folder, stated)
+        files |= {name: _remote_file(stated[name], repository) for name in shards}
+    return replace(listing, files=files)
 
 
 def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) -> int:
@@ -115,12 +120,21 @@ def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) ->
     A file gets its name once it is whole; until then it is a part that the next run goes on with.
 
     Raises:
-        UsageError: another file of that name is there that no download brought.
+        UsageError: another file of that name is there that no download brought, or one that
+            every reader prefers to the weights to come.
         FileFault: too little space, known before the first byte; or writing fails.
         HubFault: the transfer failed, or what arrives is not what the hub states.
     """
     if listing.offline:
         return 0
+    weights = next(name for name in WEIGHT_FILES if name in listing.files)
+    for other in WEIGHT_FILES[: WEIGHT_FILES.index(weights)]:
+        if (folder / other).exists():
+            raise UsageError(
+                f"{folder / other}: is there and would be taken for the model, not {weights}, "
+                "which is to come; it is left as it is",
+                hint="choose another folder with --out, or delete the file",
+            )
     record = read_record(folder)
     known = record.files if record else {}
     missing: dict[str, RemoteFile] = {}
@@ -188,14 +202,44 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
         stale.unlink()
 
 
-def _remote_file(sibling: Any) -> RemoteFile:
+def _shards(listing: Listing, index: str, folder: Path, stated: Container[str]) -> tuple[str, ...]:
+    """Names of the shards of an index, all fit to be files, and in the repository."""
+    where, remote = f"{listing.repository}: {index}", listing.files[index]
+    hint = "name another repository, or with --revision another branch"
+    if remote.size > MAX_INDEX_BYTES:
+        message = f"{where}: has {remote.size} bytes, expected at most {MAX_INDEX_BYTES}"
+        raise HubFault(message, hint=hint)
+    path = folder / index
+    if file_size(path) == remote.size and _digest(path, remote) == remote.digest:
+        data = path.read_bytes()
+    else:
+        with TemporaryDirectory() as temporary:
+            _fetch_one(listing, index, Path(temporary), lambda _: None)
+            data = (Path(temporary) / index).read_bytes()
+    try:
+        found = parse_index(data, index, where=where)
+    except FileFault as e:
+        raise HubFault(e.message, hint=hint) from None
+    missing = [n for n in found.shards if n not in stated]
+    problems = [*found.problems, *(f"shard {n} is not in the repository" for n in missing)]
+    if problems:
+        raise TensorFault(where, problems, hint=hint)
+    return found.shards
+
+
+def _not_a_hub(repository: str) -> HubFault:
+    hint = "check HF_ENDPOINT, and whether the network asks for a login"
+    return HubFault(f"{repository}: the answer is not a hub's", hint=hint)
+
+
+def _remote_file(sibling: Any, repository: str) -> RemoteFile:
     """As the hub states it. The digest becomes part of a file's name, so its form is checked."""
     size = sibling.lfs.size if sibling.lfs else sibling.size
     digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
     if not isinstance(size, int) or not re.fullmatch(
         "sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", digest
     ):
-        raise ValueError
+        raise _not_a_hub(repository)
     return RemoteFile(size, digest)
 
 
@@ -203,11 +247,6 @@ def _unreadable(repository: str, names: list[str]) -> HubFault:
     if CONFIG_FILE not in names:
         hint = "check the name: a model's repository has one"
         return HubFault(f"{repository}: has no {CONFIG_FILE}", hint=hint)
-    if index := next((name for name in INDEX_FILES if name in names), None):
-        return HubFault(
-            f"{repository}: its weights are in shards ({index}), which are not read yet",
-            hint='load it with transformers, then save_pretrained(..., max_shard_size="100GB")',
-        )
     found = ", ".join(repr(n) for n in names if n.endswith(_OTHER_WEIGHTS)) or "no weights"
     return HubFault(
         f"{repository}: has neither {' nor '.join(WEIGHT_FILES)}; found {found[:300]}",

@@ -207,8 +207,6 @@ def _write(
                 journal.add(moved[name])
             done += event.nbytes
             yield Progress(done, total, what)
-    for name, content in plan.layout.index(start.checksums).items():
-        (folder / name).write_bytes(content)
     _write_companions(plan, checkpoint, folder)
     _check_unchanged(checkpoint, journal)
     manifest = _manifest(plan, checkpoint, folder, moved, start.digests)

@@ -25,7 +25,7 @@ class Manifest:
     """The content of a manifest.json. It holds no time: the same source gives the same file."""
 
     source: Mapping[str, Any]
-    """path, format, and size in bytes of each file."""
+    """path, format, size in bytes of each file, and `vocab_size`: `Checkpoint.vocab_choice`."""
     target: Mapping[str, Any]
     """format and dtype."""
     files: Mapping[str, Mapping[str, Any]]
@@ -71,6 +71,7 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path.absolute()),
         "format": checkpoint.scheme.value,
+        "vocab_size": checkpoint.vocab_choice,
         "files": files,
     }
 

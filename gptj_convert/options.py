@@ -5,6 +5,7 @@ The standard library only, so that the command line can offer it without loading
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 #: "keep" leaves every tensor in the dtype it has.
@@ -16,8 +17,38 @@ DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_DTYPE = {"tf": "float32", "hf": KEEP}
 DEFAULT_OUT = {"tf": Path("converted"), "hf": Path("converted-hf")}
 
+#: Where the number of tokens comes from if config.json and tensors disagree.
+FROM_TENSORS = "from-tensors"
+FROM_CONFIG = "from-config"
+VOCAB_SIZES = (FROM_TENSORS, FROM_CONFIG)
+
+#: Units of sizes, as transformers takes them.
+_UNITS = {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("iB", 1024))
+}
+
 #: Where `gptj download` puts the public model, and so what `gptj convert` takes.
 DEFAULT_SOURCE = Path("gpt-j-6b")
 
 #: Levels of verification, from cheap to dear.
 LEVELS = ("structure", "weights", "logits")
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 2GB, 500MiB, 1.5GB or a plain number of bytes.
+
+    Raises:
+        ValueError: it is none, or less than a byte.
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    units = {"": 1} | {unit.upper(): factor for unit, factor in _UNITS.items()}
+    if not found or found[2].upper() not in units:
+        raise ValueError(
+            f"{text!r} is not a size, expected a number, and one of {', '.join(_UNITS)} or nothing"
+        )
+    size = int(float(found[1]) * units[found[2].upper()])
+    if size < 1:
+        raise ValueError(f"{text!r} is less than a byte")
+    return size

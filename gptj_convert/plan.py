@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.formats.hf import hf_layout
 from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.tf import tf_layout
-from gptj_convert.options import DEFAULT_DTYPE, KEEP
+from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
@@ -79,14 +79,16 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
     """
     scheme, config = checkpoint.scheme, checkpoint.config
     left = dict(checkpoint.source.tensors)
-    matched, problems = [], []
+    rows = vocabulary.rows(config, scheme, left)
+    disagreement = vocabulary.disagreement(config, rows)
+    matched, problems = [], [disagreement] if disagreement else []
     for tensor in table(config):
         (name,) = tensor.names(scheme)
         info = left.pop(name, None)
         expected = tensor.shape_in(scheme)
         if info is None:
             problems.append(f"{name!r} is missing, expected shape {list(expected)}")
-        elif info.shape != expected:
+        elif info.shape != expected and name not in rows:
             problems.append(f"{name!r} has shape {list(info.shape)}, expected {list(expected)}")
         elif info.dtype not in FLOATS:
             problems.append(f"{name!r} holds {info.dtype}, expected one of {', '.join(FLOATS)}")
@@ -99,13 +101,21 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
         if scheme is Scheme.HF and name == HEAD_WEIGHT.hf and _repeats_embedding(checkpoint):
             continue
         problems.append(f"{name!r} is not a tensor of this model")
+    if problems == [disagreement]:
+        hint = vocabulary.hint(rows, checkpoint.vocab_choice)
+        raise TensorFault(str(checkpoint.path), problems, hint=hint)
     if problems:
         raise TensorFault(str(checkpoint.path), problems, hint=_hint(checkpoint, left))
     return matched
 
 
 def make_plan(
-    checkpoint: Checkpoint, target: Scheme, dtype: str, *, saturate: bool = False
+    checkpoint: Checkpoint,
+    target: Scheme,
+    dtype: str,
+    *,
+    max_shard_bytes: int | None = None,
+    saturate: bool = False,
 ) -> Plan:
     """Plan the conversion of an open checkpoint.
 
@@ -113,17 +123,17 @@ def make_plan(
         checkpoint: the source.
         target: `Scheme.TF` or `Scheme.HF`.
         dtype: one of `options.DTYPES`, or `options.KEEP`.
+        max_shard_bytes: of the tensors of one file of weights, for `Scheme.HF`; None: one file.
         saturate: see `Plan`.
 
     Raises:
         TensorFault: see `match`.
-        UsageError: the target would be a copy of the source.
+        UsageError: the format has no shards, or there would be too many.
     """
-    if target is checkpoint.scheme:
-        others = " or ".join(name for name in DEFAULT_DTYPE if name != target.value)
+    if max_shard_bytes is not None and target is not Scheme.HF:
         raise UsageError(
-            f"{checkpoint.path}: is in the {target.value} format already",
-            hint=f"choose --to {others}",
+            f"--max-shard-size does not go with --to {target.value}, whose weights are one file",
+            hint="leave it out, or choose --to hf",
         )
     moves = []
     for tensor, name, info in match(checkpoint):
@@ -139,18 +149,15 @@ def make_plan(
                 op=tensor.op(checkpoint.scheme, target),
             )
         )
-    layout = _LAYOUTS[target]({m.target_name: m.target for m in moves})
+    tensors = {m.target_name: m.target for m in moves}
+    layout = _layout(target, tensors, max_shard_bytes)
     return Plan(checkpoint.config, target, tuple(moves), layout, saturate)
 
 
-def _tf_layout(tensors: dict[str, TensorInfo]) -> Layout:
-    return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
-
-
-_LAYOUTS: dict[Scheme, Callable[[dict[str, TensorInfo]], Layout]] = {
-    Scheme.TF: _tf_layout,
-    Scheme.HF: hf_layout,
-}
+def _layout(target: Scheme, tensors: dict[str, TensorInfo], max_shard_bytes: int | None) -> Layout:
+    if target is Scheme.TF:
+        return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
+    return hf_layout(tensors, max_shard_bytes)
 
 
 def _repeats_embedding(checkpoint: Checkpoint) -> bool:

@@ -22,18 +22,25 @@ from gptj_model.tensors import Op, Tensor, table
 
 
 def write_random_checkpoint(
-    config: GPTJConfig, out: Path, *, seed: int, dtype: str, force: bool = False
+    config: GPTJConfig,
+    out: Path,
+    *,
+    seed: int,
+    dtype: str,
+    max_shard_bytes: int | None = None,
+    force: bool = False,
 ) -> Iterator[Progress]:
     """Write weights, config.json and, when the vocabulary is GPT-J's, the tokenizer.
 
     The values do not depend on the dtype (but for rounding), nor on numpy's thread count.
 
     Raises:
-        UsageError: `out` exists and `force` is off.
+        UsageError: `out` exists and `force` is off, or see `hf_layout`.
         OSError: the disk is full or not writable.
     """
     tensors = {t.hf: (n, t) for n, t in enumerate(table(config))}
-    layout = hf_layout({name: TensorInfo(dtype, t.shape) for name, (_, t) in tensors.items()})
+    infos = {name: TensorInfo(dtype, t.shape) for name, (_, t) in tensors.items()}
+    layout = hf_layout(infos, max_shard_bytes)
 
     def strips(name: str) -> Iterator[Strip]:
         n, tensor = tensors[name]

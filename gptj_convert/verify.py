@@ -6,7 +6,7 @@ side is a finding; a source that cannot be read is a fault, since nothing can be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,26 @@ def source_of(converted: Path) -> Path:
     Raises:
         UsageError: there is no manifest that names one.
     """
-    folder = converted if converted.is_dir() else converted.parent
-    manifest = Manifest.read(folder)
-    path = manifest.source.get("path") if manifest else None
+    path = _stated_source(converted).get("path")
     if not isinstance(path, str):
         raise UsageError(
-            f"{folder}: no {MANIFEST_FILE} that names a source",
+            f"{converted}: no {MANIFEST_FILE} that names a source",
             hint="name the original with `--against SRC`",
         )
     return Path(path)
+
+
+def _stated_source(converted: Path) -> Mapping[str, Any]:
+    manifest = Manifest.read(converted if converted.is_dir() else converted.parent)
+    return manifest.source if manifest and isinstance(manifest.source, dict) else {}
+
+
+def _vocab_choice(converted: Path) -> str | None:
+    """How the conversion chose the source's vocab_size; a damaged manifest is found later."""
+    try:
+        return _stated_source(converted).get("vocab_size")
+    except FileFault:
+        return None
 
 
 def verify(
@@ -136,7 +147,8 @@ def verify(
     Raises:
         GptjError: the source cannot be read, or there is nothing at `converted`.
     """
-    with open_checkpoint(against, config_file=config_file) as source:
+    choice = _vocab_choice(converted)
+    with open_checkpoint(against, config_file=config_file, vocab_choice=choice) as source:
         expected = match(source)
         found = _structure(converted, source, verdict, config_file)
         if found is None:
@@ -161,6 +173,11 @@ def _structure(
     result = verdict.levels["structure"] = LevelResult(ok=False)
     try:
         checkpoint = open_checkpoint(converted, config_file=config_file)
+    except TensorFault as e:
+        verdict.differences.append(
+            Difference("structure", "; ".join(e.problems), "a whole checkpoint")
+        )
+        return None
     except (FileFault, ConfigError) as e:
         verdict.differences.append(Difference("structure", e.message, "a whole checkpoint"))
         return None

@@ -73,7 +73,7 @@ def write_files(
     pipeline: Pipeline,
     start: Start,
 ) -> Iterator[Written]:
-    """Write what is missing, in order; `start` moves on, to the end.
+    """Write what is missing, in order, and the index; `start` moves on, to the end.
 
     Args:
         layout: the files, which `reserve` has made.
@@ -109,6 +109,8 @@ def write_files(
     finally:
         if output:
             output.close()
+    for name, small in layout.index(start.checksums).items():
+        (folder / name).write_bytes(small)
 
 
 def find_start(

@@ -268,6 +268,12 @@ def table(config: GPTJConfig) -> list[Tensor]:
     return [embedding(config), *blocks, *head(config)]
 
 
+def vocabulary(config: GPTJConfig) -> list[Tensor]:
+    """The tensors with one row (in HF's layout) a token: embedding and head."""
+    rows = (EMBEDDING.hf, HEAD_WEIGHT.hf, HEAD_BIAS.hf)
+    return [t for t in (embedding(config), *head(config)) if t.hf in rows]
+
+
 def ignored_hf(config: GPTJConfig) -> frozenset[str]:
     """Exact HF names that are dropped on reading."""
     return frozenset(n.format(i=i) for i in range(config.n_layer) for n in IGNORED_HF)

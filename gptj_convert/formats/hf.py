@@ -1,21 +1,26 @@
-"""The Hugging Face layout: config.json, one weight file, tokenizer files, in one folder."""
+"""The Hugging Face layout: config.json, weights in one file or in shards, tokenizer files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from gptj_convert.formats import sharded
 from gptj_convert.formats.layout import Layout
-from gptj_convert.formats.pickle import open_pickle
-from gptj_convert.formats.safetensors import SafetensorsSource, safetensors_file
+from gptj_convert.formats.safetensors import safetensors_file
+from gptj_convert.formats.sharded import INDEX_SUFFIX, ShardedSource
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, TensorSource
 
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
-#: In the order they are preferred.
-WEIGHT_FILES = (SAFETENSORS_FILE, PICKLE_FILE)
-INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
+#: One file, or the index of shards, in the order that transformers prefers them.
+WEIGHT_FILES = (
+    SAFETENSORS_FILE,
+    SAFETENSORS_FILE + INDEX_SUFFIX,
+    PICKLE_FILE,
+    PICKLE_FILE + INDEX_SUFFIX,
+)
 
 #: Files that go with the weights whatever their format.
 TOKENIZER_FILES = (
@@ -30,33 +35,46 @@ GENERATION_FILE = "generation_config.json"
 
 
 def find_weights(path: Path) -> Path | None:
-    """The weight file that `path` is or, if it is a folder, holds; None when it is not HF's.
+    """The weight file or index that `path` is or, if it is a folder, holds; None: not HF's.
 
     Raises:
-        FileFault: the folder's weights are in a form that is not read.
+        FileFault: it is one shard of several.
     """
     if path.is_file():
-        return path if path.suffix in (".safetensors", ".bin") else None
-    for name in WEIGHT_FILES:
-        if (path / name).is_file():
-            return path / name
-    for name in INDEX_FILES:
-        if (path / name).is_file():
+        if sharded.is_index(path.name):
+            return path
+        if (count := sharded.shards_of(path.name)) and count > 1:
             raise FileFault(
-                f"{path / name}: the weights are in shards, expected one file of "
-                f"{' or '.join(WEIGHT_FILES)}",
-                hint="save it in one file with transformers: "
-                "model.save_pretrained(DIR, max_shard_size='100GB')",
+                f"{path}: is one of {count} shards, expected all of them",
+                hint=f"name the folder that holds them and their index: {path.parent}",
             )
-    return None
+        return path if path.suffix in (".safetensors", ".bin") else None
+    return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
 
 
-def open_weights(path: Path) -> TensorSource:
-    """Open a weight file by its kind."""
-    return SafetensorsSource(path) if path.suffix == ".safetensors" else open_pickle(path)
+def shards_without_index(folder: Path) -> list[str]:
+    """Names of the shards in a folder, for one that holds no weights that can be opened."""
+    return sorted(p.name for p in folder.iterdir() if sharded.shards_of(p.name))
 
 
-def hf_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
-    """The weight file of a folder. transformers asks for the `format` entry."""
-    file = safetensors_file(SAFETENSORS_FILE, tensors, {"format": "pt"})
-    return Layout(tensors, (file,), lambda checksums: {})
+def open_weights(path: Path) -> tuple[TensorSource, tuple[Path, ...]]:
+    """Open a weight file, or the shards of an index; gives the files that are read, too."""
+    if sharded.is_index(path.name):
+        source = ShardedSource(path)
+        return source, tuple(source.files)
+    return sharded.open_file(path), (path,)
+
+
+def hf_layout(tensors: Mapping[str, TensorInfo], max_shard_bytes: int | None = None) -> Layout:
+    """The weights of a folder: one file, or shards and their index if the limit asks for several.
+
+    Raises:
+        UsageError: see `sharded.split`.
+    """
+    shards = sharded.split(tensors, SAFETENSORS_FILE, max_shard_bytes)
+    files = tuple(
+        safetensors_file(name, inside, {"format": "pt"})  # transformers asks for it
+        for name, inside in shards.items()
+    )
+    index = {SAFETENSORS_FILE + INDEX_SUFFIX: sharded.index_text(shards).encode()}
+    return Layout(tensors, files, lambda checksums: index if len(files) > 1 else {})

@@ -26,12 +26,16 @@ _LFS_POINTER = b"version https://git-lfs"
 class RangedFile:
     """An open file. Reads carry their own offset, so threads may share it.
 
+    Args:
+        path: of the file.
+        expected: what it should hold, for errors.
+
     Raises:
-        FileFault: it cannot be opened, or is plainly not a checkpoint (empty, a Git LFS
-            pointer, an HTML page).
+        FileFault: it cannot be opened, or is plainly something else (empty, a Git LFS pointer,
+            an HTML page).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: str = "weights") -> None:
         self.path = path
         self._direct = -1
         try:
@@ -43,23 +47,23 @@ class RangedFile:
             with suppress(OSError):  # tmpfs, for one
                 self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
-            self._refuse_impostors()
+            self._refuse_impostors(expected)
         except BaseException:
             self.close()
             raise
 
-    def _refuse_impostors(self) -> None:
+    def _refuse_impostors(self, expected: str) -> None:
         head = self.read(0, min(self.size, 64), "its first bytes").lstrip()
         if not self.size:
-            raise FileFault(f"{self.path}: is empty, expected weights", hint=DOWNLOAD_HINT)
+            raise FileFault(f"{self.path}: is empty, expected {expected}", hint=DOWNLOAD_HINT)
         if head.startswith(_LFS_POINTER):
             raise FileFault(
-                f"{self.path}: holds a Git LFS pointer, expected weights",
+                f"{self.path}: holds a Git LFS pointer, expected {expected}",
                 hint="run `git lfs pull` in that repository, or `gptj download`",
             )
         if head[:15].lower().startswith((b"<!doctype html", b"<html")):
             raise FileFault(
-                f"{self.path}: holds an HTML page, expected weights", hint=DOWNLOAD_HINT
+                f"{self.path}: holds an HTML page, expected {expected}", hint=DOWNLOAD_HINT
             )
 
     def read_into(self, offset: int, buffer: memoryview, what: str) -> None:

@@ -10,11 +10,26 @@ from typing import Any
 
 import rich_click as click
 
+from gptj_convert.options import parse_bytes
 from runner.cli.errors import Exit
 from runner.cli.output import Output
 
 #: A path argument as pathlib gives it.
 PATH = click.Path(path_type=Path)
+
+
+class _ByteSize(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_bytes(value)
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
+#: A number of bytes with an optional unit.
+SIZE = _ByteSize()
 
 
 def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:

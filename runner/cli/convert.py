@@ -8,8 +8,15 @@ from typing import Any
 
 import rich_click as click
 
-from gptj_convert.options import DEFAULT_DTYPE, DEFAULT_OUT, DEFAULT_SOURCE, DTYPES, KEEP
-from runner.cli.command import PATH, command
+from gptj_convert.options import (
+    DEFAULT_DTYPE,
+    DEFAULT_OUT,
+    DEFAULT_SOURCE,
+    DTYPES,
+    KEEP,
+    VOCAB_SIZES,
+)
+from runner.cli.command import PATH, SIZE, command
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
@@ -23,6 +30,18 @@ from runner.cli.progress import progress
     type=click.Choice([*DTYPES, KEEP]),
     help="Of the result.  [default: float32 for tf, else keep]",
 )
+@click.option(
+    "--max-shard-size",
+    "max_shard_bytes",
+    type=SIZE,
+    help="For hf: several files, each of at most so many bytes, as 2GB or 500MiB.",
+)
+@click.option(
+    "--vocab-size",
+    "vocab_choice",
+    type=click.Choice(VOCAB_SIZES),
+    help="Which counts if config.json and the tensors' rows disagree.  [default: they must agree]",
+)
 @click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--saturate", is_flag=True, help="Values too large for the dtype become its largest.")
@@ -34,6 +53,8 @@ def convert(
     target: str,
     out: Path | None,
     dtype: str | None,
+    max_shard_bytes: int | None,
+    vocab_choice: str | None,
     config_file: Path | None,
     dry_run: bool,
     saturate: bool,
@@ -42,19 +63,32 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a checkpoint (default ./gpt-j-6b), bit for bit where the dtype allows.
 
-    SRC is a folder, a .safetensors or .bin file, or the prefix of a TensorFlow checkpoint.
+    SRC is a folder, a .safetensors or .bin file, an index of shards, or the prefix of a
+    TensorFlow checkpoint.
     """
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
     from gptj_convert.plan import make_plan
+    from gptj_convert.staging import refuse_overlap
+    from gptj_convert.tokenizer import last_token_id
     from gptj_model.tensors import Scheme
 
     if resume and force:
         raise click.UsageError("--resume goes on, --force begins anew: give one of them")
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    with open_checkpoint(source or DEFAULT_SOURCE, config_file=config_file) as checkpoint:
-        plan = make_plan(checkpoint, scheme, dtype or DEFAULT_DTYPE[target], saturate=saturate)
+    with open_checkpoint(
+        source or DEFAULT_SOURCE, config_file=config_file, vocab_choice=vocab_choice
+    ) as checkpoint:
+        refuse_overlap(out, checkpoint.path, checkpoint.files)
+        plan = make_plan(
+            checkpoint,
+            scheme,
+            dtype or DEFAULT_DTYPE[target],
+            max_shard_bytes=max_shard_bytes,
+            saturate=saturate,
+        )
+        last_id, vocab_size = last_token_id(checkpoint.companions), plan.config.vocab_size
         figures = {
             "output": str(out),
             "tensors": len(plan.moves),
@@ -65,6 +99,11 @@ def convert(
             f"{checkpoint.path} → {out}: {len(plan.moves)} tensors, "
             f"{plan.source_bytes / 1e9:.2f} GB → {plan.target_bytes / 1e9:.2f} GB {plan.dtype}"
         )
+        if last_id is not None and last_id >= vocab_size:
+            output.note(
+                f"note: tokenizer.json has ids up to {last_id}, the model only {vocab_size} rows, "
+                f"0 to {vocab_size - 1}"
+            )
         if dry_run:
             check_space(plan.layout.total, out)
             for move in plan.moves:

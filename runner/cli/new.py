@@ -9,7 +9,7 @@ import rich_click as click
 
 from gptj_convert.options import DTYPES
 from gptj_model.config import PRESETS
-from runner.cli.command import PATH, command, parse_settings
+from runner.cli.command import PATH, SIZE, command, parse_settings
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
@@ -25,6 +25,7 @@ from runner.cli.progress import progress
     default="float32",
     show_default=True,
 )
+@click.option("--max-shard-size", "max_shard_bytes", type=SIZE, help="As 2GB or 500MiB.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def new(
     output: Output,
@@ -33,6 +34,7 @@ def new(
     seed: int,
     settings: tuple[str, ...],
     dtype: str,
+    max_shard_bytes: int | None,
     force: bool,
 ) -> dict[str, Any]:
     """Write a random Hugging Face GPT-J of the true structure, with its tokenizer."""
@@ -41,7 +43,9 @@ def new(
 
     config = GPTJConfig.preset(preset, **parse_settings(settings))
     with progress(output, "writing") as report:
-        for event in write_random_checkpoint(config, out, seed=seed, dtype=dtype, force=force):
+        for event in write_random_checkpoint(
+            config, out, seed=seed, dtype=dtype, max_shard_bytes=max_shard_bytes, force=force
+        ):
             report(event.done, event.total, event.what)
     output.data(str(out))
     return {"output": str(out)}

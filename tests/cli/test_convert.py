@@ -137,6 +137,25 @@ def test_dry_run_writes_nothing(hf: Path, gptj):
     assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
 
 
+def test_the_same_format_in_another_dtype(converted: Path, hf: Path, gptj):
+    assert gptj("convert", hf, "--to", "hf", "--dtype", "float16").code == 0
+    expected = {k: v.half() for k, v in load_file(hf / "model.safetensors").items()}
+    found = load_file("converted-hf/model.safetensors")
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert gptj("convert", converted, "--to", "tf", "--dtype", "keep", "--out", "copy").code == 0
+    for path in converted.glob("tf_model.ckpt.*"):
+        assert path.read_bytes() == (Path("copy") / path.name).read_bytes()
+    for out in ("converted-hf", "copy"):
+        assert gptj("verify", out, "--level", "weights").code == 0
+
+
+def test_a_bin_becomes_safetensors(hf: Path, gptj):
+    torch.save(load_file(hf / "model.safetensors"), hf / "pytorch_model.bin")
+    (hf / "model.safetensors").rename("model.safetensors")
+    assert gptj("convert", hf, "--to", "hf").code == 0
+    assert _same_bits(Path("model.safetensors"), Path("converted-hf/model.safetensors"))
+
+
 def test_json_is_one_object(hf: Path, gptj):
     done = gptj("convert", hf, "--to", "tf", "--json")
     assert done.json["ok"] is True
@@ -235,12 +254,6 @@ def test_a_bin_that_would_run_code(hf: Path, gptj):
     assert not Path("ran").exists()
 
 
-def test_sharded_weights_are_refused_with_the_way_out(hf: Path, gptj):
-    (hf / "model.safetensors").rename(hf / "model-00001-of-00001.safetensors")
-    (hf / "model.safetensors.index.json").write_text("{}")
-    _refused(gptj("convert", hf, "--to", "tf"), 1, "in shards", "max_shard_size")
-
-
 def test_float16_that_would_overflow(hf: Path, gptj):
     tensors = load_tensors(hf / "model.safetensors")
     tensors["transformer.h.2.attn.v_proj.weight"][3, 4] = 65520.0
@@ -290,15 +303,102 @@ def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
     assert not (converted / "mine.txt").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("hf", "hf"),
+        ("hf", "hf/"),
+        ("hf", "./hf/../hf"),
+        ("hf", "hf/new"),
+        ("hf", "hf/not/yet/there"),
+        ("hf", "link"),
+        ("hf", "link/new"),
+        ("link", "hf/new"),
+        (".", "converted"),
+        ("hf/model.safetensors", "hf"),
+        ("link/model.safetensors", "hf"),
+        ("hf/model.safetensors", "link"),
+        ("hf", "."),
+        ("links", "hf"),
+        ("links/model.safetensors", "links"),
+    ],
+)
+def test_an_output_that_is_not_apart_from_its_source(source: str, out: str, hf: Path, gptj):
+    Path("link").symlink_to("hf")
+    Path("links").mkdir()
+    for path in hf.iterdir():
+        (Path("links") / path.name).symlink_to(path)
+    if source == ".":
+        os.chdir(hf)
+    before = sorted(Path.cwd().rglob("*"))
+    for force in ((), ("--force",), ("--dry-run",)):
+        done = gptj("convert", source, "--to", "hf", "--out", out, *force)
+        assert done.code == 2, done.stderr
+        assert f"error: {Path(out)}: " in done.stderr
+        assert sorted(Path.cwd().rglob("*")) == before
+    assert len(load_tensors(hf / "model.safetensors")) == 35
+    words = ("is the source itself", "is inside the source", "which is read")
+    assert any(word in done.stderr for word in words)
+
+
+def test_an_output_beside_its_source(converted: Path, hf: Path, gptj):
+    """A name that begins alike, or a folder beside a file, is no part of the source."""
+    for source, out in (("hf", "hf-2"), ("converted/tf_model.ckpt", "converted/back")):
+        assert gptj("convert", source, "--to", "hf", "--out", out).code == 0
+
+
+TOKENIZER = "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "last"),
+    [
+        ({"model": {"vocab": {"a": 0, "b": 211}}}, 211),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 50400, "content": "x"}]}, 50400),
+        ({"model": {"vocab": [["a", 0.5]] * 300}}, 299),
+    ],
+)
+def test_a_tokenizer_with_more_ids_than_rows(tokenizer: dict, last: int, hf: Path, gptj):
+    (hf / TOKENIZER).write_text(json.dumps(tokenizer))
+    done = gptj("convert", hf, "--to", "tf")
+    assert done.code == 0
+    assert f"note: tokenizer.json has ids up to {last}, the model only 211 rows" in done.stderr
+    assert (Path("converted") / TOKENIZER).read_bytes() == (hf / TOKENIZER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [{}, {"model": {"vocab": {"a": 210}}}, {"model": 3, "added_tokens": [{"id": None}, 4]}],
+)
+def test_a_tokenizer_that_fits_or_is_of_another_kind(tokenizer: dict, hf: Path, gptj):
+    (hf / TOKENIZER).write_text(json.dumps(tokenizer))
+    done = gptj("convert", hf, "--to", "tf")
+    assert done.code == 0
+    assert "note:" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [TOKENIZER, "vocab.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "holds a Git LFS pointer"),
+        ('{"model": {"vocab": {"a": 0,', "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("3", "holds a JSON int"),
+        ("", "is empty"),
+    ],
+)
+def test_a_file_beside_the_weights_that_is_none(text: str, words: str, name: str, hf: Path, gptj):
+    (hf / name).write_text(text)
+    for dry in ((), ("--dry-run",)):
+        _refused(gptj("convert", hf, "--to", "tf", *dry), 1, f"{name}: {words}", "hint:")
+
+
 @pytest.mark.parametrize("source", ["nowhere", "empty", "text.txt"])
 def test_no_checkpoint_there(source: str, workdir: Path, gptj):
     (workdir / "empty").mkdir()
     (workdir / "text.txt").write_text("hello")
     _refused(gptj("convert", source, "--to", "tf"), 1, source, "expected")
-
-
-def test_a_copy_is_no_conversion(hf: Path, gptj):
-    _refused(gptj("convert", hf, "--to", "hf"), 2, "already")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

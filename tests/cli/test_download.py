@@ -77,7 +77,9 @@ def _names(folder: Path = FOLDER) -> set[str]:
 
 def _refused(done, code: int, *words: str) -> None:
     assert done.code == code, done.stderr
-    starts = [line.partition(": ")[0] for line in done.stderr.splitlines()]
+    # The problems of a list are indented.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
+    starts = [line.partition(": ")[0] for line in lines]
     assert starts[-2:] == ["error", "hint"]
     assert starts.count("error") == 1
     assert "a fault in gptj itself" not in done.stderr
@@ -414,11 +416,116 @@ def test_two_downloads_into_one_folder(hub: FakeHub, gptj):
     assert gptj("download", REPOSITORY).code == 0
 
 
-def test_weights_in_shards(hub: FakeHub, gptj):
-    hub.files["model-00001-of-00002.safetensors"] = hub.files.pop("model.safetensors")
-    hub.files["model.safetensors.index.json"] = b"{}"
-    words = ("model.safetensors.index.json", "not read yet", "max_shard_size")
-    _refused(gptj("download", REPOSITORY), 1, *words)
+# Weights in shards.
+
+INDEX = "model.safetensors.index.json"
+SHARDS = tuple(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
+
+
+def _index(*shards: object) -> bytes:
+    return json.dumps({"weight_map": {f"t{n}": s for n, s in enumerate(shards)}}).encode()
+
+
+@pytest.fixture
+def sharded_hub(hub: FakeHub) -> FakeHub:
+    del hub.files["model.safetensors"]
+    hub.files[INDEX] = _index(*SHARDS)
+    hub.files |= {name: bytes([n]) * 3_000_000 for n, name in enumerate(SHARDS)}
+    return hub
+
+
+def test_an_index_and_the_shards_it_names(sharded_hub: FakeHub, gptj):
+    for other in ("pytorch_model.bin", "model-00004-of-00004.safetensors", "adapter.safetensors"):
+        sharded_hub.files[other] = b"x"
+    sharded_hub.files["pytorch_model.bin.index.json"] = _index("pytorch_model.bin")
+    done = gptj("download", REPOSITORY, "--json")
+    assert done.code == 0, done.stderr
+    assert _names() == sharded_hub.fetched == {"config.json", INDEX, *SHARDS, *SMALL_FILES}
+    assert done.json["bytes"] == sum(len(sharded_hub.files[name]) for name in _names())
+    for name in _names():
+        assert (FOLDER / name).read_bytes() == sharded_hub.files[name]
+    # A second call fetches nothing, not even the index.
+    sharded_hub.served.clear()
+    assert gptj("download", REPOSITORY).code == 0
+    assert not sharded_hub.served
+
+
+def test_the_order_of_preference(sharded_hub: FakeHub, gptj):
+    sharded_hub.files["pytorch_model-1-of-1.bin"] = b"x"
+    order = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in order:
+        if name != INDEX:
+            sharded_hub.files[name] = _index("pytorch_model-1-of-1.bin")
+    for name in order:
+        assert gptj("download", REPOSITORY, "--out", name).code == 0
+        assert _names(Path(name)) & set(order) == {name}
+        del sharded_hub.files[name]
+
+
+def test_shards_that_were_fetched_convert(hub: FakeHub, small_hf: Path, gptj):
+    assert gptj("convert", small_hf, "--to", "hf", "--max-shard-size", "100KB").code == 0
+    hub.files = {p.name: p.read_bytes() for p in Path("converted-hf").iterdir()}
+    assert gptj("download", REPOSITORY).code == 0
+    assert gptj("convert", FOLDER, "--to", "tf").code == 0
+
+
+@pytest.mark.parametrize("name", [INDEX, SHARDS[1]])
+def test_a_cut_shard_goes_on(name: str, sharded_hub: FakeHub, gptj):
+    sharded_hub.cut[name] = [2_500_000] + [0] * 4 if name != INDEX else [10] + [0] * 4
+    _refused(gptj("download", REPOSITORY), 1, name)
+    sharded_hub.served.clear()
+    assert gptj("download", REPOSITORY).code == 0
+    assert _names() == {"config.json", INDEX, *SHARDS, *SMALL_FILES}
+    assert sharded_hub.served[SHARDS[1]] <= 3_000_000 - (2 * 2**20 if name != INDEX else 0)
+
+
+def test_complete_shards_need_no_network(
+    sharded_hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
+):
+    assert gptj("download", REPOSITORY).code == 0
+    _point_at(refused_endpoint, monkeypatch)
+    assert gptj("download", REPOSITORY).code == 0
+    (FOLDER / SHARDS[2]).unlink()
+    _refused(gptj("download", REPOSITORY), 1, "cannot be reached")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/tmp/x.safetensors", "a\\b.safetensors", "nul\0.safetensors", "", "..",
+     "sub/x.safetensors", "config.json", "x.bin", INDEX, "*.safetensors", None, 3],
+)  # fmt: skip
+def test_shards_whose_names_lead_elsewhere(name: object, sharded_hub: FakeHub, gptj):
+    sharded_hub.files[INDEX] = _index(SHARDS[0], name)
+    if isinstance(name, str) and name not in sharded_hub.files:
+        sharded_hub.listed_only = [name]
+    _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}", "is no name of a shard")
+    assert sharded_hub.fetched == {INDEX}
+    assert not list(Path.cwd().iterdir())
+
+
+def test_shards_that_are_not_there(sharded_hub: FakeHub, gptj):
+    del sharded_hub.files[SHARDS[0]], sharded_hub.files[SHARDS[2]]
+    words = (f"shard {SHARDS[0]} is not in the repository", f"shard {SHARDS[2]} is not")
+    _refused(gptj("download", REPOSITORY), 1, "2 problem(s)", *words)
+    assert not FOLDER.exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[", b'{"weight_map": 3}', b" " * (2**22 + 1)])
+def test_an_index_that_is_none(text: bytes, sharded_hub: FakeHub, gptj):
+    sharded_hub.files[INDEX] = text
+    _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}")
+    assert sharded_hub.fetched <= {INDEX}
+
+
+def test_weights_that_would_be_taken_instead_of_those_to_come(sharded_hub: FakeHub, gptj):
+    FOLDER.mkdir()
+    WEIGHTS_FILE.write_bytes(b"precious")
+    _refused(gptj("download", REPOSITORY), 2, "model.safetensors: is there", INDEX, "--out")
+    assert WEIGHTS_FILE.read_bytes() == b"precious"
+    assert sharded_hub.fetched == {INDEX}
+
+
+# What else is refused.
 
 
 def test_no_weights_that_can_be_read(hub: FakeHub, gptj):

@@ -233,6 +233,16 @@ def test_no_manifest_asks_for_the_source(converted: Path, gptj):
     assert "--against" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["{", '{"source": [1], "target": {}, "files": {}, "tensors": {}}'])
+def test_a_damaged_manifest(text: str, converted: Path, gptj):
+    (converted / "manifest.json").write_text(text)
+    done = gptj("verify", "--against", "hf", "--level", "weights", "--json")
+    assert done.code == (3 if text == "{" else 0)
+    if done.code:
+        assert done.json["first_difference"]["file"] == "manifest.json"
+    assert gptj("verify").code == (1 if text == "{" else 2)
+
+
 def test_nothing_to_verify(workdir: Path, gptj):
     done = gptj("verify", "--against", "hf")
     assert done.code == 1

@@ -8,7 +8,10 @@ from runner.cli.root import root
 
 COMMON = {"--json", "--quiet"}
 OPTIONS = {
-    "convert": {"--to", "--out", "--dtype", "--config", "--dry-run", "--force"},
+    "convert": {
+        "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--config", "--dry-run",
+        "--force",
+    },
     "data text": {
         "--tokenizer", "--max-sequence-length", "--out", "--glob", "--on-error", "--force",
     },
@@ -18,7 +21,7 @@ OPTIONS = {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",
     },
-    "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--force"},
+    "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
     "train": {
         "--init-from", "--params", "--model-dir", "--mode", "--max-steps", "--steps", "--set",
         "--strict",

@@ -1,0 +1,72 @@
+"""How many tokens a model has: by its config, and by the rows of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gptj_convert.options import FROM_CONFIG, FROM_TENSORS
+from gptj_model.config import GPTJConfig
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import Scheme, vocabulary
+
+NEVER = "rows are never made up, nor dropped"
+
+
+def rows(config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """By name in the scheme, the rows of each tensor that has one a token.
+
+    Without those that differ from what the config calls for in more than their rows.
+    """
+    found = {}
+    for tensor in vocabulary(config):
+        (name,) = tensor.names(scheme)
+        if name in tensors:
+            shape = tensor.op(scheme, Scheme.HF).shape(tensors[name].shape)
+            if shape and shape[1:] == tensor.shape[1:]:
+                found[name] = shape[0]
+    return found
+
+
+def settle(
+    config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo], choice: str | None
+) -> GPTJConfig:
+    """The config, with the tensors' number of rows if that is chosen and they agree on one.
+
+    Args:
+        config, scheme, tensors: of a checkpoint.
+        choice: one of `options.VOCAB_SIZES`; None: both must agree.
+
+    Raises:
+        ConfigError: no model can have that many.
+    """
+    counts = set(rows(config, scheme, tensors).values())
+    if choice == FROM_TENSORS and len(counts) == 1:
+        return replace(config, vocab_size=counts.pop())
+    return config
+
+
+def disagreement(config: GPTJConfig, found: Mapping[str, int]) -> str | None:
+    """What is wrong with these `rows`, if anything is."""
+    counts = set(found.values())
+    if counts <= {config.vocab_size}:
+        return None
+    if len(counts) == 1:
+        names = ", ".join(repr(name) for name in found)
+        return f"vocab_size is {config.vocab_size}, but {counts.pop()} rows are in {names}"
+    each = ", ".join(f"{count} in {name!r}" for name, count in found.items())
+    return f"rows are {each}, expected as many in all; vocab_size is {config.vocab_size}"
+
+
+def hint(found: Mapping[str, int], choice: str | None) -> str:
+    """What to do about a `disagreement`."""
+    counts = set(found.values())
+    if len(counts) > 1 or choice == FROM_CONFIG:
+        return (
+            f"{NEVER}: give them the right number where the model was made, with transformers'"
+            " resize_token_embeddings"
+        )
+    return (
+        f"if the tensors are right, `gptj convert --vocab-size {FROM_TENSORS}` writes "
+        f"{counts.pop()} into the new config.json; {NEVER}"
+    )
