@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from gptj_convert.options import (
     VOCAB_SIZES,
 )
 from runner.cli.command import PATH, SIZE, command
+from runner.cli.download import default_folder, fetch_to
 from runner.cli.output import Output
 from runner.cli.progress import progress
+
+#: OWNER/NAME[@REVISION], as no file is likely to be called.
+_REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 @command
@@ -64,7 +69,8 @@ def convert(
     """Convert a checkpoint (default ./gpt-j-6b), bit for bit where the dtype allows.
 
     SRC is a folder, a .safetensors or .bin file, an index of shards, or the prefix of a
-    TensorFlow checkpoint.
+    TensorFlow checkpoint; or a repository of the hub, OWNER/NAME or OWNER/NAME@REVISION, which
+    is downloaded to ./NAME first.
     """
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
@@ -77,9 +83,8 @@ def convert(
         raise click.UsageError("--resume goes on, --force begins anew: give one of them")
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    with open_checkpoint(
-        source or DEFAULT_SOURCE, config_file=config_file, vocab_choice=vocab_choice
-    ) as checkpoint:
+    source = _on_the_disk(output, source or DEFAULT_SOURCE)
+    with open_checkpoint(source, config_file=config_file, vocab_choice=vocab_choice) as checkpoint:
         refuse_overlap(out, checkpoint.path, checkpoint.files)
         plan = make_plan(
             checkpoint,
@@ -142,3 +147,14 @@ def convert(
         "nonfinite": result.nonfinite,
         "saturated": result.saturated,
     }
+
+
+def _on_the_disk(output: Output, source: Path) -> Path:
+    """The source, or where a repository of that name has been downloaded to."""
+    found = _REPOSITORY.fullmatch(str(source))
+    if source.exists() or source.parent.is_dir() or not found:
+        return source
+    folder = default_folder(found["name"])
+    output.note(f"{source}: is not here, so it is taken for a repository of the hub")
+    fetch_to(output, found["name"], found["revision"], folder)
+    return folder

@@ -23,10 +23,21 @@ def download(
     output: Output, repository: str, revision: str | None, out: Path | None
 ) -> dict[str, Any]:
     """Fetch config, tokenizer and one set of weights (default: GPT-J-6B to ./gpt-j-6b)."""
+    out = out or default_folder(repository)
+    fields = fetch_to(output, repository, revision, out)
+    output.data(str(out))
+    return fields
+
+
+def default_folder(repository: str) -> Path:
+    """Where a repository's files go when nothing else is asked for."""
+    return DEFAULT_SOURCE if repository == DEFAULT_REPOSITORY else Path(Path(repository).name)
+
+
+def fetch_to(output: Output, repository: str, revision: str | None, out: Path) -> dict[str, Any]:
+    """Download, with notes and progress; returns the fields of the JSON object."""
     from gptj_convert.download import fetch, list_files
 
-    default = DEFAULT_SOURCE if repository == DEFAULT_REPOSITORY else Path(Path(repository).name)
-    out = out or default
     listing = list_files(repository, revision, out)
     output.note(
         f"{repository} at {listing.commit[:12]}: {len(listing.files)} files, "
@@ -36,7 +47,6 @@ def download(
         output.note("the hub cannot be reached; the folder is complete, and stays as it is")
     with progress(output, "downloading") as report:
         fetched = fetch(listing, out, lambda event: report(event.done, event.total, event.what))
-    output.data(str(out))
     return {
         "output": str(out),
         "commit": listing.commit,

@@ -119,6 +119,18 @@ def test_what_was_fetched_converts(hub: FakeHub, small_hf: Path, gptj):
     assert Path("converted/tf_model.ckpt.index").exists()
 
 
+@pytest.mark.parametrize("suffix", ["", "@float16"])
+def test_convert_fetches_a_repository_first(suffix: str, hub: FakeHub, small_hf: Path, gptj):
+    hub.files["model.safetensors"] = (small_hf / "model.safetensors").read_bytes()
+    done = gptj("convert", REPOSITORY + suffix, "--to", "tf")
+    assert done.code == 0
+    assert "is taken for a repository of the hub" in done.stderr
+    revision = f"/revision/{suffix[1:]}" if suffix else ""
+    assert ("GET", f"/api/models/{REPOSITORY}{revision}") in hub.requests
+    assert gptj("verify", "--level", "weights").code == 0
+    assert gptj("convert", "nowhere/there", "--to", "tf", "--out", "x").code == 1
+
+
 def test_a_revision_is_asked_for_and_pinned(hub: FakeHub, gptj):
     assert gptj("download", REPOSITORY, "--revision", "float16").code == 0
     assert ("GET", f"/api/models/{REPOSITORY}/revision/float16") in hub.requests

@@ -10,7 +10,7 @@ COMMON = {"--json", "--quiet"}
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--config", "--dry-run",
-        "--force",
+        "--saturate", "--resume", "--force",
     },
     "data text": {
         "--tokenizer", "--max-sequence-length", "--out", "--glob", "--on-error", "--force",
