@@ -44,6 +44,17 @@ class Checkpoint:
         self.source.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a checkpoint is, before anything of it is read."""
+
+    path: Path
+    """What was asked for."""
+    scheme: Scheme
+    weights: Path
+    """The weight file or, of a bundle, the prefix."""
+
+
 def open_checkpoint(path: Path, *, config_file: Path | None = None) -> Checkpoint:
     """Find and open the GPT-J checkpoint that `path` is or holds.
 
@@ -55,15 +66,24 @@ def open_checkpoint(path: Path, *, config_file: Path | None = None) -> Checkpoin
         ConfigError: no config, or one that is not a GPT-J.
         FileFault: no checkpoint there, or a corrupt one.
     """
+    location = locate(path)
+    config = read_config(location, config_file)
+    source, files = open_source(location)
+    return Checkpoint(path, location.scheme, config, source, files)
+
+
+def locate(path: Path) -> Location:
+    """Find the checkpoint that `path` is or holds.
+
+    Raises:
+        FileFault: there is none.
+    """
     weights = hf.find_weights(path)
-    prefix = None if weights else tf.find_bundle(path)
     if weights:
-        config = GPTJConfig.from_file(config_file or weights.parent / CONFIG_FILE)
-        return Checkpoint(path, Scheme.HF, config, hf.open_weights(weights), (weights,))
+        return Location(path, Scheme.HF, weights)
+    prefix = tf.find_bundle(path)
     if prefix:
-        config = _config_of_bundle(prefix, config_file)
-        bundle = BundleSource(prefix)
-        return Checkpoint(path, Scheme.TF, config, bundle, tuple(bundle.files))
+        return Location(path, Scheme.TF, prefix)
     if not path.exists():
         raise FileFault(
             f"{path}: not found, expected a checkpoint",
@@ -76,17 +96,32 @@ def open_checkpoint(path: Path, *, config_file: Path | None = None) -> Checkpoin
     raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin or .index")
 
 
-def _config_of_bundle(prefix: Path, config_file: Path | None) -> GPTJConfig:
-    if config_file:
-        return GPTJConfig.from_file(config_file)
-    beside = prefix.parent / CONFIG_FILE
-    if beside.is_file():
-        return GPTJConfig.from_file(beside)
-    config = config_beside(prefix)
+def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
+    """A checkpoint's tensors, and the files that hold them.
+
+    Raises:
+        FileFault: one of them is missing or corrupt.
+    """
+    if location.scheme is Scheme.HF:
+        return hf.open_weights(location.weights), (location.weights,)
+    bundle = BundleSource(location.weights)
+    return bundle, tuple(bundle.files)
+
+
+def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
+    """The config in `config_file`, else the one beside the weights.
+
+    Raises:
+        ConfigError: there is none, or one that is not a GPT-J.
+    """
+    beside = location.weights.parent / CONFIG_FILE
+    if config_file or location.scheme is Scheme.HF or beside.is_file():
+        return GPTJConfig.from_file(config_file or beside)
+    config = config_beside(location.weights)
     if config is None:
         raise ConfigError(
-            f"{prefix}: no {CONFIG_FILE} or params.yaml beside it, and a bundle does not hold "
-            "the number of heads, rotary_dim or epsilon",
+            f"{location.weights}: no {CONFIG_FILE} or params.yaml beside it, and a bundle does "
+            "not hold the number of heads, rotary_dim or epsilon",
             hint="name the model's configuration with `--config FILE`",
         )
     return config

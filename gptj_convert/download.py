@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.digest import digest
 from gptj_convert.execute import Progress
 from gptj_convert.formats.hf import GENERATION_FILE, INDEX_FILES, TOKENIZER_FILES, WEIGHT_FILES
 from gptj_convert.hub import (
@@ -25,6 +25,7 @@ from gptj_convert.hub import (
     persist,
     transfer,
 )
+from gptj_convert.manifest import is_file_name
 from gptj_model.config import CONFIG_FILE
 from gptj_model.errors import FileFault, HubFault, UsageError
 
@@ -41,6 +42,16 @@ class RemoteFile:
 
     size: int
     digest: str
+
+    @property
+    def kind(self) -> str:
+        """Of the digest, as `gptj_convert.digest` names it."""
+        return self.digest.partition(":")[0]
+
+    @property
+    def hex(self) -> str:
+        """The digest without its kind."""
+        return self.digest.partition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,7 @@ def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) ->
     """
     if listing.offline:
         return 0
-    record = _read_record(folder)
+    record = read_record(folder)
     known = record.files if record else {}
     missing: dict[str, RemoteFile] = {}
     for name, remote in listing.files.items():
@@ -159,6 +170,18 @@ def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) ->
     return needed
 
 
+def read_record(folder: Path) -> Listing | None:
+    """What a finished download's record says is in a folder; None when there is no good record."""
+    try:
+        fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        files = {name: _stated(**f) for name, f in fields.pop("files").items()}
+        if not all(is_file_name(name) for name in files):
+            return None
+        return Listing(**fields | {"files": files, "offline": True})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # as good as none: everything is compared with the hub again
+
+
 def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], None]) -> None:
     from huggingface_hub import hf_hub_url
 
@@ -189,9 +212,14 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
-    """As the hub states it. The digest becomes part of a file's name, so its form is checked."""
-    size = sibling.lfs.size if sibling.lfs else sibling.size
-    digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
+    """As the hub states it."""
+    if sibling.lfs:
+        return _stated(sibling.lfs.size, f"sha256:{sibling.lfs.sha256}")
+    return _stated(sibling.size, f"git:{sibling.blob_id}")
+
+
+def _stated(size: Any, digest: Any) -> RemoteFile:
+    """What others state. The digest becomes part of a file's name, so its form is checked."""
     if not isinstance(size, int) or not re.fullmatch(
         "sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", digest
     ):
@@ -215,17 +243,8 @@ def _unreadable(repository: str, names: list[str]) -> HubFault:
     )
 
 
-def _read_record(folder: Path) -> Listing | None:
-    try:
-        fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        files = {name: RemoteFile(**f) for name, f in fields.pop("files").items()}
-        return Listing(**fields | {"files": files, "offline": True})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # as good as none: everything is compared with the hub again
-
-
 def _finished(folder: Path, repository: str, revision: str | None) -> Listing | None:
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None or (record.repository, record.revision) != (repository, revision):
         return None
     whole = all(file_size(folder / name) == f.size for name, f in record.files.items())
@@ -238,17 +257,14 @@ def _tell(report: Callable[[Progress], None], total: int, name: str, before: int
 
 def _part(folder: Path, name: str, remote: RemoteFile) -> Path:
     # The digest in its name keeps bytes of two versions from being joined.
-    return folder / f".{name}.{remote.digest.partition(':')[2][:16]}.part"
+    return folder / f".{name}.{remote.hex[:16]}.part"
 
 
 def _digest(path: Path, like: RemoteFile) -> str:
     """The file's digest in the same kind as the hub's; returns once the file is on the disk."""
-    kind = like.digest.partition(":")[0]
-    state = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % like.size)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        hashlib.file_digest(file, lambda: state)
-    return f"{kind}:{state.hexdigest()}"
+    return f"{like.kind}:{digest(path, like.kind)}"
 
 
 @contextmanager
