@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from gptj_model.errors import FileFault
@@ -22,11 +23,15 @@ class RangedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._fd).st_size
+            # Not blocking: a named pipe would wait for a writer.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(self._fd)
         except OSError as e:
             raise FileFault(f"{path}: cannot be opened: {e.strerror}") from None
+        self.size = status.st_size
         try:
+            if not stat.S_ISREG(status.st_mode):
+                raise FileFault(f"{path}: is not a regular file, expected weights")
             self._refuse_impostors()
         except BaseException:
             self.close()

@@ -31,7 +31,9 @@ _NAME = 72
 @click.option("--stats", is_flag=True, help="Add min, max, mean, std, and counts of NaN, inf, 0.")
 @click.option("--check", is_flag=True, help="Compare with the hashes and checksums that are kept.")
 @click.option("--diff", "other", metavar="OTHER", type=PATH, help="Compare with a checkpoint.")
-@click.option("--config", "config_file", type=PATH, help="config.json, if none is beside PATH.")
+@click.option(
+    "--config", "config_file", type=PATH, help="config.json, where none is beside the weights."
+)
 def inspect(
     output: Output,
     path: Path,
@@ -61,7 +63,8 @@ def inspect(
     except FileFault as e:
         if not check or other:
             raise
-        return {"path": str(path), "tensors": [], **_check(output, path, e)}
+        nothing = {"path": str(path), "format": None, "files": [], "config": None, "tensors": []}
+        return {**nothing, "problems": [e.message], "hint": e.hint, **_check(output, path, e)}
     with opened:
         statistics: dict[str, Statistics] = {}
         if stats:
