@@ -129,17 +129,15 @@ def compare(first: Inspection, second: Inspection, result: Comparison) -> Iterat
     total = sum(f.info.nbytes for f in ours.values() if f.info)
     done = 0
     for key in ours | theirs:
-        pair = (ours.get(key), theirs.get(key))
+        a, b = ours.get(key), theirs.get(key)
         tensor = TensorComparison(
             key[1],
-            dtypes=tuple(f and f.info and f.info.dtype for f in pair),  # type: ignore[arg-type]
-            shapes=tuple(  # type: ignore[arg-type]
-                f and _hf_shape(f, side.scheme) for f, side in zip(pair, sides, strict=True)
-            ),
+            dtypes=(a and a.info and a.info.dtype, b and b.info and b.info.dtype),
+            shapes=(a and _hf_shape(a, first.scheme), b and _hf_shape(b, second.scheme)),
         )
         result.tensors.append(tensor)
-        if pair[0] and pair[1] and tensor.shapes[0] == tensor.shapes[1]:
-            for size in _compare_values(tensor, first, pair[0], second, pair[1]):
+        if a and b and tensor.shapes[0] == tensor.shapes[1]:
+            for size in _compare_values(tensor, first, a, second, b):
                 yield Progress(done := done + size, total, tensor.name)
 
 
