@@ -47,6 +47,17 @@ class Checkpoint:
         self.source.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a checkpoint is, before anything of it is read."""
+
+    path: Path
+    """What was asked for."""
+    scheme: Scheme
+    weights: Path
+    """The weight file, the index of shards or, of a bundle, the prefix."""
+
+
 def open_checkpoint(
     path: Path, *, config_file: Path | None = None, vocab_choice: str | None = None
 ) -> Checkpoint:
@@ -62,18 +73,25 @@ def open_checkpoint(
         FileFault: no checkpoint there, or a corrupt one.
         TensorFault: an index and its shards disagree.
     """
+    location = locate(path)
+    config = read_config(location, config_file)
+    source, files = open_source(location)
+    config = vocabulary.settle(config, location.scheme, source.tensors, vocab_choice)
+    return Checkpoint(path, location.scheme, config, source, files, vocab_choice)
+
+
+def locate(path: Path) -> Location:
+    """Find the checkpoint that `path` is or holds.
+
+    Raises:
+        FileFault: there is none.
+    """
     weights = hf.find_weights(path)
-    prefix = None if weights else tf.find_bundle(path)
     if weights:
-        config = GPTJConfig.from_file(config_file or weights.parent / CONFIG_FILE)
-        source, files = hf.open_weights(weights)
-        config = vocabulary.settle(config, Scheme.HF, source.tensors, vocab_choice)
-        return Checkpoint(path, Scheme.HF, config, source, files, vocab_choice)
+        return Location(path, Scheme.HF, weights)
+    prefix = tf.find_bundle(path)
     if prefix:
-        config = _config_of_bundle(prefix, config_file)
-        bundle = BundleSource(prefix)
-        config = vocabulary.settle(config, Scheme.TF, bundle.tensors, vocab_choice)
-        return Checkpoint(path, Scheme.TF, config, bundle, tuple(bundle.files), vocab_choice)
+        return Location(path, Scheme.TF, prefix)
     if not path.exists():
         raise FileFault(
             f"{path}: not found, expected a checkpoint",
@@ -92,17 +110,33 @@ def open_checkpoint(
     raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin or .index")
 
 
-def _config_of_bundle(prefix: Path, config_file: Path | None) -> GPTJConfig:
-    if config_file:
-        return GPTJConfig.from_file(config_file)
-    beside = prefix.parent / CONFIG_FILE
-    if beside.is_file():
-        return GPTJConfig.from_file(beside)
-    config = config_beside(prefix)
+def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
+    """A checkpoint's tensors, and the files that hold them.
+
+    Raises:
+        FileFault: one of them is missing or corrupt.
+        TensorFault: an index and its shards disagree.
+    """
+    if location.scheme is Scheme.HF:
+        return hf.open_weights(location.weights)
+    bundle = BundleSource(location.weights)
+    return bundle, tuple(bundle.files)
+
+
+def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
+    """The config in `config_file`, else the one beside the weights.
+
+    Raises:
+        ConfigError: there is none, or one that is not a GPT-J.
+    """
+    beside = location.weights.parent / CONFIG_FILE
+    if config_file or location.scheme is Scheme.HF or beside.is_file():
+        return GPTJConfig.from_file(config_file or beside)
+    config = config_beside(location.weights)
     if config is None:
         raise ConfigError(
-            f"{prefix}: no {CONFIG_FILE} or params.yaml beside it, and a bundle does not hold "
-            "the number of heads, rotary_dim or epsilon",
+            f"{location.weights}: no {CONFIG_FILE} or params.yaml beside it, and a bundle does "
+            "not hold the number of heads, rotary_dim or epsilon",
             hint="name the model's configuration with `--config FILE`",
         )
     return config

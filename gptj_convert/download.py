@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gptj_convert.digest import digest
+from gptj_convert.file_name import is_file_name
 from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
 from gptj_convert.formats.sharded import MAX_INDEX_BYTES, is_index, parse_index
 from gptj_convert.hub import (
@@ -43,6 +44,16 @@ class RemoteFile:
 
     size: int
     digest: str
+
+    @property
+    def kind(self) -> str:
+        """Of the digest, as `gptj_convert.digest` names it."""
+        return self.digest.partition(":")[0]
+
+    @property
+    def hex(self) -> str:
+        """The digest without its kind."""
+        return self.digest.partition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +184,18 @@ def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) ->
     return needed
 
 
+def read_record(folder: Path) -> Listing | None:
+    """What a finished download's record says is in a folder; None when there is no good record."""
+    try:
+        fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        files = {name: _stated(**f) for name, f in fields.pop("files").items()}
+        if not all(is_file_name(name) for name in files):
+            return None
+        return Listing(**fields | {"files": files, "offline": True})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # as good as none: everything is compared with the hub again
+
+
 def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], None]) -> None:
     from huggingface_hub import hf_hub_url
 
@@ -233,13 +256,25 @@ def _not_a_hub(repository: str) -> HubFault:
 
 
 def _remote_file(sibling: Any, repository: str) -> RemoteFile:
-    """As the hub states it. The digest becomes part of a file's name, so its form is checked."""
-    size = sibling.lfs.size if sibling.lfs else sibling.size
-    digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
+    """As the hub states it."""
+    try:
+        if sibling.lfs:
+            return _stated(sibling.lfs.size, f"sha256:{sibling.lfs.sha256}")
+        return _stated(sibling.size, f"git:{sibling.blob_id}")
+    except ValueError:
+        raise _not_a_hub(repository) from None
+
+
+def _stated(size: Any, digest: Any) -> RemoteFile:
+    """What others state. The digest becomes part of a file's name, so its form is checked.
+
+    Raises:
+        ValueError: it is not a size and a digest.
+    """
     if not isinstance(size, int) or not re.fullmatch(
         "sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", digest
     ):
-        raise _not_a_hub(repository)
+        raise ValueError
     return RemoteFile(size, digest)
 
 
@@ -252,16 +287,6 @@ def _unreadable(repository: str, names: list[str]) -> HubFault:
         f"{repository}: has neither {' nor '.join(WEIGHT_FILES)}; found {found[:300]}",
         hint="name a repository, or with --revision a branch, that has one of them",
     )
-
-
-def read_record(folder: Path) -> Listing | None:
-    """What a finished download noted in its folder; None when there is no such note."""
-    try:
-        fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        files = {name: RemoteFile(**f) for name, f in fields.pop("files").items()}
-        return Listing(**fields | {"files": files, "offline": True})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # as good as none: everything is compared with the hub again
 
 
 def _finished(folder: Path, repository: str, revision: str | None) -> Listing | None:
@@ -278,17 +303,14 @@ def _tell(report: Callable[[Progress], None], total: int, name: str, before: int
 
 def _part(folder: Path, name: str, remote: RemoteFile) -> Path:
     # The digest in its name keeps bytes of two versions from being joined.
-    return folder / f".{name}.{remote.digest.partition(':')[2][:16]}.part"
+    return folder / f".{name}.{remote.hex[:16]}.part"
 
 
 def _digest(path: Path, like: RemoteFile) -> str:
     """The file's digest in the same kind as the hub's; returns once the file is on the disk."""
-    kind = like.digest.partition(":")[0]
-    state = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % like.size)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        hashlib.file_digest(file, lambda: state)
-    return f"{kind}:{state.hexdigest()}"
+    return f"{like.kind}:{digest(path, like.kind)}"
 
 
 @contextmanager

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.digest import SHA256, digest
 from gptj_convert.download import read_record
+from gptj_convert.file_name import is_file_name
 from gptj_convert.plan import Plan
 from gptj_model import __version__
 from gptj_model.errors import FileFault
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-_HASH_CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +51,40 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values)
+            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
+            _check(manifest)
+            return manifest
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, RecursionError) as e:
+        except _NOT_A_MANIFEST as e:
             raise FileFault(f"{path}: is not a manifest of this program: {e}") from None
+
+
+_NOT_A_MANIFEST = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise one of `_NOT_A_MANIFEST` unless files and tensors are described as they must be."""
+    manifest.source.items()
+    for name, stated in manifest.files.items():
+        if not is_file_name(name) or type(stated["bytes"]) is not int:
+            raise ValueError(f"{name!r} is not a file with its size")
+        if not re.fullmatch("[0-9a-f]{64}", stated["sha256"]):
+            raise ValueError(f"SHA-256 of {name!r} is not 64 hexadecimal digits")
+    for name, stated in manifest.tensors.items():
+        if not re.fullmatch("[0-9a-f]{8}", stated["crc32c"]):
+            raise ValueError(f"crc32c of {name!r} is not 8 hexadecimal digits")
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     """The manifest's word on what was converted; with the hub's digests where they are known."""
     record = read_record(checkpoint.folder)
-    stated = {} if record is None else {n: f.digest for n, f in record.files.items()}
     files: dict[str, dict[str, Any]] = {}
     for path in checkpoint.files:
         files[path.name] = {"bytes": path.stat().st_size}
-        kind, _, digest = stated.get(path.name, "").partition(":")
-        if kind == "sha256":
-            files[path.name]["sha256"] = digest
+        stated = record.files.get(path.name) if record else None
+        if stated and stated.kind == SHA256:
+            files[path.name]["sha256"] = stated.hex
     return {
         "path": str(checkpoint.path.absolute()),
         "format": checkpoint.scheme.value,
@@ -81,15 +98,6 @@ def describe_target(plan: Plan) -> dict[str, Any]:
     return {"format": plan.scheme.value, "dtype": plan.dtype, "saturate": plan.saturate}
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex, read piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as f:
-        while chunk := f.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}

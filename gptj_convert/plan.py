@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
@@ -10,22 +10,12 @@ from gptj_convert.formats.hf import hf_layout
 from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.tf import tf_layout
 from gptj_convert.options import KEEP
-from gptj_convert.panels import Panels
+from gptj_convert.survey import hint, settle_tied_head, survey
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import TensorFault, UsageError
-from gptj_model.source import TensorInfo, raw_bytes
-from gptj_model.tensors import (
-    EMBEDDING,
-    GLOBAL_STEP,
-    HEAD_WEIGHT,
-    Op,
-    Scheme,
-    Tensor,
-    ignored_hf,
-    is_training_state,
-    table,
-)
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import GLOBAL_STEP, Op, Scheme, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,36 +67,20 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
         TensorFault: a tensor is missing, unknown, or of another shape or kind than the config
             calls for; all such tensors are named.
     """
-    scheme, config = checkpoint.scheme, checkpoint.config
-    left = dict(checkpoint.source.tensors)
-    rows = vocabulary.rows(config, scheme, left)
+    source, scheme, config = checkpoint.source, checkpoint.scheme, checkpoint.config
+    findings = settle_tied_head(survey(source.tensors, scheme, config), source)
+    rows = vocabulary.rows(config, scheme, source.tensors)
     disagreement = vocabulary.disagreement(config, rows)
-    matched, problems = [], [disagreement] if disagreement else []
-    for tensor in table(config):
-        (name,) = tensor.names(scheme)
-        info = left.pop(name, None)
-        expected = tensor.shape_in(scheme)
-        if info is None:
-            problems.append(f"{name!r} is missing, expected shape {list(expected)}")
-        elif info.shape != expected and name not in rows:
-            problems.append(f"{name!r} has shape {list(info.shape)}, expected {list(expected)}")
-        elif info.dtype not in FLOATS:
-            problems.append(f"{name!r} holds {info.dtype}, expected one of {', '.join(FLOATS)}")
-        else:
-            matched.append((tensor, name, info))
-    dropped = ignored_hf(config) if scheme is Scheme.HF else frozenset()
-    for name in left:
-        if name in dropped or (scheme is Scheme.TF and is_training_state(name)):
-            continue
-        if scheme is Scheme.HF and name == HEAD_WEIGHT.hf and _repeats_embedding(checkpoint):
-            continue
-        problems.append(f"{name!r} is not a tensor of this model")
+    # One problem of the vocabulary, not one of each tensor that has it.
+    problems = [f.problem for f in findings if f.problem and not (disagreement and f.name in rows)]
+    if disagreement:
+        problems.insert(0, disagreement)
     if problems == [disagreement]:
-        hint = vocabulary.hint(rows, checkpoint.vocab_choice)
-        raise TensorFault(str(checkpoint.path), problems, hint=hint)
+        advice = vocabulary.hint(rows, checkpoint.vocab_choice)
+        raise TensorFault(str(checkpoint.path), problems, hint=advice)
     if problems:
-        raise TensorFault(str(checkpoint.path), problems, hint=_hint(checkpoint, left))
-    return matched
+        raise TensorFault(str(checkpoint.path), problems, hint=hint(findings, scheme, config))
+    return [(f.tensor, f.name, f.info) for f in findings if f.tensor and f.info]
 
 
 def make_plan(
@@ -158,31 +132,3 @@ def _layout(target: Scheme, tensors: dict[str, TensorInfo], max_shard_bytes: int
     if target is Scheme.TF:
         return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
     return hf_layout(tensors, max_shard_bytes)
-
-
-def _repeats_embedding(checkpoint: Checkpoint) -> bool:
-    """Whether the head that a tied model's file holds is the embedding once more, bit for bit."""
-    names = (HEAD_WEIGHT.hf, EMBEDDING.hf)
-    source = checkpoint.source
-    if not all(name in source.tensors for name in names):
-        return False
-    if source.tensors[names[0]] != source.tensors[names[1]]:
-        return False
-    sides = (Panels(source, name, Op.COPY) for name in names)
-    return all(raw_bytes(a) == raw_bytes(b) for a, b in zip(*sides, strict=True))
-
-
-def _hint(checkpoint: Checkpoint, unknown: dict[str, TensorInfo]) -> str | None:
-    if any(name.startswith("h.0.") for name in unknown):
-        return (
-            "this is a GPTJModel without its head; save the GPTJForCausalLM that it came from "
-            "(a head is never made up)"
-        )
-    if checkpoint.config.tie_word_embeddings and HEAD_WEIGHT.hf in unknown:
-        return "config.json ties the head to the embedding, but the file holds another head"
-    untied = replace(checkpoint.config, tie_word_embeddings=True)
-    names = {t.names(checkpoint.scheme)[0] for t in table(untied)}
-    present = set(checkpoint.source.tensors)
-    if not checkpoint.config.tie_word_embeddings and names <= present:
-        return "the file holds a tied model: set tie_word_embeddings to true in config.json"
-    return None

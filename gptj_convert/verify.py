@@ -15,22 +15,18 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
-from gptj_convert.formats.bundle import BundleSource, masked
-from gptj_convert.manifest import MANIFEST_FILE, Manifest, sha256
+from gptj_convert.integrity import StatedFile, stated_checksums
+from gptj_convert.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.options import LEVELS
 from gptj_convert.panels import Panels
 from gptj_convert.plan import match
 from gptj_convert.progress import Progress
-from gptj_model.config import GPTJConfig
+from gptj_model.config import NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.dtypes import NUMPY, saturate
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import Op, Tensor
 
-#: Fields of the config that do not change what is computed from the weights.
-_UNCOMPARED = frozenset(
-    {"attn_pdrop", "embd_pdrop", "resid_pdrop", "bos_token_id", "eos_token_id", "n_inner"}
-)
 #: Files up to this size are hashed at level structure, larger ones at level weights.
 _SMALL_FILE = 2**20
 
@@ -202,19 +198,16 @@ def _structure(
 
 
 def _config_differences(found: GPTJConfig, expected: GPTJConfig) -> tuple[str, str] | None:
-    differing = [
-        name
-        for name in GPTJConfig.__dataclass_fields__
-        if name not in _UNCOMPARED and getattr(found, name) != getattr(expected, name)
-    ]
-    if found.ffn_dim != expected.ffn_dim:
-        differing.append("ffn_dim")
+    pairs = differing_fields(found, expected)
+    differing = {name: pair for name, pair in pairs.items() if name not in NOT_COMPUTED}
     if not differing:
         return None
-    sides = (
-        ", ".join(f"{n} = {getattr(side, n)!r}" for n in differing) for side in (found, expected)
+    sides = zip(*differing.values(), strict=True)
+    found_text, expected_text = (
+        ", ".join(f"{n} = {v!r}" for n, v in zip(differing, values, strict=True))
+        for values in sides
     )
-    return tuple(sides)  # type: ignore[return-value]
+    return found_text, expected_text
 
 
 def _files(checkpoint: Checkpoint, verdict: Verdict) -> Manifest | None:
@@ -235,17 +228,14 @@ def _compare_hashes(
     level: str, checkpoint: Checkpoint, manifest: Manifest | None, verdict: Verdict, *, large: bool
 ) -> None:
     for name, stated in (manifest.files if manifest else {}).items():
-        path = checkpoint.folder / Path(name).name
         if (stated["bytes"] > _SMALL_FILE) is not large:
             continue
-        expected = f"{stated['bytes']} bytes, SHA-256 {stated['sha256']}"
-        try:
-            size, digest = path.stat().st_size, sha256(path)
-            found = f"{size} bytes, SHA-256 {digest}"
-        except OSError as e:
-            found = e.strerror or str(e)
-        if found != expected:
+        file = StatedFile(checkpoint.folder / name, stated["bytes"], stated["sha256"])
+        for _ in file:
+            pass
+        if file.fault:
             verdict.levels[level].ok = False
+            found, expected = file.fault
             verdict.differences.append(Difference(level, found, expected, file=name))
 
 
@@ -326,7 +316,7 @@ def _compare_tensor(
         if _transposition_skipped(tensor, op, source, source_name, checkpoint, name):
             text += " (it equals the source untransposed: the transposition was skipped)"
         return Difference("weights", text, f"{expected_value!s}", tensor=names), nonfinite
-    stated = _stated_checksums(checkpoint, name, manifest, tensor)
+    stated = stated_checksums(checkpoint.source, name, manifest, tensor.hf)
     for where, value in stated.items():
         if value != crc:
             found_text = f"crc32c {crc:08x}"
@@ -351,28 +341,6 @@ def _transposition_skipped(
     found = read_tensor(checkpoint.source, name)
     untransposed = read_tensor(source.source, source_name).astype(found.dtype, copy=False)
     return raw_bytes(found) == raw_bytes(untransposed)
-
-
-def _stated_checksums(
-    checkpoint: Checkpoint, name: str, manifest: Manifest | None, tensor: Tensor
-) -> dict[str, int]:
-    """What index and manifest say the tensor's crc32c is."""
-    stated: dict[str, int] = {}
-    if isinstance(checkpoint.source, BundleSource):
-        stated["the bundle's index"] = _unmasked(checkpoint.source.entries[name].crc)
-    if manifest and tensor.hf in manifest.tensors:
-        try:
-            stated[MANIFEST_FILE] = int(manifest.tensors[tensor.hf]["crc32c"], 16)
-        except (KeyError, TypeError, ValueError):
-            stated[MANIFEST_FILE] = -1
-    return stated
-
-
-def _unmasked(value: int) -> int:
-    rotated = (value - 0xA282EAD8) & 0xFFFFFFFF
-    crc = ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
-    assert masked(crc) == value
-    return crc
 
 
 def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Iterator[Progress]:

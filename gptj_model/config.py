@@ -198,6 +198,19 @@ class GPTJConfig:
         }
 
 
+#: Fields that do not change what is computed from the weights.
+NOT_COMPUTED = frozenset(
+    {"attn_pdrop", "embd_pdrop", "resid_pdrop", "bos_token_id", "eos_token_id"}
+)
+
+
+def differing_fields(a: GPTJConfig, b: GPTJConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configs differ, with both values; `ffn_dim` stands for `n_inner`."""
+    names = [*(f.name for f in fields(GPTJConfig) if f.name != "n_inner"), "ffn_dim"]
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
     "125m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "rotary_dim": 32},

@@ -67,6 +67,12 @@ def masked(crc: int) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def unmasked(value: int) -> int:
+    """The crc32c that `masked` gave this value."""
+    rotated = (value - 0xA282EAD8) & 0xFFFFFFFF
+    return ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor's bytes are."""

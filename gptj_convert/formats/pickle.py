@@ -7,6 +7,7 @@ torch.save (from 1.6 on) writes a zip archive (see `torch_zip`) with one `data.p
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,22 @@ class PickleSource:
         Raises:
             FileFault: one cannot be read.
         """
+        return [fault for _, fault in self.crc_faults() if fault]
+
+    def crc_faults(self) -> Iterator[tuple[int, str | None]]:
+        """Read all storages in turn: the bytes of each and, if its CRC32 is wrong, a message.
+
+        Raises:
+            FileFault: one cannot be read.
+        """
         users: dict[Member, list[str]] = {}
         for name, (member, _) in self._places.items():
             users.setdefault(member, []).append(name)
-        problems = []
         for member, names in users.items():
             fault = self._zip.crc_fault(member)
-            if fault:
-                shared = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                problems.append(f"{names[0]!r}{shared} (member {member.name!r}): {fault}")
-        return problems
+            shared = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            place = f"{names[0]!r}{shared} (member {member.name!r})"
+            yield member.size, f"{place}: {fault}" if fault else None
 
     def close(self) -> None:
         """Close the file."""

@@ -39,7 +39,8 @@ class RangedFile:
         self.path = path
         self._direct = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Not blocking: a named pipe would wait for a writer.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self.size = os.fstat(self._fd).st_size
         except OSError as e:
             raise FileFault(f"{path}: cannot be opened: {e.strerror}") from None

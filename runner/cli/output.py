@@ -54,3 +54,9 @@ class Output:
 def printable(text: str) -> str:
     """The text with control characters written out: names in files may hold escape codes."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """A name from a file as it may stand in a line: without control characters, and cut."""
+    shown = printable(text).replace("\n", "\\x0a")
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

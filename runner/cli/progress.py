@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from runner.cli.output import Output
+from runner.cli.output import Output, one_line
 
 #: Seconds between lines where there is no terminal.
 LINE_EVERY = 30.0
+#: Letters that are shown of what is at work, which may be a name from a file.
+_WHAT = 60
 
 
 class Report(Protocol):
@@ -51,7 +53,7 @@ def _bar(title: str, in_bytes: bool) -> Iterator[Report]:
         task = bar.add_task(title, total=None, what="")
 
         def report(done: float, total: float, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=what)
+            bar.update(task, completed=done, total=total, what=one_line(what, _WHAT))
 
         yield report
 
@@ -66,6 +68,7 @@ def _lines(output: Output, title: str) -> Report:
             return
         last = now
         left = (now - begun) * (total - done) / done if done else float("nan")
-        output.note(f"{title}: {100 * done / max(total, 1):.0f} % ({what}), {left:.0f} s to go")
+        at = f"{100 * done / max(total, 1):.0f} % ({one_line(what, _WHAT)})"
+        output.note(f"{title}: {at}, {left:.0f} s to go")
 
     return report

@@ -16,6 +16,7 @@ from runner.cli.download import download
 from runner.cli.errors import Exit, Terminated, as_fault, exit_code
 from runner.cli.eval import evaluate
 from runner.cli.generate import generate
+from runner.cli.inspect import inspect
 from runner.cli.new import new
 from runner.cli.output import Output
 from runner.cli.train import train
@@ -28,7 +29,7 @@ def root() -> None:
     """GPT-J in TensorFlow: download, convert, prove, train on."""
 
 
-for _command in (download, new, convert, verify, data, train, evaluate, generate):
+for _command in (download, new, convert, verify, inspect, data, train, evaluate, generate):
     root.add_command(_command)
 
 

@@ -275,6 +275,23 @@ def test_wrong_bytes_once_are_fetched_again(hub: FakeHub, gptj):
     assert hub.served["model.safetensors"] == 2 * len(WEIGHTS)
 
 
+def test_inspect_checks_what_was_fetched(hub: FakeHub, small_hf: Path, gptj):
+    hub.files["model.safetensors"] = (small_hf / "model.safetensors").read_bytes()
+    assert gptj("download", REPOSITORY).code == 0
+    done = gptj("inspect", FOLDER, "--check", "--json")
+    assert done.code == 0
+    assert done.json["check"]["checked"] == {download.RECORD_FILE: {"files": 7, "tensors": 0}}
+    for name in ("model.safetensors", "vocab.json"):
+        raw = bytearray(hub.files[name])
+        raw[-1] ^= 1
+        (FOLDER / name).write_bytes(raw)
+    (FOLDER / "merges.txt").unlink()
+    done = gptj("inspect", FOLDER, "--check", "--json")
+    assert done.code == 3
+    wrong = {p["name"] for p in done.json["check"]["problems"]}
+    assert wrong == {"model.safetensors", "vocab.json", "merges.txt"}
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "vocab.json"])
 def test_wrong_bytes_that_stay_wrong(name: str, hub: FakeHub, gptj):
     wrong = hub.files[name][::-1]

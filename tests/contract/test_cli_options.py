@@ -21,6 +21,7 @@ OPTIONS = {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",
     },
+    "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
     "train": {
         "--init-from", "--params", "--model-dir", "--mode", "--max-steps", "--steps", "--set",

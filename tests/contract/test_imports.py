@@ -28,7 +28,9 @@ def _loaded(*arguments: object, cwd: Path) -> set[str]:
     return set(outcome["loaded"])
 
 
-@pytest.mark.parametrize("command", ["", "convert", "verify", "train", "data", "generate"])
+@pytest.mark.parametrize(
+    "command", ["", "convert", "verify", "inspect", "train", "data", "generate"]
+)
 def test_help_loads_nothing_heavy(command: str, tmp_path: Path):
     loaded = _loaded(*command.split(), "--help", cwd=tmp_path)
     assert not loaded & {*HEAVY, "numpy", "pydantic"}
@@ -41,6 +43,11 @@ def test_convert_needs_no_framework(small_hf: Path, tmp_path: Path):
 def test_verifying_weights_needs_no_framework(small_hf: Path, tmp_path: Path):
     _loaded("convert", small_hf, "--to", "tf", cwd=tmp_path)
     assert not _loaded("verify", "--level", "weights", cwd=tmp_path) & set(HEAVY)
+
+
+def test_inspecting_needs_no_framework(small_hf: Path, tmp_path: Path):
+    options = ("--stats", "--diff", small_hf)
+    assert not _loaded("inspect", small_hf, *options, cwd=tmp_path) & set(HEAVY)
 
 
 def test_the_model_package_itself_loads_no_keras(tmp_path: Path):

@@ -1,0 +1,254 @@
+"""`gptj inspect`: what a checkpoint holds, whether it is whole, how it differs from another."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from runner.cli.command import PATH, command
+from runner.cli.errors import Exit
+from runner.cli.output import Output, one_line
+from runner.cli.progress import progress
+
+if TYPE_CHECKING:
+    from gptj_convert.difference import TensorComparison
+    from gptj_convert.inspect import Inspection, Statistics
+    from gptj_convert.survey import Finding
+    from gptj_model.errors import FileFault
+
+#: Problems that are printed at most, and letters of a tensor's name; --json has all.
+_SHOWN = 20
+_NAME = 72
+
+
+@command
+@click.argument("path", type=PATH)
+@click.option("--stats", is_flag=True, help="Add min, max, mean, std, and counts of NaN, inf, 0.")
+@click.option("--check", is_flag=True, help="Compare with the hashes and checksums that are kept.")
+@click.option("--diff", "other", metavar="OTHER", type=PATH, help="Compare with a checkpoint.")
+@click.option(
+    "--config", "config_file", type=PATH, help="config.json, where none is beside the weights."
+)
+def inspect(
+    output: Output,
+    path: Path,
+    stats: bool,
+    check: bool,
+    other: Path | None,
+    config_file: Path | None,
+) -> dict[str, Any]:
+    """List every tensor of a checkpoint, with its names in other formats, without reading it.
+
+    PATH is a folder, a .safetensors or .bin file, or the prefix of a TensorFlow checkpoint. What
+    is missing, unknown or of another shape is marked, and no error.
+
+    With --check or --diff only what they find is printed. The exit code is 3 if something is not
+    as its manifest.json, download's record, TensorFlow index or .bin archive states, or if OTHER
+    differs in more than the rounding to a narrower dtype.
+
+    Figures are of the finite values. --json has null for one that no value gives, and "nan",
+    "inf" or "-inf" for a value that is such.
+    """
+    from gptj_convert.inspect import gather_statistics
+    from gptj_convert.inspect import inspect as run
+    from gptj_model.errors import FileFault
+
+    try:
+        opened = run(path, config_file=config_file)
+    except FileFault as e:
+        if not check or other:
+            raise
+        nothing = {"path": str(path), "format": None, "files": [], "config": None, "tensors": []}
+        return {**nothing, "problems": [e.message], "hint": e.hint, **_check(output, path, e)}
+    with opened:
+        statistics: dict[str, Statistics] = {}
+        if stats:
+            with progress(output, "reading") as report:
+                for event in gather_statistics(opened, statistics):
+                    report(event.done, event.total, event.what)
+        if stats or not (check or other):
+            _show(output, opened, statistics)
+        fields = {**opened.to_json(statistics), "exit": Exit.OK}
+        if check:
+            fields |= _check(output, path, opened)
+        if other:
+            compared = _compare(output, opened, other, config_file)
+            fields |= compared | {"exit": max(fields["exit"], compared["exit"])}
+    return fields
+
+
+def _show(output: Output, opened: Inspection, statistics: dict[str, Statistics]) -> None:
+    """A table for each role, then totals, config and problems."""
+    from gptj_convert.survey import Role
+
+    for role in Role:
+        findings = [f for f in opened.findings if f.role is role]
+        if findings and role is not Role.WEIGHT:
+            output.data(f"\n{role.value} ({len(findings)}):")
+        for line in _table(findings, statistics):
+            output.data(line)
+    totals, config = opened.totals(), opened.config
+    dtypes = ", ".join(f"{d['tensors']} {name}" for name, d in totals["dtypes"].items())
+    output.data(
+        f"\n{opened.scheme.value}: {totals['tensors']} tensors ({dtypes}), "
+        f"{totals['parameters']:,} parameters, {_size(totals['bytes'])}"
+    )
+    if config:
+        tied = "tied to the embedding" if config.tie_word_embeddings else "not tied"
+        output.data(
+            f"config: {config.n_layer} layers, hidden {config.n_embd}, {config.n_head} heads, "
+            f"vocabulary {config.vocab_size}, head {tied}"
+        )
+    for problem in opened.problems[:_SHOWN]:
+        output.data(f"problem: {one_line(problem)}")
+    if len(opened.problems) > _SHOWN:
+        output.data(f"… and {len(opened.problems) - _SHOWN} more problems")
+    if opened.hint:
+        output.note(f"hint: {opened.hint}")
+
+
+def _table(findings: Sequence[Finding], statistics: dict[str, Statistics]) -> Iterator[str]:
+    """Aligned lines: what the file holds, then other names and figures.
+
+    On a terminal that is too narrow for both, the second part stands below the first. A pipe has
+    no width: there every tensor is one line.
+    """
+    if not findings:
+        return
+    held: list[tuple[str, ...]] = [("name", "shape", "dtype", "bytes", "block")]
+    more: list[tuple[str, ...]] = [("other names", "values", "")]
+    for f in findings:
+        kind = ("missing", "", "")
+        if f.info:
+            kind = (str(list(f.info.shape)), f.info.dtype, _size(f.info.nbytes))
+        block = f.tensor.block if f.tensor else None
+        held.append((one_line(f.name, _NAME), *kind, "" if block is None else str(block)))
+        others = [n for n in (f.tensor.hf, f.tensor.tf) if n != f.name] if f.tensor else []
+        figures = _figures(statistics[f.name]) if f.info and f.name in statistics else ""
+        more.append(("  ".join(others), figures, "PROBLEM" if f.problem and f.tensor else ""))
+    wide = _aligned([a + b for a, b in zip(held, more, strict=True)], "<<<>><<<")
+    longest = max(map(len, wide))
+    if shutil.get_terminal_size((longest, 0)).columns >= longest:
+        yield from wide
+        return
+    more[0] = ()
+    for line, below in zip(_aligned(held, "<<<>>"), more, strict=True):
+        yield "\n    ".join((line, *filter(None, below)))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], sides: str) -> list[str]:
+    """Rows, the first of them headings, as lines; columns without any value are left out.
+
+    Args:
+        rows: of as many cells each as there are sides.
+        sides: "<" for a column that begins on the left, ">" for one that ends on the right.
+    """
+    columns = []
+    for side, column in zip(sides, zip(*rows, strict=True), strict=True):
+        if any(column[1:]):
+            width = max(map(len, column))
+            columns.append([f"{cell:{side}{width}}" for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+
+
+def _figures(s: Statistics) -> str:
+    named = {"min": s.minimum, "max": s.maximum, "mean": s.mean, "std": s.std}
+    shown = (f"{k} {'none' if v is None else f'{v:.3g}':<9}" for k, v in named.items())
+    return f"{' '.join(shown)} NaN {s.nan}  inf {s.infinite}  zero {s.zero}"
+
+
+def _size(count: int) -> str:
+    """Bytes in three figures."""
+    size, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while size >= 999.5 and unit != "TB":
+        size, unit = size / 1000, next(units)
+    return f"{size:.3g} {unit}"
+
+
+def _check(output: Output, path: Path, opened: Inspection | FileFault) -> dict[str, Any]:
+    from gptj_convert.integrity import Check, check
+
+    result = Check()
+    with progress(output, "checking") as report:
+        for event in check(path, opened, result):
+            report(event.done, event.total, event.what)
+    for stated_by, counts in result.checked.items():
+        compared = ", ".join(f"{n} {kinds}" for kinds, n in counts.items() if n)
+        output.data(f"compared with {stated_by}: {compared}")
+    for name in result.extra:
+        output.data(f"note: {one_line(name)} is there too, and nothing is stated of it")
+    for m in result.mismatches:
+        output.data(f"DIFFERS: {m.kind} {one_line(m.name)}")
+        output.data(f"  found:    {one_line(m.found)}")
+        output.data(f"  expected: {one_line(m.expected)}, by {m.stated_by}")
+    differing = len(result.mismatches)
+    output.data(f"DAMAGED: {differing} problem{'s' * (differing != 1)}" if differing else "WHOLE")
+    return {"check": result.to_json(), "exit": Exit.MISMATCH if differing else Exit.OK}
+
+
+def _compare(
+    output: Output, opened: Inspection, other: Path, config_file: Path | None
+) -> dict[str, Any]:
+    from gptj_convert.difference import Comparison, Outcome, compare
+    from gptj_convert.inspect import inspect as run
+
+    result = Comparison()
+    theirs = run(other)
+    if theirs.config is None and config_file:
+        theirs.source.close()
+        theirs = run(other, config_file=config_file)
+    with theirs, progress(output, "comparing") as report:
+        for event in compare(opened, theirs, result):
+            report(event.done, event.total, event.what)
+    for name, (ours, others) in result.config.items():
+        output.data(f"config: {name} is {ours!r} in PATH, {others!r} in OTHER")
+    for t in result.tensors:
+        if t.outcome is Outcome.DIFFERENT:
+            output.data(_difference(t))
+    alike = Counter((t.outcome, t.dtypes, t.rounded) for t in result.tensors)
+    for (outcome, (ours, others), rounded), count in alike.items():
+        tensors = f"{count} tensor{'s' * (count != 1)}"
+        if outcome is Outcome.ROUNDED:
+            wide, narrow = (others, ours) if rounded == "path" else (ours, others)
+            side = "PATH" if rounded == "path" else "OTHER"
+            output.data(f"{tensors}: {narrow} in {side}, the rounding of the other's {wide}")
+        elif outcome is Outcome.EQUAL and ours != others:
+            output.data(f"{tensors}: {ours} in PATH, {others} in OTHER, the same values")
+        elif outcome is Outcome.EQUAL:
+            output.data(f"{tensors}: the same values but for signs of zeros or kinds of NaN")
+    for outcome, count in result.counts().items():
+        if count:
+            output.data(f"{outcome}: {count} tensors")
+    output.data(result.outcome.value.upper())
+    different = result.outcome is Outcome.DIFFERENT
+    return {
+        "other": str(other),
+        "differences": result.to_json(),
+        "exit": Exit.MISMATCH if different else Exit.OK,
+    }
+
+
+def _difference(t: TensorComparison) -> str:
+    """How one tensor differs, in a line."""
+    name = one_line(t.name)
+    for side, dtype in zip(("PATH", "OTHER"), t.dtypes, strict=True):
+        if dtype is None:
+            return f"{name}: not in {side}"
+    if t.first is None or t.first_values is None:
+        return f"{name}: {list(t.shapes[0] or ())} in PATH, {list(t.shapes[1] or ())} in OTHER"
+    size = "" if t.max_abs is None else f", by up to {t.max_abs:.3g}"
+    if t.relative is not None:
+        size += f" ({t.relative:.3g} of the standard deviation)"
+    if t.nonfinite:
+        size += f", {t.nonfinite} of them NaN or infinite"
+    ours, others = (v if isinstance(v, str) else f"{v:.9g}" for v in t.first_values)
+    return (
+        f"{name}: {t.differing} of {t.values} values differ{size}; "
+        f"first at {t.first}: {ours} in PATH, {others} in OTHER"
+    )
