@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,7 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gptj_convert.formats.sharded import ShardedSource
 from gptj_model.config import GPTJConfig
+from gptj_model.errors import FileFault, TensorFault
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT, table
 from tests.conftest import SMALL, make_checkpoint
 
@@ -332,6 +336,35 @@ def test_an_index_that_is_none(text: str, words: str, sharded: Path, gptj):
     _refused(gptj("convert", sharded, "--to", "tf"), 1, INDEX, words)
 
 
+def test_2000_mutated_indexes(sharded: Path):
+    """Each is refused with a fault, or says of every tensor what the whole one says."""
+    path = sharded / INDEX
+    whole = path.read_bytes()
+    expected = ShardedSource(path)
+    expected.close()
+    values = [b'"', b"{", b"}", b"[1]", b"null", b",", b"1e999", b"-1", b"\\", b"\0", b"\xff", b"/"]
+    generator = random.Random(5)
+    accepted = longest = 0
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(generator.randint(1, 3)):
+            at, length = generator.randrange(len(data)), generator.choice((0, 1, 1, 5, 60))
+            source = generator.randrange(len(data))
+            data[at : at + length] = generator.choice([*values, data[source : source + length]])
+        path.write_bytes(data)
+        try:
+            found = ShardedSource(path)
+        except (FileFault, TensorFault) as e:
+            longest = max(longest, len(e.message))
+            continue
+        found.close()
+        accepted += 1
+        assert found.tensors == expected.tensors
+        assert found.files == expected.files
+    assert 0 < accepted < 500
+    assert longest < 5000
+
+
 def test_shards_without_their_index(sharded: Path, gptj):
     (sharded / INDEX).unlink()
     done = gptj("convert", sharded, "--to", "tf")
@@ -346,8 +379,6 @@ def test_one_shard_of_several(sharded: Path, gptj):
 
 def test_a_shard_that_is_no_file(sharded: Path, gptj):
     """Opening a pipe would wait for ever."""
-    import os
-
     shard = sharded / "model-00003-of-00006.safetensors"
     shard.unlink()
     os.mkfifo(shard)
