@@ -7,7 +7,7 @@ side is a finding; a source that cannot be read is a fault, since nothing can be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gptj_convert.integrity import StatedFile, stated_checksums
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.options import LEVELS
 from gptj_convert.panels import Panels
-from gptj_convert.plan import match
+from gptj_convert.plan import head_is_embedding, match
 from gptj_convert.progress import Progress
 from gptj_model.config import NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.dtypes import NUMPY, saturate
@@ -178,7 +178,12 @@ def _structure(
         verdict.differences.append(Difference("structure", e.message, "a whole checkpoint"))
         return None
     try:
-        differing = _config_differences(checkpoint.config, source.config)
+        wanted = source.config
+        if checkpoint.config.tie_word_embeddings and not wanted.tie_word_embeddings:
+            # The same model, if the head that was left out is the embedding once more.
+            shared = head_is_embedding(source)
+            wanted = replace(wanted, tie_word_embeddings=shared)
+        differing = _config_differences(checkpoint.config, wanted)
         if differing:
             found, expected = differing
             verdict.differences.append(Difference("structure", found, expected))
@@ -250,7 +255,10 @@ def _weights(
     result = verdict.levels["weights"] = LevelResult(ok=True)
     total = sum(info.nbytes for _, _, info in expected)
     done = differing = nonfinite = 0
-    for (tensor, source_name, info), (_, name, _) in zip(expected, match(checkpoint), strict=True):
+    names = {tensor.hf: name for tensor, name, _ in match(checkpoint)}
+    for tensor, source_name, info in expected:
+        if (name := names.get(tensor.hf)) is None:
+            continue  # a head that shares the embedding: see `_structure`
         difference, bad = _compare_tensor(tensor, source, source_name, checkpoint, name, manifest)
         nonfinite += bad
         if difference:

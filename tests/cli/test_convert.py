@@ -293,6 +293,28 @@ def test_nan_and_infinity_are_kept_and_told(dtype: str, workdir: Path, small_pie
     assert values[1:].tolist() == [np.inf, -np.inf]
 
 
+def test_a_head_that_is_the_embedding_may_be_shared(hf: Path, small_pieces: None, gptj):
+    tensors = load_tensors(hf / "model.safetensors")
+    share = ("--to", "tf", "--share-embeddings")
+    _refused(gptj("convert", hf, *share), 2, "is not its embedding")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    save_tensors(hf / "model.safetensors", tensors)
+    assert gptj("convert", hf, *share).code == 0
+    variables = dict(tf.train.list_variables("converted/tf_model.ckpt"))
+    assert variables["bias"] == [211]
+    assert "lm_head/lm_head/kernel" not in variables
+    assert gptj("verify").code == 0
+    assert gptj("convert", "converted", *share, "--out", "again").code == 0
+    assert gptj("convert", hf, "--to", "tf", "--out", "whole").code == 0
+    assert gptj("convert", "whole", *share, "--out", "shared").code == 0
+    data = "tf_model.ckpt.data-00000-of-00001"
+    for other in ("again", "shared"):
+        assert (Path(other) / data).read_bytes() == (Path("converted") / data).read_bytes()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    save_tensors(hf / "model.safetensors", tensors)
+    assert gptj("verify", "--level", "weights").code == 3
+
+
 def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
     (converted / "mine.txt").write_text("precious")
     done = gptj("convert", hf, "--to", "tf")
