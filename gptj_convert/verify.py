@@ -377,11 +377,10 @@ def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Ite
             expected[n] = reference.run_block(expected[n], prompt.positions)
             hidden[n].append(relative_difference(found[n], expected[n]))
         yield Progress(done := done + 1, stages, f"block {i}")
-    ours.load_head()
-    reference.load_head()
+    our_logits, their_logits = ours.logits(found), reference.logits(expected)
     rows = []
     for n, prompt in enumerate(prompts):
-        figures = compare_logits(ours.logits(found[n])[0], reference.logits(expected[n])[0])
+        figures = compare_logits(our_logits[n][0], their_logits[n][0])
         if np.isnan(figures.relative):
             raise GptjError(
                 f"prompt {prompt.name!r}: logits are NaN, so nothing can be judged",

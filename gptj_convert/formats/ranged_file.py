@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from gptj_model.errors import FileFault
 
@@ -18,6 +21,8 @@ ALIGNMENT = 4096
 #: Ranges from this size on are read directly, so many bytes at once.
 _DIRECT_FROM = 2**20
 _DIRECT_BYTES = 8 * 2**20
+#: Pages that tell whether a file is in the page cache.
+_SAMPLES = 256
 _of_thread = threading.local()
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -44,7 +49,7 @@ class RangedFile:
             self.size = os.fstat(self._fd).st_size
         except OSError as e:
             raise FileFault(f"{path}: cannot be opened: {e.strerror}") from None
-        if self.size >= _DIRECT_FROM and hasattr(os, "O_DIRECT"):
+        if self.size >= _DIRECT_FROM and not _is_cached(self._fd, self.size):
             with suppress(OSError):  # tmpfs, for one
                 self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
@@ -92,14 +97,11 @@ class RangedFile:
     def _read_some(self, offset: int, buffer: memoryview) -> int:
         """What one call of the system gives. Returns 0 at the end of the file only.
 
-        Long ranges that no other reader has brought into the page cache go around it: filling
-        it costs more processor time than converting what is read.
+        Long ranges of a file that is not in the page cache go around it: filling it costs more
+        processor time than converting what is read.
         """
         if self._direct < 0 or len(buffer) < _DIRECT_FROM:
             return os.preadv(self._fd, [buffer], offset)
-        with suppress(OSError):  # not in the cache, or a system that cannot tell
-            if got := os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT):
-                return got
         bounce = _bounce_memory()
         skip = offset % ALIGNMENT
         try:
@@ -124,6 +126,23 @@ class RangedFile:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
+
+
+def _is_cached(fd: int, size: int) -> bool:
+    """Whether most of a file is in the page cache, by a few of its pages; reads nothing."""
+    resident = np.zeros(_SAMPLES, np.uint8)
+    try:
+        mapped = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+    except (OSError, ValueError, AttributeError):
+        return True
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    for n in range(_SAMPLES):
+        page = address + size * n // _SAMPLES // ALIGNMENT * ALIGNMENT
+        pointer = ctypes.c_void_p(resident.ctypes.data + n)
+        if mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), pointer):
+            return True
+    return bool(np.count_nonzero(resident & 1) > _SAMPLES // 2)
 
 
 def _bounce_memory() -> memoryview:
