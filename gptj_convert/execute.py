@@ -106,9 +106,11 @@ def execute(
             check_space(plan.disk_bytes, out, there=staging.content)
             reserve(plan.layout, staging.content, existing=True)
             journal = Journal(journal_path, job | {"force": force})
-            staging.keep = True
             with closing(journal):
-                yield from _write(plan, checkpoint, staging.content, journal)
+                try:
+                    yield from _write(plan, checkpoint, staging.content, journal)
+                finally:
+                    staging.keep = bool(journal.moved)
         except TensorFault:
             staging.keep = False  # going on would end the same way
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -138,7 +139,9 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             plan = make_plan(checkpoint, scheme, "keep")
             for _ in execute(plan, checkpoint, folder / scheme.value):
                 pass
-    (record,) = list((GOLDEN_RUNS / "adamw").rglob("*.tfrecord*"))[:1]
+    record, params = folder / "a.tfrecord", folder / "params.yaml"
+    shutil.copyfile(next((GOLDEN_RUNS / "adamw").rglob("*.tfrecord*")), record)
+    shutil.copyfile(GOLDEN_RUNS / "adamw/params.yaml", params)
     return {
         "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
         "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(open_pickle(p)), 6000),
@@ -146,7 +149,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             sharded / "pytorch_model.bin.index.json", lambda p: read_all(ShardedSource(p))
         ),
         "config.json": Reader(hf / "config.json", GPTJConfig.from_file),
-        "params.yaml": Reader(GOLDEN_RUNS / "adamw/params.yaml", read_params),
+        "params.yaml": Reader(params, read_params),
         "bundle": Reader(
             folder / "tf/tf_model.ckpt.index", lambda p: read_all(BundleSource(p.with_suffix("")))
         ),
