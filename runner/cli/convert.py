@@ -17,7 +17,7 @@ from gptj_convert.options import (
     KEEP,
     VOCAB_SIZES,
 )
-from runner.cli.command import PATH, SIZE, command
+from runner.cli.command import PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
 from runner.cli.output import Output
 from runner.cli.progress import progress
@@ -72,6 +72,7 @@ def convert(
     TensorFlow checkpoint; or a repository of the hub, OWNER/NAME or OWNER/NAME@REVISION, which
     is downloaded to ./NAME first.
     """
+    from gptj_convert.capacity import conversion_memory
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
     from gptj_convert.plan import make_plan
@@ -99,6 +100,8 @@ def convert(
             "tensors": len(plan.moves),
             "source_bytes": plan.source_bytes,
             "target_bytes": plan.target_bytes,
+            "disk_bytes": plan.layout.total,
+            "planned_rss_bytes": conversion_memory(plan),
         }
         output.note(
             f"{checkpoint.path} → {out}: {len(plan.moves)} tensors, "
@@ -110,6 +113,10 @@ def convert(
                 f"0 to {vocab_size - 1}"
             )
         if dry_run:
+            output.note(
+                f"needs {figures['disk_bytes'] / 1e9:.2f} GB of disk and "
+                f"{figures['planned_rss_bytes'] / 1e9:.2f} GB of memory"
+            )
             check_space(plan.layout.total, out)
             for move in plan.moves:
                 output.data(
@@ -141,6 +148,7 @@ def convert(
     ):
         for name, count in counts.items():
             output.note(f"warning: {count} values of {name} {what}")
+    note_memory(output, figures["planned_rss_bytes"])
     output.data(str(out))
     return figures | {
         "kept_bytes": result.kept_bytes,
