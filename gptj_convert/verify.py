@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
+from gptj_convert.capacity import comparison_memory, logits_memory
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.integrity import StatedFile, stated_checksums
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
@@ -72,6 +73,8 @@ class Verdict:
     tolerance: float
     levels: dict[str, LevelResult] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
+    planned_memory: int | None = None
+    """Bytes of the levels that were begun, by `capacity`."""
 
     @property
     def ok(self) -> bool:
@@ -91,6 +94,7 @@ class Verdict:
             "levels": {name: {"ok": r.ok, **r.figures} for name, r in self.levels.items()},
             "first_difference": asdict(first) if first else None,
             "tolerance": self.tolerance,
+            "planned_rss_bytes": self.planned_memory,
         }
 
 
@@ -152,6 +156,12 @@ def verify(
         with found as checkpoint:
             manifest = _files(checkpoint, verdict)
             if LEVELS.index(level) >= LEVELS.index("weights"):
+                targets = {tensor.hf: target for tensor, _, target in match(checkpoint)}
+                verdict.planned_memory = comparison_memory(
+                    (info, tensor.op(source.scheme, checkpoint.scheme), targets[tensor.hf])
+                    for tensor, _, info in expected
+                    if tensor.hf in targets
+                )
                 yield from _weights(checkpoint, source, expected, manifest, verdict)
             if level == "logits" and verdict.ok:
                 yield from _logits(checkpoint, source, verdict)
@@ -364,6 +374,8 @@ def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Ite
     ours = StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)
     reference = StreamedReference(config, source.source, source.scheme, round_to=round_to)
     prompts = battery(config)
+    planned = logits_memory(config, [len(p.ids) for p in prompts])
+    verdict.planned_memory = max(verdict.planned_memory or 0, planned)
     stages, done = config.n_layer + 2, 0
     found = [ours.embed(p.ids[None]) for p in prompts]
     expected = [reference.embed(p.ids[None]) for p in prompts]

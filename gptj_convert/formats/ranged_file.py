@@ -9,8 +9,7 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from gptj_model.errors import FileFault
 
@@ -130,19 +129,22 @@ class RangedFile:
 
 def _is_cached(fd: int, size: int) -> bool:
     """Whether most of a file is in the page cache, by a few of its pages; reads nothing."""
-    resident = np.zeros(_SAMPLES, np.uint8)
     try:
-        mapped = mmap.mmap(fd, size, prot=mmap.PROT_READ)
-        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        mincore = ctypes.CDLL(None).mincore
+        resident = sum(_is_resident(mincore, fd, size * n // _SAMPLES) for n in range(_SAMPLES))
     except (OSError, ValueError, AttributeError):
         return True
-    address = np.frombuffer(mapped, np.uint8).ctypes.data
-    for n in range(_SAMPLES):
-        page = address + size * n // _SAMPLES // ALIGNMENT * ALIGNMENT
-        pointer = ctypes.c_void_p(resident.ctypes.data + n)
-        if mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), pointer):
-            return True
-    return bool(np.count_nonzero(resident & 1) > _SAMPLES // 2)
+    return resident > _SAMPLES // 2
+
+
+def _is_resident(mincore: Any, fd: int, offset: int) -> bool:
+    # A private mapping, which ctypes can point into; nothing is written to it.
+    begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(fd, 1, access=mmap.ACCESS_COPY, offset=begin) as page:
+        inside, answer = ctypes.c_char.from_buffer(page), ctypes.c_ubyte()
+        failed = mincore(ctypes.byref(inside), ctypes.c_size_t(1), ctypes.byref(answer))
+        del inside  # else the mapping cannot be closed
+    return bool(failed) or bool(answer.value & 1)
 
 
 def _bounce_memory() -> memoryview:
