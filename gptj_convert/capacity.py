@@ -125,7 +125,12 @@ def conversion_seconds(plan: Plan, rates: Rates, cores: float) -> float:
     The disk is taken to be read as fast as it is written, and to do one at a time.
     """
     moved = sum(m.target.nbytes for m in plan.moves if m.op is Op.TRANSPOSE)
-    computing = (moved / rates.transposition, plan.layout.total / rates.sha256)
+    # Checksums and counts of what is not finite are about as fast as laying out.
+    computing = (
+        plan.source_bytes / rates.transposition,
+        moved / rates.transposition,
+        plan.layout.total / rates.sha256,
+    )
     disk = (plan.source_bytes + plan.layout.total) / rates.write
     return max(*computing, disk, sum(computing) / cores)
 

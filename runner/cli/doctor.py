@@ -30,8 +30,9 @@ _DEFAULT_MODEL = "6b"
 def doctor(output: Output, model: str | None) -> dict[str, Any]:
     """Say what this machine has and lacks, and with --plan what fits on it.
 
-    A plan reads headers alone and downloads nothing; times are estimates from a measurement of
-    about a second. The exit code is 1 if something is missing that every command needs.
+    A plan reads headers alone and downloads nothing. Its times are estimates from a measurement of
+    about a second; a disk that slows down, or other work here, makes them several times longer.
+    The exit code is 1 if something is missing that every command needs.
     """
     return _examine(output) if model is None else _plan(output, model)
 
