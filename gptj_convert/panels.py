@@ -39,6 +39,11 @@ class Strip:
     values: np.ndarray
     op: Op
 
+    @property
+    def row_elements(self) -> int:
+        """Elements of the target that are best written together."""
+        return 1 if self.op is Op.COPY else self.values.shape[0]
+
     def fill(self, out: np.ndarray, begin: int) -> None:
         """Write elements from `begin` on of the flattened `op(values)` to all of `out` (1-D).
 

@@ -122,7 +122,11 @@ class Buffers:
         self._free: queue.Queue[np.ndarray] = queue.Queue(count)
         try:
             for _ in range(count):
-                self._free.put(np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8))
+                memory = mmap.mmap(-1, max(size, 1))
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with suppress(OSError):  # a kernel without them
+                        memory.madvise(mmap.MADV_HUGEPAGE)  # a matrix's columns lie far apart
+                self._free.put(np.frombuffer(memory, np.uint8))
         except OSError:
             raise MemoryFault(
                 f"{count * size / 1e9:.2f} GB of memory are needed for {count} pieces of the "

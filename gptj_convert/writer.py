@@ -7,6 +7,7 @@ hashed, not made anew.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,12 @@ BLOCKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A block is in its file."""
+    """A block is in its file, but for less than a page, which the next one writes."""
 
     nbytes: int
     file: str
     tensors: tuple[tuple[str, int], ...]
-    """Name and crc32c of each tensor that ends in it."""
+    """Name and crc32c of each tensor that is whole now."""
 
 
 @dataclass(slots=True)
@@ -48,6 +49,8 @@ class Start:
     """The beginning of a part of that file."""
     sha256: Any = field(default_factory=hashlib.sha256)
     """Of that file's bytes up to `offset`."""
+    head: bytes = b""
+    """What is in the file between the last whole page before `offset` and there."""
     done: int = 0
     """Bytes before it, in all files."""
     digests: dict[str, str] = field(default_factory=dict)
@@ -87,20 +90,22 @@ def write_files(
     """
     buffers = Buffers(pipeline, BLOCKS, BLOCK_BYTES)
     blocks = pipeline.ahead(_lay_out(layout, content, start, buffers), depth=BLOCKS)
-    begun = layout.files[start.file] if start.file < len(layout.files) else None
     output: OutputFile | None = None
+    waiting: list[tuple[str, int, int]] = []
     try:
         for block in pipeline.ahead(_hash(blocks, start.sha256), depth=BLOCKS):
             if output is None:
                 path = folder / block.file.name
                 output = OutputFile(path, layout.size(block.file), existing=True)
-                if block.file is begun and start.offset % ALIGNMENT:
-                    _restore_head(block, output)
-            output.write(block.offset, block.memory[: block.end].data)
-            start.checksums.update(block.finished)
+            end = block.end if block.is_last else block.end // ALIGNMENT * ALIGNMENT
+            output.write(block.offset, block.memory[:end].data)
+            waiting += block.finished
+            whole = {n: crc for n, crc, last in waiting if last <= block.offset + end}
+            waiting = [t for t in waiting if t[0] not in whole]
+            start.checksums.update(whole)
             nbytes = block.end - block.skip
             buffers.give(block.memory)
-            yield Written(nbytes, block.file.name, tuple(block.finished))
+            yield Written(nbytes, block.file.name, tuple(whole.items()))
             if block.sha256:
                 start.digests[block.file.name] = block.sha256
                 output.sync()
@@ -125,7 +130,7 @@ def find_start(
     """
     start = Start()
     for n, file in enumerate(layout.files):
-        start.file, start.offset, start.sha256 = n, 0, hashlib.sha256()
+        start.file, start.offset, start.sha256, start.head = n, 0, hashlib.sha256(), b""
         with (folder / file.name).open("rb", buffering=0) as f:
             for part, begin, end in layout.spans(file):
                 if isinstance(part, str) and part not in finished:
@@ -140,6 +145,8 @@ def find_start(
                 if crc != (crc32c(part) if isinstance(part, bytes) else finished[part]):
                     return start
                 start.offset, start.sha256 = end, digest
+                page = end % ALIGNMENT
+                start.head = os.pread(f.fileno(), page, end - page)
                 start.done += end - begin
                 if isinstance(part, str):
                     start.checksums[part] = crc
@@ -156,36 +163,46 @@ class _Block:
     file: FileLayout
     offset: int
     skip: int
-    """Bytes at its beginning that are there already."""
-    end: int
-    """Bytes of the memory that are in use."""
+    """Bytes at its beginning that were counted before."""
     spans: list[tuple[str | None, int, bool]] = field(default_factory=list)
     """Tensor (None for other bytes), bytes, and whether it ends there."""
-    finished: list[tuple[str, int]] = field(default_factory=list)
+    finished: list[tuple[str, int, int]] = field(default_factory=list)
+    """Name, crc32c and end in the file of each tensor that ends in it."""
     is_last: bool = False
     sha256: str | None = None
     """Of the file, with its last block."""
+    end: int = field(init=False)
+    """Bytes of the memory that are in use."""
+
+    def __post_init__(self) -> None:
+        self.end = self.skip
 
 
 def _lay_out(
     layout: Layout, content: Callable[[str], Iterable[Strip]], start: Start, buffers: Buffers
 ) -> Iterator[_Block]:
-    offset = start.offset
+    offset, head = start.offset, start.head
     for file in layout.files[start.file :]:
-        skip = offset % ALIGNMENT
-        block = _Block(buffers.take(), file, offset - skip, skip, skip)
+        block = _Block(buffers.take(), file, offset - len(head), len(head))
+        block.memory[: block.skip] = np.frombuffer(head, np.uint8)
         for part, begin, _ in layout.spans(file):
             if begin < offset:
                 continue
             name = None if isinstance(part, bytes) else part
             for strip, dtype in _strips(layout, part, content):
                 size, at = strip.values.size * dtype.itemsize, 0
+                # Whole rows: parts of a transposed one are gathered from all over the strip.
+                row = strip.row_elements * dtype.itemsize
                 while at < size:
-                    if block.end == len(block.memory):
-                        yield block
-                        following = block.offset + block.end
-                        block = _Block(buffers.take(), file, following, 0, 0)
-                    count = min(len(block.memory) - block.end, size - at)
+                    room = len(block.memory) - block.end
+                    count = size - at if size - at <= room else room // row * row
+                    if not count and block.end > block.skip:
+                        following, tail = block.offset + block.end, _tail(block)
+                        yield block  # and its memory
+                        block = _Block(buffers.take(), file, following - len(tail), len(tail))
+                        block.memory[: block.skip] = tail
+                        continue
+                    count = count or room  # a row longer than a block
                     _fill(block.memory[block.end : block.end + count], strip, dtype, at)
                     block.spans.append((name, count, False))
                     block.end += count
@@ -193,7 +210,12 @@ def _lay_out(
             block.spans.append((name, 0, True))
         block.is_last = True
         yield block
-        offset = 0
+        offset, head = 0, b""
+
+
+def _tail(block: _Block) -> np.ndarray:
+    """A copy of what less than a page at its end holds, which the next block has to write."""
+    return block.memory[block.end - block.end % ALIGNMENT : block.end].copy()
 
 
 def _strips(
@@ -228,16 +250,10 @@ def _hash(blocks: Iterable[_Block], sha256: Any) -> Iterator[_Block]:
             at += count
             if ends:
                 if name is not None:
-                    block.finished.append((name, crc))
+                    block.finished.append((name, crc, block.offset + at))
                 crc = 0
         sha256.update(block.memory[block.skip : block.end].data)
         if block.is_last:
             block.sha256 = sha256.hexdigest()
             sha256 = hashlib.sha256()
         yield block
-
-
-def _restore_head(block: _Block, output: OutputFile) -> None:
-    """The block begins inside an aligned piece of the file whose beginning is there already."""
-    head = np.frombuffer(output.read(block.offset, block.skip), np.uint8)
-    block.memory[: block.skip] = head

@@ -33,7 +33,7 @@ class OutputFile:
     def __init__(self, path: Path, size: int, *, existing: bool = False) -> None:
         self.path = path
         self._fd = self._direct = -1
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with self._faults():
             self._fd = os.open(path, flags | (0 if existing else os.O_EXCL), 0o644)
             if os.fstat(self._fd).st_size > size:
@@ -68,11 +68,6 @@ class OutputFile:
                 raise
         return done
 
-    def read(self, offset: int, length: int) -> bytes:
-        """What is there now; shorter only at the end of the file."""
-        with self._faults("read"):
-            return os.pread(self._fd, length, offset)
-
     def sync(self) -> None:
         """Return once the content is on the device."""
         with self._faults():
@@ -86,12 +81,12 @@ class OutputFile:
         self._fd = self._direct = -1
 
     @contextmanager
-    def _faults(self, doing: str = "written") -> Iterator[None]:
+    def _faults(self) -> Iterator[None]:
         try:
             yield
         except OSError as e:
             self.close()
             raise FileFault(
-                f"{self.path}: cannot be {doing}: {e.strerror}",
+                f"{self.path}: cannot be written: {e.strerror}",
                 hint="free some space and run it again" if e.errno in FULL else None,
             ) from None
