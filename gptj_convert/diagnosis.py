@@ -58,7 +58,7 @@ def diagnose(
     """
     result = Diagnosis()
     wrong = [c for c in compared if c.differing]
-    exchanged = _exchanged_blocks(compared) | _exchanged_tensors(compared)
+    exchanged = _exchanged_tensors(compared) | _exchanged_blocks(compared)
     alone: dict[str, list[str]] = defaultdict(list)
     left = _BUDGET
     for c in wrong:
@@ -318,7 +318,7 @@ def _add_hashes(
         row, column = divmod(at, width)
         if column or bits.size < width:  # a part of a row
             part, end = bits[: width - column], min(width, column + bits.size)
-            rows[row] += (part * by_column[column:end]).sum(dtype=np.uint64)
+            rows[row : row + 1] += (part * by_column[column:end]).sum(dtype=np.uint64)
             columns[column:end] += part * by_row[row]
         else:
             count = bits.size // width
@@ -424,7 +424,7 @@ def of_file(size: int | None, stated: int) -> str:
     if size is None:
         return "it is missing"
     if size < stated:
-        return f"it was cut at byte {size} of {stated}"
+        return f"it ends at byte {size}, of {stated} that were written"
     if size > stated:
         return f"it has {size - stated} bytes more than were written"
     return "it was changed after it was written"

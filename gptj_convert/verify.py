@@ -97,9 +97,8 @@ class Verdict:
 
     @property
     def first_difference(self) -> Difference | None:
-        """A damaged tensor if one was found, since a file's hash says less; else the first."""
-        by_tensor = [d for d in self.differences if d.tensor]
-        return (by_tensor or self.differences or [None])[0]
+        """The first, if anything differs."""
+        return self.differences[0] if self.differences else None
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the JSON object."""
@@ -184,6 +183,9 @@ def verify(
             checkpoint = open_checkpoint(converted, config_file=config_file)
         except (FileFault, ConfigError, TensorFault) as e:
             _note(verdict, _unopened(e, of_files), *of_files)
+            if keep_going:
+                reason = {"not_run": "the checkpoint cannot be opened"}
+                verdict.levels |= {n: LevelResult(False, reason) for n in verdict.asked[1:]}
             return
         with checkpoint:
             faults = _structure(checkpoint, source, config_file, of_files)
@@ -194,12 +196,13 @@ def verify(
                     "tensors": len(matched := match(checkpoint)),
                     "parameters": sum(tensor.size for tensor, _, _ in matched),
                 }
-            _note(verdict, *faults, *of_files)
-            result.ok = not verdict.differences
-            # A file's hash says less than a tensor's name: such a difference ends nothing yet.
+            result.ok = not faults and not of_files
+            _note(verdict, *faults)
+            # A file's hash says less than a tensor's name: it ends nothing yet, and comes last.
             if "weights" in verdict.asked and (keep_going or not faults):
                 named = {d.file for d in of_files}
                 yield from _weights(checkpoint, source, expected, manifest, verdict, named)
+            _note(verdict, *of_files)
             if "logits" in verdict.asked and (keep_going or not verdict.differences):
                 yield from _logits_if_possible(checkpoint, source, verdict)
 
@@ -397,7 +400,7 @@ def _weights(
     if manifest and _is_stated(source, manifest):
         changed = _changed_in_source(compared, manifest)
         _refuse_changed_source(source, manifest, [c.pair.tensor.hf for c in changed if c.differing])
-        verdict.differences += (_source_statement(c) for c in changed)
+        _note(verdict, *map(_source_statement, changed))
     diagnosis = diagnose(compared, source.source, checkpoint.source, source.config)
     verdict.diagnosis += diagnosis.summary
     for c in compared:
@@ -447,6 +450,7 @@ def _source_statement(c: Compared) -> Difference:
         f"another crc32c of the source's tensor {c.pair.tensor.hf}",
         f"{c.source_crc:08x}",
         file=MANIFEST_FILE,
+        diagnosis="the values are the source's; its checksum in this file is not",
     )
 
 
