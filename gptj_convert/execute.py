@@ -27,7 +27,7 @@ from gptj_convert.manifest import (
     describe_source,
     describe_target,
 )
-from gptj_convert.panels import Strip, Strips, strip_bytes
+from gptj_convert.panels import STRIPS, Strip, Strips, strip_bytes
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_convert.plan import Move, Plan
 from gptj_convert.progress import Progress
@@ -42,8 +42,6 @@ from gptj_model.tensors import GLOBAL_STEP, Op, Scheme
 
 #: Bytes of the small files beside the weights, generously.
 _SMALL_FILES = 16 * 2**20
-#: Strips that go around: one is laid out while the next is read.
-_STRIPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +104,11 @@ def execute(
             check_space(plan.disk_bytes, out, there=staging.content)
             reserve(plan.layout, staging.content, existing=True)
             journal = Journal(journal_path, job | {"force": force})
-            staging.keep = True
             with closing(journal):
-                yield from _write(plan, checkpoint, staging.content, journal)
+                try:
+                    yield from _write(plan, checkpoint, staging.content, journal)
+                finally:
+                    staging.keep = bool(journal.moved)
         except TensorFault:
             staging.keep = False  # going on would end the same way
             raise
@@ -225,7 +225,7 @@ class _Reader:
         self._checkpoint = checkpoint
         self._moves = {m.target_name: m for m in plan.moves}
         size = max(strip_bytes(m.source, m.op) for m in plan.moves)
-        self._buffers = Buffers(pipeline, _STRIPS, size)
+        self._buffers = Buffers(pipeline, STRIPS, size)
         self.facts: dict[str, Moved] = {}
         """Of every tensor that is read, without the crc32c of the result."""
         names = plan.layout.tensors_from(start.file, start.offset)

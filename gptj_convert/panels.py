@@ -22,6 +22,10 @@ PANEL_BYTES = 8 * 2**20
 #: Bytes of a matrix that are held to be transposed; a larger one is read in strips of columns.
 #: The 6B's feed-forward matrices in float32 just fit.
 STRIP_BYTES = 256 * 2**20
+#: Strips that go around in a conversion: one is laid out while the next is read.
+STRIPS = 2
+#: The same of a converted checkpoint in a verification, where each is a panel.
+CONVERTED_STRIPS = 4
 
 #: Rows and columns of the result that are transposed at once: shapes that stay in the caches.
 #: benchmarks/transposition.py compares them.
@@ -111,12 +115,20 @@ def _transpose_words(out: np.ndarray, values: np.ndarray) -> None:
                     np.right_shift(moved, 16, out=moved)
 
 
+def strip_sizes(info: TensorInfo, op: Op) -> list[int]:
+    """Bytes of every strip of such a tensor, in order."""
+    width = NUMPY[info.dtype].itemsize
+    if op is Op.COPY or len(info.shape) < 2:
+        step = max(PANEL_BYTES // width, 1) * width
+    else:
+        column = max(info.shape[0] * width, 1)
+        step = max(STRIP_BYTES // column, 1) * column
+    return [min(step, info.nbytes - begin) for begin in range(0, info.nbytes, step)]
+
+
 def strip_bytes(info: TensorInfo, op: Op) -> int:
     """Bytes of the largest strip of such a tensor."""
-    if op is Op.COPY or len(info.shape) < 2:
-        return min(info.nbytes, max(PANEL_BYTES, NUMPY[info.dtype].itemsize))
-    column = info.shape[0] * NUMPY[info.dtype].itemsize
-    return min(info.nbytes, max(STRIP_BYTES, column))
+    return max(strip_sizes(info, op), default=0)
 
 
 class Strips:
@@ -211,8 +223,9 @@ class Panels:
     def __init__(self, source: TensorSource, name: str, op: Op) -> None:
         info = source.tensors[name]
         self._dtype = NUMPY[info.dtype]
-        self._memory = np.empty(strip_bytes(info, op), np.uint8)
-        self._strips = Strips(source, name, op, buffer=lambda size: self._memory)
+        # Not an attribute: a cycle through the lambda would keep it until the next collection.
+        memory = np.empty(strip_bytes(info, op), np.uint8)
+        self._strips = Strips(source, name, op, buffer=lambda size: memory)
 
     @property
     def crc(self) -> int:

@@ -5,7 +5,6 @@ Key names and defaults are those of the reference implementation's YAML files.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from io import StringIO
@@ -15,9 +14,9 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from gptj_convert import capacity, machine
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
-from gptj_model.tensors import table
 
 PARAMS_FILE = "params.yaml"
 MAX_YAML_BYTES = 2**20
@@ -178,7 +177,7 @@ def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:
 
     The learning rate begins where the published run ended its decay, after a short warm-up.
     """
-    batch = _fitting_batch_size(config)
+    batch = fitting_batch_size(config)
     inputs: dict[str, Any] = {
         "data_processor": "GptTfRecordsProcessor",
         "data_dir": "data",
@@ -215,17 +214,13 @@ def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:
         "runconfig": {
             "max_steps": 10000,
             "save_checkpoints_steps": 500,
-            "keep_checkpoint_max": 2,
+            "keep_checkpoint_max": capacity.KEPT_CHECKPOINTS,
             "log_step_count_steps": 10,
         },
     }
 
 
-def _fitting_batch_size(config: GPTJConfig) -> int:
+def fitting_batch_size(config: GPTJConfig) -> int:
     """Sequences a step, from 1 to 8, that fit half of the memory beside weights and slots."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    state = 16 * sum(t.size for t in table(config))
-    T = config.n_positions
-    per_block = T * (34 * config.n_embd + 8 * config.ffn_dim) + 12 * config.n_head * T * T
-    per_sequence = config.n_layer * per_block + 12 * T * config.vocab_size
-    return max(1, min(8, (memory // 2 - state) // per_sequence))
+    free = machine.memory_total() // 2 - capacity.training_state(config)
+    return max(1, min(8, free // capacity.sequence_activations(config)))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptj_convert import vocabulary
+from gptj_convert.capacity import comparison_memory, logits_memory
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.diagnosis import diagnose, of_file, of_vocabulary
 from gptj_convert.formats.bundle import BundleSource, index_path
@@ -28,6 +29,7 @@ from gptj_convert.survey import survey
 from gptj_convert.weights_level import (
     Compared,
     compare_weights,
+    in_file_order,
     new_duplicates,
     new_zeros,
     pair_up,
@@ -88,6 +90,8 @@ class Verdict:
     differences: list[Difference] = field(default_factory=list)
     diagnosis: list[str] = field(default_factory=list)
     """What may have happened, each cause once."""
+    planned_memory: int | None = None
+    """Bytes of the levels that were begun, by `capacity`."""
 
     @property
     def ok(self) -> bool:
@@ -108,6 +112,7 @@ class Verdict:
             "first_difference": asdict(first) if first else None,
             "diagnosis": self.diagnosis,
             "tolerance": self.tolerance,
+            "planned_rss_bytes": self.planned_memory,
         }
 
 
@@ -381,6 +386,9 @@ def _weights(
     findings = survey(checkpoint.source.tensors, checkpoint.scheme, checkpoint.config)
     sound = [(f.tensor, f.name, f.info) for f in findings if f.tensor and f.info and not f.problem]
     pairs = pair_up(expected, source.scheme, sound, checkpoint.scheme)
+    verdict.planned_memory = comparison_memory(
+        (p.source, p.op, p.info) for p in in_file_order(pairs, checkpoint.source)
+    )
     files = [
         StatedFile(checkpoint.folder / name, stated["bytes"], stated["sha256"])
         for name, stated in (manifest.files if manifest else {}).items()
@@ -531,6 +539,8 @@ def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Ite
     ours = StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)
     reference = StreamedReference(config, source.source, source.scheme, round_to=round_to)
     prompts = battery(config)
+    planned = logits_memory(config, [len(p.ids) for p in prompts])
+    verdict.planned_memory = max(verdict.planned_memory or 0, planned)
     stages, done = config.n_layer + 2, 0
     found = [ours.embed(p.ids[None]) for p in prompts]
     expected = [reference.embed(p.ids[None]) for p in prompts]
@@ -544,11 +554,10 @@ def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Ite
             expected[n] = reference.run_block(expected[n], prompt.positions)
             hidden[n].append(relative_difference(found[n], expected[n]))
         yield Progress(done := done + 1, stages, f"block {i}")
-    ours.load_head()
-    reference.load_head()
+    our_logits, their_logits = ours.logits(found), reference.logits(expected)
     rows = []
     for n, prompt in enumerate(prompts):
-        figures = compare_logits(ours.logits(found[n])[0], reference.logits(expected[n])[0])
+        figures = compare_logits(our_logits[n][0], their_logits[n][0])
         if np.isnan(figures.relative):
             raise GptjError(
                 f"prompt {prompt.name!r}: logits are NaN, so nothing can be judged",

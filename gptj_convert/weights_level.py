@@ -16,17 +16,13 @@ from crc32c import crc32c
 
 from gptj_convert import panels
 from gptj_convert.difference import in_step, json_number
-from gptj_convert.panels import Panels, Strip, Strips, strip_bytes
+from gptj_convert.panels import CONVERTED_STRIPS, STRIPS, Panels, Strip, Strips, strip_bytes
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_convert.progress import Progress
 from gptj_convert.survey import same_bits
 from gptj_model.dtypes import NUMPY, count_nonfinite, saturate
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.tensors import Op, Scheme, Tensor
-
-#: Strips of the source that go around (of up to 256 MiB), and of the converted side (8 MiB).
-_SOURCE_STRIPS = 2
-_CONVERTED_STRIPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +112,12 @@ def pair_up(
     return pairs
 
 
+def in_file_order(pairs: Sequence[Pair], converted: TensorSource) -> list[Pair]:
+    """The order in which they are compared: the converted file is read from its beginning on."""
+    places = {name: n for n, name in enumerate(converted.tensors)}
+    return sorted(pairs, key=lambda p: places[p.name])
+
+
 def compare_weights(
     pairs: Sequence[Pair],
     source: TensorSource,
@@ -137,19 +139,17 @@ def compare_weights(
     Raises:
         FileFault: a side cannot be read.
     """
-    # In the order of the converted file, which then is read from its beginning to its end.
-    places = {name: n for n, name in enumerate(converted.tensors)}
-    ordered = sorted(pairs, key=lambda p: places[p.name])
+    ordered = in_file_order(pairs, converted)
     total, done, hashed = sum(p.info.nbytes for p in pairs), 0, 0
     results: dict[str, Compared] = {}
     with Pipeline() as pipeline:
         hashes = pipeline.ahead(hashing, depth=2)
-        theirs = _Side(source, [(p.source_name, p.op) for p in ordered], pipeline, _SOURCE_STRIPS)
+        theirs = _Side(source, [(p.source_name, p.op) for p in ordered], pipeline, STRIPS)
         ours = _Side(
             converted,
             [(p.name, Op.COPY) for p in ordered],
             pipeline,
-            _CONVERTED_STRIPS,
+            CONVERTED_STRIPS,
             counts=True,
         )
         for pair in ordered:

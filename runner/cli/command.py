@@ -10,6 +10,7 @@ from typing import Any
 
 import rich_click as click
 
+from gptj_convert.machine import peak_rss
 from gptj_convert.options import parse_bytes
 from runner.cli.errors import Exit
 from runner.cli.output import Output
@@ -46,7 +47,7 @@ def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:
         code = fields.pop("exit", Exit.OK)
         measured = {
             "seconds": round(time.monotonic() - begun, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss(),
         }
         output.finish({"ok": code is Exit.OK, **fields, **measured})
         return code
@@ -56,16 +57,11 @@ def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:
     return click.command()(run)
 
 
-def peak_rss_bytes() -> int | None:
-    """Most memory that was resident at once in this process, mapped pages included."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+def note_memory(output: Output, planned: int | None) -> None:
+    """Say what memory was taken, and what was planned."""
+    measured = peak_rss()
+    if measured and planned:
+        output.note(f"memory: {measured / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB")
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from gptj_convert.options import (
     KEEP,
     VOCAB_SIZES,
 )
-from runner.cli.command import PATH, SIZE, command
+from runner.cli.command import PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
 from runner.cli.output import Output
 from runner.cli.progress import progress
@@ -76,6 +76,7 @@ def convert(
     TensorFlow checkpoint; or a repository of the hub, OWNER/NAME or OWNER/NAME@REVISION, which
     is downloaded to ./NAME first.
     """
+    from gptj_convert.capacity import conversion_memory
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
     from gptj_convert.plan import make_plan
@@ -104,6 +105,8 @@ def convert(
             "tensors": len(plan.moves),
             "source_bytes": plan.source_bytes,
             "target_bytes": plan.target_bytes,
+            "disk_bytes": plan.disk_bytes,
+            "planned_rss_bytes": conversion_memory(plan),
         }
         output.note(
             f"{checkpoint.path} → {out}: {len(plan.moves)} tensors, "
@@ -115,6 +118,10 @@ def convert(
                 f"0 to {vocab_size - 1}"
             )
         if dry_run:
+            output.note(
+                f"needs {figures['disk_bytes'] / 1e9:.2f} GB of disk and "
+                f"{figures['planned_rss_bytes'] / 1e9:.2f} GB of memory"
+            )
             check_space(plan.disk_bytes, out)
             for move in plan.moves:
                 output.data(
@@ -146,6 +153,7 @@ def convert(
     ):
         for name, count in counts.items():
             output.note(f"warning: {count} values of {name} {what}")
+    note_memory(output, figures["planned_rss_bytes"])
     output.data(str(out))
     return figures | {
         "kept_bytes": result.kept_bytes,

@@ -13,6 +13,7 @@ from gptj_model import __version__
 from gptj_model.errors import FileFault
 from runner.cli.convert import convert
 from runner.cli.data import data
+from runner.cli.doctor import doctor
 from runner.cli.download import download
 from runner.cli.errors import Exit, Terminated, as_fault, exit_code
 from runner.cli.eval import evaluate
@@ -30,7 +31,7 @@ def root() -> None:
     """GPT-J in TensorFlow: download, convert, prove, train on."""
 
 
-for _command in (download, new, convert, verify, inspect, data, train, evaluate, generate):
+for _command in (download, new, convert, verify, inspect, data, train, evaluate, generate, doctor):
     root.add_command(_command)
 
 

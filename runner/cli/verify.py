@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import DEFAULT_OUT, LEVELS
-from runner.cli.command import PATH, command
+from runner.cli.command import PATH, command, note_memory
 from runner.cli.errors import Exit
 from runner.cli.output import Output, one_line
 from runner.cli.progress import progress
@@ -69,6 +69,7 @@ def verify(
         ):
             report(event.done, event.total, event.what)
     _show(output, verdict)
+    note_memory(output, verdict.planned_memory)
     return {
         "output": str(converted),
         **verdict.to_json(),

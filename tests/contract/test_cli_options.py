@@ -15,6 +15,7 @@ OPTIONS = {
     "data text": {
         "--tokenizer", "--max-sequence-length", "--out", "--glob", "--on-error", "--force",
     },
+    "doctor": {"--plan"},
     "download": {"--revision", "--out"},
     "eval": {"--model", "--params", "--eval-steps", "--set"},
     "generate": {

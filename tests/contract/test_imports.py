@@ -29,7 +29,7 @@ def _loaded(*arguments: object, cwd: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "convert", "verify", "inspect", "train", "data", "generate"]
+    "command", ["", "convert", "verify", "inspect", "train", "data", "generate", "doctor"]
 )
 def test_help_loads_nothing_heavy(command: str, tmp_path: Path):
     loaded = _loaded(*command.split(), "--help", cwd=tmp_path)
@@ -48,6 +48,11 @@ def test_verifying_weights_needs_no_framework(small_hf: Path, tmp_path: Path):
 def test_inspecting_needs_no_framework(small_hf: Path, tmp_path: Path):
     options = ("--stats", "--diff", small_hf)
     assert not _loaded("inspect", small_hf, *options, cwd=tmp_path) & set(HEAVY)
+
+
+@pytest.mark.parametrize("options", [[], ["--plan"]], ids=["facts", "plan"])
+def test_examining_the_machine_needs_no_framework(options: list[str], tmp_path: Path):
+    assert not _loaded("doctor", *options, cwd=tmp_path) & set(HEAVY)
 
 
 def test_the_model_package_itself_loads_no_keras(tmp_path: Path):

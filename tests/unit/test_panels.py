@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from unittest.mock import patch
 
 import numpy as np
@@ -46,6 +48,33 @@ def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: i
         found = b"".join(bytes(raw_bytes(p)) for p in reader)
     assert found == np.ascontiguousarray(op(values)).tobytes()
     assert reader.crc == crc32c(values.tobytes())
+
+
+@given(
+    shape=hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=40),
+    panel=st.integers(1, 400),
+    strip=st.integers(1, 2000),
+    op=st.sampled_from(Op),
+)
+def test_sizes_of_strips_are_known_before(shape: tuple[int, ...], panel: int, strip: int, op: Op):
+    source = OneArray(np.zeros(shape, np.float32))
+    with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
+        found = [s.values.nbytes for s in panels.Strips(source, "x", op)]
+        assert panels.strip_sizes(source.tensors["x"], op) == found
+
+
+def test_panels_give_their_memory_back_at_once():
+    """Without a cycle, which would keep it until the next collection."""
+    reader = panels.Panels(OneArray(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
+    gone = weakref.ref(reader)
+    gc.disable()
+    try:
+        for _ in reader:
+            pass
+        del reader
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])

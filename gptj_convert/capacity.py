@@ -1,0 +1,153 @@
+"""What memory, disk and time each command needs, by formula, from headers and a config alone.
+
+Nothing here asks the machine: what there is says `gptj_convert.machine`, how fast it is
+`gptj_convert.rates`. All sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from gptj_convert.panels import CONVERTED_STRIPS, PANEL_BYTES, STRIPS, strip_sizes
+from gptj_convert.writer import BLOCK_BYTES, BLOCKS
+from gptj_model.config import GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import Op, block, table
+from gptj_model.vocabulary import PART
+
+if TYPE_CHECKING:
+    from gptj_convert.plan import Plan
+    from gptj_convert.rates import Rates
+
+#: The interpreter with numpy and the command line, measured.
+INTERPRETER = 45_000_000
+#: `gptj download`, measured: the client, and one piece of 1 MiB at a time.
+DOWNLOAD = 200_000_000
+#: TensorFlow with Keras, and torch with transformers beside it, measured: imported and warm.
+_TENSORFLOW = 600_000_000
+_BOTH_FRAMEWORKS = 960_000_000
+#: Parsed JSON of a tokenizer, by the size of GPT-J's vocabulary, measured.
+_TOKENIZER = 15_000_000
+
+#: Checkpoints that the params.yaml of a conversion keeps of a run.
+KEPT_CHECKPOINTS = 2
+
+
+def conversion_memory(plan: Plan) -> int:
+    """Peak of `execute`: strips and blocks; columns are cut from whole rows in a panel more."""
+    strips = _strips(size for m in plan.in_file_order for size in strip_sizes(m.source, m.op))
+    blocks = min(plan.layout.total, BLOCKS * BLOCK_BYTES)
+    return INTERPRETER + _TOKENIZER + strips + blocks + PANEL_BYTES
+
+
+def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int:
+    """Peak of verify's level weights, on sides that are equal.
+
+    Strips of the source go around as in a conversion; of the converted side they are a panel
+    each. One panel more is laid out, and compared by a mask of a byte an element. The hash reads
+    pieces of half a panel.
+
+    Args:
+        pairs: source, what is done to it, and target of each tensor, in the order of the
+            converted file.
+    """
+    sizes: list[int] = []
+    target_bytes = mask = 0
+    for source, op, target in pairs:
+        sizes += strip_sizes(source, op)
+        target_bytes += target.nbytes
+        mask = max(mask, PANEL_BYTES // NUMPY[target.dtype].itemsize)
+    panels = min(target_bytes, (CONVERTED_STRIPS + 2) * PANEL_BYTES)
+    return INTERPRETER + _TOKENIZER + _strips(sizes) + panels + mask
+
+
+def _strips(sizes: Iterable[int]) -> int:
+    """Of strips that go around in turn: each buffer grows to the largest of every so many."""
+    listed = list(sizes)
+    return sum(max(listed[n::STRIPS], default=0) for n in range(STRIPS))
+
+
+def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
+    """Peak of verify's level logits: while a block is loaded, or the logits are compared.
+
+    First both blocks are there, in float32, and what one is read and handed over in; then what
+    TensorFlow has not given back of them, a part of both heads, the logits of all prompts on
+    both sides, and copies of the longest in float64. The factors are measured at the 6B's
+    width, not read from TensorFlow.
+
+    Args:
+        config: of both sides.
+        lengths: of the prompts, in tokens; the hidden states of both sides are kept.
+    """
+    one_block = 4 * sum(t.size for t in block(config, 0))
+    part = 4 * PART * config.n_embd
+    states = 2 * 4 * sum(lengths) * config.n_embd
+    logits = 8 * sum(lengths) * config.vocab_size
+    loading = 3.6 * one_block
+    comparing = 2 * one_block + 3 * part + logits + 8 * max(lengths) * config.vocab_size
+    return round(_BOTH_FRAMEWORKS + states + max(loading, comparing))
+
+
+def training_state(config: GPTJConfig) -> int:
+    """Weights, gradients and the two slots of Adam in float32: 16 bytes a parameter."""
+    return 16 * parameters(config)
+
+
+def sequence_activations(config: GPTJConfig) -> int:
+    """What one sequence of full length keeps for the gradients, in float32.
+
+    A block keeps 8.5 arrays of T × D and 2 of T × F, three of H × T × T (scores, their softmax,
+    its product with dropout); the head three of T × V (logits, their softmax, the gradient).
+    """
+    T = config.n_positions
+    per_block = T * (34 * config.n_embd + 8 * config.ffn_dim) + 12 * config.n_head * T * T
+    return config.n_layer * per_block + 12 * T * config.vocab_size
+
+
+def training_memory(config: GPTJConfig, batch: int) -> int:
+    """Peak of `gptj train` with so many sequences a step."""
+    return _TENSORFLOW + training_state(config) + batch * sequence_activations(config)
+
+
+def training_disk(config: GPTJConfig) -> int:
+    """A run's checkpoints, weights and two slots each, while one more than is kept is written."""
+    return (KEPT_CHECKPOINTS + 1) * 12 * parameters(config)
+
+
+def parameters(config: GPTJConfig) -> int:
+    """Number of the model's weights."""
+    return sum(t.size for t in table(config))
+
+
+def conversion_seconds(plan: Plan, rates: Rates, cores: float) -> float:
+    """Of `execute`: that of its slowest stage, or of all that compute on too few cores.
+
+    The disk is taken to be read as fast as it is written, and to do one at a time.
+    """
+    moved = sum(m.target.nbytes for m in plan.moves if m.op is Op.TRANSPOSE)
+    # Checksums and counts of what is not finite are about as fast as laying out.
+    computing = (
+        plan.source_bytes / rates.transposition,
+        moved / rates.transposition,
+        plan.layout.total / rates.sha256,
+    )
+    disk = (plan.source_bytes + plan.layout.total) / rates.write
+    return max(*computing, disk, sum(computing) / cores)
+
+
+def comparison_seconds(plan: Plan, rates: Rates) -> float:
+    """Of verify's level weights after that conversion: one thread lays out, compares, hashes."""
+    # Comparing moves about as many bytes as laying out does.
+    return 2 * plan.target_bytes / rates.transposition + plan.layout.total / rates.sha256
+
+
+def logits_seconds(config: GPTJConfig, tokens: int, rates: Rates) -> float:
+    """Of verify's level logits: two operations a weight and token, on both sides."""
+    return 2 * 2 * parameters(config) * tokens / rates.multiplication
+
+
+def step_seconds(config: GPTJConfig, batch: int, rates: Rates) -> float:
+    """Of one step of training: forwards once, and backwards for inputs and for weights."""
+    return 3 * 2 * parameters(config) * batch * config.n_positions / rates.multiplication

@@ -1,0 +1,150 @@
+"""What this machine is: one function a question. The standard library only.
+
+Limits that a container sets count as the machine's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+#: What a version 1 cgroup says when there is no limit is about this many bytes.
+_NO_LIMIT = 2**60
+#: Seconds that a tool asked for its facts may take.
+_PATIENCE = 5
+
+
+def memory_total() -> int:
+    """Bytes of memory that this process may ever use."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([installed, *(limit for limit, _ in _memory_limits())])
+
+
+def memory_available() -> int:
+    """Bytes of memory that can be taken now: free, or held by pages that can be read again."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(_PROC / "meminfo"), re.MULTILINE)
+    free = int(found[1]) * 1024 if found else memory_total()
+    return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
+
+
+def peak_rss() -> int | None:
+    """Most bytes that were resident at once in this process, mapped pages included."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _text(_PROC / "self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def cores() -> float:
+    """Processor cores that this process may use."""
+    allowed = float(len(os.sched_getaffinity(0)))
+    for folder in _cgroup_folders("cpu"):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        quota = quota or _text(folder / "cpu.cfs_quota_us")
+        period = period or _text(folder / "cpu.cfs_period_us")
+        if _is_number(quota) and _is_number(period) and int(period):
+            allowed = min(allowed, int(quota) / int(period))
+    return allowed
+
+
+def cpu_features() -> frozenset[str]:
+    """The processor's features under Linux's names, such as `avx2`."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text(_PROC / "cpuinfo"), re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def cpu_name() -> str:
+    """The processor's name; empty when it has none."""
+    found = re.search(r"^model name\s*:(.*)$", _text(_PROC / "cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that may still be written below a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system a folder is on; empty when that is not known."""
+    place, best, kind = os.path.realpath(folder), "", ""
+    for line in _text(_PROC / "self/mounts").splitlines():
+        fields = line.split(" ")
+        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[1])
+        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):  # a later mount hides an earlier one
+            best, kind = mount, fields[2]
+    return kind
+
+
+def direct_io(folder: Path) -> bool:
+    """Whether files there can be written around the page cache. Makes a file, and removes it.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    fd, name = tempfile.mkstemp(dir=folder, prefix=".gptj-doctor-")
+    try:
+        os.close(os.open(name, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except (OSError, AttributeError):
+        return False
+    finally:
+        os.close(fd)
+        Path(name).unlink()
+    return True
+
+
+def gpus() -> list[str]:
+    """NVIDIA's GPUs, with their memory where their tool says it."""
+    tool = shutil.which("nvidia-smi")
+    if tool:
+        query = (tool, "--query-gpu=name,memory.total", "--format=csv,noheader")
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=_PATIENCE)
+            if done.returncode == 0 and done.stdout.strip():
+                return done.stdout.strip().splitlines()
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    return [p.name for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Bytes allowed and in use, of every group around this process that has a limit."""
+    for folder in _cgroup_folders("memory"):
+        for limit, usage, inactive in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            texts = [_text(folder / name).strip() for name in (limit, usage)]
+            if not all(map(_is_number, texts)) or int(texts[0]) > _NO_LIMIT:
+                continue
+            stat = _text(folder / "memory.stat")
+            cached = re.search(rf"^{inactive} (\d+)$", stat, re.MULTILINE)
+            yield int(texts[0]), int(texts[1]) - (int(cached[1]) if cached else 0)
+
+
+def _cgroup_folders(controller: str) -> Iterator[Path]:
+    """The folders of the groups that this process is in, of either version, outwards."""
+    for line in _text(_PROC / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _CGROUPS / controller if controllers else _CGROUPS
+        inner = root / path.lstrip("/")
+        # A container may see its own group as the root, under the path it has outside.
+        yield from (p for p in (inner, *inner.parents) if p == root or root in p.parents)
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().isascii() and text.strip().isdigit()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,108 @@
+"""`gptj doctor`: what this machine is, and what fits on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from runner.cli.command import command
+from runner.cli.errors import Exit
+from runner.cli.output import Output, one_line
+
+if TYPE_CHECKING:
+    from runner.planning import Machine, Outlook
+
+_DEFAULT_MODEL = "6b"
+
+
+@command
+@click.option(
+    "--plan",
+    "model",
+    metavar="[SRC]",
+    is_flag=False,
+    flag_value=_DEFAULT_MODEL,
+    help="Memory, disk and time of every command for a preset (tiny, 125m, 6b), a config.json, "
+    f"a folder or a checkpoint.  [{_DEFAULT_MODEL} if none is named]",
+)
+def doctor(output: Output, model: str | None) -> dict[str, Any]:
+    """Say what this machine has and lacks, and with --plan what fits on it.
+
+    A plan reads headers alone and downloads nothing. Its times are estimates from a measurement of
+    about a second; a disk that slows down, or other work here, makes them several times longer.
+    The exit code is 1 if something is missing that every command needs.
+    """
+    return _examine(output) if model is None else _plan(output, model)
+
+
+def _examine(output: Output) -> dict[str, Any]:
+    from runner.doctor import State, examine
+
+    facts = examine()
+    for fact in facts:
+        output.data(f"{fact.state.value:<8} {fact.name:<18} {one_line(fact.value)}".rstrip())
+        if fact.state is not State.OK:
+            output.data(f"{'':<8}   for {fact.needed_for}" + (f": {fact.fix}" * bool(fact.fix)))
+    broken = any(fact.state is State.MISSING and fact.core for fact in facts)
+    return {
+        "facts": [asdict(fact) | {"state": fact.state.value} for fact in facts],
+        "exit": Exit.OPERATIONAL if broken else Exit.OK,
+    }
+
+
+def _plan(output: Output, model: str) -> dict[str, Any]:
+    from pathlib import Path
+
+    from gptj_convert.capacity import parameters
+    from gptj_convert.rates import measure
+    from runner.planning import Machine, find_sources, plan_commands
+
+    sources = find_sources(model)
+    has, rates = Machine.here(), measure(Path())
+    try:
+        outlook = plan_commands(sources, has, rates)
+    finally:
+        for source in sources:
+            source.checkpoint.source.close()
+    count = parameters(sources[0].checkpoint.config)
+    output.data(f"{one_line(model)}: {count:,} parameters")
+    _show(output, has, outlook)
+    return {
+        "model": model,
+        "parameters": count,
+        "machine": asdict(has),
+        "rates": asdict(rates),
+        "steps": [asdict(step) | {"fits": step.fits} for step in outlook.steps],
+        "commands": outlook.commands,
+        "advice": outlook.advice,
+    }
+
+
+def _show(output: Output, has: Machine, outlook: Outlook) -> None:
+    width = max(len(step.command) for step in outlook.steps)
+    output.data(f"{'':<{width}}  {'memory':>10}  {'disk':>9}  {'time, estimated':<16}  fits")
+    for step in outlook.steps:
+        disk = f"{step.disk / 1e9:.1f} GB" if step.disk >= 5e7 else f"{step.disk / 1e6:.1f} MB"
+        verdict = f"no: too little {' and '.join(step.short_of)}" if step.short_of else "yes"
+        output.data(
+            f"{one_line(step.command):<{width}}  {step.memory / 1e9:>7.2f} GB  "
+            f"{disk if step.disk else '-':>9}  {_time(step.seconds, step.per):<16}  {verdict}"
+        )
+    memory, disk = (f"{n / 1e9:.1f} GB" for n in (has.memory, has.disk))
+    output.data(f"here: {memory} of memory available, {disk} of disk free, {has.cores:g} cores")
+    for line in outlook.advice:
+        output.data(f"advice: {one_line(line)}")
+    output.data("run:")
+    for line in outlook.commands:
+        output.data(f"  {one_line(line)}")
+
+
+def _time(seconds: float | None, per: str) -> str:
+    if seconds is None:
+        return "your network's"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} {per}".rstrip()
+    return f"{seconds:.0f} s {per}".rstrip() if seconds >= 1 else f"under 1 s {per}".rstrip()

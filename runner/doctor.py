@@ -1,0 +1,157 @@
+"""What this machine has and lacks for this program; nothing heavy is imported to find out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+from gptj_convert import machine
+
+
+class State(Enum):
+    """What is to be thought of a fact."""
+
+    OK = "ok"
+    WARNING = "warning"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing this machine has, or lacks."""
+
+    name: str
+    value: str
+    state: State = State.OK
+    needed_for: str = ""
+    fix: str = ""
+    """The command that mends it, or what else does."""
+    core: bool = False
+    """Whether every command needs it."""
+
+
+#: Distributions (any of a row will do), what needs them, and the extra that installs them;
+#: without an extra every command needs them.
+_PACKAGES: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("numpy",), "every command", ""),
+    (("ml-dtypes",), "every command", ""),
+    (("crc32c",), "every command", ""),
+    (("ruamel.yaml",), "every command", ""),
+    (("tokenizers",), "new, data", ""),
+    (("huggingface_hub",), "download", ""),
+    (("h5py",), "checkpoints of Keras", "tf"),
+    (
+        ("tensorflow-cpu", "tensorflow"),
+        "verify's level logits, train, eval, generate, data",
+        "tf",
+    ),
+    (("keras",), "verify's level logits, train, eval, generate", "tf"),
+    (("torch",), "verify's level logits", "hf"),
+    (("transformers",), "verify's level logits", "hf"),
+)
+_OLDEST_PYTHON = (3, 11)
+#: The processor's features by Linux's names, and what they speed up.
+_FEATURES = (
+    (("avx2",), "AVX2", "TensorFlow and torch"),
+    (("avx512f",), "AVX-512", "TensorFlow and torch, up to twice as fast as with AVX2"),
+    (("sha_ni", "sha2"), "SHA extensions", "convert and download, which hash every byte"),
+)
+_CEREBRAS = ("cszoo", "csrun_wse")
+
+
+def examine() -> list[Fact]:
+    """Every fact, in the order of a reader's interest."""
+    return [*_software(), *_hardware(), *_disk(), *_hub(), *_cerebras()]
+
+
+def _software() -> Iterator[Fact]:
+    version = platform.python_version()
+    if sys.version_info >= _OLDEST_PYTHON:
+        yield Fact("Python", version, core=True)
+    else:
+        oldest = ".".join(map(str, _OLDEST_PYTHON))
+        fix = f"install Python {oldest} or newer"
+        yield Fact("Python", version, State.MISSING, "every command", fix, core=True)
+    for names, needed_for, extra in _PACKAGES:
+        found = next(filter(None, map(_version, names)), None)
+        state = State.OK if found else State.MISSING
+        fix = f"pip install 'gptj-tf{f'[{extra}]' * bool(extra)}'"
+        yield Fact(names[-1], found or "", state, needed_for, fix, core=not extra)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> Iterator[Fact]:
+    yield Fact("processor", machine.cpu_name() or platform.machine())
+    yield Fact("cores", f"{machine.cores():g}")
+    features = machine.cpu_features()
+    for names, shown, speeds_up in _FEATURES:
+        if features.isdisjoint(names):
+            yield Fact(shown, "not there", State.WARNING, f"speed of {speeds_up}")
+        else:
+            yield Fact(shown, "there")
+    total, available = machine.memory_total(), machine.memory_available()
+    yield Fact("memory", f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB")
+    yield Fact("GPUs", "; ".join(machine.gpus()) or "none, and none is needed")
+
+
+def _disk() -> Iterator[Fact]:
+    here = Path()
+    kind = machine.file_system(here) or "unknown file system"
+    yield Fact("disk", f"{machine.disk_free(here) / 1e9:.1f} GB free in this folder ({kind})")
+    try:
+        direct = machine.direct_io(here)
+    except OSError as e:
+        fix = "work in a folder of your own"
+        value = f"this folder cannot be written: {e.strerror}"
+        yield Fact("direct I/O", value, State.WARNING, "every output", fix)
+        return
+    if direct:
+        yield Fact("direct I/O", "there")
+    else:
+        fix = "work in a folder on ext4 or xfs"
+        yield Fact("direct I/O", "not there", State.WARNING, "the speed of convert", fix)
+
+
+def _hub() -> Iterator[Fact]:
+    endpoint = os.environ.get("HF_ENDPOINT")
+    # A URL may hold a password.
+    yield Fact("hub endpoint", "set by HF_ENDPOINT" if endpoint else "the public one")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        yield Fact(
+            "hub", "HF_HUB_OFFLINE is set", State.WARNING, "download", "unset HF_HUB_OFFLINE"
+        )
+    there = _has_token()
+    yield Fact("hub token", "there" if there else "none, and none is needed for GPT-J-6B")
+
+
+def _has_token() -> bool:
+    """Whether the hub's client will find one; it is not read."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{cache}/huggingface")
+    path = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).expanduser()
+    return path.is_file()
+
+
+def _cerebras() -> Iterator[Fact]:
+    for tool in _CEREBRAS:
+        found = shutil.which(tool)
+        if found:
+            yield Fact(tool, found)
+        else:
+            fix = "install Cerebras' Model Zoo" if tool == "cszoo" else "run on a Cerebras cluster"
+            yield Fact(tool, "", State.WARNING, "training on Cerebras' machines only", fix)

@@ -1,0 +1,295 @@
+"""The four commands planned for a model and a machine, from the model's config or headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from golden.prompts import battery
+from gptj_convert import capacity, machine
+from gptj_convert.checkpoint import Checkpoint, locate, open_checkpoint
+from gptj_convert.formats.sharded import is_index
+from gptj_convert.options import DEFAULT_OUT, DEFAULT_SOURCE, KEEP
+from gptj_convert.plan import Plan, make_plan
+from gptj_convert.rates import Rates
+from gptj_convert.reference_yaml import fitting_batch_size
+from gptj_model.config import CONFIG_FILE, PRESETS, GPTJConfig
+from gptj_model.dtypes import FLOATS
+from gptj_model.errors import FileFault
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import Scheme, table
+
+#: The preset that is on the hub; its weights there are float32, and float16 in a branch.
+PUBLISHED = "6b"
+_CONVERTED = DEFAULT_OUT["tf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is for a command."""
+
+    memory: int
+    """Bytes that can be taken now."""
+    disk: int
+    """Bytes that may be written in the current folder."""
+    cores: float
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This one."""
+        return cls(machine.memory_available(), machine.disk_free(Path()), machine.cores())
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command, and what it needs."""
+
+    command: str
+    memory: int
+    disk: int
+    """Bytes it writes."""
+    seconds: float | None
+    """Estimated; None: that depends on others."""
+    short_of: tuple[str, ...] = ()
+    """What the machine has too little of: "memory", "disk"."""
+    per: str = ""
+    """What the seconds are for, if not for all of it."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has what it needs."""
+        return not self.short_of
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is there, or can be fetched."""
+
+    checkpoint: Checkpoint
+    fetch: str | None
+    """The command that brings it; None: it is there."""
+
+
+@dataclass(slots=True)
+class Outlook:
+    """Every step, and the commands to run."""
+
+    steps: list[Step] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    """What must be different from the plain commands, and why."""
+
+
+class _Headers:
+    """A checkpoint that is not there yet: what its headers will say. See `TensorSource`."""
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self.tensors = tensors
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        raise FileFault(f"{name}: is only planned")
+
+    def close(self) -> None:
+        pass
+
+
+def find_sources(what: str) -> list[Source]:
+    """What can be converted, the best first.
+
+    Args:
+        what: one of `PRESETS`, a config.json, a folder with one, or a checkpoint.
+
+    Raises:
+        ConfigError, FileFault, TensorFault: it is none of these.
+    """
+    path = Path(what)
+    if what in PRESETS:
+        config = GPTJConfig.preset(what)
+        folder = DEFAULT_SOURCE if what == PUBLISHED else Path(f"gpt-j-{what}")
+        fetch = f"gptj new --preset {what} --out {folder}", " --dtype float16"
+        if what == PUBLISHED:
+            fetch = "gptj download", " --revision float16"
+        return [
+            Source(_planned(folder, config, "float32"), fetch[0]),
+            Source(_planned(folder, config, "float16"), "".join(fetch)),
+        ]
+    config_file = path / CONFIG_FILE if path.is_dir() else path
+    if (path.suffix == ".json" and not is_index(path.name)) or _holds_only_a_config(path):
+        config = GPTJConfig.from_file(config_file)
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+        stated = values.get("dtype", values.get("torch_dtype"))
+        dtype = stated if stated in FLOATS else "float32"
+        return [Source(_planned(config_file.parent, config, dtype), "gptj download OWNER/NAME")]
+    return [Source(open_checkpoint(path), None)]
+
+
+def _holds_only_a_config(folder: Path) -> bool:
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    try:
+        locate(folder)
+    except FileFault:
+        return True
+    return False
+
+
+def _planned(path: Path, config: GPTJConfig, dtype: str) -> Checkpoint:
+    headers = {t.hf: TensorInfo(dtype, t.shape) for t in table(config)}
+    return Checkpoint(path, Scheme.HF, config, _Headers(headers), ())
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A source and a conversion of it."""
+
+    source: Source
+    plan: Plan
+    fetch: Step | None
+    convert: Step
+
+    @property
+    def steps(self) -> list[Step]:
+        return [self.fetch, self.convert] if self.fetch else [self.convert]
+
+    @property
+    def fits(self) -> bool:
+        return all(step.fits for step in self.steps)
+
+    @property
+    def disk(self) -> int:
+        return sum(step.disk for step in self.steps)
+
+
+def plan_commands(sources: Sequence[Source], has: Machine, rates: Rates) -> Outlook:
+    """Plan download, conversion, verification and training.
+
+    Args:
+        sources: of one model, the best first; the first conversion that fits is gone on with.
+        has: what there is.
+        rates: of this machine.
+    """
+    ways = [way for source in sources for way in _ways(source, has, rates)]
+    chosen = next((w for w in ways if w.fits), ways[-1])
+    outlook = Outlook()
+    # A source with two conversions is fetched once.
+    outlook.steps += dict.fromkeys(step for way in ways for step in way.steps)
+    config = chosen.plan.config
+    weights, logits = _verifications(chosen, has, rates)
+    training, batch = _training(config, has, rates, taken=chosen.disk)
+    outlook.steps += [weights, logits, training]
+    outlook.advice = list(_advice(ways, chosen, weights, logits, training, has, batch))
+    outlook.commands = [step.command for step in chosen.steps]
+    outlook.commands += [s.command for s in (logits, weights) if s.fits][:1]
+    if "memory" not in training.short_of:
+        elsewhere = "" if training.fits else " --model-dir /on/another/disk/model_dir"
+        outlook.commands.append(training.command + elsewhere)
+    return outlook
+
+
+def _ways(source: Source, has: Machine, rates: Rates) -> Iterator[_Way]:
+    checkpoint = source.checkpoint
+    fetch = None
+    if source.fetch:
+        size = sum(info.nbytes for info in checkpoint.source.tensors.values())
+        fetch = _judged(Step(source.fetch, capacity.DOWNLOAD, size, None), has)
+    default = checkpoint.path == DEFAULT_SOURCE
+    command = f"gptj convert{'' if default else f' {checkpoint.path}'} --to tf"
+    for dtype in ("float32", KEEP):
+        plan = make_plan(checkpoint, Scheme.TF, dtype)
+        if dtype == KEEP and plan.dtype == "float32":
+            continue
+        step = Step(
+            command + (" --dtype keep" if dtype == KEEP else ""),
+            capacity.conversion_memory(plan),
+            plan.layout.total,
+            capacity.conversion_seconds(plan, rates, has.cores),
+        )
+        yield _Way(source, plan, fetch, _judged(step, has, taken=fetch.disk if fetch else 0))
+
+
+def _verifications(way: _Way, has: Machine, rates: Rates) -> tuple[Step, Step]:
+    config = way.plan.config
+    lengths = [len(prompt.ids) for prompt in battery(config)]
+    memory = capacity.comparison_memory((m.source, m.op, m.target) for m in way.plan.in_file_order)
+    seconds = capacity.comparison_seconds(way.plan, rates)
+    weights = Step("gptj verify --level weights", memory, 0, seconds)
+    logits = Step(
+        "gptj verify --tolerance 1e-4",
+        max(memory, capacity.logits_memory(config, lengths)),
+        0,
+        seconds + capacity.logits_seconds(config, sum(lengths), rates),
+    )
+    return _judged(weights, has), _judged(logits, has)
+
+
+def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> tuple[Step, int]:
+    """Training with the batch that convert's params.yaml has, or with the one that fits."""
+    command = f"gptj train --init-from {_CONVERTED}/"
+    usual = batch = fitting_batch_size(config)
+    while batch > 1 and capacity.training_memory(config, batch) > has.memory:
+        batch -= 1
+    smaller = "" if batch == usual else f" --set train_input.batch_size={batch}"
+    step = Step(
+        command + smaller,
+        capacity.training_memory(config, batch),
+        capacity.training_disk(config),
+        capacity.step_seconds(config, batch, rates),
+        per="a step",
+    )
+    return _judged(step, has, taken=taken), batch
+
+
+def _judged(step: Step, has: Machine, *, taken: int = 0) -> Step:
+    """The step with what it is short of, on a disk where earlier steps take their space first."""
+    short = []
+    if step.memory > has.memory:
+        short.append("memory")
+    if step.disk and step.disk + taken > has.disk:
+        short.append("disk")
+    return replace(step, short_of=tuple(short))
+
+
+def _advice(
+    ways: Sequence[_Way],
+    chosen: _Way,
+    weights: Step,
+    logits: Step,
+    training: Step,
+    has: Machine,
+    batch: int,
+) -> Iterator[str]:
+    disk, memory = f"{has.disk / 1e9:.1f} GB free", f"{has.memory / 1e9:.1f} GB available"
+    best = ways[0]
+    if not chosen.fits:
+        short = {what for step in chosen.steps for what in step.short_of}
+        if "disk" in short:
+            yield (
+                f"source and conversion need at least {chosen.disk / 1e9:.1f} GB of disk, {disk}: "
+                "work in a folder on another disk"
+            )
+        if "memory" in short:
+            yield (
+                f"the conversion needs {chosen.convert.memory / 1e9:.2f} GB of memory, {memory}: "
+                "close other programs, or take another machine"
+            )
+    elif chosen is not best:
+        commands = " and ".join(f"`{step.command}`" for step in chosen.steps)
+        yield (
+            f"`{best.convert.command}` needs {best.disk / 1e9:.1f} GB of disk with its source, "
+            f"{disk}: {commands} take {chosen.disk / 1e9:.1f} GB"
+        )
+    if not logits.fits:
+        then = "only the weights are compared" if weights.fits else "verify on another machine"
+        yield f"verify needs {logits.memory / 1e9:.1f} GB of memory, {memory}: {then}"
+    if "memory" in training.short_of:
+        yield (
+            f"training needs {training.memory / 1e9:.1f} GB of memory with a batch of {batch}, "
+            f"{memory}: it takes another machine"
+        )
+    if "disk" in training.short_of:
+        yield (
+            f"checkpoints of training take {training.disk / 1e9:.1f} GB of disk, {disk}, some of "
+            "it needed before: put --model-dir on another disk"
+        )
