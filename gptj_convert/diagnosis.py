@@ -29,6 +29,8 @@ _BUDGET = 4 * 2**30
 #: Rows that may have moved on together, at most.
 _SHIFTS = 8
 
+_ANOTHER = "no tensor is the source's: these are the weights of another model or revision"
+
 #: Which axis of a projection belongs to the heads, one after the other.
 _HEAD_AXIS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "out_proj": 1}
 
@@ -79,10 +81,8 @@ def diagnose(
         of = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} first"
         result.summary.append(f"{of}: {text}")
     if len(wrong) == len(compared) > 1 and not result.by_tensor:
-        result.summary.append(
-            "no tensor is the source's: these are the weights of another model, or of another "
-            "revision of it"
-        )
+        result.by_tensor = {c.pair.tensor.hf: _ANOTHER for c in wrong}
+        result.summary.append(_ANOTHER)
     return result
 
 
@@ -426,7 +426,7 @@ def of_file(size: int | None, stated: int) -> str:
     if size < stated:
         return f"it ends at byte {size}, of {stated} that were written"
     if size > stated:
-        return f"it has {size - stated} bytes more than were written"
+        return f"it goes on beyond byte {stated}, where it ended when it was written"
     return "it was changed after it was written"
 
 

@@ -411,6 +411,12 @@ def _weights(
         _note(verdict, *map(_source_statement, changed))
     diagnosis = diagnose(compared, source.source, checkpoint.source, source.config)
     verdict.diagnosis += diagnosis.summary
+    later = [c for c in differing if _stated_otherwise(c, checkpoint, manifest)]
+    if later:
+        verdict.diagnosis.append(
+            f"{len(later)} of {len(differing)} tensors that differ were changed after they were "
+            "written: their checksums are of other values"
+        )
     for c in compared:
         by = _stated_otherwise(c, checkpoint, manifest)
         if c.differing:

@@ -206,6 +206,7 @@ def _flip_words(bit: int) -> str:
 _MATRICES = [t for t in TENSORS.values() if t.tf_op is Op.TRANSPOSE]
 _OF_A_BLOCK = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj")
 _CHANGED = "it was changed after it was written"
+_ANOTHER = "no tensor is the source's: these are the weights of another model or revision"
 _WTE = "transformer.wte.weight"
 _Q = _h(1, "attn.q_proj.weight")
 _OUT = _h(1, "attn.out_proj.weight")
@@ -411,7 +412,7 @@ CASES: list[Corruption] = [
     ),
     Corruption(
         "the data file has a byte more", DATA, "structure", DATA,
-        "it has 1 bytes more than were written", _in_bytes(DATA, lambda c: c.append(0)),
+        f"it goes on beyond byte {_SIZE}, where it ended when it was written", _in_bytes(DATA, lambda c: c.append(0)),
     ),
     *(
         Corruption(
@@ -422,12 +423,12 @@ CASES: list[Corruption] = [
     ),
     Corruption(
         "the data file is another checkpoint's", DATA, "weights", _WTE,
-        "changed after it was written, by the bundle's index",
+        f"{_ANOTHER}; changed after it was written, by the bundle's index",
         lambda folder: shutil.copyfile(folder.parent / "other" / DATA, folder / DATA),
     ),
     Corruption(
         "data and index are another checkpoint's", "both", "weights", _WTE,
-        "changed after it was written, by manifest.json",
+        f"{_ANOTHER}; changed after it was written, by manifest.json",
         lambda folder: [
             shutil.copyfile(folder.parent / "other" / n, folder / n) for n in (DATA, INDEX)
         ],
