@@ -1,17 +1,26 @@
-"""Write docs/cli.md from the commands themselves; with --check, only say if it is up to date."""
+"""Write docs/cli.md from the commands themselves, and the table of docs/verification.md.
+
+With --check, only say if they are up to date.
+"""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are not installed
+
 from runner.cli.errors import Exit
 from runner.cli.root import root
+from tests.cli.corruptions import CASES
 
-TARGET = Path(__file__).parent / "cli.md"
+FOLDER = Path(__file__).parent
+_BEGIN = "<!-- corruptions: written by `make docs` -->\n"
+_END = "<!-- end -->\n"
 
 _MEANING = {
     Exit.OK: "done",
@@ -24,15 +33,30 @@ _MEANING = {
 
 
 def main() -> int:
-    """Write or compare the page."""
-    text = page()
-    if "--check" not in sys.argv:
-        TARGET.write_text(text, encoding="utf-8")
-        return 0
-    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{TARGET} is not up to date: run `make docs`", file=sys.stderr)
-    return 1
+    """Write or compare the pages."""
+    pages = {FOLDER / "cli.md": page(), FOLDER / "verification.md": verification()}
+    stale = [path for path, text in pages.items() if _content(path) != text]
+    for path in stale:
+        if "--check" in sys.argv:
+            print(f"{path} is not up to date: run `make docs`", file=sys.stderr)
+        else:
+            path.write_text(pages[path], encoding="utf-8")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+def _content(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def verification() -> str:
+    """The page on verification, its table made anew from the cases that are tested."""
+    before, rest = _content(FOLDER / "verification.md").split(_BEGIN)
+    lines = ["| what is done | cases | found by | diagnosis |", "| --- | --- | --- | --- |"]
+    for what, group in groupby(CASES, key=lambda case: case.what):
+        cases = list(group)
+        levels = ", ".join(dict.fromkeys(case.level for case in cases))
+        lines.append(f"| {what} | {len(cases)} | {levels} | {cases[0].diagnosis or ''} |")
+    return before + _BEGIN + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
 
 
 def page() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from gptj_convert.panels import PANEL_BYTES, STRIPS, strip_bytes, strip_sizes
+from gptj_convert.panels import CONVERTED_STRIPS, PANEL_BYTES, STRIPS, strip_sizes
 from gptj_convert.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
@@ -36,35 +36,37 @@ KEPT_CHECKPOINTS = 2
 
 
 def conversion_memory(plan: Plan) -> int:
-    """Peak of `execute`.
-
-    Its strips go around in turn, so each buffer grows to the largest of every `STRIPS`-th strip;
-    blocks go around too; columns are cut from whole rows in one panel more.
-    """
-    moves = {m.target_name: m for m in plan.moves}
-    order = (moves[n] for n in plan.layout.tensors_from(0, 0) if n in moves)
-    sizes = [size for m in order for size in strip_sizes(m.source, m.op)]
-    strips = sum(max(sizes[n::STRIPS], default=0) for n in range(STRIPS))
+    """Peak of `execute`: strips and blocks; columns are cut from whole rows in a panel more."""
+    strips = _strips(size for m in plan.in_file_order for size in strip_sizes(m.source, m.op))
     blocks = min(plan.layout.total, BLOCKS * BLOCK_BYTES)
     return INTERPRETER + _TOKENIZER + strips + blocks + PANEL_BYTES
 
 
 def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int:
-    """Peak of verify's level weights.
+    """Peak of verify's level weights, on sides that are equal.
 
-    One strip at a time, and of it a panel: laid out, rounded (the one before is still there),
-    read from the other side, and three masks of a byte an element.
+    Strips of the source go around as in a conversion; of the converted side they are a panel
+    each. One panel more is laid out, and compared by a mask of a byte an element. The hash reads
+    pieces of half a panel.
 
     Args:
-        pairs: source, what is done to it, and target of each tensor.
+        pairs: source, what is done to it, and target of each tensor, in the order of the
+            converted file.
     """
+    sizes: list[int] = []
+    target_bytes = mask = 0
+    for source, op, target in pairs:
+        sizes += strip_sizes(source, op)
+        target_bytes += target.nbytes
+        mask = max(mask, PANEL_BYTES // NUMPY[target.dtype].itemsize)
+    panels = min(target_bytes, (CONVERTED_STRIPS + 2) * PANEL_BYTES)
+    return INTERPRETER + _TOKENIZER + _strips(sizes) + panels + mask
 
-    def one(source: TensorInfo, op: Op, target: TensorInfo) -> int:
-        elements = PANEL_BYTES // NUMPY[source.dtype].itemsize
-        width = NUMPY[target.dtype].itemsize
-        return strip_bytes(source, op) + PANEL_BYTES + elements * (3 * width + 3)
 
-    return INTERPRETER + _TOKENIZER + max((one(*pair) for pair in pairs), default=0)
+def _strips(sizes: Iterable[int]) -> int:
+    """Of strips that go around in turn: each buffer grows to the largest of every so many."""
+    listed = list(sizes)
+    return sum(max(listed[n::STRIPS], default=0) for n in range(STRIPS))
 
 
 def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:

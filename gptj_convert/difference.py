@@ -165,7 +165,7 @@ def _compare_values(
     assert b.info
     judge = _Judge(a.info.dtype, b.info.dtype)
     panels = Panels(first.source, a.name, _op(a, first.scheme, second.scheme))
-    for x, y in _in_step(panels, Panels(second.source, b.name, Op.COPY)):
+    for x, y in in_step(panels, Panels(second.source, b.name, Op.COPY)):
         judge.add(x, y)
         yield x.nbytes
     result.outcome = judge.outcome
@@ -184,7 +184,7 @@ def _compare_values(
         result.relative = result.max_abs / spread.std
 
 
-def _in_step(
+def in_step(
     a: Iterable[np.ndarray], b: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Flat pieces of equal sizes from two runs of pieces of any sizes, equal in sum."""
@@ -250,7 +250,7 @@ class _Judge:
         x, y = x[unequal], y[unequal]
         if self.first is None:
             self.first = self.seen + int(unequal[0])
-            self.first_values = _json_number(x[0]), _json_number(y[0])
+            self.first_values = json_number(x[0]), json_number(y[0])
         for side, (mine, other) in enumerate(((x, y), (y, x))):
             if self._rounded[side]:
                 rounded = other.astype(self._dtypes[side]).astype(self._common)
@@ -275,6 +275,7 @@ def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a != b) & ((a == a) | (b == b))
 
 
-def _json_number(value: Any) -> float | str:
+def json_number(value: Any) -> float | str:
+    """A value as JSON can have it: NaN and infinities as words."""
     number = float(value)
     return number if math.isfinite(number) else str(number)

@@ -72,7 +72,8 @@ def _check(manifest: Manifest) -> None:
         if not re.fullmatch("[0-9a-f]{64}", stated["sha256"]):
             raise ValueError(f"SHA-256 of {name!r} is not 64 hexadecimal digits")
     for name, stated in manifest.tensors.items():
-        if not re.fullmatch("[0-9a-f]{8}", stated["crc32c"]):
+        checksums = stated["crc32c"], stated.get("source_crc32c", stated["crc32c"])
+        if not all(re.fullmatch("[0-9a-f]{8}", crc) for crc in checksums):
             raise ValueError(f"crc32c of {name!r} is not 8 hexadecimal digits")
 
 

@@ -24,6 +24,8 @@ PANEL_BYTES = 8 * 2**20
 STRIP_BYTES = 256 * 2**20
 #: Strips that go around in a conversion: one is laid out while the next is read.
 STRIPS = 2
+#: The same of a converted checkpoint in a verification, where each is a panel.
+CONVERTED_STRIPS = 4
 
 #: Rows and columns of the result that are transposed at once: shapes that stay in the caches.
 #: benchmarks/transposition.py compares them.

@@ -48,6 +48,12 @@ class Plan:
     """Values beyond the target's range become its largest, instead of an error."""
 
     @property
+    def in_file_order(self) -> list[Move]:
+        """The moves in the order of the target's bytes."""
+        moves = {m.target_name: m for m in self.moves}
+        return [moves[n] for n in self.layout.tensors_from(0, 0) if n in moves]
+
+    @property
     def source_bytes(self) -> int:
         """Bytes to read."""
         return sum(m.source.nbytes for m in self.moves)

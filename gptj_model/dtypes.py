@@ -60,6 +60,8 @@ def count_overflows(values: np.ndarray, target: str) -> int:
 def saturate(values: np.ndarray, target: str) -> None:
     """Replace, in place, finite elements beyond the range of `target` by its largest value."""
     limit = largest(target)
+    if largest(values.dtype.name) <= limit:
+        return
     beyond = np.isfinite(values) & (np.abs(values) > limit)
     values[beyond] = np.copysign(limit, values[beyond].astype(np.float64)).astype(values.dtype)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from runner.cli import tensorflow
+from tests.small_model import SMALL
 
 tensorflow.prepare()
 
@@ -24,9 +25,6 @@ from gptj_model.config import GPTJConfig  # noqa: E402
 from runner.cli.root import main  # noqa: E402
 
 GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
-
-#: Odd sizes, so that a wrong axis shows in a shape; square projections, so that one may not.
-SMALL = {"vocab_size": 211, "n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 6}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,10 @@ class Output:
     def fail(self, fault: GptjError, fields: Mapping[str, Any]) -> None:
         """Say what went wrong and what to do next."""
         error = {"kind": fault.kind, "message": fault.message, "hint": fault.hint}
-        self.finish({"ok": False, **fields, "error": error})
+        try:
+            self.finish({"ok": False, **fields, "error": error})
+        except OSError:
+            abandon_stdout()
         print(printable(f"error: {fault.message}"), file=sys.stderr)
         if fault.hint:
             print(printable(f"hint: {fault.hint}"), file=sys.stderr)
@@ -49,6 +52,11 @@ class Output:
     def live(self) -> bool:
         """Whether bars may be drawn."""
         return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def abandon_stdout() -> None:
+    """Nobody reads, or nothing more fits: a second failure at exit would only add noise."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

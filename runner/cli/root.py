@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import rich_click as click
 
 from gptj_model import __version__
+from gptj_model.errors import FileFault
 from runner.cli.convert import convert
 from runner.cli.data import data
 from runner.cli.doctor import doctor
@@ -19,7 +20,7 @@ from runner.cli.eval import evaluate
 from runner.cli.generate import generate
 from runner.cli.inspect import inspect
 from runner.cli.new import new
-from runner.cli.output import Output
+from runner.cli.output import Output, abandon_stdout
 from runner.cli.train import train
 from runner.cli.verify import verify
 
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output(json="--json" in arguments, quiet="--quiet" in arguments)
     try:
         code = root.main(arguments, prog_name="gptj", standalone_mode=False)
+        if sys.stdout is None:
+            raise FileFault(
+                "stdout is closed, so that the result could not be told",
+                hint="open it; /dev/null will do",
+            )
         sys.stdout.flush()
         return int(code or Exit.OK)
     except (KeyboardInterrupt, click.Abort) as e:
@@ -49,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated as e:
         return _stopped(output, "terminated", Exit.TERMINATED, e)
     except BrokenPipeError:
-        # Nobody reads any more; a second failure at exit would only add noise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()
         return Exit.OPERATIONAL
     except Exception as e:
         fault = as_fault(e)

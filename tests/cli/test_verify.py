@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_convert.verify import Verdict, levels_up_to, verify
 from gptj_model.config import GPTJConfig
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Op, table
@@ -86,7 +91,7 @@ def test_an_untransposed_square_projection(tensor, converted: Path, gptj):
     _rewrite(converted, lambda t: t.update({tensor.tf: t[tensor.tf].T}))
     first = _first(gptj("verify", "--against", "hf", "--json"), "weights")
     assert first["tensor"] == {"hf": tensor.hf, "tf": tensor.tf, "cs": tensor.cs[0]}
-    assert "transposition was skipped" in first["found"]
+    assert first["diagnosis"] == "the transposition was skipped"
 
 
 def test_a_person_reads_both_names(converted: Path, gptj):
@@ -141,7 +146,7 @@ def test_one_unit_in_the_last_place(converted: Path, small_pieces: None, gptj):
     _rewrite(converted, nudge)
     first = _first(gptj("verify", "--against", "hf", "--json"), "weights")
     assert first["tensor"]["hf"] == "transformer.h.2.mlp.fc_out.weight"
-    assert "first at [100, 7]" in first["found"]
+    assert "first at [7, 100]" in first["found"]
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -256,6 +261,163 @@ def test_nan_weights_are_equal_bit_for_bit_but_cannot_be_judged(hf: Path, gptj):
     assert done.code == 0
     assert done.json["levels"]["weights"]["nonfinite_values"] == 1
     assert gptj("verify").code == 1
+
+
+def test_a_source_that_has_changed_cannot_judge(converted: Path, hf: Path, gptj):
+    tensors = load_tensors(hf / "model.safetensors")
+    tensors["transformer.h.1.ln_1.weight"][2] += 1
+    save_tensors(hf / "model.safetensors", tensors)
+    done = gptj("verify", "--level", "weights", "--json")
+    assert done.code == 1
+    assert "has changed since it was converted" in done.json["error"]["message"]
+    shutil.rmtree(hf)
+    make_checkpoint(hf, n_layer=2)
+    assert gptj("verify").code == 1
+
+
+def test_figures_of_what_differs(converted: Path, small_pieces: None, gptj):
+    def damage(tensors) -> None:
+        kernel = tensors["gptj_decoder/1/mlp/dense_layer_2/dense_layer_2/kernel"]
+        kernel[2, 5] += 3
+        kernel[7, 4] = np.inf
+        kernel[3, 5] = np.nan
+        tensors["gptj_decoder/0/ln_1/ln_1/beta"][:] = 0
+        for name in ("gamma", "beta"):
+            tensors[f"gptj_decoder/2/ln_1/ln_1/{name}"] = tensors[
+                f"gptj_decoder/1/ln_1/ln_1/{name}"
+            ]
+
+    _rewrite(converted, damage)
+    done = gptj("verify", "--against", "hf", "--level", "weights", "--json")
+    assert done.code == 3
+    weights = done.json["levels"]["weights"]
+    assert (weights["tensors"], weights["differing"]) == (35, 4)
+    found = {f["hf"]: f for f in weights["findings"]}
+    fc_in = found["transformer.h.1.mlp.fc_in.weight"]
+    assert (fc_in["values"], fc_in["differing"], fc_in["first"]) == (48 * 192, 3, [5, 2])
+    assert fc_in["max_abs"] == pytest.approx(3)
+    assert fc_in["found"] == pytest.approx(fc_in["expected"] + 3)
+    assert fc_in["diagnosis"] == "only 2 rows from 4 to 5 differ"
+    assert weights["nonfinite"] == {fc_in["hf"]: {"found": 2, "expected": 0}}
+    assert weights["nonfinite_values"] == 0
+    assert weights["zero"] == ["transformer.h.0.ln_1.bias"]
+    assert weights["duplicates"] == [
+        [f"transformer.h.{i}.ln_1.{part}" for i in (1, 2)] for part in ("weight", "bias")
+    ]
+    done = gptj("verify", "--against", "hf", "--level", "weights")
+    assert "note: transformer.h.0.ln_1.bias is all zero" in done.stderr
+    assert "transformer.h.1.ln_1.bias, transformer.h.2.ln_1.bias" in done.stderr
+    assert "diagnosis: transformer.h.0.ln_1.bias: all values are zero" in done.stdout
+
+
+def test_what_the_source_has_too_is_no_finding(workdir: Path, gptj):
+    hf = make_checkpoint(workdir / "hf")
+    tensors = load_tensors(hf / "model.safetensors")
+    tensors["lm_head.bias"] *= 0
+    for i in (1, 2):
+        tensors[f"transformer.h.{i}.ln_1.weight"] = tensors["transformer.h.0.ln_1.weight"]
+    save_tensors(hf / "model.safetensors", tensors)
+    assert gptj("convert", hf, "--to", "tf").code == 0
+    done = gptj("verify", "--level", "weights", "--json")
+    assert done.code == 0
+    assert done.json["levels"]["weights"]["zero"] == []
+    assert done.json["levels"]["weights"]["duplicates"] == []
+
+
+def test_values_that_a_narrow_dtype_makes_zero_are_told(workdir: Path, gptj):
+    hf = make_checkpoint(workdir / "hf")
+    tensors = load_tensors(hf / "model.safetensors")
+    tensors["lm_head.bias"] *= 1e-9
+    save_tensors(hf / "model.safetensors", tensors)
+    assert gptj("convert", hf, "--to", "tf", "--dtype", "float16").code == 0
+    done = gptj("verify", "--level", "weights", "--json")
+    assert done.code == 0
+    assert done.json["levels"]["weights"]["zero"] == ["lm_head.bias"]
+
+
+def test_large_files_are_hashed_with_the_weights(workdir: Path, monkeypatch, gptj):
+    monkeypatch.setattr("gptj_convert.digest._PIECE", 300)  # many pieces, as of a large file
+    make_checkpoint(workdir / "hf", vocab_size=3001)
+    assert gptj("convert", "hf", "--to", "hf").code == 0
+    assert gptj("verify", "converted-hf", "--level", "weights").code == 0
+    path = Path("converted-hf/model.safetensors")
+    assert path.stat().st_size > 2**20
+    # A byte that no tensor holds: safetensors pads its header with spaces.
+    raw = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(raw[:8], "little")
+    assert raw[end - 1 : end] == b" "
+    raw[end - 1 : end] = b"\n"
+    path.write_bytes(raw)
+    done = gptj("verify", "converted-hf", "--level", "weights", "--json")
+    assert done.code == 3
+    assert not done.json["levels"]["weights"]["ok"]
+    first = done.json["first_difference"]
+    assert (first["level"], first["file"]) == ("weights", path.name)
+    assert first["diagnosis"] == "it was changed after it was written"
+
+
+def test_keep_going_runs_what_can_be_run(converted: Path, gptj):
+    kernel = "gptj_decoder/1/attn/q_proj/q_proj/kernel"
+    _rewrite(converted, lambda t: t.update({kernel: t[kernel].T}))
+    config = converted / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rotary_dim": 4}))
+    done = gptj("verify", "--against", "hf", "--json")
+    assert done.code == 3
+    assert list(done.json["levels"]) == ["structure"]
+    done = gptj("verify", "--against", "hf", "--keep-going", "--json")
+    assert done.code == 3
+    assert {k: v["ok"] for k, v in done.json["levels"].items()} == {
+        "structure": False,
+        "weights": False,
+        "logits": False,
+    }
+    assert done.json["first_difference"]["file"] == "config.json"
+    assert done.json["levels"]["weights"]["findings"][0]["tf"] == kernel
+    assert done.json["levels"]["logits"]["relative"] > 1e-4
+
+
+def test_keep_going_says_what_cannot_be_run(converted: Path, gptj):
+    _rewrite(converted, lambda t: t.pop("gptj_decoder/1/ln_1/ln_1/beta"))
+    done = gptj("verify", "--against", "hf", "--keep-going", "--json")
+    assert done.code == 3
+    weights, logits = (done.json["levels"][name] for name in ("weights", "logits"))
+    assert (weights["ok"], weights["tensors"], weights["differing"]) == (False, 34, 0)
+    assert weights["not_compared"] == ["transformer.h.1.ln_1.bias"]
+    assert not logits["ok"]
+    assert "ln_1/beta" in logits["not_run"]
+    (converted / "tf_model.ckpt.index").unlink()
+    done = gptj("verify", "--against", "hf", "--keep-going")
+    assert done.code == 3
+    assert "logits     not run: the checkpoint cannot be opened" in done.stdout
+
+
+def test_an_unfinished_verification_is_not_ok(converted: Path):
+    verdict = Verdict(1e-4, levels_up_to("weights"))
+    assert not verdict.ok
+    events = verify(converted, Path("hf"), verdict)
+    next(events)
+    assert not verdict.ok
+    events.close()
+    assert not verdict.ok
+    for _ in verify(converted, Path("hf"), verdict):
+        pass
+    assert verdict.ok
+
+
+@pytest.mark.parametrize("closed", ["pipe", "descriptor", "full"])
+def test_a_verdict_that_nobody_can_read_is_not_ok(closed: str, converted: Path):
+    command = f"{sys.executable} -m runner.cli.root verify --level weights --json"
+    if closed == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(command.split(), stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+    else:
+        end = ">&-" if closed == "descriptor" else "> /dev/full"
+        done = subprocess.run(f"{command} {end}", shell=True, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "a fault in gptj itself" not in done.stderr
 
 
 @pytest.mark.parametrize("tolerance", ["0", "-1", "nonsense"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def test_the_choice_does_not_excuse_another_vocabulary(hf: Path, gptj):
     """verify takes the choice from the manifest, and still finds rows that differ."""
     _config(hf, vocab_size=300)
     assert gptj("convert", hf, "--to", "tf", "--vocab-size", "from-tensors").code == 0
-    _rows(hf, wte=200, head=200, bias=200)
-    done = gptj("verify", "--level", "weights", "--json")
+    _rows(Path(shutil.copytree(hf, "other")), wte=200, head=200, bias=200)
+    done = gptj("verify", "--against", "other", "--level", "weights", "--json")
     assert done.code == 3
     assert done.json["first_difference"]["expected"] == "vocab_size = 200"
 

@@ -28,7 +28,7 @@ OPTIONS = {
         "--init-from", "--params", "--model-dir", "--mode", "--max-steps", "--steps", "--set",
         "--strict",
     },
-    "verify": {"--against", "--tolerance", "--level", "--config"},
+    "verify": {"--against", "--tolerance", "--level", "--keep-going", "--config"},
 }  # fmt: skip
 
 
