@@ -28,7 +28,8 @@ check: setup
 test: setup
 	$(BIN)/pytest -m "not full"
 
-# Everything, the slow proofs too: about 20 minutes on 2 cores, 8 GB of memory, 4 GB of disk.
+# Everything, the slow proofs too (ten times the fuzz, kills at every call): about 30 minutes on
+# 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.
 test-full: setup
 	$(BIN)/pytest
 

@@ -6,6 +6,8 @@ that of one block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import GPTJConfig as HFConfig
@@ -16,6 +18,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorSource, read_rows, read_tensor
 from gptj_model.tensors import Scheme, Tensor, block, embedding, head
+from gptj_model.vocabulary import parts, read_head
 
 
 class StreamedReference:
@@ -72,24 +75,26 @@ class StreamedReference:
         )
         return self._block(x, attention_mask=mask, position_ids=positions)[0].numpy()
 
-    def load_head(self) -> None:
-        """Make the final norm and the head resident, in place of the block."""
-        del self._block
-        D, V = self._config.n_embd, self._config.vocab_size
-        rows = {t.hf: self._read(t) for t in head(self._config)}
-        if self._config.tie_word_embeddings:
-            rows["lm_head.weight"] = self._read(embedding(self._config))
-        with torch.device("meta"):
-            self._ln_f = torch.nn.LayerNorm(D, eps=self._config.layer_norm_epsilon)
-            self._head = torch.nn.Linear(D, V)
-        for module, prefix in ((self._ln_f, "transformer.ln_f."), (self._head, "lm_head.")):
-            state = {k.removeprefix(prefix): v for k, v in rows.items() if k.startswith(prefix)}
-            module.load_state_dict(state, strict=True, assign=True)
-
     @torch.no_grad()
-    def logits(self, x_BTD: np.ndarray) -> np.ndarray:
-        """Hidden states after the last block → (B, T, V)."""
-        return self._head(self._ln_f(torch.from_numpy(x_BTD))).numpy()
+    def logits(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Hidden states (B, T, D) after the last block → (B, T, V) each.
+
+        The head is read a part of the vocabulary at a time, in place of the block.
+        """
+        del self._block
+        config, prefix = self._config, "transformer.ln_f."
+        ln_f = torch.nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        rows = {t.hf: self._read(t) for t in head(config) if t.hf.startswith(prefix)}
+        ln_f.load_state_dict({k.removeprefix(prefix): v for k, v in rows.items()}, strict=True)
+        normed = [ln_f(torch.from_numpy(x_BTD)) for x_BTD in states]
+        found = [np.empty((*x.shape[:2], config.vocab_size), np.float32) for x in states]
+        for start, stop in parts(config):
+            read = read_head(config, self._source, self._scheme, start, stop)
+            weight_VD, bias_V = (torch.from_numpy(self._rounded(x)) for x in read)
+            for h_BTD, logits_BTV in zip(normed, found, strict=True):
+                logits = torch.nn.functional.linear(h_BTD, weight_VD, bias_V)
+                logits_BTV[..., start:stop] = logits.numpy()
+        return found
 
     def _read(self, tensor: Tensor) -> torch.Tensor:
         (name,) = tensor.names(self._scheme)

@@ -15,6 +15,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import Op, block, table
+from gptj_model.vocabulary import PART
 
 if TYPE_CHECKING:
     from gptj_convert.plan import Plan
@@ -67,25 +68,24 @@ def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int
 
 
 def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
-    """Peak of verify's level logits: while TensorFlow's head is made, or the longest prompt's
-    logits are compared.
+    """Peak of verify's level logits: while a block is loaded, or the logits are compared.
 
-    First both blocks are there, in float32, TensorFlow's beside the random values it began with,
-    and the head about five times: its variable, the random values it begins with and what they
-    are made of, then its values as read and as handed over. Then the two heads, what TensorFlow
-    has not given back, and the logits of both sides with copies of them. The factors are
-    measured (at widths of 64 to 4096), not read from TensorFlow.
+    First both blocks are there, in float32, and what one is read and handed over in; then what
+    TensorFlow has not given back of them, a part of both heads, the logits of all prompts on
+    both sides, and copies of the longest in float64. The factors are measured at the 6B's
+    width, not read from TensorFlow.
 
     Args:
         config: of both sides.
         lengths: of the prompts, in tokens; the hidden states of both sides are kept.
     """
     one_block = 4 * sum(t.size for t in block(config, 0))
-    the_head = 4 * config.vocab_size * config.n_embd
+    part = 4 * PART * config.n_embd
     states = 2 * 4 * sum(lengths) * config.n_embd
-    making = 3.5 * one_block + 5.3 * the_head
-    comparing = 1.2 * one_block + 4.3 * the_head + 16 * max(lengths) * config.vocab_size
-    return round(_BOTH_FRAMEWORKS + states + max(making, comparing))
+    logits = 8 * sum(lengths) * config.vocab_size
+    loading = 3.6 * one_block
+    comparing = 2 * one_block + 3 * part + logits + 8 * max(lengths) * config.vocab_size
+    return round(_BOTH_FRAMEWORKS + states + max(loading, comparing))
 
 
 def training_state(config: GPTJConfig) -> int:

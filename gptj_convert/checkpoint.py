@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_convert import vocabulary
-from gptj_convert.formats import hf, sharded, tf
+from gptj_convert.formats import hf, keras, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.reference_yaml import config_beside
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -92,6 +92,8 @@ def locate(path: Path) -> Location:
     prefix = tf.find_bundle(path)
     if prefix:
         return Location(path, Scheme.TF, prefix)
+    if weights := keras.find_weights(path):
+        return Location(path, Scheme.KERAS, weights)
     if not path.exists():
         raise FileFault(
             f"{path}: not found, expected a checkpoint",
@@ -105,9 +107,9 @@ def locate(path: Path) -> Location:
                 f"expected {' or '.join(n for n in hf.WEIGHT_FILES if sharded.is_index(n))}",
                 hint="fetch the index from where the shards came from",
             )
-        wanted = ", ".join((*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index"))
+        wanted = ", ".join((*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index", keras.WEIGHTS_FILE))
         raise FileFault(f"{path}: holds no checkpoint, expected one of {wanted}")
-    raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin or .index")
+    raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin, .index or .h5")
 
 
 def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
@@ -119,6 +121,8 @@ def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
     """
     if location.scheme is Scheme.HF:
         return hf.open_weights(location.weights)
+    if location.scheme is Scheme.KERAS:
+        return keras.KerasSource(location.weights), (location.weights,)
     bundle = BundleSource(location.weights)
     return bundle, tuple(bundle.files)
 
@@ -130,7 +134,7 @@ def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
         ConfigError: there is none, or one that is not a GPT-J.
     """
     beside = location.weights.parent / CONFIG_FILE
-    if config_file or location.scheme is Scheme.HF or beside.is_file():
+    if config_file or location.scheme is not Scheme.TF or beside.is_file():
         return GPTJConfig.from_file(config_file or beside)
     config = config_beside(location.weights)
     if config is None:

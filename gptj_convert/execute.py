@@ -18,6 +18,7 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.formats.keras import write_model
 from gptj_convert.journal import JOURNAL_FILE, Journal, Moved, read_journal
 from gptj_convert.manifest import (
     MANIFEST_FILE,
@@ -100,12 +101,14 @@ def execute(
                 _check_job(found.job, job, out, resume=resume)
             else:
                 staging.clear()
-            check_space(plan.layout.total, out, there=staging.content)
+            check_space(plan.disk_bytes, out, there=staging.content)
             reserve(plan.layout, staging.content, existing=True)
             journal = Journal(journal_path, job | {"force": force})
-            staging.keep = True
             with closing(journal):
-                yield from _write(plan, checkpoint, staging.content, journal)
+                try:
+                    yield from _write(plan, checkpoint, staging.content, journal)
+                finally:
+                    staging.keep = bool(journal.moved)
         except TensorFault:
             staging.keep = False  # going on would end the same way
             raise
@@ -301,6 +304,8 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
     if plan.scheme is Scheme.TF:
         params = yaml_text(continued_pretraining(plan.config))
         (staging / PARAMS_FILE).write_text(params, encoding="utf-8")
+    if plan.scheme is Scheme.KERAS:
+        write_model(staging, plan.config, plan.dtype)
     for path in checkpoint.companions:
         shutil.copyfile(path, staging / path.name)
 

@@ -95,7 +95,12 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def describe_target(plan: Plan) -> dict[str, Any]:
     """The manifest's word on the output."""
-    return {"format": plan.scheme.value, "dtype": plan.dtype, "saturate": plan.saturate}
+    return {
+        "format": plan.scheme.value,
+        "dtype": plan.dtype,
+        "share_embeddings": plan.shares_embeddings,
+        "saturate": plan.saturate,
+    }
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from gptj_model.errors import MemoryFault
+
 T = TypeVar("T")
 
 #: Seconds after which a waiting stage looks whether the others have ended.
@@ -110,13 +112,23 @@ class Buffers:
         pipeline: whose end also ends waiting here.
         count: of buffers.
         size: of each, in bytes.
+
+    Raises:
+        MemoryFault: the system does not give it.
     """
 
     def __init__(self, pipeline: Pipeline, count: int, size: int) -> None:
         self._pipeline = pipeline
         self._free: queue.Queue[np.ndarray] = queue.Queue(count)
-        for _ in range(count):
-            self._free.put(np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8))
+        try:
+            for _ in range(count):
+                self._free.put(np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8))
+        except OSError:
+            raise MemoryFault(
+                f"{count * size / 1e9:.2f} GB of memory are needed for {count} pieces of the "
+                "largest tensor, and the system gives less",
+                hint="end other programs, or raise the limit on this one (`ulimit -v`, cgroup)",
+            ) from None
 
     def take(self) -> np.ndarray:
         """A buffer that nobody uses: uint8, writable.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.formats.hf import hf_layout
+from gptj_convert.formats.keras import keras_layout
 from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.tf import tf_layout
 from gptj_convert.options import KEEP
-from gptj_convert.survey import hint, settle_tied_head, survey
+from gptj_convert.panels import Panels
+from gptj_convert.survey import hint, same_bits, settle_tied_head, survey
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import TensorFault, UsageError
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import GLOBAL_STEP, Op, Scheme, Tensor
+from gptj_model.tensors import EMBEDDING, GLOBAL_STEP, HEAD_WEIGHT, Op, Scheme, Tensor, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,9 @@ class Move:
 class Plan:
     """Every move of a conversion, in the order of the table."""
 
+    source_config: GPTJConfig
     config: GPTJConfig
+    """Of the target."""
     scheme: Scheme
     """Of the target."""
     moves: tuple[Move, ...]
@@ -52,6 +56,16 @@ class Plan:
     def target_bytes(self) -> int:
         """Bytes to write."""
         return sum(m.target.nbytes for m in self.moves)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all large files, those that are made of the weights file included."""
+        return self.layout.total * (2 if self.scheme is Scheme.KERAS else 1)
+
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether the source's head is left out, being the embedding once more."""
+        return self.config != self.source_config
 
     @property
     def dtype(self) -> str:
@@ -89,30 +103,43 @@ def make_plan(
     dtype: str,
     *,
     max_shard_bytes: int | None = None,
+    share_embeddings: bool = False,
     saturate: bool = False,
 ) -> Plan:
     """Plan the conversion of an open checkpoint.
 
     Args:
         checkpoint: the source.
-        target: `Scheme.TF` or `Scheme.HF`.
+        target: one of `options.DEFAULT_OUT`.
         dtype: one of `options.DTYPES`, or `options.KEEP`.
         max_shard_bytes: of the tensors of one file of weights, for `Scheme.HF`; None: one file.
+        share_embeddings: leave out a head that is the embedding once more.
         saturate: see `Plan`.
 
     Raises:
         TensorFault: see `match`.
-        UsageError: the format has no shards, or there would be too many.
+        UsageError: the format has no shards, or there would be too many; or the head is another.
     """
     if max_shard_bytes is not None and target is not Scheme.HF:
         raise UsageError(
             f"--max-shard-size does not go with --to {target.value}, whose weights are one file",
             hint="leave it out, or choose --to hf",
         )
+    found = {tensor.hf: (name, info) for tensor, name, info in match(checkpoint)}
+    config = checkpoint.config
+    if share_embeddings and not config.tie_word_embeddings:
+        if not head_is_embedding(checkpoint):
+            raise UsageError(
+                f"{checkpoint.path}: its head is not its embedding, bit for bit, so they cannot "
+                "be one",
+                hint="leave out --share-embeddings",
+            )
+        config = replace(config, tie_word_embeddings=True)
     moves = []
-    for tensor, name, info in match(checkpoint):
-        stored = info.dtype if dtype == KEEP else dtype
+    for tensor in table(config):
+        name, info = found[tensor.hf]
         (target_name,) = tensor.names(target)
+        stored = info.dtype if dtype == KEEP else dtype
         moves.append(
             Move(
                 tensor=tensor,
@@ -125,10 +152,23 @@ def make_plan(
         )
     tensors = {m.target_name: m.target for m in moves}
     layout = _layout(target, tensors, max_shard_bytes)
-    return Plan(checkpoint.config, target, tuple(moves), layout, saturate)
+    return Plan(checkpoint.config, config, target, tuple(moves), layout, saturate)
+
+
+def head_is_embedding(checkpoint: Checkpoint) -> bool:
+    """Whether the head of an untied checkpoint is its embedding, bit for bit; reads both."""
+    scheme = checkpoint.scheme
+    sides = []
+    for spec in (HEAD_WEIGHT, EMBEDDING):
+        tensor = next(t for t in table(checkpoint.config) if t.hf == spec.hf)
+        (name,) = tensor.names(scheme)
+        sides.append(Panels(checkpoint.source, name, tensor.op(scheme, Scheme.HF)))
+    return same_bits(*sides)
 
 
 def _layout(target: Scheme, tensors: dict[str, TensorInfo], max_shard_bytes: int | None) -> Layout:
     if target is Scheme.TF:
         return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
+    if target is Scheme.KERAS:
+        return keras_layout(tensors)
     return hf_layout(tensors, max_shard_bytes)

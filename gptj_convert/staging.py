@@ -108,8 +108,8 @@ def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Iterator[Sta
         try:
             yield staging
             for path in staging.content.iterdir():
-                _sync(path)
-            _sync(staging.content)
+                sync(path)
+            sync(staging.content)
             _replace(staging, out)
         except BaseException:
             if not staging.keep:
@@ -183,7 +183,7 @@ def _replace(staging: Staging, out: Path) -> None:
     try:
         staging.content.rename(out)
         try:
-            _sync(out.parent)
+            sync(out.parent)
         except BaseException:
             out.rename(staging.content)
             raise
@@ -193,7 +193,8 @@ def _replace(staging: Staging, out: Path) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once a file, or a folder's list of names, is on the device."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

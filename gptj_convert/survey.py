@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+
+import numpy as np
 
 from gptj_convert.panels import Panels
 from gptj_model.config import GPTJConfig
@@ -87,9 +89,14 @@ def survey(
 
 def settle_tied_head(findings: Sequence[Finding], source: TensorSource) -> list[Finding]:
     """Read a `TIED_HEAD`; one that is not the embedding, bit for bit, is unknown."""
+
+    def is_other(finding: Finding) -> bool:
+        names = (finding.name, EMBEDDING.hf)
+        return not same_bits(*(Panels(source, name, Op.COPY) for name in names))
+
     return [
         replace(f, role=Role.UNKNOWN, problem=_unknown(f.name))
-        if f.role is Role.TIED_HEAD and not _same_bits(source, f.name, EMBEDDING.hf)
+        if f.role is Role.TIED_HEAD and is_other(f)
         else f
         for f in findings
     ]
@@ -133,6 +140,17 @@ def _unknown(name: str) -> str:
     return f"{name!r} is not a tensor of this model"
 
 
-def _same_bits(source: TensorSource, a: str, b: str) -> bool:
-    sides = (Panels(source, name, Op.COPY) for name in (a, b))
-    return all(raw_bytes(x) == raw_bytes(y) for x, y in zip(*sides, strict=True))
+def same_bits(a: Iterable[np.ndarray], b: Iterable[np.ndarray]) -> bool:
+    """Whether two streams of arrays, however they are cut, have the same bytes."""
+    streams = iter(a), iter(b)
+    left = [memoryview(b""), memoryview(b"")]
+    while True:
+        for n, stream in enumerate(streams):
+            while not left[n] and (piece := next(stream, None)) is not None:
+                left[n] = raw_bytes(piece)
+        count = min(map(len, left))
+        if left[0][:count] != left[1][:count]:
+            return False
+        if not count:
+            return not any(left)
+        left = [side[count:] for side in left]

@@ -7,7 +7,7 @@ side is a finding; a source that cannot be read is a fault, since nothing can be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gptj_convert.integrity import StatedFile, stated_checksums
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.options import LEVELS
 from gptj_convert.panels import Panels
-from gptj_convert.plan import match
+from gptj_convert.plan import head_is_embedding, match
 from gptj_convert.progress import Progress
 from gptj_model.config import NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.dtypes import NUMPY, saturate
@@ -156,13 +156,12 @@ def verify(
         with found as checkpoint:
             manifest = _files(checkpoint, verdict)
             if LEVELS.index(level) >= LEVELS.index("weights"):
-                pairs = (
-                    (info, tensor.op(source.scheme, checkpoint.scheme), target)
-                    for (tensor, _, info), (_, _, target) in zip(
-                        expected, match(checkpoint), strict=True
-                    )
+                targets = {tensor.hf: target for tensor, _, target in match(checkpoint)}
+                verdict.planned_memory = comparison_memory(
+                    (info, tensor.op(source.scheme, checkpoint.scheme), targets[tensor.hf])
+                    for tensor, _, info in expected
+                    if tensor.hf in targets
                 )
-                verdict.planned_memory = comparison_memory(pairs)
                 yield from _weights(checkpoint, source, expected, manifest, verdict)
             if level == "logits" and verdict.ok:
                 yield from _logits(checkpoint, source, verdict)
@@ -189,7 +188,12 @@ def _structure(
         verdict.differences.append(Difference("structure", e.message, "a whole checkpoint"))
         return None
     try:
-        differing = _config_differences(checkpoint.config, source.config)
+        wanted = source.config
+        if checkpoint.config.tie_word_embeddings and not wanted.tie_word_embeddings:
+            # The same model, if the head that was left out is the embedding once more.
+            shared = head_is_embedding(source)
+            wanted = replace(wanted, tie_word_embeddings=shared)
+        differing = _config_differences(checkpoint.config, wanted)
         if differing:
             found, expected = differing
             verdict.differences.append(Difference("structure", found, expected))
@@ -261,7 +265,10 @@ def _weights(
     result = verdict.levels["weights"] = LevelResult(ok=True)
     total = sum(info.nbytes for _, _, info in expected)
     done = differing = nonfinite = 0
-    for (tensor, source_name, info), (_, name, _) in zip(expected, match(checkpoint), strict=True):
+    names = {tensor.hf: name for tensor, name, _ in match(checkpoint)}
+    for tensor, source_name, info in expected:
+        if (name := names.get(tensor.hf)) is None:
+            continue  # a head that shares the embedding: see `_structure`
         difference, bad = _compare_tensor(tensor, source, source_name, checkpoint, name, manifest)
         nonfinite += bad
         if difference:
@@ -382,11 +389,10 @@ def _logits(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Ite
             expected[n] = reference.run_block(expected[n], prompt.positions)
             hidden[n].append(relative_difference(found[n], expected[n]))
         yield Progress(done := done + 1, stages, f"block {i}")
-    ours.load_head()
-    reference.load_head()
+    our_logits, their_logits = ours.logits(found), reference.logits(expected)
     rows = []
     for n, prompt in enumerate(prompts):
-        figures = compare_logits(ours.logits(found[n])[0], reference.logits(expected[n])[0])
+        figures = compare_logits(our_logits[n][0], their_logits[n][0])
         if np.isnan(figures.relative):
             raise GptjError(
                 f"prompt {prompt.name!r}: logits are NaN, so nothing can be judged",

@@ -71,6 +71,12 @@ class TensorFault(GptjError):
         super().__init__("\n".join(lines), hint=hint)
 
 
+class MemoryFault(GptjError):
+    """The system gives less memory than the work needs."""
+
+    kind = "memory"
+
+
 class TrainingFault(GptjError):
     """A run cannot begin or go on: another run's folder, a damaged checkpoint, a diverged loss."""
 

@@ -22,6 +22,10 @@ from gptj_model.rotary import rotate
 # A sequence of one token attends to itself alone, and that is meant.
 warnings.filterwarnings("ignore", message="You are using a softmax over axis -1")
 
+#: Initializer of weights: they always come from a checkpoint, and random numbers would take
+#: three times the memory and most of the time that building a large model takes.
+UNSET = "zeros"
+
 
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
@@ -57,9 +61,7 @@ class Attention(keras.layers.Layer):
         self.config = config
 
         def projection(name: str) -> keras.layers.Dense:
-            return keras.layers.Dense(
-                config.n_embd, use_bias=False, name=name, dtype=self.dtype_policy
-            )
+            return dense(config.n_embd, name, self.dtype_policy, use_bias=False)
 
         self.q_proj = projection("q_proj")
         self.k_proj = projection("k_proj")
@@ -104,8 +106,8 @@ class FeedForward(keras.layers.Layer):
 
     def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
         super().__init__(**kwargs)
-        self.fc_in = keras.layers.Dense(config.ffn_dim, name="fc_in", dtype=self.dtype_policy)
-        self.fc_out = keras.layers.Dense(config.n_embd, name="fc_out", dtype=self.dtype_policy)
+        self.fc_in = dense(config.ffn_dim, "fc_in", self.dtype_policy)
+        self.fc_out = dense(config.n_embd, "fc_out", self.dtype_policy)
         self.drop_residual = Dropout(config.resid_pdrop, seeds)
 
     def build(self, input_shape: Any) -> None:
@@ -148,12 +150,19 @@ class Head(keras.layers.Layer):
         D, V = self.config.n_embd, self.config.vocab_size
         self.kernel = None
         if not self.config.tie_word_embeddings:
-            self.kernel = self.add_weight(name="kernel", shape=(D, V), initializer="glorot_uniform")
-        self.bias = self.add_weight(name="bias", shape=(V,), initializer="zeros")
+            self.kernel = self.add_weight(name="kernel", shape=(D, V), initializer=UNSET)
+        self.bias = self.add_weight(name="bias", shape=(V,), initializer=UNSET)
 
     def call(self, x_BTD, embeddings_VD):
         kernel_DV = ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
         return ops.matmul(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
+
+
+def dense(units: int, name: str, dtype: Any, *, use_bias: bool = True) -> keras.layers.Dense:
+    """A dense layer whose weights are still to come."""
+    return keras.layers.Dense(
+        units, use_bias=use_bias, name=name, dtype=dtype, kernel_initializer=UNSET
+    )
 
 
 def layer_norm(config: GPTJConfig, name: str, dtype: Any) -> keras.layers.LayerNormalization:

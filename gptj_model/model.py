@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from gptj_model.config import GPTJConfig
-from gptj_model.layers import Block, Context, Dropout, Head, layer_norm
+from gptj_model.layers import UNSET, Block, Context, Dropout, Head, layer_norm
 from gptj_model.rotary import sin_cos_tables
 
 #: Added to the score of a key that must not be seen: its probability underflows to 0.
@@ -44,7 +44,11 @@ class GPTJ(keras.Model):
         self.seeds = keras.random.SeedGenerator(seed, name="dropout")
         policy = self.dtype_policy
         self.wte = keras.layers.Embedding(
-            config.vocab_size, config.n_embd, name="wte", dtype=policy
+            config.vocab_size,
+            config.n_embd,
+            embeddings_initializer=UNSET,
+            name="wte",
+            dtype=policy,
         )
         self.drop = Dropout(config.embd_pdrop, self.seeds)
         self.blocks = [

@@ -68,6 +68,18 @@ def read_rows(source: TensorSource, name: str, start: int, stop: int | None) -> 
     return values
 
 
+def read_columns(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
+    """Columns start:stop of a matrix, in the dtype they are stored in."""
+    info = source.tensors[name]
+    dtype = NUMPY[info.dtype]
+    rows, columns = info.shape
+    values = np.empty((rows, stop - start), dtype)
+    for row in range(rows):
+        offset = (row * columns + start) * dtype.itemsize
+        source.read_into(name, offset, raw_bytes(values[row]))
+    return values
+
+
 def raw_bytes(values: np.ndarray) -> memoryview:
     """The memory of a contiguous array, as bytes that may be written to."""
     return values.reshape(-1).view(np.uint8).data

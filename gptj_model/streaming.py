@@ -5,6 +5,10 @@ Shape suffixes: B batch, T time, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -14,6 +18,7 @@ from gptj_model.layers import Block, Head, layer_norm
 from gptj_model.model import make_context
 from gptj_model.source import TensorSource, read_rows
 from gptj_model.tensors import Scheme, block, embedding, head
+from gptj_model.vocabulary import parts, read_head
 from gptj_model.weights import assign, assigned_variables
 
 
@@ -21,7 +26,7 @@ class StreamedModel:
     """The stages of a forward pass in float32, each with numpy arrays in and out.
 
     Call `embed` for every input, then for each block `load_block` once and `run_block` for every
-    state, then `load_head` once and `logits` for every state.
+    state, then `logits` once for all states.
     """
 
     def __init__(self, config: GPTJConfig, source: TensorSource, scheme: Scheme) -> None:
@@ -54,26 +59,39 @@ class StreamedModel:
         context = make_context(self._config, T, T, positions_T[None].astype(np.int32))
         return np.asarray(self._run(ops.convert_to_tensor(x_BTD), context))
 
-    def load_head(self) -> None:
-        """Make the final norm and the head resident, in place of the block."""
+    def logits(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Hidden states (B, T, D) after the last block → (B, T, V) each.
+
+        The head is read a part of the vocabulary at a time, in place of the block.
+        """
         del self._block, self._run
         config = self._config
-        self._ln_f = layer_norm(config, "ln_f", "float32")
-        self._head = Head(config, name="lm_head")
-        self._embeddings = None
-        for layer in (self._ln_f, self._head):
-            layer.build((None, None, config.n_embd))
-            rows = {t.hf: t for t in head(config) if t.keras.startswith(f"{layer.name}/")}
-            for hf_name, variable in assigned_variables(layer, rows, prefix="").items():
-                assign(variable, rows[hf_name], self._source, self._scheme)
-        if config.tie_word_embeddings:
-            (name,) = embedding(config).names(self._scheme)
-            values = read_rows(self._source, name, 0, None)
-            self._embeddings = ops.convert_to_tensor(values.astype(np.float32))
+        ln_f = layer_norm(config, "ln_f", "float32")
+        ln_f.build((None, None, config.n_embd))
+        rows = {t.hf: t for t in head(config) if t.keras.startswith("ln_f/")}
+        for hf_name, variable in assigned_variables(ln_f, rows, prefix="").items():
+            assign(variable, rows[hf_name], self._source, self._scheme)
+        normed = [ln_f(x_BTD) for x_BTD in states]
+        found = [np.empty((*x.shape[:2], config.vocab_size), np.float32) for x in states]
+        for start, stop in parts(config):
+            part = self._head(start, stop)
+            for h_BTD, logits_BTV in zip(normed, found, strict=True):
+                logits_BTV[..., start:stop] = np.asarray(part(h_BTD))
+        return found
 
-    def logits(self, x_BTD: np.ndarray) -> np.ndarray:
-        """Hidden states after the last block → (B, T, V)."""
-        return np.asarray(self._head(self._ln_f(x_BTD), self._embeddings))
+    def _head(self, start: int, stop: int) -> Callable[[Any], Any]:
+        """The head as a function of normed hidden states, for tokens start:stop."""
+        weight_VD, bias_V = read_head(self._config, self._source, self._scheme, start, stop)
+        weight_VD, bias_V = (x.astype(np.float32, copy=False) for x in (weight_VD, bias_V))
+        ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+        layer = Head(replace(self._config, vocab_size=stop - start, **ends), name="lm_head")
+        layer.build((None, None, self._config.n_embd))
+        layer.bias.assign(bias_V)
+        if layer.kernel is None:
+            embeddings_VD = ops.convert_to_tensor(weight_VD)
+            return lambda h_BTD: layer(h_BTD, embeddings_VD)
+        layer.kernel.assign(weight_VD.T)
+        return lambda h_BTD: layer(h_BTD, None)
 
 
 def _compiled(layer: Block):

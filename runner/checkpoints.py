@@ -16,6 +16,7 @@ from crc32c import crc32c
 
 from gptj_convert.formats.bundle import BundleSource, data_path, index_path, masked, write_bundle
 from gptj_convert.formats.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
+from gptj_convert.staging import sync
 from gptj_model.errors import FileFault, TrainingFault
 from gptj_model.source import raw_bytes, read_tensor
 from gptj_model.tensors import GLOBAL_STEP
@@ -52,7 +53,7 @@ def save(model_dir: Path, step: int, tensors: Mapping[str, np.ndarray], *, keep:
     except BaseException:
         _remove(partial)
         raise
-    _sync(model_dir)
+    sync(model_dir)
     known = steps(model_dir)
     kept = known[-keep:] if keep else known
     _write_state(model_dir, kept)
@@ -117,18 +118,10 @@ def _write_state(model_dir: Path, kept: list[int]) -> None:
         f.flush()
         os.fsync(f.fileno())
     partial.rename(model_dir / STATE_FILE)
-    _sync(model_dir)
+    sync(model_dir)
 
 
 def _remove(bundle: Path) -> None:
     index_path(bundle).unlink(missing_ok=True)
     for path in bundle.parent.glob(f"{bundle.name}.data-*"):
         path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from gptj_convert.formats.layout import FileLayout, Layout
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import table
+from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT
 
 WEIGHTS_FILE = "model.weights.h5"
 MODEL_FILE = "model.keras"
@@ -29,28 +30,62 @@ _GROUPS = {
     "ln_f": "layers/layer_normalization",
     "lm_head": "layers/head",
 }
+#: The variables of a layer in the order Keras numbers them, by the end of the layer's path.
+_VARIABLES = {
+    "wte": ("embeddings",),
+    "ln_1": ("gamma", "beta"),
+    "ln_f": ("gamma", "beta"),
+    "q_proj": ("kernel",),
+    "k_proj": ("kernel",),
+    "v_proj": ("kernel",),
+    "out_proj": ("kernel",),
+    "fc_in": ("kernel", "bias"),
+    "fc_out": ("kernel", "bias"),
+    "lm_head": ("kernel", "bias"),
+}
+_PATH = re.compile(r"(layers/\w+|blocks/block(?:_(\d+))?)(?:/(.+))?/vars/(\d)", re.ASCII)
+_HEAD_KERNEL = HEAD_WEIGHT.keras
+
 #: Bytes that are copied at once.
 _PIECE = 8 * 2**20
 
 
-def dataset_paths(config: GPTJConfig) -> dict[str, str]:
-    """Where Keras keeps each variable in a weights file, by the table's Keras name."""
-    found: dict[str, str] = {}
-    for tensor in table(config):
-        layer = tensor.keras.rpartition("/")[0]
-        first, _, rest = layer.partition("/")
-        group = _GROUPS.get(first)
-        if group is None:  # a block: the first has no number
-            number = first.removeprefix("h_")
-            group = "blocks/block" + ("" if number == "0" else f"_{number}")
-        vars_ = "/".join(filter(None, (group, rest, "vars")))
-        found[tensor.keras] = f"{vars_}/{sum(p.startswith(f'{vars_}/') for p in found.values())}"
-    return found
+def dataset_path(name: str, *, tied: bool) -> str:
+    """Where Keras keeps a variable in a weights file, by the table's Keras name."""
+    layer, _, variable = name.rpartition("/")
+    first, _, rest = layer.partition("/")
+    group = _GROUPS.get(first)
+    if group is None:  # a block: the first has no number
+        number = first.removeprefix("h_")
+        group = "blocks/block" + ("" if number == "0" else f"_{number}")
+    return "/".join(
+        filter(None, (group, rest, "vars", str(_variables(layer, tied).index(variable))))
+    )
 
 
-def keras_layout(config: GPTJConfig, tensors: Mapping[str, TensorInfo]) -> Layout:
+def variable_name(path: str, *, tied: bool) -> str:
+    """The inverse of `dataset_path`; a path that no GPT-J has is given back as it is."""
+    found = re.fullmatch(
+        r"(layers/\w+|blocks/block(?:_(\d+))?)(?:/(.+))?/vars/(\d)", path, re.ASCII
+    )
+    if not found:
+        return path
+    group, number, rest, index = found.groups()
+    first = {g: layer for layer, g in _GROUPS.items()}.get(group)
+    layer = "/".join(filter(None, (first or f"h_{number or 0}", rest)))
+    variables = _variables(layer, tied)
+    return f"{layer}/{variables[int(index)]}" if int(index) < len(variables) else path
+
+
+def _variables(layer: str, tied: bool) -> tuple[str, ...]:
+    variables = _VARIABLES.get(layer.rpartition("/")[2], ())
+    return variables[1:] if tied and layer == "lm_head" else variables
+
+
+def keras_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
     """The weights file; its tensors go by the table's Keras names."""
-    names = {path: name for name, path in dataset_paths(config).items()}
+    tied = _HEAD_KERNEL not in tensors
+    names = {dataset_path(name, tied=tied): name for name in tensors}
     with tempfile.NamedTemporaryFile(suffix=".h5") as skeleton:
         _make_skeleton(skeleton.name, {p: tensors[n] for p, n in names.items()})
         places = sorted(_places(skeleton.name, names))
@@ -81,7 +116,7 @@ def write_model(folder: Path, config: GPTJConfig, dtype: str) -> None:
     # No date: the same source gives the same bytes.
     metadata = {"keras_version": importlib.metadata.version("keras")}
     with (
-        zipfile.ZipFile(folder / MODEL_FILE, "x", zipfile.ZIP_STORED) as archive,
+        zipfile.ZipFile(folder / MODEL_FILE, "w", zipfile.ZIP_STORED) as archive,
         (folder / WEIGHTS_FILE).open("rb", buffering=0) as weights,
     ):
         archive.writestr(_entry("config.json"), json.dumps(model))
@@ -121,3 +156,34 @@ def _places(path: str, names: Mapping[str, str]) -> Iterator[tuple[int, str]]:
     with h5py.File(path, "r") as file:
         for dataset, name in names.items():
             yield file[dataset].id.get_offset(), name
+
+
+class KerasSource:
+    """The tensors of a weights file by the table's Keras names, as a `TensorSource`.
+
+    Raises:
+        FileFault: see `Hdf5Source`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gptj_convert.formats.hdf5 import Hdf5Source
+
+        self._file = Hdf5Source(path)
+        tied = dataset_path(HEAD_BIAS.keras, tied=False) not in self._file.tensors
+        self._paths = {variable_name(p, tied=tied): p for p in self._file.tensors}
+        self.tensors = {name: self._file.tensors[path] for name, path in self._paths.items()}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource.read_into`."""
+        self._file.read_into(self._paths[name], offset, buffer)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def find_weights(path: Path) -> Path | None:
+    """The weights file that `path` is or, if it is a folder, holds."""
+    if path.is_file():
+        return path if path.suffix == ".h5" else None
+    return path / WEIGHTS_FILE if (path / WEIGHTS_FILE).is_file() else None

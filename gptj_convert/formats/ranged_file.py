@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from gptj_model.errors import FileFault
 
@@ -18,6 +20,8 @@ ALIGNMENT = 4096
 #: Ranges from this size on are read directly, so many bytes at once.
 _DIRECT_FROM = 2**20
 _DIRECT_BYTES = 8 * 2**20
+#: Pages that tell whether a file is in the page cache.
+_SAMPLES = 256
 _of_thread = threading.local()
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -44,7 +48,7 @@ class RangedFile:
             self.size = os.fstat(self._fd).st_size
         except OSError as e:
             raise FileFault(f"{path}: cannot be opened: {e.strerror}") from None
-        if self.size >= _DIRECT_FROM and hasattr(os, "O_DIRECT"):
+        if self.size >= _DIRECT_FROM and not _is_cached(self._fd, self.size):
             with suppress(OSError):  # tmpfs, for one
                 self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
@@ -92,14 +96,11 @@ class RangedFile:
     def _read_some(self, offset: int, buffer: memoryview) -> int:
         """What one call of the system gives. Returns 0 at the end of the file only.
 
-        Long ranges that no other reader has brought into the page cache go around it: filling
-        it costs more processor time than converting what is read.
+        Long ranges of a file that is not in the page cache go around it: filling it costs more
+        processor time than converting what is read.
         """
         if self._direct < 0 or len(buffer) < _DIRECT_FROM:
             return os.preadv(self._fd, [buffer], offset)
-        with suppress(OSError):  # not in the cache, or a system that cannot tell
-            if got := os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT):
-                return got
         bounce = _bounce_memory()
         skip = offset % ALIGNMENT
         try:
@@ -124,6 +125,26 @@ class RangedFile:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
+
+
+def _is_cached(fd: int, size: int) -> bool:
+    """Whether most of a file is in the page cache, by a few of its pages; reads nothing."""
+    try:
+        mincore = ctypes.CDLL(None).mincore
+        resident = sum(_is_resident(mincore, fd, size * n // _SAMPLES) for n in range(_SAMPLES))
+    except (OSError, ValueError, AttributeError):
+        return True
+    return resident > _SAMPLES // 2
+
+
+def _is_resident(mincore: Any, fd: int, offset: int) -> bool:
+    # A private mapping, which ctypes can point into; nothing is written to it.
+    begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(fd, 1, access=mmap.ACCESS_COPY, offset=begin) as page:
+        inside, answer = ctypes.c_char.from_buffer(page), ctypes.c_ubyte()
+        failed = mincore(ctypes.byref(inside), ctypes.c_size_t(1), ctypes.byref(answer))
+        del inside  # else the mapping cannot be closed
+    return bool(failed) or bool(answer.value & 1)
 
 
 def _bounce_memory() -> memoryview:

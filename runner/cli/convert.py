@@ -29,7 +29,7 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
 @command
 @click.argument("source", metavar="[SRC]", type=PATH, required=False)
 @click.option("--to", "target", type=click.Choice(list(DEFAULT_OUT)), required=True)
-@click.option("--out", type=PATH, help="Folder to make.  [default: converted, converted-hf]")
+@click.option("--out", type=PATH, help="Folder to make.  [default: converted, -hf, -keras]")
 @click.option(
     "--dtype",
     type=click.Choice([*DTYPES, KEEP]),
@@ -47,6 +47,9 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
     type=click.Choice(VOCAB_SIZES),
     help="Which counts if config.json and the tensors' rows disagree.  [default: they must agree]",
 )
+@click.option(
+    "--share-embeddings", is_flag=True, help="Leave out a head that equals the embedding."
+)
 @click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--saturate", is_flag=True, help="Values too large for the dtype become its largest.")
@@ -60,6 +63,7 @@ def convert(
     dtype: str | None,
     max_shard_bytes: int | None,
     vocab_choice: str | None,
+    share_embeddings: bool,
     config_file: Path | None,
     dry_run: bool,
     saturate: bool,
@@ -92,6 +96,7 @@ def convert(
             scheme,
             dtype or DEFAULT_DTYPE[target],
             max_shard_bytes=max_shard_bytes,
+            share_embeddings=share_embeddings,
             saturate=saturate,
         )
         last_id, vocab_size = last_token_id(checkpoint.companions), plan.config.vocab_size
@@ -100,7 +105,7 @@ def convert(
             "tensors": len(plan.moves),
             "source_bytes": plan.source_bytes,
             "target_bytes": plan.target_bytes,
-            "disk_bytes": plan.layout.total,
+            "disk_bytes": plan.disk_bytes,
             "planned_rss_bytes": conversion_memory(plan),
         }
         output.note(
@@ -117,7 +122,7 @@ def convert(
                 f"needs {figures['disk_bytes'] / 1e9:.2f} GB of disk and "
                 f"{figures['planned_rss_bytes'] / 1e9:.2f} GB of memory"
             )
-            check_space(plan.layout.total, out)
+            check_space(plan.disk_bytes, out)
             for move in plan.moves:
                 output.data(
                     f"{move.source_name}  →  {move.target_name}  {move.op.value}  "

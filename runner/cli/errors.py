@@ -7,7 +7,7 @@ from enum import IntEnum
 import click
 
 from gptj_convert.formats.output_file import FULL
-from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
+from gptj_model.errors import ConfigError, FileFault, GptjError, MemoryFault, UsageError
 
 
 class Exit(IntEnum):
@@ -58,7 +58,8 @@ def _as_fault(error: BaseException) -> GptjError | None:
             hint="install this program with all its parts: `pip install 'gptj-tf[all]'`",
         )
     if isinstance(error, MemoryError):
-        return FileFault("out of memory", hint="use a smaller batch or sequence length")
+        hint = "end other programs; in training, use a smaller batch or sequence length"
+        return MemoryFault("out of memory", hint=hint)
     return None
 
 

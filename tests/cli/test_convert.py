@@ -14,8 +14,14 @@ import tensorflow as tf
 import torch
 from safetensors.torch import load_file
 
+from gptj_convert import writer
+from gptj_convert.checkpoint import open_checkpoint
+from gptj_convert.execute import execute
+from gptj_convert.formats.ranged_file import ALIGNMENT
+from gptj_convert.plan import make_plan
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
+from gptj_model.errors import TensorFault
 from gptj_model.tensors import Scheme, table
 from tests.conftest import GOLDEN_RUNS, load_tensors, make_checkpoint, save_tensors
 
@@ -293,6 +299,28 @@ def test_nan_and_infinity_are_kept_and_told(dtype: str, workdir: Path, small_pie
     assert values[1:].tolist() == [np.inf, -np.inf]
 
 
+def test_a_head_that_is_the_embedding_may_be_shared(hf: Path, small_pieces: None, gptj):
+    tensors = load_tensors(hf / "model.safetensors")
+    share = ("--to", "tf", "--share-embeddings")
+    _refused(gptj("convert", hf, *share), 2, "is not its embedding")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    save_tensors(hf / "model.safetensors", tensors)
+    assert gptj("convert", hf, *share).code == 0
+    variables = dict(tf.train.list_variables("converted/tf_model.ckpt"))
+    assert variables["bias"] == [211]
+    assert "lm_head/lm_head/kernel" not in variables
+    assert gptj("verify").code == 0
+    assert gptj("convert", "converted", *share, "--out", "again").code == 0
+    assert gptj("convert", hf, "--to", "tf", "--out", "whole").code == 0
+    assert gptj("convert", "whole", *share, "--out", "shared").code == 0
+    data = "tf_model.ckpt.data-00000-of-00001"
+    for other in ("again", "shared"):
+        assert (Path(other) / data).read_bytes() == (Path("converted") / data).read_bytes()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    save_tensors(hf / "model.safetensors", tensors)
+    assert gptj("verify", "--level", "weights").code == 3
+
+
 def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
     (converted / "mine.txt").write_text("precious")
     done = gptj("convert", hf, "--to", "tf")
@@ -425,4 +453,39 @@ def test_a_disk_that_fills_midway(hf: Path):
     assert done.returncode == 1
     assert "tf_model.ckpt.data-00000-of-00001: cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
+    assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
+
+
+def test_too_little_memory_is_said_with_how_much_is_needed(workdir: Path):
+    import resource
+
+    make_checkpoint(workdir / "hf", n_embd=2048, n_head=2, vocab_size=5000, n_layer=1)
+    limit = 240 * 2**20
+
+    def limited(size: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "runner.cli.root", "convert", "hf", "--to", "tf"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    refused = limited(limit)
+    assert refused.returncode == 1
+    assert "of memory are needed" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
+    assert limited(limit + 2**30).returncode == 0
+
+
+def test_a_source_that_changes_while_it_is_read(hf: Path, small_pieces: None, monkeypatch):
+    monkeypatch.setattr(writer, "BLOCK_BYTES", ALIGNMENT)
+    weights = hf / "model.safetensors"
+    with open_checkpoint(hf) as checkpoint:
+        events = execute(make_plan(checkpoint, Scheme.TF, "float32"), checkpoint, Path("converted"))
+        next(events)
+        os.utime(weights, ns=(1, 1))
+        with pytest.raises(TensorFault, match="changed while they were read"):
+            list(events)
     assert [p.name for p in Path.cwd().iterdir()] == ["hf"]

@@ -9,8 +9,8 @@ from runner.cli.root import root
 COMMON = {"--json", "--quiet"}
 OPTIONS = {
     "convert": {
-        "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--config", "--dry-run",
-        "--saturate", "--resume", "--force",
+        "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
+        "--config", "--dry-run", "--saturate", "--resume", "--force",
     },
     "data text": {
         "--tokenizer", "--max-sequence-length", "--out", "--glob", "--on-error", "--force",

@@ -470,7 +470,10 @@ codecs.lookup("cp437")  # zipfile's for names; Python imports codecs when first 
 seen, on = [], False
 
 def hook(event, arguments):
-    if on and not (event == "open" and arguments[0] == str(path)):
+    # The reader looks whether the file is in the page cache.
+    looks = event.startswith("mmap.") or event.startswith("ctypes.cdata")
+    looks |= event.startswith("ctypes.dl") and arguments[-1] in (None, "mincore")
+    if on and not looks and not (event == "open" and arguments[0] == str(path)):
         seen.append((event, arguments))
 
 folder = Path(sys.argv[1])

@@ -1,0 +1,44 @@
+"""Large tensors of the vocabulary, read a part at a time.
+
+Shape suffixes: D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gptj_model.config import GPTJConfig
+from gptj_model.source import TensorSource, read_columns, read_rows
+from gptj_model.tensors import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, Op, Scheme, Tensor, table
+
+#: Tokens a part: with the 6B's width, 134 MB in float32.
+PART = 8192
+
+
+def parts(config: GPTJConfig) -> Iterator[tuple[int, int]]:
+    """First token and the one after the last of each part of the vocabulary."""
+    for start in range(0, config.vocab_size, PART):
+        yield start, min(start + PART, config.vocab_size)
+
+
+def read_tokens(
+    source: TensorSource, tensor: Tensor, scheme: Scheme, start: int, stop: int
+) -> np.ndarray:
+    """Rows start:stop, one a token, of a tensor in HF's layout: (stop - start, …)."""
+    (name,) = tensor.names(scheme)
+    if tensor.op(scheme, Scheme.HF) is Op.COPY:
+        return read_rows(source, name, start, stop)
+    return read_columns(source, name, start, stop).T
+
+
+def read_head(
+    config: GPTJConfig, source: TensorSource, scheme: Scheme, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The head's weight (stop - start, D) and bias (stop - start) for some tokens."""
+    by_name = {t.hf: t for t in table(config)}
+    weight = by_name[EMBEDDING.hf if config.tie_word_embeddings else HEAD_WEIGHT.hf]
+    bias = by_name[HEAD_BIAS.hf]
+    weight_VD = read_tokens(source, weight, scheme, start, stop)
+    return weight_VD, read_tokens(source, bias, scheme, start, stop)

@@ -1,0 +1,230 @@
+"""Readers fed with damaged files: a typed fault or a result, never anything else.
+
+Every mutant comes from a valid file and a seed, so that a failure can be repeated: its number is
+in the assertion. `make test-full` runs ten times as many.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptj_convert.checkpoint import open_checkpoint
+from gptj_convert.execute import execute
+from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.hdf5 import Hdf5Source
+from gptj_convert.formats.pickle import open_pickle
+from gptj_convert.formats.safetensors import SafetensorsSource
+from gptj_convert.formats.sharded import ShardedSource
+from gptj_convert.plan import make_plan
+from gptj_convert.reference_yaml import read_yaml
+from gptj_model.config import GPTJConfig
+from gptj_model.errors import GptjError
+from gptj_model.source import TensorSource, read_tensor
+from gptj_model.tensors import Scheme
+from runner.data.records import read_records
+from runner.params import load_params
+from tests.conftest import GOLDEN_RUNS, make_checkpoint
+
+#: Seconds that one file may take.
+LIMIT = 10
+
+NUMBERS = [b"-1", b"0", b"1e999", b"NaN", b"null", b"9" * 40, b"1.5", b"true", b'""', b"[]", b"{}"]
+WORDS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
+
+
+def mutant(data: bytes, rng: random.Random, hot: int) -> bytes:
+    """One to four changes, mostly among the first or last `hot` bytes."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        if not changed:
+            break
+        edge = min(hot, len(changed))
+        at = rng.randrange(edge)
+        if rng.random() < 0.4:
+            at = len(changed) - edge + at
+        match rng.randrange(8):
+            case 0:
+                changed[at] ^= 1 << rng.randrange(8)
+            case 1:
+                changed[at] = rng.randrange(256)
+            case 2:
+                del changed[at : at + rng.choice([1, 2, 8, 100])]
+            case 3:
+                changed[at:at] = rng.randbytes(rng.choice([1, 2, 8, 100]))
+            case 4:
+                del changed[at:]
+            case 5:
+                word = rng.choice(WORDS).to_bytes(8, "little")[: rng.choice([1, 2, 4, 8])]
+                changed[at : at + len(word)] = word
+            case 6:
+                length = rng.choice([8, 40, 200])
+                changed[at:at] = changed[at : at + length]
+            case 7:
+                digits = [i for i in range(edge) if 48 <= changed[i] <= 57]
+                if digits:
+                    i = rng.choice(digits)
+                    changed[i : i + 1] = rng.choice(NUMBERS)
+    return bytes(changed)
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """An alarm instead of a hang."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_all(source: TensorSource) -> None:
+    """Read what the header promises, which is bounded by the file's size."""
+    try:
+        for name in source.tensors:
+            read_tensor(source, name)
+    finally:
+        source.close()
+
+
+class Reader:
+    """A reader, a valid file for it, and where in the file its structure is."""
+
+    def __init__(self, file: Path, read: Callable[[Path], object], hot: int = 4000) -> None:
+        self.file = file
+        self.read = read
+        self.hot = hot
+
+
+def read_params(path: Path) -> None:
+    read_yaml(path)
+    load_params(path, {})
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
+    folder = tmp_path_factory.mktemp("seeds")
+    hf = make_checkpoint(folder / "hf", n_layer=1, vocab_size=20, n_embd=8, rotary_dim=2, n_head=2)
+    state = load_file(hf / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    sharded = folder / "sharded"
+    sharded.mkdir()
+    names = sorted(state)
+    shards = {f"pytorch_model-0000{n}-of-00002.bin": names[n - 1 :: 2] for n in (1, 2)}
+    for file, inside in shards.items():
+        torch.save({n: state[n] for n in inside}, sharded / file)
+    weight_map = {n: file for file, inside in shards.items() for n in inside}
+    total = sum(v.nbytes for v in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for scheme in (Scheme.TF, Scheme.KERAS):
+        with open_checkpoint(hf) as checkpoint:
+            plan = make_plan(checkpoint, scheme, "keep")
+            for _ in execute(plan, checkpoint, folder / scheme.value):
+                pass
+    record, params = folder / "a.tfrecord", folder / "params.yaml"
+    shutil.copyfile(next((GOLDEN_RUNS / "adamw").rglob("*.tfrecord*")), record)
+    shutil.copyfile(GOLDEN_RUNS / "adamw/params.yaml", params)
+    return {
+        "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
+        "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(open_pickle(p)), 6000),
+        "index.json": Reader(
+            sharded / "pytorch_model.bin.index.json", lambda p: read_all(ShardedSource(p))
+        ),
+        "config.json": Reader(hf / "config.json", GPTJConfig.from_file),
+        "params.yaml": Reader(params, read_params),
+        "bundle": Reader(
+            folder / "tf/tf_model.ckpt.index", lambda p: read_all(BundleSource(p.with_suffix("")))
+        ),
+        "tfrecord": Reader(record, lambda p: list(read_records(p, max_bytes=1 << 20)), 1000),
+        "hdf5": Reader(folder / "keras/model.weights.h5", lambda p: read_all(Hdf5Source(p)), 9000),
+    }
+
+
+KINDS = (
+    *("safetensors", "bin", "index.json", "config.json", "params.yaml", "bundle", "tfrecord"),
+    "hdf5",
+)
+
+
+def feed(reader: Reader, count: int, seed: int = 0) -> int:
+    """Feed mutants; returns how many were refused."""
+    data = reader.file.read_bytes()
+    refused = longest = 0
+    try:
+        reader.read(reader.file)  # the seed is valid
+        for n in range(count):
+            reader.file.write_bytes(mutant(data, random.Random(f"{seed} {n}"), reader.hot))
+            try:
+                with limited():
+                    reader.read(reader.file)
+            except GptjError as e:
+                refused += 1
+                longest = max(longest, len(e.message))
+            except BaseException as e:
+                raise AssertionError(f"mutant {n}: {type(e).__name__}: {e}") from e
+    finally:
+        reader.file.write_bytes(data)
+    assert longest < 20_000
+    return refused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_thousand_mutants(kind: str, readers: dict[str, Reader]):
+    assert feed(readers[kind], 2000) > 200
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_thousand_mutants(kind: str, readers: dict[str, Reader]):
+    assert feed(readers[kind], 20_000, seed=1) > 2000
+
+
+def test_a_fault_that_is_not_typed_would_be_seen(readers: dict[str, Reader]):
+    """The harness itself can fail: a reader with a bug in it."""
+
+    def careless(path: Path) -> None:
+        length = int.from_bytes(path.read_bytes()[:8], "little")
+        json.loads(path.read_bytes()[8 : 8 + length])
+
+    with pytest.raises(AssertionError, match="mutant"):
+        feed(Reader(readers["safetensors"].file, careless), 100)
+
+
+def test_no_other_file_is_opened(readers: dict[str, Reader], tmp_path: Path):
+    """What a mutant names is never opened: only the seeds' own folder is."""
+    root = str(readers["index.json"].file.parent)
+    opened: set[str] = set()
+    watching = True
+
+    def hook(event: str, arguments: tuple) -> None:
+        if watching and event == "open" and isinstance(arguments[0], str | bytes):
+            opened.add(str(arguments[0]))
+
+    sys.addaudithook(hook)
+    feed(readers["index.json"], 300, seed=2)
+    watching = False
+    assert opened
+    assert all(path.startswith(root) for path in opened), opened
+
+
+def test_seeds_are_repeatable():
+    data = np.arange(1000, dtype=np.uint16).tobytes()
+    assert mutant(data, random.Random("0 1"), 100) == mutant(data, random.Random("0 1"), 100)
