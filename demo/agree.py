@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from runner.cli import tensorflow
 
 if __name__ == "__main__":
     folder, checkpoint, prompt, tokens = sys.argv[1:]
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tokenizer(prompt, return_tensors="pt")

@@ -85,7 +85,7 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
     part = 4 * PART * config.n_embd
     states = 2 * 4 * sum(lengths) * config.n_embd
     logits = 8 * sum(lengths) * config.vocab_size
-    loading = 3.6 * one_block
+    loading = 4.4 * one_block
     comparing = 2 * one_block + 3 * part + logits + 8 * max(lengths) * config.vocab_size
     return round(_BOTH_FRAMEWORKS + states + max(loading, comparing))
 
