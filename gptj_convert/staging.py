@@ -47,8 +47,9 @@ class Staging:
 
 
 def staging_root(out: Path) -> Path:
-    """Where the output is made."""
-    return out.with_name(out.name + SUFFIX)
+    """Where the output is made: beside it, whatever its name is written as."""
+    whole = out.resolve()
+    return whole.with_name(whole.name + SUFFIX)
 
 
 def has_content(out: Path) -> bool:

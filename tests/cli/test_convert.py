@@ -422,6 +422,14 @@ def test_a_file_beside_the_weights_that_is_none(text: str, words: str, name: str
         _refused(gptj("convert", hf, "--to", "tf", *dry), 1, f"{name}: {words}", "hint:")
 
 
+@pytest.mark.parametrize("out", [".", "..", "hf/.."])
+def test_the_current_folder_is_no_output(out: str, hf: Path, gptj):
+    done = gptj("convert", hf, "--to", "tf", "--out", out)
+    assert done.code == 2
+    assert "error: " in done.stderr
+    assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
+
+
 @pytest.mark.parametrize("source", ["nowhere", "empty", "text.txt"])
 def test_no_checkpoint_there(source: str, workdir: Path, gptj):
     (workdir / "empty").mkdir()
