@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from gptj_convert.manifest import (
     describe_source,
     describe_target,
 )
-from gptj_convert.panels import STRIPS, Strip, Strips, strip_bytes
-from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_convert.panels import STRIPS, Strip
+from gptj_convert.pipeline import Pipeline
 from gptj_convert.plan import Move, Plan
 from gptj_convert.progress import Progress
+from gptj_convert.read_ahead import ReadAhead, Wanted
 from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining, yaml_text
 from gptj_convert.staging import has_content, remove_staging, staged_folder, staging_root
 from gptj_convert.writer import Start, find_start, reserve, write_files
@@ -210,77 +212,59 @@ def _write(
             yield Progress(done, total, what)
     _write_companions(plan, checkpoint, folder)
     _check_unchanged(checkpoint, journal)
-    manifest = _manifest(plan, checkpoint, folder, moved, start.digests)
+    manifest = _manifest(plan, folder, journal.job, moved, start.digests)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     yield Result(tuple(moved.values()), kept)
 
 
 class _Reader:
-    """The source's tensors in the order of the target's bytes, read ahead in their own thread."""
+    """The source's tensors in the order of the target's bytes, read ahead."""
 
     def __init__(
         self, plan: Plan, checkpoint: Checkpoint, pipeline: Pipeline, start: Start
     ) -> None:
-        self._plan = plan
-        self._checkpoint = checkpoint
+        self._saturate = plan.saturate
+        self._where = str(checkpoint.path)
         self._moves = {m.target_name: m for m in plan.moves}
-        size = max(strip_bytes(m.source, m.op) for m in plan.moves)
-        self._buffers = Buffers(pipeline, STRIPS, size)
+        self._nonfinite: dict[str, int] = {}
+        self._overflows: dict[str, int] = {}
         self.facts: dict[str, Moved] = {}
         """Of every tensor that is read, without the crc32c of the result."""
         names = plan.layout.tensors_from(start.file, start.offset)
-        self._ahead = pipeline.ahead(self._read(names), depth=1)
+        moves = [self._moves[name] for name in names if name in self._moves]
+        wanted = [Wanted(m.source_name, m.op, partial(self._look, m)) for m in moves]
+        self._ahead = ReadAhead(checkpoint.source, wanted, pipeline, STRIPS)
 
     def strips(self, name: str) -> Iterator[Strip]:
         """The strips of a tensor of the target; tensors must be asked for in order."""
-        for strip, buffer in self._ahead:
-            if strip is None:
-                return
+        if name == GLOBAL_STEP:
+            step = np.zeros(1, np.int64)
+            self.facts[name] = Moved(name, crc32c(raw_bytes(step)), 0)
+            yield Strip(step, Op.COPY)
+            return
+        dtype = self._moves[name].target.dtype
+        for strip in self._ahead.strips():
+            if self._saturate and self._overflows.get(name):
+                saturate(strip.values, dtype)
             yield strip
-            if buffer is not None:
-                self._buffers.give(buffer)
+        counts = self._nonfinite.get(name, 0), self._overflows.get(name, 0)
+        self.facts[name] = Moved(name, self._ahead.crc, 0, *counts)
 
-    def _read(self, names: Iterable[str]) -> Iterator[tuple[Strip | None, np.ndarray | None]]:
-        for name in names:
-            if name == GLOBAL_STEP:
-                step = np.zeros(1, np.int64)
-                self.facts[name] = Moved(name, crc32c(raw_bytes(step)), 0)
-                yield Strip(step, Op.COPY), None
-            else:
-                yield from self._read_tensor(self._moves[name])
-            yield None, None
-
-    def _read_tensor(self, move: Move) -> Iterator[tuple[Strip, np.ndarray]]:
-        nonfinite = overflows = 0
-        target = move.target.dtype
-        buffer = np.empty(0, np.uint8)
-
-        def take(size: int) -> np.ndarray:
-            nonlocal buffer
-            buffer = self._buffers.take()
-            return buffer
-
-        def look(values: np.ndarray) -> None:
-            nonlocal nonfinite, overflows
-            nonfinite += count_nonfinite(values)
-            overflows += count_overflows(values, target)
-            if overflows and not self._plan.saturate:
-                raise TensorFault(
-                    str(self._checkpoint.path),
-                    [
-                        f"{move.source_name!r} holds a value beyond ±{largest(target):g}, "
-                        f"which {target} cannot hold"
-                    ],
-                    hint="convert with --dtype float32 or bfloat16, or set such values to the "
-                    "largest with --saturate",
-                )
-
-        strips = Strips(self._checkpoint.source, move.source_name, move.op, buffer=take, look=look)
-        for strip in strips:
-            if overflows:
-                saturate(strip.values, target)
-            yield strip, buffer
-        self.facts[move.target_name] = Moved(move.target_name, strips.crc, 0, nonfinite, overflows)
+    def _look(self, move: Move, values: np.ndarray) -> None:
+        name, target = move.target_name, move.target.dtype
+        overflows = count_overflows(values, target)
+        if overflows and not self._saturate:
+            raise TensorFault(
+                self._where,
+                [
+                    f"{move.source_name!r} holds a value beyond ±{largest(target):g}, "
+                    f"which {target} cannot hold"
+                ],
+                hint="convert with --dtype float32 or bfloat16, or set such values to the "
+                "largest with --saturate",
+            )
+        self._nonfinite[name] = self._nonfinite.get(name, 0) + count_nonfinite(values)
+        self._overflows[name] = self._overflows.get(name, 0) + overflows
 
 
 def _changed(checkpoint: Checkpoint) -> dict[str, int]:
@@ -312,8 +296,8 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
 
 def _manifest(
     plan: Plan,
-    checkpoint: Checkpoint,
     folder: Path,
+    job: Mapping[str, Any],
     moved: Mapping[str, Moved],
     digests: Mapping[str, str],
 ) -> Manifest:
@@ -323,8 +307,8 @@ def _manifest(
     }
     small = (p for p in folder.iterdir() if p.name not in {*files, PARAMS_FILE, MANIFEST_FILE})
     return Manifest(
-        source=describe_source(checkpoint),
-        target=describe_target(plan),
+        source=job["source"],
+        target=job["target"],
         files=files | {p.name: describe_file(p) for p in small},
         tensors={
             m.tensor.hf: {

@@ -7,7 +7,7 @@ the target's bytes are laid out in whatever portions the writer takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,29 +172,32 @@ class Strips:
 
     def _rows(self) -> Iterator[Strip]:
         """Consecutive elements of the tensor, whole ones."""
-        step = max(PANEL_BYTES // self._dtype.itemsize, 1) * self._dtype.itemsize
-        for begin in range(0, self._info.nbytes, step):
-            values = self._memory((min(step, self._info.nbytes - begin) // self._dtype.itemsize,))
+        begin = 0
+        for size in strip_sizes(self._info, self._op):
+            values = self._memory((size // self._dtype.itemsize,))
             self._source.read_into(self._name, begin, raw_bytes(values))
             self._count(values)
             yield Strip(values, Op.COPY)
+            begin += size
 
     def _columns(self) -> Iterator[Strip]:
         rows, columns = self._info.shape
-        if not self._info.nbytes:
+        sizes = strip_sizes(self._info, self._op)
+        if not sizes:
             return
-        row_bytes = columns * self._dtype.itemsize
-        width = max(1, min(columns, STRIP_BYTES // (rows * self._dtype.itemsize)))
-        if width == columns:
+        if len(sizes) == 1:
             values = self._memory((rows, columns))
             self._source.read_into(self._name, 0, raw_bytes(values))
             self._count(values)
             yield Strip(values, self._op)
             return
         # Whole rows are read for every strip: the disk gives them faster than parts of them.
+        row_bytes = columns * self._dtype.itemsize
         scratch = np.empty((min(rows, max(1, PANEL_BYTES // row_bytes)), columns), self._dtype)
-        for left in range(0, columns, width):
-            values = self._memory((rows, min(width, columns - left)))
+        left = 0
+        for size in sizes:
+            width = size // (rows * self._dtype.itemsize)
+            values = self._memory((rows, width))
             for top in range(0, rows, len(scratch)):
                 part = scratch[: rows - top]
                 self._source.read_into(self._name, top * row_bytes, raw_bytes(part))
@@ -202,6 +205,7 @@ class Strips:
                     self._count(part)
                 values[top : top + len(scratch)] = part[:, left : left + width]
             yield Strip(values, self._op)
+            left += width
 
     def _memory(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape) * self._dtype.itemsize
@@ -238,15 +242,25 @@ class Panels:
         return self._strips.crc
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        step = max(1, PANEL_BYTES // self._dtype.itemsize)
-        panel = np.empty(0, self._dtype)
-        for strip in self._strips:
-            if strip.op is Op.COPY:
-                yield strip.values
-                continue
-            if not panel.size:
-                panel = np.empty(min(step, strip.values.size), self._dtype)
-            for begin in range(0, strip.values.size, step):
-                part = panel[: min(step, strip.values.size - begin)]
+        return laid_out(self._strips, self._dtype)
+
+
+def laid_out(strips: Iterable[Strip], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The target's values as consecutive flat arrays of at most PANEL_BYTES, rounded to a dtype.
+
+    Each holds until the next is asked for.
+    """
+    step = max(1, PANEL_BYTES // dtype.itemsize)
+    panel = np.empty(0, dtype)
+    for strip in strips:
+        if strip.op is Op.COPY and strip.values.dtype == dtype:
+            yield strip.values
+            continue
+        needed = min(step, strip.values.size)
+        if panel.size < needed:
+            panel = np.empty(needed, dtype)
+        for begin in range(0, strip.values.size, step):
+            part = panel[: min(step, strip.values.size - begin)]
+            with np.errstate(over="ignore", invalid="ignore"):
                 strip.fill(part, begin)
-                yield part
+            yield part

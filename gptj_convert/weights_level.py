@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
-from gptj_convert import panels
 from gptj_convert.difference import in_step, json_number
-from gptj_convert.panels import CONVERTED_STRIPS, STRIPS, Panels, Strip, Strips, strip_bytes
-from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_convert.panels import CONVERTED_STRIPS, STRIPS, Panels, Strip, laid_out
+from gptj_convert.pipeline import Pipeline
 from gptj_convert.progress import Progress
+from gptj_convert.read_ahead import ReadAhead, Wanted
 from gptj_convert.survey import same_bits
 from gptj_model.dtypes import NUMPY, count_nonfinite, saturate
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
@@ -141,20 +142,26 @@ def compare_weights(
     """
     ordered = in_file_order(pairs, converted)
     total, done, hashed = sum(p.info.nbytes for p in pairs), 0, 0
-    results: dict[str, Compared] = {}
+    results = {pair: Compared(pair) for pair in ordered}
     with Pipeline() as pipeline:
         hashes = pipeline.ahead(hashing, depth=2)
-        theirs = _Side(source, [(p.source_name, p.op) for p in ordered], pipeline, STRIPS)
-        ours = _Side(
+        theirs = ReadAhead(
+            source,
+            [Wanted(p.source_name, p.op, partial(_look_at_source, results[p])) for p in ordered],
+            pipeline,
+            STRIPS,
+        )
+        ours = ReadAhead(
             converted,
-            [(p.name, Op.COPY) for p in ordered],
+            [Wanted(p.name, Op.COPY, partial(_look_at_found, results[p])) for p in ordered],
             pipeline,
             CONVERTED_STRIPS,
-            counts=True,
         )
-        for pair in ordered:
-            result = results[pair.tensor.hf] = Compared(pair)
-            expected = _laid_out(pair, theirs.strips(), saturated)
+        for pair, result in results.items():
+            strips = theirs.strips()
+            if saturated:
+                strips = _saturated(strips, pair.info.dtype)
+            expected = laid_out(strips, NUMPY[pair.info.dtype])
             seen = 0
             for x, y in in_step(expected, (strip.values for strip in ours.strips())):
                 result.expected_crc = crc32c(raw_bytes(x), result.expected_crc)
@@ -166,102 +173,26 @@ def compare_weights(
                 while hashed < done and (piece := next(hashes, 0)):
                     hashed += piece
                 yield Progress(done, total, pair.tensor.hf)
-            theirs_now, ours_now = theirs.figures, ours.figures
-            result.source_crc, result.zero_in_source = theirs_now.crc, theirs_now.zero
-            result.found_crc, result.zero_found = ours_now.crc, ours_now.zero
-            result.nonfinite_found = ours_now.nonfinite
-            result.nonfinite_expected += ours_now.nonfinite
+            result.source_crc, result.found_crc = theirs.crc, ours.crc
+            result.nonfinite_expected += result.nonfinite_found
         for _ in hashes:
             pass
-    compared += (results[p.tensor.hf] for p in pairs)
+    compared += (results[p] for p in pairs)
 
 
-@dataclass(slots=True)
-class _Figures:
-    """Of one tensor, as its side has it."""
-
-    crc: int = 0
-    zero: bool = True
-    """Whether all its values are zero."""
-    nonfinite: int = 0
-    """How many are NaN or infinite, if that is counted."""
+def _look_at_source(result: Compared, values: np.ndarray) -> None:
+    result.zero_in_source = result.zero_in_source and not values.any()
 
 
-class _Side:
-    """Tensors read ahead, one after the other, in a thread of their own.
-
-    Attributes:
-        figures: of the tensor whose strips were taken last.
-    """
-
-    def __init__(
-        self,
-        source: TensorSource,
-        wanted: Sequence[tuple[str, Op]],
-        pipeline: Pipeline,
-        count: int,
-        *,
-        counts: bool = False,
-    ) -> None:
-        sizes = (strip_bytes(source.tensors[name], op) for name, op in wanted)
-        self._buffers = Buffers(pipeline, count, max(sizes, default=0))
-        self._ahead = pipeline.ahead(self._read(source, wanted), depth=count - 1)
-        self._counts = counts
-        self.figures = _Figures()
-
-    def strips(self) -> Iterator[Strip]:
-        """Those of the next tensor; each holds until the next is asked for."""
-        for item in self._ahead:
-            if isinstance(item, _Figures):
-                self.figures = item
-                return
-            strip, memory = item
-            yield strip
-            self._buffers.give(memory)
-
-    def _read(
-        self, source: TensorSource, wanted: Sequence[tuple[str, Op]]
-    ) -> Iterator[tuple[Strip, np.ndarray] | _Figures]:
-        """Strips with their memory; after those of a tensor its figures."""
-        for name, op in wanted:
-            figures = _Figures()
-            memory = np.empty(0, np.uint8)
-
-            def take(size: int) -> np.ndarray:
-                nonlocal memory
-                memory = self._buffers.take()
-                return memory
-
-            def look(values: np.ndarray, figures: _Figures = figures) -> None:
-                figures.zero = figures.zero and not values.any()
-                if self._counts:
-                    figures.nonfinite += count_nonfinite(values)
-
-            strips = Strips(source, name, op, buffer=take, look=look)
-            for strip in strips:
-                yield strip, memory
-            figures.crc = strips.crc
-            yield figures
+def _look_at_found(result: Compared, values: np.ndarray) -> None:
+    result.zero_found = result.zero_found and not values.any()
+    result.nonfinite_found += count_nonfinite(values)
 
 
-def _laid_out(pair: Pair, strips: Iterable[Strip], saturated: bool) -> Iterator[np.ndarray]:
-    """Flat pieces of what the converted side must hold; each until the next is asked for."""
-    dtype = NUMPY[pair.info.dtype]
-    step = max(1, panels.PANEL_BYTES // dtype.itemsize)
-    memory = np.empty(0, dtype)
+def _saturated(strips: Iterable[Strip], dtype: str) -> Iterator[Strip]:
     for strip in strips:
-        if saturated:
-            saturate(strip.values, pair.info.dtype)
-        if strip.op is Op.COPY and strip.values.dtype == dtype:
-            yield strip.values.reshape(-1)
-            continue
-        if not memory.size:
-            memory = np.empty(min(step, pair.tensor.size), dtype)
-        for begin in range(0, strip.values.size, step):
-            part = memory[: min(step, strip.values.size - begin)]
-            with np.errstate(over="ignore", invalid="ignore"):
-                strip.fill(part, begin)
-            yield part
+        saturate(strip.values, dtype)
+        yield strip
 
 
 def _work_out(result: Compared, expected: np.ndarray, found: np.ndarray, seen: int) -> None:
