@@ -20,6 +20,25 @@ from gptj_model.source import TensorSource, read_rows, read_tensor
 from gptj_model.tensors import Scheme, Tensor, block, embedding, head
 from gptj_model.vocabulary import parts, read_head
 
+#: The functions that torch hands to MKL's vector mathematics on a CPU, and this model uses.
+_VECTOR_MATH = (torch.sin, torch.cos, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.pow)
+
+
+def _resolve_vector_math() -> None:
+    """Call each vector function of MKL once, in one thread, before any is needed.
+
+    MKL chooses a kernel at a function's first call, and when several threads make that call at
+    once, one may get a kernel of low accuracy (pytorch/pytorch#188792). Seen here: sines of the
+    rotary angles wrong by 1.5e-4 in about one process of 25.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for function in _VECTOR_MATH:
+            function(one, one) if function is torch.pow else function(one)
+
+
+_resolve_vector_math()
+
 
 class StreamedReference:
     """The stages of a forward pass in float32; the same calls as `gptj_model.streaming`.
