@@ -1,6 +1,6 @@
 """How two models' outputs are set side by side.
 
-Shape suffixes: T time, V vocabulary.
+Shape suffixes: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,62 +11,101 @@ import numpy as np
 
 #: Tokens compared at once: float64 copies of a whole prompt's logits would take gigabytes.
 _ROWS = 64
+#: How many of a token's most likely successors are compared beside the first.
+TOP = 10
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFigures:
-    """Differences of two models' logits over one prompt."""
+    """Differences of two models' logits over some tokens; arrays have one entry a token."""
 
-    max_abs: float
-    """Largest |Δ| of any logit."""
-    relative: float
-    """`max_abs` over the standard deviation of the reference's logits: the verdict's figure."""
-    max_kl: float
-    """Largest KL(reference ‖ other) of one token's distribution, in nats."""
-    top1: float
-    """Share of tokens whose most likely successor is the same."""
-    worst_token: int
-    """Index in the prompt where `max_abs` occurs."""
+    max_abs_N: np.ndarray
+    """Largest |Δ| of the token's logits."""
+    kl_N: np.ndarray
+    """KL(reference ‖ other) of its distribution, in nats."""
+    same_first_N: np.ndarray
+    """Whether its most likely successor is the same."""
+    shared_top_N: np.ndarray
+    """Share of the reference's ten most likely successors that are the other's too."""
+    spread: float
+    """Standard deviation of the reference's logits, of all these tokens together."""
+
+    @property
+    def max_abs(self) -> float:
+        """Largest |Δ| of any logit."""
+        return float(self.max_abs_N.max())
+
+    @property
+    def relative(self) -> float:
+        """`max_abs` over `spread`: the verdict's figure."""
+        return over_spread(self.max_abs, self.spread)
+
+    @property
+    def max_kl(self) -> float:
+        """The largest of any token; NaN if one is."""
+        return max(0.0, float(self.kl_N.max())) if np.isfinite(self.kl_N).all() else float("nan")
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens whose most likely successor is the same."""
+        return float(self.same_first_N.mean())
+
+    @property
+    def top10(self) -> float:
+        """Mean of `shared_top_N`."""
+        return float(self.shared_top_N.mean())
+
+    @property
+    def worst_token(self) -> int:
+        """Index where `max_abs` occurs."""
+        return int(self.max_abs_N.argmax())
 
 
-def compare_logits(found_TV: np.ndarray, expected_TV: np.ndarray) -> LogitsFigures:
+def compare_logits(found_NV: np.ndarray, expected_NV: np.ndarray) -> LogitsFigures:
     """Figures in float64. A NaN on either side makes the figures NaN, which no tolerance passes."""
-    max_abs_T = np.empty(len(expected_TV))
-    kl_T, same_T = np.empty_like(max_abs_T), np.empty_like(max_abs_T)
+    count = len(expected_NV)
+    max_abs_N, kl_N = np.empty(count), np.empty(count)
+    same_N, shared_N = np.empty(count, bool), np.empty(count)
+    top = min(TOP, expected_NV.shape[1])
     total = squares = 0.0
-    for start in range(0, len(expected_TV), _ROWS):
+    for start in range(0, count, _ROWS):
         rows = slice(start, start + _ROWS)
-        found, expected = (x[rows].astype(np.float64) for x in (found_TV, expected_TV))
-        max_abs_T[rows] = np.abs(found - expected).max(-1)
+        found, expected = (x[rows].astype(np.float64) for x in (found_NV, expected_NV))
+        max_abs_N[rows] = np.abs(found - expected).max(-1)
         log_p, log_q = _log_softmax(expected), _log_softmax(found)
-        kl_T[rows] = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-        same_T[rows] = found.argmax(-1) == expected.argmax(-1)
+        kl_N[rows] = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+        same_N[rows] = found.argmax(-1) == expected.argmax(-1)
+        best, of_other = (np.argpartition(x, -top, axis=-1)[:, -top:] for x in (expected, found))
+        shared_N[rows] = (best[:, :, None] == of_other[:, None, :]).any(-1).mean(-1)
         total += expected.sum()
         squares += np.square(expected).sum()
-    mean = total / expected_TV.size
-    spread = max(0.0, squares / expected_TV.size - mean**2) ** 0.5
-    max_abs = float(max_abs_T.max())
-    return LogitsFigures(
-        max_abs=max_abs,
-        relative=_relative(max_abs, spread),
-        max_kl=max(0.0, float(kl_T.max())) if np.isfinite(kl_T).all() else float("nan"),
-        top1=float(same_T.mean()),
-        worst_token=int(max_abs_T.argmax()),
-    )
+    mean = total / expected_NV.size
+    spread = max(0.0, squares / expected_NV.size - mean**2) ** 0.5
+    return LogitsFigures(max_abs_N, kl_N, same_N, shared_N, spread)
+
+
+def relative_by_token(found_ND: np.ndarray, expected_ND: np.ndarray) -> np.ndarray:
+    """Largest |Δ| of each token over the standard deviation of all that is expected: (N,)."""
+    spread = float(expected_ND.std(dtype=np.float64))
+    deltas = np.abs(found_ND - expected_ND).max(-1)
+    if spread > 0:
+        return deltas / spread
+    return np.array([over_spread(float(delta), spread) for delta in deltas])
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest |Δ| divided by the standard deviation of what is expected."""
     spread = float(expected.std(dtype=np.float64))
-    return _relative(float(np.abs(found - expected).max()), spread)
+    return over_spread(float(np.abs(found - expected).max()), spread)
 
 
-def _relative(delta: float, spread: float) -> float:
+def over_spread(delta: float, spread: float) -> float:
+    """|Δ| over a standard deviation; without any spread, 0 or infinity."""
     if spread > 0 or np.isnan(delta) or np.isnan(spread):
         return delta / spread if spread else float("nan")
     return 0.0 if delta == 0 else float("inf")
 
 
-def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
-    shifted = logits_TV - logits_TV.max(-1, keepdims=True)
+def _log_softmax(logits_NV: np.ndarray) -> np.ndarray:
+    shifted = logits_NV - logits_NV.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -1,9 +1,12 @@
-"""The battery of prompts, stored as ids and fitted to a model."""
+"""The battery of prompts, stored as ids and fitted to a model.
+
+Shape suffixes: B batch, T time.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 import numpy as np
@@ -12,29 +15,126 @@ from gptj_model.config import GPTJConfig
 
 PROMPTS_FILE = "prompts.jsonl"
 
+#: Prompts that are also run as one batch, padded on the left to the longest of them.
+_PADDED = ("the dog", "17 tokens", "ids from both ends")
+PADDED = "padded batch"
+#: The prompt that is also decoded with a cache: some tokens at once, then one by one.
+_DECODED = "17 tokens"
+DECODED = "decoded with a cache"
+#: The prompt of the model's full length, and those it is made of.
+FULL_LENGTH = "full length"
+_FULL_LENGTH_OF = ("text", "source code", "other scripts and emoji")
+#: Prompts that are cheap and together reach far: for what is run several times.
+SHORT = ("17 tokens", "ids from both ends", "window at 2032")
+#: Prompts that are continued.
+_CONTINUED = ("the dog", "17 tokens")
+#: The batch that gradients are taken on.
+_TRAINED = ("17 tokens", "window at 2032")
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One sequence at explicit positions."""
+    """Sequences that are run together."""
 
     name: str
     ids: np.ndarray
-    """int32, shape (T,)."""
+    """int32, shape (B, T)."""
     positions: np.ndarray
-    """int32, shape (T,): start, start + 1, …."""
+    """int32, shape (B, T): start, start + 1, … in each row; 0 at padding."""
+    real: np.ndarray
+    """bool, shape (B, T): False at padding."""
+    pieces: tuple[int, ...] = ()
+    """How many tokens to run at a time, with a cache; () runs all at once."""
+
+    @property
+    def tokens(self) -> int:
+        """Their number, without padding."""
+        return int(self.real.sum())
+
+    @property
+    def padded(self) -> bool:
+        """Whether any token is padding."""
+        return not self.real.all()
 
 
-def battery(config: GPTJConfig) -> list[Prompt]:
+def battery(config: GPTJConfig, *, thorough: bool = False) -> list[Prompt]:
     """Every prompt, its ids taken modulo the vocabulary, lengths and positions cut to the model.
 
     An id below 0 counts from the vocabulary's end.
+
+    Args:
+        config: of the model.
+        thorough: also a prompt of the model's full length.
     """
+    stored = _stored(config)
+    decoded = stored[_DECODED]
+    found = [
+        *stored.values(),
+        _padded([stored[name] for name in _PADDED]),
+        replace(decoded, name=DECODED, pieces=_pieces(decoded.tokens)),
+    ]
+    if thorough:
+        ids = np.concatenate([stored[name].ids[0] for name in _FULL_LENGTH_OF])
+        found.append(_prompt(FULL_LENGTH, np.resize(ids, config.n_positions), 0))
+    return found
+
+
+def short(config: GPTJConfig) -> list[Prompt]:
+    """The prompts of `SHORT`."""
+    stored = _stored(config)
+    return [stored[name] for name in SHORT]
+
+
+def training_batch(config: GPTJConfig) -> list[Prompt]:
+    """Prompts whose tokens are also their own labels, for gradients; see `labels`."""
+    stored = _stored(config)
+    return [stored[name] for name in _TRAINED]
+
+
+def continued(config: GPTJConfig, new_tokens: int) -> list[Prompt]:
+    """Prompts to continue by so many tokens, cut where the model's length asks for it."""
+    stored = _stored(config)
+    room = max(1, config.n_positions - new_tokens)
+    found = (stored[name] for name in _CONTINUED)
+    return [_prompt(p.name, p.ids[0, :room], 0) for p in found]
+
+
+def labels(prompt: Prompt) -> np.ndarray:
+    """The token after each: int32, shape (B, T); the last one's is the first."""
+    return np.roll(prompt.ids, -1, axis=1)
+
+
+def _stored(config: GPTJConfig) -> dict[str, Prompt]:
     text = (files("golden") / PROMPTS_FILE).read_text(encoding="utf-8")
-    return [_fit(json.loads(line), config) for line in text.splitlines()]
+    prompts = (_fit(json.loads(line), config) for line in text.splitlines())
+    return {prompt.name: prompt for prompt in prompts}
 
 
 def _fit(line: dict, config: GPTJConfig) -> Prompt:
     ids = np.asarray(line["ids"][: config.n_positions], np.int64) % config.vocab_size
-    start = min(line["start"], config.n_positions - len(ids))
-    positions = np.arange(start, start + len(ids))
-    return Prompt(line["name"], ids.astype(np.int32), positions.astype(np.int32))
+    return _prompt(line["name"], ids, min(line["start"], config.n_positions - len(ids)))
+
+
+def _prompt(name: str, ids_T: np.ndarray, start: int) -> Prompt:
+    positions = np.arange(start, start + len(ids_T), dtype=np.int32)[None]
+    return Prompt(name, ids_T.astype(np.int32)[None], positions, np.ones((1, len(ids_T)), bool))
+
+
+def _padded(prompts: list[Prompt]) -> Prompt:
+    longest = max(p.tokens for p in prompts)
+
+    def batch(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.pad(a, ((0, 0), (longest - a.shape[1], 0))) for a in arrays])
+
+    return Prompt(
+        PADDED,
+        batch([p.ids for p in prompts]),
+        batch([p.positions for p in prompts]),
+        batch([p.real for p in prompts]),
+    )
+
+
+def _pieces(length: int) -> tuple[int, ...]:
+    """Most of the tokens at once, then the others one by one."""
+    first = max(1, length * 2 // 3)
+    return (first, *([1] * (length - first)))

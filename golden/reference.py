@@ -2,14 +2,18 @@
 
 Weights come through the table from any source, so nothing is unpickled by torch, and memory is
 that of one block.
+
+Shape suffixes: B batch, T time, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 from transformers import GPTJConfig as HFConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gptj.modeling_gptj import GPTJBlock
@@ -41,7 +45,10 @@ _resolve_vector_math()
 
 
 class StreamedReference:
-    """The stages of a forward pass in float32; the same calls as `gptj_model.streaming`.
+    """The stages of a forward pass; the same calls as `gptj_model.streaming.StreamedModel`.
+
+    The dtype of the hidden states, float32 or float64, is that of the computation; attention
+    scores and their softmax are float32 in either, as the model itself has it.
 
     Args:
         config: of the model.
@@ -58,69 +65,154 @@ class StreamedReference:
         *,
         round_to: str | None = None,
     ) -> None:
-        self._config = config
+        self.config = config
         self._source = source
         self._scheme = scheme
         self._round_to = NUMPY[round_to] if round_to else None
         self._hf_config = HFConfig(**config.to_hf(dtype="float32"))
         self._hf_config._attn_implementation = "eager"
         self._block = GPTJBlock(self._hf_config, layer_idx=0).eval()
+        self._prefix = ""
 
-    def embed(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Rows of the embedding, read one by one: (B, T, D)."""
-        (name,) = embedding(self._config).names(self._scheme)
+    def embed(self, ids_BT: np.ndarray, *, rounded: bool = True) -> np.ndarray:
+        """Rows of the embedding, read one by one: float32 (B, T, D)."""
+        (name,) = embedding(self.config).names(self._scheme)
         unique, where = np.unique(ids_BT, return_inverse=True)
         rows = [read_rows(self._source, name, int(i), int(i) + 1)[0] for i in unique]
-        return self._rounded(np.stack(rows))[where.reshape(ids_BT.shape)]
+        return self._float32(np.stack(rows), rounded)[where.reshape(ids_BT.shape)]
 
-    def load_block(self, i: int) -> None:
+    def load_block(self, i: int, *, rounded: bool = True) -> None:
         """Make block `i` the resident one."""
-        prefix = f"transformer.h.{i}."
-        tensors = block(self._config, i)
-        state = {t.hf.removeprefix(prefix): self._read(t) for t in tensors}
-        self._block.load_state_dict(state, strict=True)
+        self._prefix = prefix = f"transformer.h.{i}."
+        tensors = block(self.config, i)
+        state = {t.hf.removeprefix(prefix): self._read(t, rounded) for t in tensors}
+        self._block.float().load_state_dict(state, strict=True)
 
     @torch.no_grad()
-    def run_block(self, x_BTD: np.ndarray, positions_T: np.ndarray) -> np.ndarray:
+    def run_block(self, x_BTD: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
         """The resident block applied to whole sequences at these positions: (B, T, D)."""
-        x = torch.from_numpy(x_BTD)
-        positions = torch.from_numpy(positions_T.astype(np.int64))[None]
+        return self._forward(torch.from_numpy(x_BTD), positions_BT).numpy()
+
+    @torch.no_grad()
+    def run_block_cached(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, cache: DynamicCache
+    ) -> np.ndarray:
+        """The resident block applied to the tokens that follow those in the cache.
+
+        Args:
+            x_BTD: hidden states of these tokens.
+            positions_BT: int32, theirs.
+            cache: of this block and these sequences; is added to.
+        """
+        return self._forward(torch.from_numpy(x_BTD), positions_BT, cache).numpy()
+
+    @staticmethod
+    def empty_cache() -> DynamicCache:
+        """The cache of one block."""
+        return DynamicCache()
+
+    @torch.no_grad()
+    def operations(self, x_BTD: np.ndarray, positions_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """What each of `gptj_model.observation.OPERATIONS` of the resident block gives."""
+        seen: dict[str, torch.Tensor] = {}
+        attn, mlp = self._block.attn, self._block.mlp
+        modules = {
+            "ln_1": self._block.ln_1,
+            "q_proj": attn.q_proj,
+            "k_proj": attn.k_proj,
+            "v_proj": attn.v_proj,
+            "out_proj": attn.out_proj,
+            "fc_in": mlp.fc_in,
+            "gelu": mlp.act,
+            "fc_out": mlp.fc_out,
+        }
+
+        def keep(name: str):
+            return lambda module, inputs, output: seen.update({name: output})
+
+        weigh = attn._attn
+
+        def keep_rotated(query: torch.Tensor, key: torch.Tensor, *rest: Any):
+            seen.update(rotary_q=query, rotary_k=key)
+            weighed, seen["softmax"] = weigh(query, key, *rest)
+            return weighed, seen["softmax"]
+
+        hooks = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
+        hooks.append(
+            attn.out_proj.register_forward_pre_hook(
+                lambda module, inputs: seen.update(attention=inputs[0])
+            )
+        )
+        attn._attn = keep_rotated
+        try:
+            seen["residual"] = self._forward(torch.from_numpy(x_BTD), positions_BT)
+        finally:
+            del attn._attn
+            for hook in hooks:
+                hook.remove()
+        return {name: value.numpy() for name, value in seen.items()}
+
+    def drop_block(self) -> None:
+        """Free the resident block's memory; none can be loaded again."""
+        del self._block
+
+    @torch.no_grad()
+    def final_norm(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Hidden states (B, T, D) after the last block, normed."""
+        layer = self._loaded_norm()
+        found = []
+        for x_BTD in states:
+            x = torch.from_numpy(x_BTD)
+            found.append(layer.to(x.dtype)(x).numpy())
+        return found
+
+    def _loaded_norm(self) -> torch.nn.LayerNorm:
+        config, prefix = self.config, "transformer.ln_f."
+        layer = torch.nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        rows = {t.hf: self._read(t) for t in head(config) if t.hf.startswith(prefix)}
+        layer.load_state_dict({k.removeprefix(prefix): v for k, v in rows.items()}, strict=True)
+        return layer
+
+    @torch.no_grad()
+    def logits(self, normed: Sequence[np.ndarray], *, rounded: bool = True) -> list[np.ndarray]:
+        """Normed hidden states (B, T, D) → (B, T, V) each, a part of the vocabulary at a time."""
+        found = [np.empty((*x.shape[:2], self.config.vocab_size), x.dtype) for x in normed]
+        for start, stop in parts(self.config):
+            weight_VD, bias_V = self._read_head(start, stop, rounded)
+            for h_BTD, logits_BTV in zip(normed, found, strict=True):
+                h = torch.from_numpy(h_BTD)
+                weights = weight_VD.to(h.dtype), bias_V.to(h.dtype)
+                logits_BTV[..., start:stop] = torch.nn.functional.linear(h, *weights).numpy()
+        return found
+
+    def _forward(
+        self, x: torch.Tensor, positions_BT: np.ndarray, cache: DynamicCache | None = None
+    ) -> torch.Tensor:
+        positions = torch.from_numpy(positions_BT.astype(np.int64))
         mask = create_causal_mask(
             config=self._hf_config,
             inputs_embeds=x,
             attention_mask=None,
-            past_key_values=None,
+            past_key_values=cache,
             position_ids=positions,
         )
-        return self._block(x, attention_mask=mask, position_ids=positions)[0].numpy()
+        layer = self._block.to(x.dtype)
+        return layer(x, layer_past=cache, attention_mask=mask, position_ids=positions)[0]
 
-    @torch.no_grad()
-    def logits(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Hidden states (B, T, D) after the last block → (B, T, V) each.
+    def _read_head(
+        self, start: int, stop: int, rounded: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (stop - start, D) and bias of the head for these tokens, float32."""
+        read = read_head(self.config, self._source, self._scheme, start, stop)
+        weight_VD, bias_V = (torch.from_numpy(self._float32(x, rounded)) for x in read)
+        return weight_VD, bias_V
 
-        The head is read a part of the vocabulary at a time, in place of the block.
-        """
-        del self._block
-        config, prefix = self._config, "transformer.ln_f."
-        ln_f = torch.nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        rows = {t.hf: self._read(t) for t in head(config) if t.hf.startswith(prefix)}
-        ln_f.load_state_dict({k.removeprefix(prefix): v for k, v in rows.items()}, strict=True)
-        normed = [ln_f(torch.from_numpy(x_BTD)) for x_BTD in states]
-        found = [np.empty((*x.shape[:2], config.vocab_size), np.float32) for x in states]
-        for start, stop in parts(config):
-            read = read_head(config, self._source, self._scheme, start, stop)
-            weight_VD, bias_V = (torch.from_numpy(self._rounded(x)) for x in read)
-            for h_BTD, logits_BTV in zip(normed, found, strict=True):
-                logits = torch.nn.functional.linear(h_BTD, weight_VD, bias_V)
-                logits_BTV[..., start:stop] = logits.numpy()
-        return found
-
-    def _read(self, tensor: Tensor) -> torch.Tensor:
+    def _read(self, tensor: Tensor, rounded: bool = True) -> torch.Tensor:
         (name,) = tensor.names(self._scheme)
         values = tensor.op(self._scheme, Scheme.HF)(read_tensor(self._source, name))
-        return torch.from_numpy(np.ascontiguousarray(self._rounded(values)))
+        return torch.from_numpy(np.ascontiguousarray(self._float32(values, rounded)))
 
-    def _rounded(self, values: np.ndarray) -> np.ndarray:
-        if self._round_to is not None:
+    def _float32(self, values: np.ndarray, rounded: bool) -> np.ndarray:
+        if rounded and self._round_to is not None:
             values = values.astype(self._round_to, copy=False)
         return values.astype(np.float32, copy=False)

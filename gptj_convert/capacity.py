@@ -90,6 +90,11 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
     return round(_BOTH_FRAMEWORKS + states + max(loading, comparing))
 
 
+def gradients_memory(config: GPTJConfig) -> int:
+    """Peak of verify's level gradients: a block and its gradients on both sides, in float32."""
+    return round(_BOTH_FRAMEWORKS + 6 * 4 * sum(t.size for t in block(config, 0)))
+
+
 def training_state(config: GPTJConfig) -> int:
     """Weights, gradients and the two slots of Adam in float32: 16 bytes a parameter, and the
     copies of them that there are at once: 8 of gradients, 12 of the rest while it is saved.

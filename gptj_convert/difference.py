@@ -5,7 +5,6 @@ Both are read piece by piece, through the table, in the order of the second one'
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gptj_convert.inspect import Inspection, Statistics
+from gptj_convert.json_numbers import json_number
 from gptj_convert.panels import Panels
 from gptj_convert.progress import Progress
 from gptj_convert.survey import Finding, Role, settle_tied_head
@@ -273,9 +273,3 @@ def _common(a: str, b: str) -> np.dtype:
 def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Where values differ, NaN being equal to NaN."""
     return (a != b) & ((a == a) | (b == b))
-
-
-def json_number(value: Any) -> float | str:
-    """A value as JSON can have it: NaN and infinities as words."""
-    number = float(value)
-    return number if math.isfinite(number) else str(number)

@@ -36,8 +36,13 @@ _UNITS = {
 #: Where `gptj download` puts the public model, and so what `gptj convert` takes.
 DEFAULT_SOURCE = Path("gpt-j-6b")
 
-#: Levels of verification, from cheap to dear.
-LEVELS = ("structure", "weights", "logits")
+#: Levels of verification, from cheap to dear; the one that is run up to if none is named; and
+#: what names them all.
+LEVELS = ("structure", "weights", "logits", "gradients", "generation")
+DEFAULT_LEVEL = "logits"
+ALL_LEVELS = "all"
+#: Those that run the models, and so need TensorFlow, torch and transformers.
+MODEL_LEVELS = LEVELS[LEVELS.index("logits") :]
 
 
 def parse_bytes(text: str) -> int:

@@ -42,6 +42,12 @@ def largest(dtype: str) -> float:
     return float(ml_dtypes.finfo(NUMPY[dtype]).max)
 
 
+def is_lossless(source: str, target: str) -> bool:
+    """Whether every value of one float dtype is one of another."""
+    (x, y) = (ml_dtypes.finfo(NUMPY[name]) for name in (source, target))
+    return bool(x.nmant <= y.nmant and x.maxexp <= y.maxexp and x.minexp >= y.minexp)
+
+
 def count_nonfinite(values: np.ndarray) -> int:
     """Number of NaN and infinite elements of a contiguous float array."""
     infinite = _magnitudes(np.full(1, np.inf, values.dtype))[0]

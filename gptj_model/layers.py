@@ -17,6 +17,7 @@ import keras
 from keras import ops
 
 from gptj_model.config import GPTJConfig
+from gptj_model.observation import observe
 from gptj_model.rotary import rotate
 
 # A sequence of one token attends to itself alone, and that is meant.
@@ -78,14 +79,16 @@ class Attention(keras.layers.Layer):
         """Returns (output BTD, cache); the cache is a pair of BHSK keys and values, or None."""
         B, T = ops.shape(h_BTD)[:2]
         heads = (B, T, self.config.n_head, self.config.head_dim)
-        q_BTHK = ops.reshape(self.q_proj(h_BTD), heads)
-        k_BTHK = ops.reshape(self.k_proj(h_BTD), heads)
-        v_BTHK = ops.reshape(self.v_proj(h_BTD), heads)
+        q_BTHK = ops.reshape(observe("q_proj", self.q_proj(h_BTD)), heads)
+        k_BTHK = ops.reshape(observe("k_proj", self.k_proj(h_BTD)), heads)
+        v_BTHK = ops.reshape(observe("v_proj", self.v_proj(h_BTD)), heads)
 
         # Rotation, scores and softmax stay in float32 whatever the compute dtype.
         q_BTHK = rotate(ops.cast(q_BTHK, "float32"), context.sin_BTR2, context.cos_BTR2)
         k_BTHK = rotate(ops.cast(k_BTHK, "float32"), context.sin_BTR2, context.cos_BTR2)
         q_BHTK, k_BHSK, v_BHSK = (ops.transpose(x, (0, 2, 1, 3)) for x in (q_BTHK, k_BTHK, v_BTHK))
+        observe("rotary_q", q_BHTK)
+        observe("rotary_k", k_BHSK)
         if cache is not None:
             start = (0, 0, context.cache_start, 0)
             k_BHSK = ops.slice_update(cache[0], start, k_BHSK)
@@ -94,11 +97,13 @@ class Attention(keras.layers.Layer):
 
         scores_BHTS = ops.matmul(q_BHTK, ops.transpose(k_BHSK, (0, 1, 3, 2)))
         scores_BHTS = scores_BHTS * self.config.head_dim**-0.5 + context.bias_B1TS
-        probabilities_BHTS = ops.cast(ops.softmax(scores_BHTS, axis=-1), v_BHSK.dtype)
+        probabilities_BHTS = observe("softmax", ops.softmax(scores_BHTS, axis=-1))
+        probabilities_BHTS = ops.cast(probabilities_BHTS, v_BHSK.dtype)
         probabilities_BHTS = self.drop_probabilities(probabilities_BHTS, training=training)
         mixed_BHTK = ops.matmul(probabilities_BHTS, v_BHSK)
         mixed_BTD = ops.reshape(ops.transpose(mixed_BHTK, (0, 2, 1, 3)), ops.shape(h_BTD))
-        return self.drop_residual(self.out_proj(mixed_BTD), training=training), cache
+        attended_BTD = observe("out_proj", self.out_proj(observe("attention", mixed_BTD)))
+        return self.drop_residual(attended_BTD, training=training), cache
 
 
 class FeedForward(keras.layers.Layer):
@@ -115,8 +120,8 @@ class FeedForward(keras.layers.Layer):
         self.fc_out.build((*input_shape[:-1], self.fc_in.units))
 
     def call(self, h_BTD, training=False):
-        a_BTF = ops.gelu(self.fc_in(h_BTD), approximate=True)
-        return self.drop_residual(self.fc_out(a_BTF), training=training)
+        a_BTF = observe("gelu", ops.gelu(observe("fc_in", self.fc_in(h_BTD)), approximate=True))
+        return self.drop_residual(observe("fc_out", self.fc_out(a_BTF)), training=training)
 
 
 class Block(keras.layers.Layer):
@@ -134,9 +139,10 @@ class Block(keras.layers.Layer):
 
     def call(self, x_BTD, context: Context, cache=None, training=False):
         """Returns (hidden states BTD, cache)."""
-        h_BTD = self.ln_1(x_BTD)
+        h_BTD = observe("ln_1", self.ln_1(x_BTD))
         attended_BTD, cache = self.attn(h_BTD, context, cache, training=training)
-        return x_BTD + attended_BTD + self.mlp(h_BTD, training=training), cache
+        summed_BTD = x_BTD + attended_BTD + self.mlp(h_BTD, training=training)
+        return observe("residual", summed_BTD), cache
 
 
 class Head(keras.layers.Layer):

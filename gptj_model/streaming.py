@@ -16,82 +16,139 @@ from keras import ops
 from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Head, layer_norm
 from gptj_model.model import make_context
+from gptj_model.observation import observing
 from gptj_model.source import TensorSource, read_rows
 from gptj_model.tensors import Scheme, block, embedding, head
 from gptj_model.vocabulary import parts, read_head
 from gptj_model.weights import assign, assigned_variables
+
+Cache = tuple[Any, Any]
+"""Keys and values of one block, (B, H, S, K) each."""
 
 
 class StreamedModel:
     """The stages of a forward pass in float32, each with numpy arrays in and out.
 
     Call `embed` for every input, then for each block `load_block` once and `run_block` for every
-    state, then `logits` once for all states.
+    state, `drop_block`, then `final_norm` and `logits` once for all states.
     """
 
     def __init__(self, config: GPTJConfig, source: TensorSource, scheme: Scheme) -> None:
-        self._config = config
+        self.config = config
         self._source = source
         self._scheme = scheme
-        hidden_shape = (None, None, config.n_embd)
         self._block = Block(config, keras.random.SeedGenerator(0), name="h_0")
-        self._block.build(hidden_shape)
+        self._block.build((None, None, config.n_embd))
         self._run = _compiled(self._block)
+        self._resident = -1
 
     def embed(self, ids_BT: np.ndarray) -> np.ndarray:
         """Rows of the embedding, read one by one: (B, T, D)."""
-        (name,) = embedding(self._config).names(self._scheme)
+        (name,) = embedding(self.config).names(self._scheme)
         unique, where = np.unique(ids_BT, return_inverse=True)
         rows = [read_rows(self._source, name, int(i), int(i) + 1)[0] for i in unique]
         return np.stack(rows).astype(np.float32)[where.reshape(ids_BT.shape)]
 
     def load_block(self, i: int) -> None:
         """Make block `i` the resident one."""
-        variables = assigned_variables(
-            self._block, {t.hf: t for t in block(self._config, 0)}, prefix=""
-        )
-        for variable, tensor in zip(variables.values(), block(self._config, i), strict=True):
-            assign(variable, tensor, self._source, self._scheme)
+        self._resident = i
+        for name, tensor in zip(self._variables, block(self.config, i), strict=True):
+            assign(self._variables[name], tensor, self._source, self._scheme)
 
-    def run_block(self, x_BTD: np.ndarray, positions_T: np.ndarray) -> np.ndarray:
-        """The resident block applied to whole sequences at these positions: (B, T, D)."""
-        T = x_BTD.shape[1]
-        context = make_context(self._config, T, T, positions_T[None].astype(np.int32))
+    @property
+    def _variables(self) -> dict[str, Any]:
+        """The resident block's, by their HF names in block 0."""
+        rows = {t.hf: t for t in block(self.config, 0)}
+        return assigned_variables(self._block, rows, prefix="")
+
+    def run_block(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The resident block applied to whole sequences: (B, T, D).
+
+        Args:
+            x_BTD: hidden states.
+            positions_BT: int32.
+            real_BT: False at padding, which no token sees; None: there is none.
+        """
+        context = self._context(x_BTD, positions_BT, real_BT)
         return np.asarray(self._run(ops.convert_to_tensor(x_BTD), context))
 
-    def logits(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Hidden states (B, T, D) after the last block → (B, T, V) each.
+    def run_block_cached(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, cache: Cache, start: int
+    ) -> tuple[np.ndarray, Cache]:
+        """The resident block applied to tokens start … start + T of sequences.
 
-        The head is read a part of the vocabulary at a time, in place of the block.
+        Args:
+            x_BTD: hidden states of these tokens.
+            positions_BT: int32, theirs.
+            cache: what `empty_cache` or the last call for this block and these sequences gave.
+            start: number of tokens already in the cache.
         """
+        T, S = x_BTD.shape[1], cache[0].shape[2]
+        context = make_context(self.config, T, S, positions_BT, start=start)
+        out_BTD, cache = self._block(ops.convert_to_tensor(x_BTD), context, cache)
+        return np.asarray(out_BTD), cache
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """The cache of one block, for sequences of up to `length` tokens."""
+        shape = (batch, self.config.n_head, length, self.config.head_dim)
+        return ops.zeros(shape, "float32"), ops.zeros(shape, "float32")
+
+    def operations(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """What each of `observation.OPERATIONS` of the resident block gives; see `run_block`."""
+        context = self._context(x_BTD, positions_BT, real_BT)
+        with observing() as seen:
+            self._block(ops.convert_to_tensor(x_BTD), context)
+        return {name: np.asarray(value) for name, value in seen.items()}
+
+    def drop_block(self) -> None:
+        """Free the resident block's memory; none can be loaded again."""
         del self._block, self._run
-        config = self._config
-        ln_f = layer_norm(config, "ln_f", "float32")
-        ln_f.build((None, None, config.n_embd))
+
+    def final_norm(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Hidden states (B, T, D) after the last block, normed."""
+        layer = self._loaded_norm()
+        return [np.asarray(layer(x_BTD)) for x_BTD in states]
+
+    def _loaded_norm(self) -> keras.layers.LayerNormalization:
+        config = self.config
+        layer = layer_norm(config, "ln_f", "float32")
+        layer.build((None, None, config.n_embd))
         rows = {t.hf: t for t in head(config) if t.keras.startswith("ln_f/")}
-        for hf_name, variable in assigned_variables(ln_f, rows, prefix="").items():
+        for hf_name, variable in assigned_variables(layer, rows, prefix="").items():
             assign(variable, rows[hf_name], self._source, self._scheme)
-        normed = [ln_f(x_BTD) for x_BTD in states]
-        found = [np.empty((*x.shape[:2], config.vocab_size), np.float32) for x in states]
-        for start, stop in parts(config):
-            part = self._head(start, stop)
+        return layer
+
+    def logits(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Normed hidden states (B, T, D) → (B, T, V) each, a part of the vocabulary at a time."""
+        found = [np.empty((*x.shape[:2], self.config.vocab_size), np.float32) for x in normed]
+        for start, stop in parts(self.config):
+            part, _ = self._head(start, stop)
             for h_BTD, logits_BTV in zip(normed, found, strict=True):
-                logits_BTV[..., start:stop] = np.asarray(part(h_BTD))
+                logits_BTV[..., start:stop] = np.asarray(part(ops.convert_to_tensor(h_BTD)))
         return found
 
-    def _head(self, start: int, stop: int) -> Callable[[Any], Any]:
-        """The head as a function of normed hidden states, for tokens start:stop."""
-        weight_VD, bias_V = read_head(self._config, self._source, self._scheme, start, stop)
+    def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
+        """The head as a function of normed hidden states, for tokens start:stop; and its weight,
+        (D, V) or tied to the embedding (V, D), and bias."""
+        weight_VD, bias_V = read_head(self.config, self._source, self._scheme, start, stop)
         weight_VD, bias_V = (x.astype(np.float32, copy=False) for x in (weight_VD, bias_V))
         ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-        layer = Head(replace(self._config, vocab_size=stop - start, **ends), name="lm_head")
-        layer.build((None, None, self._config.n_embd))
+        layer = Head(replace(self.config, vocab_size=stop - start, **ends), name="lm_head")
+        layer.build((None, None, self.config.n_embd))
         layer.bias.assign(bias_V)
         if layer.kernel is None:
             embeddings_VD = ops.convert_to_tensor(weight_VD)
-            return lambda h_BTD: layer(h_BTD, embeddings_VD)
+            return lambda h_BTD: layer(h_BTD, embeddings_VD), (embeddings_VD, layer.bias.value)
         layer.kernel.assign(weight_VD.T)
-        return lambda h_BTD: layer(h_BTD, None)
+        return lambda h_BTD: layer(h_BTD, None), (layer.kernel.value, layer.bias.value)
+
+    def _context(self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None):
+        T = x_BTD.shape[1]
+        return make_context(self.config, T, T, positions_BT.astype(np.int32), real_BT)
 
 
 def _compiled(layer: Block):

@@ -211,7 +211,7 @@ def _ways(source: Source, has: Machine, rates: Rates) -> Iterator[_Way]:
 
 def _verifications(way: _Way, has: Machine, rates: Rates) -> tuple[Step, Step]:
     config = way.plan.config
-    lengths = [len(prompt.ids) for prompt in battery(config)]
+    lengths = [prompt.ids.size for prompt in battery(config)]
     memory = capacity.comparison_memory((m.source, m.op, m.target) for m in way.plan.in_file_order)
     seconds = capacity.comparison_seconds(way.plan, rates)
     weights = Step("gptj verify --level weights", memory, 0, seconds)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from gptj_convert.options import DEFAULT_OUT, LEVELS
+from gptj_convert.options import ALL_LEVELS, DEFAULT_LEVEL, DEFAULT_OUT, LEVELS, MODEL_LEVELS
 from runner.cli.command import PATH, command, note_memory
 from runner.cli.errors import Exit
 from runner.cli.output import Output, one_line
 from runner.cli.progress import progress
 
 if TYPE_CHECKING:
-    from gptj_convert.verify import Verdict
+    from gptj_convert.verdict import Verdict
 
 DEFAULT_CONVERTED = DEFAULT_OUT["tf"]
 #: Causes that are printed at most; --json has all.
@@ -31,8 +31,8 @@ _SHOWN = 12
 )
 @click.option(
     "--level",
-    type=click.Choice(LEVELS),
-    default=LEVELS[-1],
+    type=click.Choice((*LEVELS, ALL_LEVELS)),
+    default=DEFAULT_LEVEL,
     show_default=True,
     help="The last to run.",
 )
@@ -53,10 +53,11 @@ def verify(
     (hidden states and logits against Hugging Face's model, block by block).
     """
     from golden import tolerances
-    from gptj_convert.verify import Verdict, levels_up_to, source_of
+    from gptj_convert.verdict import Verdict
+    from gptj_convert.verify import levels_up_to, source_of
     from gptj_convert.verify import verify as run
 
-    if level == "logits":
+    if level in (*MODEL_LEVELS, ALL_LEVELS):
         from runner.cli import tensorflow
 
         tensorflow.prepare(deterministic=False)
@@ -110,7 +111,7 @@ def _show(output: Output, verdict: Verdict) -> None:
 
 
 def _summary(figures: dict[str, Any]) -> str:
-    shown = {k: v for k, v in figures.items() if not isinstance(v, list | dict)}
+    shown = {k: v for k, v in figures.items() if not isinstance(v, list | dict | None)}
     return ", ".join(
         f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in shown.items()
     )

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.bundle import BundleSource, write_bundle
-from gptj_convert.verify import Verdict, levels_up_to, verify
+from gptj_convert.verdict import Verdict
+from gptj_convert.verify import levels_up_to, verify
 from gptj_model.config import GPTJConfig
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Op, table
