@@ -25,7 +25,7 @@ from gptj_model.tensors import Scheme, Tensor, block, embedding, head
 from gptj_model.vocabulary import parts, read_head
 
 #: The functions that torch hands to MKL's vector mathematics on a CPU, and this model uses.
-_VECTOR_MATH = (torch.sin, torch.cos, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.pow)
+_VECTOR_MATH = ("sin", "cos", "tanh", "exp", "log", "sqrt", "square", "reciprocal")
 
 
 def _resolve_vector_math() -> None:
@@ -37,8 +37,9 @@ def _resolve_vector_math() -> None:
     """
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype)
-        for function in _VECTOR_MATH:
-            function(one, one) if function is torch.pow else function(one)
+        for name in _VECTOR_MATH:
+            getattr(torch, name)(one)
+        torch.pow(one, one)
 
 
 _resolve_vector_math()

@@ -72,7 +72,7 @@ def check_structure(
     rows = vocabulary.rows(checkpoint.config, checkpoint.scheme, checkpoint.source.tensors)
     resized = of_vocabulary(rows, wanted.vocab_size)
     differences = []
-    if differing := _config_differences(checkpoint.config, wanted):
+    if differing := config_differences(checkpoint.config, wanted):
         beside = not config_file and (checkpoint.folder / CONFIG_FILE).is_file()
         file = CONFIG_FILE if beside else None
         edited = next((d.diagnosis for d in of_files if file and d.file == file), None)
@@ -112,7 +112,8 @@ def _faulty_tensor(checkpoint: Checkpoint) -> tuple[dict[str, str] | None, str |
     return names(faulty.tensor), text
 
 
-def _config_differences(found: GPTJConfig, expected: GPTJConfig) -> tuple[str, str] | None:
+def config_differences(found: GPTJConfig, expected: GPTJConfig) -> tuple[str, str] | None:
+    """Fields that change the computation and differ, in words: found, and expected."""
     pairs = differing_fields(found, expected)
     differing = {name: pair for name, pair in pairs.items() if name not in NOT_COMPUTED}
     if not differing:

@@ -104,6 +104,17 @@ def compare(
         },
         "zero": new_zeros(compared),
         "duplicates": new_duplicates(compared, checkpoint.source),
+        "by_tensor": [
+            {
+                "hf": c.pair.tensor.hf,
+                "name": c.pair.name,
+                "shape": list(c.pair.tensor.shape),
+                "differing": c.differing,
+                "source_crc32c": f"{c.source_crc:08x}",
+                "crc32c": f"{c.found_crc:08x}",
+            }
+            for c in compared
+        ],
         "findings": [
             c.to_json() | {"diagnosis": diagnosis.by_tensor.get(c.pair.tensor.hf)}
             for c in differing

@@ -6,6 +6,7 @@ Shape suffixes: N tokens, B batch, T time, D hidden, V vocabulary, U different t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -99,13 +100,14 @@ class StreamedGradients(StreamedModel):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The different tokens (U,), and the gradient of their rows (U, D)."""
         unique_U, where_N = np.unique(ids_N, return_inverse=True)
-        rows = ops.zeros((len(unique_U), d_x_ND.shape[1]))
+        shape_UD = len(unique_U), d_x_ND.shape[1]
+        rows = ops.zeros(shape_UD)
         with _tape() as tape:
             tape.watch(rows)
             x = ops.take(rows, where_N, axis=0)
         slices = tape.gradient(x, rows, output_gradients=ops.convert_to_tensor(d_x_ND))
         # TensorFlow gives a row for each token, and says which it belongs to.
-        gradient = np.zeros(rows.shape, np.float32)
+        gradient = np.zeros(shape_UD, np.float32)
         np.add.at(gradient, np.asarray(slices.indices), np.asarray(slices.values))
         return unique_U, gradient
 
@@ -123,7 +125,7 @@ def _backwards(layer: keras.Layer, x: np.ndarray, d_out: np.ndarray) -> list[np.
     return [np.asarray(gradient) for gradient in found]
 
 
-def _tape():
+def _tape() -> Any:
     if keras.backend.backend() != "tensorflow":
         raise UsageError(
             f"gradients are compared on TensorFlow, and Keras runs on {keras.backend.backend()}",

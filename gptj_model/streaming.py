@@ -35,7 +35,7 @@ class StreamedModel:
 
     def __init__(self, config: GPTJConfig, source: TensorSource, scheme: Scheme) -> None:
         self.config = config
-        self._source = source
+        self.source = source
         self._scheme = scheme
         self._block = Block(config, keras.random.SeedGenerator(0), name="h_0")
         self._block.build((None, None, config.n_embd))
@@ -46,14 +46,14 @@ class StreamedModel:
         """Rows of the embedding, read one by one: (B, T, D)."""
         (name,) = embedding(self.config).names(self._scheme)
         unique, where = np.unique(ids_BT, return_inverse=True)
-        rows = [read_rows(self._source, name, int(i), int(i) + 1)[0] for i in unique]
+        rows = [read_rows(self.source, name, int(i), int(i) + 1)[0] for i in unique]
         return np.stack(rows).astype(np.float32)[where.reshape(ids_BT.shape)]
 
     def load_block(self, i: int) -> None:
         """Make block `i` the resident one."""
         self._resident = i
         for name, tensor in zip(self._variables, block(self.config, i), strict=True):
-            assign(self._variables[name], tensor, self._source, self._scheme)
+            assign(self._variables[name], tensor, self.source, self._scheme)
 
     @property
     def _variables(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class StreamedModel:
         layer.build((None, None, config.n_embd))
         rows = {t.hf: t for t in head(config) if t.keras.startswith("ln_f/")}
         for hf_name, variable in assigned_variables(layer, rows, prefix="").items():
-            assign(variable, rows[hf_name], self._source, self._scheme)
+            assign(variable, rows[hf_name], self.source, self._scheme)
         return layer
 
     def logits(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -134,7 +134,7 @@ class StreamedModel:
     def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         """The head as a function of normed hidden states, for tokens start:stop; and its weight,
         (D, V) or tied to the embedding (V, D), and bias."""
-        weight_VD, bias_V = read_head(self.config, self._source, self._scheme, start, stop)
+        weight_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
         weight_VD, bias_V = (x.astype(np.float32, copy=False) for x in (weight_VD, bias_V))
         ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
         layer = Head(replace(self.config, vocab_size=stop - start, **ends), name="lm_head")

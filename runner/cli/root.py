@@ -18,6 +18,7 @@ from runner.cli.download import download
 from runner.cli.errors import Exit, Terminated, as_fault, exit_code
 from runner.cli.eval import evaluate
 from runner.cli.generate import generate
+from runner.cli.golden import golden
 from runner.cli.inspect import inspect
 from runner.cli.new import new
 from runner.cli.output import Output, abandon_stdout
@@ -31,7 +32,20 @@ def root() -> None:
     """GPT-J in TensorFlow: download, convert, prove, train on."""
 
 
-for _command in (download, new, convert, verify, inspect, data, train, evaluate, generate, doctor):
+_COMMANDS = (
+    download,
+    new,
+    convert,
+    verify,
+    golden,
+    inspect,
+    data,
+    train,
+    evaluate,
+    generate,
+    doctor,
+)
+for _command in _COMMANDS:
     root.add_command(_command)
 
 

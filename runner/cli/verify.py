@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +13,29 @@ import rich_click as click
 from gptj_convert.options import ALL_LEVELS, DEFAULT_LEVEL, DEFAULT_OUT, LEVELS, MODEL_LEVELS
 from runner.cli.command import PATH, command, note_memory
 from runner.cli.errors import Exit
-from runner.cli.output import Output, one_line
+from runner.cli.output import Output
 from runner.cli.progress import progress
+from runner.cli.verdict_lines import say_self_test, say_verdict
 
 if TYPE_CHECKING:
     from gptj_convert.verdict import Verdict
 
 DEFAULT_CONVERTED = DEFAULT_OUT["tf"]
-#: Causes that are printed at most; --json has all.
-_SHOWN = 12
+#: What `--against-golden` without a folder stands for.
+_OWN_RECORDING = "the program's own"
 
 
 @command
 @click.argument("converted", type=PATH, default=DEFAULT_CONVERTED)
 @click.option("--against", type=PATH, help="The original.  [default: what the manifest names]")
+@click.option(
+    "--against-golden",
+    metavar="[DIR]",
+    is_flag=False,
+    flag_value=_OWN_RECORDING,
+    help="Hold it against a recording of the original instead; neither the original nor PyTorch "
+    "is needed.  [a small model's that comes with the program, if none is named]",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
@@ -36,82 +48,159 @@ _SHOWN = 12
     show_default=True,
     help="The last to run.",
 )
+@click.option("--thorough", is_flag=True, help="Also run a prompt of the model's full length.")
 @click.option("--keep-going", is_flag=True, help="Run later levels although one failed.")
+@click.option("--report", type=PATH, help="Write the outcome as an HTML page, too.")
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Instead: plant faults in memory, and show how each is found and by what margin.",
+)
 @click.option("--config", "config_file", type=PATH, help="config.json, if a side has none.")
 def verify(
     output: Output,
     converted: Path,
     against: Path | None,
+    against_golden: str | None,
     tolerance: float | None,
     level: str,
+    thorough: bool,
     keep_going: bool,
+    report: Path | None,
+    self_test: bool,
     config_file: Path | None,
 ) -> dict[str, Any]:
     """Compare a converted checkpoint with its source; exit 3 if they differ.
 
-    Levels: structure (names, shapes, config), weights (every tensor, bit for bit), logits
-    (hidden states and logits against Hugging Face's model, block by block).
+    Levels: structure (names, shapes, config), weights (every tensor, bit for bit), logits (hidden
+    states and logits against Hugging Face's model, block by block), gradients (of every tensor),
+    generation (token for token, with and without a cache). They stop at the first that fails.
     """
+    if against and against_golden:
+        raise click.UsageError("--against and --against-golden exclude each other")
+    if self_test and (against_golden or report):
+        raise click.UsageError("--self-test goes with neither --against-golden nor --report")
+    if against_golden and LEVELS.index(DEFAULT_LEVEL) < _index(level):
+        raise click.UsageError(f"a recording goes up to level {DEFAULT_LEVEL}, found {level}")
+    if report:
+        _refuse_unwritable(report)
     from golden import tolerances
+
+    if self_test or level in (*MODEL_LEVELS, ALL_LEVELS):
+        from runner.cli import tensorflow
+
+        tensorflow.prepare(deterministic=False)
+    tolerance = tolerance or tolerances.LOGITS
+    if self_test:
+        return _self_test(output, converted, against, tolerance, config_file)
+
     from gptj_convert.verdict import Verdict
     from gptj_convert.verify import levels_up_to, source_of
     from gptj_convert.verify import verify as run
 
-    if level in (*MODEL_LEVELS, ALL_LEVELS):
-        from runner.cli import tensorflow
+    verdict = Verdict(tolerance, levels_up_to(level))
+    if against_golden:
+        from golden.recording import read_recording
+        from gptj_convert.against_recording import verify_against_recording
 
-        tensorflow.prepare(deterministic=False)
-    against = against or source_of(converted)
-    verdict = Verdict(tolerance or tolerances.LOGITS, levels_up_to(level))
-    output.note(f"{converted} against {against}")
-    with progress(output, "verifying", in_bytes=False) as report:
-        for event in run(
-            converted, against, verdict, config_file=config_file, keep_going=keep_going
-        ):
-            report(event.done, event.total, event.what)
-    _show(output, verdict)
+        own = against_golden == _OWN_RECORDING
+        recording = read_recording(None if own else Path(against_golden))
+        held_against = f"a recording of {recording.made_by}"
+        events = verify_against_recording(converted, recording, verdict, config_file=config_file)
+    else:
+        source = against or source_of(converted)
+        held_against = str(source)
+        events = run(
+            converted,
+            source,
+            verdict,
+            config_file=config_file,
+            keep_going=keep_going,
+            thorough=thorough,
+        )
+    output.note(f"{converted} against {held_against}")
+    with progress(output, "verifying", in_bytes=False) as tell:
+        for event in events:
+            tell(event.done, event.total, event.what)
+    say_verdict(output, verdict)
     note_memory(output, verdict.planned_memory)
+    fields = {"output": str(converted), "against": held_against, **verdict.to_json()}
+    if report:
+        _write_report(report, {"ok": verdict.ok, **fields}, converted)
+        output.note(f"report: {report}")
+        fields["report"] = str(report)
+    return fields | {"exit": _exit(verdict)}
+
+
+def _index(level: str) -> int:
+    return len(LEVELS) - 1 if level == ALL_LEVELS else LEVELS.index(level)
+
+
+def _exit(verdict: Verdict) -> Exit:
+    return Exit.OK if verdict.ok else Exit.MISMATCH
+
+
+def _refuse_unwritable(report: Path) -> None:
+    """Say so now, rather than after minutes of work."""
+    import os
+
+    from gptj_model.errors import FileFault
+
+    if report.is_dir() or not report.parent.is_dir() or not os.access(report.parent, os.W_OK):
+        raise FileFault(
+            f"{report}: cannot be written, expected a file in a folder that can be written to"
+        )
+
+
+def _write_report(report: Path, fields: dict[str, Any], converted: Path) -> None:
+    from gptj_convert.environment import describe
+    from gptj_convert.manifest import Manifest
+    from gptj_convert.report import write_report
+    from gptj_model.errors import FileFault
+
+    facts: dict[str, dict[str, Any]] = {
+        "How to run it again": {"command": shlex.join(["gptj", *sys.argv[1:]])},
+        "Environment": describe(),
+    }
+    try:
+        manifest = Manifest.read(converted if converted.is_dir() else converted.parent)
+    except FileFault:
+        manifest = None  # the verdict says so
+    if manifest:
+        source = manifest.source.get("files", {})
+        facts["Files of the original, by the manifest"] = _stated(source)
+        facts["Files of the converted checkpoint, by the manifest"] = _stated(manifest.files)
+    write_report(report, fields, facts)
+
+
+def _stated(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    words = {"bytes": "{:,} bytes", "sha256": "SHA-256 {}"}
     return {
-        "output": str(converted),
-        **verdict.to_json(),
-        "exit": Exit.OK if verdict.ok else Exit.MISMATCH,
+        name: ", ".join(words[key].format(file[key]) for key in words if key in file)
+        for name, file in files.items()
     }
 
 
-def _show(output: Output, verdict: Verdict) -> None:
-    for name, result in verdict.levels.items():
-        if "not_run" in result.figures:
-            output.data(f"{name:<10} not run: {result.figures['not_run']}")
-            continue
-        output.data(f"{name:<10} {'ok' if result.ok else 'DIFFERS'}  {_summary(result.figures)}")
-    figures = {name: result.figures for name, result in verdict.levels.items()}
-    for row in figures.get("logits", {}).get("prompts", ()):
-        output.data(
-            f"  {row['name']:<24} {row['tokens']:>4} tokens  max|Δ| {row['max_abs']:.1e}  "
-            f"/σ {row['relative']:.1e}  KL {row['max_kl']:.1e}  top-1 {100 * row['top1']:.1f} %"
-        )
-    for name in figures.get("weights", {}).get("zero", ()):
-        output.note(f"note: {name} is all zero, and is not in the source")
-    for names in figures.get("weights", {}).get("duplicates", ()):
-        output.note(f"note: equal bit for bit, and not in the source: {', '.join(names)}")
-    first = verdict.first_difference
-    if first is None:
-        output.data("MATCH" if verdict.ok else "NOT JUDGED")
-        return
-    output.data(f"MISMATCH in {first.place}")
-    output.data(f"  found:    {first.found}")
-    output.data(f"  expected: {first.expected}")
-    if len(verdict.differences) > 1:
-        output.data(f"  and {len(verdict.differences) - 1} more")
-    for text in verdict.diagnosis[:_SHOWN]:
-        output.data(f"diagnosis: {one_line(text)}")
-    if len(verdict.diagnosis) > _SHOWN:
-        output.data(f"and {len(verdict.diagnosis) - _SHOWN} more; --json has all")
-    output.note("hint: convert the source again, to another folder, and verify that")
+def _self_test(
+    output: Output,
+    converted: Path,
+    against: Path | None,
+    tolerance: float,
+    config_file: Path | None,
+) -> dict[str, Any]:
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.self_test import SelfTest, self_test
+    from gptj_convert.verify import source_of
 
-
-def _summary(figures: dict[str, Any]) -> str:
-    shown = {k: v for k, v in figures.items() if not isinstance(v, list | dict | None)}
-    return ", ".join(
-        f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in shown.items()
-    )
+    source = against or source_of(converted)
+    result = SelfTest(tolerance, [])
+    with (
+        open_checkpoint(converted, config_file=config_file) as checkpoint,
+        open_checkpoint(source, config_file=config_file) as original,
+        progress(output, "planting", in_bytes=False) as tell,
+    ):
+        for event in self_test(checkpoint, original, result):
+            tell(event.done, event.total, event.what)
+    say_self_test(output, result)
+    code = Exit.OK if result.ok else Exit.MISMATCH
+    return {"output": str(converted), **result.to_json(), "exit": code}

@@ -22,13 +22,17 @@ OPTIONS = {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",
     },
+    "golden record": {"--out", "--dtype", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
     "train": {
         "--init-from", "--params", "--model-dir", "--mode", "--max-steps", "--steps", "--set",
         "--strict",
     },
-    "verify": {"--against", "--tolerance", "--level", "--keep-going", "--config"},
+    "verify": {
+        "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",
+        "--report", "--self-test", "--config",
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,228 @@
+"""Faults that a checkpoint is read with, in memory, to see that verification finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gptj_model.config import GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_tensor
+from gptj_model.tensors import HEAD_BIAS, Op, Scheme, Tensor, block, embedding, head, table
+
+Rule = Callable[[np.ndarray], np.ndarray]
+"""A tensor's values in HF's layout → others of the same shape and dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlantedFault:
+    """One thing that a conversion may do wrong."""
+
+    what: str
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    """By HF name, what is done to a tensor's values."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """By HF name, the HF name of the tensor that is read in its place."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the config that are other ones."""
+
+    @property
+    def tensors(self) -> set[str]:
+        """HF names of what is not the source's."""
+        return {*self.rules, *self.origins}
+
+
+def planted_faults(config: GPTJConfig) -> list[PlantedFault]:
+    """Faults of every kind, in blocks at both ends and in the middle."""
+    first, middle, last = 0, config.n_layer // 2, config.n_layer - 1
+    of_block = [{_row(t): t.hf for t in block(config, i)} for i in range(config.n_layer)]
+    faults = [
+        *(
+            PlantedFault(
+                what=f"{of_block[i][row]}: the transposition skipped",
+                rules={of_block[i][row]: lambda v: v.T.reshape(v.shape)},
+            )
+            for i, row in (
+                (first, "attn.q_proj.weight"),
+                (middle, "attn.k_proj.weight"),
+                (middle, "attn.out_proj.weight"),
+                (last, "mlp.fc_in.weight"),
+            )
+        ),
+        _exchanged(of_block[middle]["attn.q_proj.weight"], of_block[middle]["attn.k_proj.weight"]),
+        _exchanged(of_block[first]["attn.v_proj.weight"], of_block[first]["attn.out_proj.weight"]),
+        _exchanged(of_block[middle]["ln_1.weight"], of_block[middle]["ln_1.bias"]),
+        PlantedFault(
+            what=f"block {first}: queries and keys in the order of split rotary halves",
+            rules={
+                of_block[first][f"attn.{which}_proj.weight"]: _by_head(config, _split_halves)
+                for which in "qk"
+            },
+        ),
+        PlantedFault(
+            what=f"{of_block[last]['attn.v_proj.weight']}: one head's rows moved on by one",
+            rules={of_block[last]["attn.v_proj.weight"]: _by_head(config, _one_head_moved)},
+        ),
+        PlantedFault(
+            what=f"block {middle}: rounded to bfloat16 on the way",
+            rules={t.hf: _rounded for t in block(config, middle)},
+        ),
+        PlantedFault(
+            what=f"{of_block[middle]['mlp.fc_out.weight']}: one value off by 0.001",
+            rules={of_block[middle]["mlp.fc_out.weight"]: _one_value_off},
+        ),
+        PlantedFault(
+            what=f"{of_block[last]['attn.v_proj.weight']}: the lowest bit of one value flipped",
+            rules={of_block[last]["attn.v_proj.weight"]: _lowest_bit_flipped},
+        ),
+        PlantedFault(
+            what=f"{embedding(config).hf}: rows shifted by one",
+            rules={embedding(config).hf: lambda v: np.roll(v, 1, axis=0)},
+        ),
+        PlantedFault(what=f"{HEAD_BIAS.hf}: zeroed", rules={HEAD_BIAS.hf: np.zeros_like}),
+        PlantedFault(
+            what="config: layer_norm_epsilon ten times as large",
+            fields={"layer_norm_epsilon": 10 * config.layer_norm_epsilon},
+        ),
+    ]
+    if first != last:
+        pairs = zip(block(config, first), block(config, last), strict=True)
+        origins = {x.hf: y.hf for a, b in pairs for x, y in ((a, b), (b, a))}
+        faults.append(PlantedFault(what=f"blocks {first} and {last} exchanged", origins=origins))
+    if config.rotary_dim > 2:
+        smaller = {"rotary_dim": config.rotary_dim - 2}
+        faults.append(PlantedFault(what="config: two rotary features fewer", fields=smaller))
+    if config.n_head % 2 == 0 and config.rotary_dim <= 2 * config.head_dim:
+        fewer = {"n_head": config.n_head // 2}
+        faults.append(PlantedFault(what="config: half as many heads", fields=fewer))
+    return faults
+
+
+def _row(tensor: Tensor) -> str:
+    return tensor.hf.split(f"h.{tensor.block}.")[1]
+
+
+def _exchanged(a: str, b: str) -> PlantedFault:
+    return PlantedFault(what=f"{a} and {b} exchanged", origins={a: b, b: a})
+
+
+def _by_head(config: GPTJConfig, rule: Callable[[np.ndarray, GPTJConfig], np.ndarray]) -> Rule:
+    """A rule on (heads, features of one, …) of a projection's rows."""
+
+    def apply(values: np.ndarray) -> np.ndarray:
+        heads = values.reshape(config.n_head, config.head_dim, -1)
+        return rule(heads, config).reshape(values.shape)
+
+    return apply
+
+
+def _split_halves(heads: np.ndarray, config: GPTJConfig) -> np.ndarray:
+    n = config.rotary_dim
+    order = [*range(0, n, 2), *range(1, n, 2), *range(n, config.head_dim)]
+    return heads[:, order]
+
+
+def _one_head_moved(heads: np.ndarray, config: GPTJConfig) -> np.ndarray:
+    moved = heads.copy()
+    moved[-1] = np.roll(heads[-1], 1, axis=0)
+    return moved
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    return values.astype(ml_dtypes.bfloat16).astype(values.dtype)
+
+
+def _one_value_off(values: np.ndarray) -> np.ndarray:
+    changed = values.copy()
+    place = tuple(n // 2 for n in values.shape)
+    changed[place] += np.asarray(1e-3, values.dtype)
+    return changed
+
+
+def _lowest_bit_flipped(values: np.ndarray) -> np.ndarray:
+    changed = np.ascontiguousarray(values).copy()
+    bits = changed.reshape(-1).view(f"u{values.itemsize}")
+    bits[bits.size // 2] ^= 1
+    return changed
+
+
+class FaultySource:
+    """A source that is read with a fault in it: a `TensorSource`.
+
+    Args:
+        source, scheme: the sound one.
+        config: of the model.
+        fault: what is wrong.
+    """
+
+    def __init__(
+        self, source: TensorSource, scheme: Scheme, config: GPTJConfig, fault: PlantedFault
+    ) -> None:
+        self._source = source
+        self._scheme = scheme
+        by_hf = {t.hf: t for t in table(config)}
+        self._rules = {
+            name: (by_hf[hf], rule)
+            for hf, rule in fault.rules.items()
+            for name in by_hf[hf].names(scheme)
+        }
+        self._origins = {
+            name: origin
+            for hf, other in fault.origins.items()
+            for name, origin in zip(
+                by_hf[hf].names(scheme), by_hf[other].names(scheme), strict=True
+            )
+        }
+        self._held: tuple[str, memoryview] | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Those of the sound source."""
+        return self._source.tensors
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource`; a tensor with a rule is held whole until another one is read."""
+        if name not in self._rules:
+            self._source.read_into(self._origins.get(name, name), offset, buffer)
+            return
+        if self._held is None or self._held[0] != name:
+            self._held = name, raw_bytes(self._changed(name))
+        buffer[:] = self._held[1][offset : offset + len(buffer)]
+
+    def _changed(self, name: str) -> np.ndarray:
+        tensor, rule = self._rules[name]
+        op: Op = tensor.op(self._scheme, Scheme.HF)
+        values = read_tensor(self._source, name)
+        return np.ascontiguousarray(op(rule(op(values)))).astype(
+            NUMPY[self.tensors[name].dtype], copy=False
+        )
+
+    def close(self) -> None:
+        """Nothing of its own is open."""
+
+
+@contextmanager
+def reading(model: Any, source: TensorSource) -> Iterator[None]:
+    """Let a streamed model read its weights from another source."""
+    before, model.source = model.source, source
+    try:
+        yield
+    finally:
+        model.source = before
+
+
+def damaged_stages(config: GPTJConfig, fault: PlantedFault) -> set[int | str]:
+    """Blocks, by number, "embedding" and "head": what is read otherwise with a fault."""
+    found: set[int | str] = set()
+    if embedding(config).hf in fault.tensors:
+        found.add("embedding")
+        if config.tie_word_embeddings:
+            found.add("head")
+    if fault.tensors & {t.hf for t in head(config)}:
+        found.add("head")
+    return found | {t.block for t in table(config) if t.block is not None and t.hf in fault.tensors}
