@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptj_convert.digest import digest
+from gptj_convert.formats.output_file import FULL
 from gptj_convert.journal import JOURNAL_FILE, Journal, read_journal
 from gptj_convert.staging import (
     Staging,
@@ -233,11 +234,10 @@ def build(
             try:
                 yield from _write(parts, recipe, options, staging, journal, processes, counts)
             except DataFault:
-                staging.keep = False  # going on would end the same way
+                journal.parts.clear()  # going on would end the same way
                 raise
-            except BaseException:
+            finally:
                 staging.keep = bool(journal.parts)
-                raise
     yield Result(counts, kept_files=len(good))
 
 
@@ -375,15 +375,17 @@ class _Part:
         return self._options.examples_per_file - self._in_file
 
     def _append(self, block: np.ndarray) -> None:
-        if self._writer is None:
-            self._path = self._folder / self._file_name(len(self.written))
-            partial = self._partial(self._path)
-            if self._options.format == HDF5:
-                self._writer = Hdf5Writer(partial, self._recipe.length)
-            else:
-                self._writer = RecordWriter(partial, compress=self._options.compress)
-        self._writer.write(block)
+        with _faults(self._folder):
+            self._writer = self._writer or self._open()
+            self._writer.write(block)
         self._in_file += len(block)
+
+    def _open(self) -> RecordWriter | Hdf5Writer:
+        self._path = self._folder / self._file_name(len(self.written))
+        partial = self._partial(self._path)
+        if self._options.format == HDF5:
+            return Hdf5Writer(partial, self._recipe.length)
+        return RecordWriter(partial, compress=self._options.compress)
 
     @staticmethod
     def _partial(path: Path) -> Path:
@@ -397,9 +399,10 @@ class _Part:
         self, chunk: int, consumed: int, counts: dict[str, Any], *, last: bool = False
     ) -> None:
         assert self._writer
-        self._writer.close()
-        self._writer = None
         path = self._path
+        with _faults(path):
+            self._writer.close()
+        self._writer = None
         self._partial(path).rename(path)
         size, sha256 = path.stat().st_size, digest(path)
         entry = Written(
@@ -505,6 +508,17 @@ def read_params(folder: Path) -> dict[str, Any] | None:
         return values if stated and whole is not None else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise FileFault(
+            f"{path}: cannot be written: {e.strerror or e}",
+            hint="free some space" if e.errno in FULL else None,
+        ) from None
 
 
 def _size(files: Iterable[Path]) -> int:
