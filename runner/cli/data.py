@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +16,13 @@ from runner.cli.progress import progress
 
 if TYPE_CHECKING:
     from runner.data.build import Counts, Recipe
+    from runner.data.sources import Part
 
 DEFAULT_OUT = Path("data")
 #: What `gptj data pile` reads in folders.
 PILE_FILES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.txt", "*.txt.gz", "*.txt.zst", "*.parquet")
+#: And `gptj data summarization`.
+PAIR_FILES = ("*.bin", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
 #: Bad documents that are named one by one.
 _NAMED = 20
 
@@ -139,6 +142,46 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
 
 @command
 @_building
+@click.option("--article-column", default="article", show_default=True)
+@click.option("--summary-column", help="[default: abstract, highlights or summary]")
+@click.option("--truncate-article", is_flag=True, help="Shorten articles of pairs too long.")
+@click.option(
+    "--test-set", is_flag=True, help="Take every pair, and whole, as for files called test."
+)
+def summarization(
+    output: Output,
+    sources: tuple[Path, ...],
+    article_column: str,
+    summary_column: str | None,
+    truncate_article: bool,
+    test_set: bool,
+    **options: Any,
+) -> dict:
+    """Make an example of each article and its summary.
+
+    SRC are files or folders of .bin (of the reference), .jsonl (also .gz, .zst) and .parquet. A
+    pair is left out, and counted, when a side is empty, when the abstract is longer than the
+    article, or when it is too long. Test sets are taken whole, or refused.
+    """
+    from runner.data.sources import by_split, find_sources
+    from runner.data.summarization import ABSTRACT, PairOptions, SummarizationRecipe
+
+    recipe = SummarizationRecipe(
+        options=PairOptions(
+            tokenizer=options.pop("tokenizer"),
+            length=options.pop("max_sequence_length"),
+            article=article_column,
+            abstract=summary_column or ABSTRACT,
+            truncate_article=truncate_article,
+            test=test_set,
+        )
+    )
+    parts = by_split(find_sources(_given(sources), PAIR_FILES))
+    return _build(output, parts, recipe, **options)
+
+
+@command
+@_building
 @_packing
 @click.option(
     "--glob",
@@ -152,11 +195,11 @@ def text(
     output: Output, sources: tuple[Path, ...], patterns: tuple[str, ...], **options: Any
 ) -> dict:
     """Pack text or source files into records, one document each."""
-    from runner.data.sources import find_sources
+    from runner.data.sources import Part, find_sources
 
     recipe = _text_recipe(options, whole_files=True)
-    files = [path for path, _ in find_sources(_given(sources), patterns)]
-    return _build(output, {"": files}, recipe, **options)
+    files = tuple(path for path, _ in find_sources(_given(sources), patterns))
+    return _build(output, [Part(files=files)], recipe, **options)
 
 
 def _given(sources: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -187,7 +230,7 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
 
 def _build(
     output: Output,
-    parts: dict[str, list[Path]],
+    parts: Sequence[Part],
     recipe: Recipe,
     *,
     out: Path,
@@ -210,7 +253,7 @@ def _build(
         raise click.UsageError("--gzip is for TFRecords, expected it without --format hdf5")
     processes = processes or default_processes()
     check_processes(processes)
-    for file in (f for files in parts.values() for f in files):
+    for file in (f for part in parts for f in part.files):
         refuse_overlap(out, file, [file])
     options = Options(
         format=file_format,
@@ -242,12 +285,12 @@ def _build(
         output.note(f"skipped: … and {skipped - _NAMED} more")
     if result.kept_files:
         output.note(f"{result.kept_files} record files were there already, and hold")
-    for name, counts in result.parts.items():
+    for name, counts in result.counts.items():
         output.note(_summary(name, counts, recipe.length))
     output.data(str(out))
-    return {"output": str(out), **_fields(result.parts.values())} | (
-        {"parts": {name: _fields([c]) for name, c in result.parts.items()}}
-        if any(result.parts)
+    return {"output": str(out), **_fields(result.counts.values())} | (
+        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
+        if any(result.counts)
         else {}
     )
 
@@ -281,5 +324,5 @@ def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
     return total
 
 
-for _command in (pile, text):
+for _command in (pile, summarization, text):
     data.add_command(_command)

@@ -35,7 +35,7 @@ from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.encoding import Encoded, Encoder, Encoding, chunks
 from runner.data.hdf5 import Hdf5Writer
 from runner.data.records import RecordWriter
-from runner.data.sources import Problem, Reading, read
+from runner.data.sources import Part, Problem, Reading, read
 
 #: Arguments and counts of the run that wrote the records.
 PARAMS_FILE = "data_params.json"
@@ -83,8 +83,8 @@ class Recipe(Protocol):
         """How the sources are read."""
         ...
 
-    def encoder(self, part: str) -> Callable[[], Encoder]:
-        """What makes the encoder for a part of the data set; it is sent to processes."""
+    def encoder(self, split: str) -> Callable[[], Encoder]:
+        """What makes the encoder for train, val, test, or ""; it is sent to processes."""
         ...
 
     def assembler(self, made: int) -> Assembler:
@@ -140,7 +140,7 @@ class Counts:
 class Written:
     """A record file that is on the disk, and where the next one begins."""
 
-    part: str
+    folder: str
     name: str
     bytes: int
     sha256: str
@@ -176,15 +176,15 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the folder holds, by part of the data set; the part without a name is the folder."""
+    """What is in the output, by folder; the one without a name is the output itself."""
 
-    parts: dict[str, Counts]
+    counts: dict[str, Counts]
     kept_files: int = 0
     """That an interrupted run had written."""
 
 
 def build(
-    parts: Mapping[str, Sequence[Path]],
+    parts: Sequence[Part],
     recipe: Recipe,
     out: Path,
     options: Options,
@@ -196,7 +196,7 @@ def build(
     """Write records to a new folder `out`; yields progress, and the result last.
 
     Args:
-        parts: files by the name of a folder in `out`; the empty name is `out` itself.
+        parts: what is read, and where in `out` its records go.
         recipe: what becomes of them.
         out: the folder.
         options: how.
@@ -255,7 +255,7 @@ class _Done:
 
 
 def _write(
-    parts: Mapping[str, Sequence[Path]],
+    parts: Sequence[Part],
     recipe: Recipe,
     options: Options,
     staging: Staging,
@@ -263,15 +263,15 @@ def _write(
     processes: int,
     counts: dict[str, Counts],
 ) -> Iterator[Packing | Skipped]:
-    clock = _Clock(sum(map(_size, parts.values())))
+    clock = _Clock(sum(_size(part.files) for part in parts))
     before = 0
-    for name, files in parts.items():
-        part = _Part(name, files, recipe, options, staging, journal)
-        for event in part.run(processes):
+    for part in parts:
+        work = _Work(part, recipe, options, staging, journal)
+        for event in work.run(processes):
             yield clock.tell(before, event) if isinstance(event, _Done) else event
-        before += _size(files)
-        counts[name] = part.counts
-        _write_params(staging.content / name, journal.job, name, part)
+        before += _size(part.files)
+        counts[part.folder] = work.counts
+        _write_params(staging.content / part.folder, journal.job, part, work)
 
 
 class _Clock:
@@ -290,26 +290,24 @@ class _Clock:
         )
 
 
-class _Part:
-    """One folder of records being written."""
+class _Work:
+    """One part's records being written."""
 
     def __init__(
         self,
-        name: str,
-        files: Sequence[Path],
+        part: Part,
         recipe: Recipe,
         options: Options,
         staging: Staging,
         journal: Journal[Written],
     ) -> None:
-        self._name = name
-        self._files = files
+        self._part = part
         self._recipe = recipe
         self._options = options
         self._staging = staging
-        self._folder = staging.content / name
+        self._folder = staging.content / part.folder
         self._journal = journal
-        self.written = [w for w in journal.parts if w.part == name]
+        self.written = [w for w in journal.parts if w.folder == part.folder]
         last = self.written[-1] if self.written else None
         self.counts = Counts(**last.counts) if last else Counts()
         self._first = last.chunk if last else 0
@@ -331,7 +329,7 @@ class _Part:
         self.counts.examples, self.counts.files = self._made, len(self.written)
         if not self._made:
             raise DataFault(
-                f"{', '.join(map(str, self._files[:3]))}: gave no example of "
+                f"{', '.join(map(str, self._part.files[:3]))}: gave no example of "
                 f"{self._recipe.length} tokens",
                 hint="name other files, or a smaller --max-sequence-length",
             )
@@ -344,10 +342,10 @@ class _Part:
             done = bytes_read
 
         assembler = self._recipe.assembler(self._made)
-        items = read(self._files, self._recipe.reading(self._staging.root), tell)
+        items = read(self._part.files, self._recipe.reading(self._staging.root), tell)
         todo = islice(chunks(items), self._first, None)
         skip, end = self._skip, self._first
-        with Encoding(self._recipe.encoder(self._name), processes) as encoding:
+        with Encoding(self._recipe.encoder(self._part.split), processes) as encoding:
             for number, encoded in enumerate(encoding.map(todo), start=self._first):
                 end = number + 1
                 for problem in encoded.problems:
@@ -406,7 +404,7 @@ class _Part:
         self._partial(path).rename(path)
         size, sha256 = path.stat().st_size, digest(path)
         entry = Written(
-            self._name, path.name, size, sha256, self._in_file, chunk, consumed, counts, last
+            self._part.folder, path.name, size, sha256, self._in_file, chunk, consumed, counts, last
         )
         self._journal.add(entry)
         self.written.append(entry)
@@ -414,12 +412,12 @@ class _Part:
         self._in_file = 0
 
 
-def _job(parts: Mapping[str, Sequence[Path]], recipe: Recipe, options: Options) -> dict[str, Any]:
+def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, Any]:
     """What is to be done, for JSON."""
     try:
         sources = {
-            part: {str(p): [(s := p.stat()).st_size, s.st_mtime_ns] for p in files}
-            for part, files in parts.items()
+            part.folder: {str(p): [(s := p.stat()).st_size, s.st_mtime_ns] for p in part.files}
+            for part in parts
         }
     except OSError as e:
         raise FileFault(f"{e.filename}: cannot be read: {e.strerror}") from None
@@ -434,15 +432,15 @@ def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, r
             hint="go on with it with --resume, or begin anew with --force",
         )
     if found["arguments"] != job["arguments"] or {
-        part: list(files) for part, files in found["sources"].items()
-    } != {part: list(files) for part, files in job["sources"].items()}:
+        folder: list(files) for folder, files in found["sources"].items()
+    } != {folder: list(files) for folder, files in job["sources"].items()}:
         raise UsageError(
             f"{out}: what was interrupted is another one, of other sources or options",
             hint="give the same arguments as then, or begin anew with --force",
         )
-    for part, files in job["sources"].items():
+    for folder, files in job["sources"].items():
         for path, state in files.items():
-            if list(state) != found["sources"][part][path]:
+            if list(state) != found["sources"][folder][path]:
                 raise FileFault(
                     f"{path}: has changed since the run was interrupted",
                     hint="begin anew with --force",
@@ -452,12 +450,12 @@ def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, r
 def _complete(out: Path, job: Mapping[str, Any]) -> dict[str, Counts] | None:
     """The counts of a finished job's folder; None when it is not this job's."""
     counts = {}
-    for part, files in job["sources"].items():
-        params = read_params(out / part)
+    for folder, files in job["sources"].items():
+        params = read_params(out / folder)
         sizes = {path: size for path, (size, _) in files.items()}
         if not params or (params["arguments"], params["sources"]) != (job["arguments"], sizes):
             return None
-        counts[part] = Counts(**params["counts"])
+        counts[folder] = Counts(**params["counts"])
     return counts
 
 
@@ -465,7 +463,7 @@ def _good(staging: Staging, written: Iterable[Written]) -> list[Written]:
     """What is there as it was noted, up to the first that is not."""
     good: list[Written] = []
     for entry in written:
-        path = staging.content / entry.part / entry.name
+        path = staging.content / entry.folder / entry.name
         if not path.is_file() or path.stat().st_size != entry.bytes:
             break
         if digest(path) != entry.sha256:
@@ -475,17 +473,17 @@ def _good(staging: Staging, written: Iterable[Written]) -> list[Written]:
 
 
 def _remove_others(staging: Staging, good: Iterable[Written]) -> None:
-    kept = {staging.content / e.part / e.name for e in good}
+    kept = {staging.content / e.folder / e.name for e in good}
     for path in staging.content.rglob("*"):
         if path.is_file() and path not in kept:
             path.unlink()
 
 
-def _write_params(folder: Path, job: Mapping[str, Any], part: str, done: _Part) -> None:
+def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _Work) -> None:
     """Keep arguments, counts and digests beside the records, and the folder's names durable."""
     values = {
         "arguments": job["arguments"],
-        "sources": {path: size for path, (size, _) in job["sources"][part].items()},
+        "sources": {path: size for path, (size, _) in job["sources"][part.folder].items()},
         "counts": asdict(done.counts),
         "files": {
             w.name: {"bytes": w.bytes, "sha256": w.sha256, "examples": w.examples}

@@ -114,21 +114,35 @@ def find_sources(sources: Sequence[Path], patterns: Sequence[str]) -> list[tuple
     return list(found.items())
 
 
-def by_split(found: Iterable[tuple[Path, Path]]) -> dict[str, list[Path]]:
-    """Files by the part of the data set that their names say: train, val or test.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Files that make one set of records."""
 
-    Files that say nothing belong to train where others say something; where none does, all are
-    one part, whose name is empty.
+    files: tuple[Path, ...]
+    folder: str = ""
+    """Where in the output the records go."""
+    split: str = ""
+    """train, val or test, where the files' names say it."""
+
+
+def by_split(found: Iterable[tuple[Path, Path]]) -> list[Part]:
+    """Files by what part of the data set their names say they are, each in its own folder.
+
+    Files that say nothing belong to train where others say something. A part that is the only
+    one needs no folder.
     """
-    parts: dict[str, list[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for path, relative in found:
-        parts.setdefault(split_of(relative), []).append(path)
-    unnamed = parts.pop("", [])
-    if not parts:
-        return {"": unnamed}
-    if unnamed:
-        parts[TRAIN] = sorted([*parts.get(TRAIN, []), *unnamed])
-    return {name: parts[name] for name in (TRAIN, VALIDATION, TEST) if name in parts}
+        splits.setdefault(split_of(relative), []).append(path)
+    if len(splits) > 1:
+        unnamed = splits.pop("", [])
+        if unnamed:
+            splits[TRAIN] = sorted([*splits.get(TRAIN, []), *unnamed])
+    if len(splits) == 1:
+        ((split, files),) = splits.items()
+        return [Part(files=tuple(files), split=split)]
+    named = [s for s in (TRAIN, VALIDATION, TEST) if s in splits]
+    return [Part(files=tuple(splits[s]), folder=s, split=s) for s in named]
 
 
 def split_of(relative: Path) -> str:
@@ -241,8 +255,12 @@ def _long_line(
     file: BinaryIO, begun: bytes, number: int, path: Path, reading: Reading
 ) -> Iterator[Raw | Problem]:
     with closing(LongLine(file, begun, reading.spool, PIECE)) as line:
+        key, *others = reading.columns
+        if others:
+            yield Problem(f"{path}:{number}", f"has more than {LONG} bytes")
+            return
         try:
-            texts = line.strings(reading.columns[0])
+            texts = line.strings(key)
             for _ in texts():
                 pass
         except Damaged as e:

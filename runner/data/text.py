@@ -6,13 +6,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from gptj_model.errors import DataFault
 from runner.data import pieces
@@ -20,16 +17,10 @@ from runner.data.encoding import Chunk, Encoded, Encoder, decode, parse_object, 
 from runner.data.long_line import Damaged, string_of
 from runner.data.packing import Packer
 from runner.data.sources import Form, Problem, Raw, Reading
-from runner.data.tokenizer import end_of_text, load_tokenizer, may_cut
+from runner.data.tokenizer import end_of_text, facts, loaded, may_cut
 
 #: Characters that are tokenised together: a token takes a hundred bytes until its id is taken.
 _TOGETHER = 2**18
-
-
-@lru_cache(maxsize=4)
-def loaded(folder: Path, allow_special: bool = False) -> Tokenizer:
-    """See `load_tokenizer`; the same object for the same arguments, not to be changed."""
-    return load_tokenizer(folder, allow_special=allow_special)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,11 +168,10 @@ class TextRecipe:
     @property
     def arguments(self) -> dict[str, Any]:
         """See `Recipe`."""
-        tokenizer = loaded(self.options.tokenizer)
         return {
+            "kind": "text",
             "max_sequence_length": self.length,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
+            **facts(self.options.tokenizer),
             "allow_special": self.options.allow_special,
             "key": self.options.key,
             "ftfy": self.options.ftfy,
@@ -196,7 +186,7 @@ class TextRecipe:
         """See `Recipe`."""
         return Reading(columns=(self.options.key,), whole_files=self.whole_files, spool=spool)
 
-    def encoder(self, part: str) -> Callable[[], Encoder]:
+    def encoder(self, split: str) -> Callable[[], Encoder]:
         """See `Recipe`."""
         return self.options.open
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -47,6 +50,26 @@ def load_tokenizer(folder: Path, *, allow_special: bool = False) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not allow_special
     return tokenizer
+
+
+@lru_cache(maxsize=4)
+def loaded(folder: Path, allow_special: bool = False) -> Tokenizer:
+    """See `load_tokenizer`; the same object for the same arguments, not to be changed."""
+    return load_tokenizer(folder, allow_special=allow_special)
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What records depend on, for JSON.
+
+    Raises:
+        FileFault: there is no tokenizer.
+    """
+    tokenizer = loaded(folder)
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eos_id": end_of_text(tokenizer),
+        "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
+    }
 
 
 def _from_vocabulary(vocabulary: str, merges: str) -> Tokenizer:

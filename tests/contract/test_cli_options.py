@@ -21,6 +21,9 @@ OPTIONS = {
         "--config", "--dry-run", "--saturate", "--resume", "--force",
     },
     "data pile": BUILDING | PACKING | {"--text-key"},
+    "data summarization": BUILDING | {
+        "--article-column", "--summary-column", "--truncate-article", "--test-set",
+    },
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},

@@ -21,6 +21,7 @@ from runner.data.build import Counts, Options, Result, build
 from runner.data.example import FEATURES, parse, serialize
 from runner.data.packing import Packer
 from runner.data.records import check_records, find_records, read_records
+from runner.data.sources import Part
 from runner.data.text import TextOptions, TextRecipe
 from runner.data.tokenizer import load_tokenizer, may_cut
 
@@ -52,9 +53,9 @@ def _examples(folder: Path) -> list[dict[str, np.ndarray]]:
 def _pack(paths: Sequence[Path], folder: Path, out: Path, length: int, **fields: Any) -> Counts:
     options = TextOptions(tokenizer=folder)
     recipe = TextRecipe(options=options, length=length, whole_files=True, **fields)
-    *_, result = build({"": list(paths)}, recipe, out, Options())
+    *_, result = build([Part(files=tuple(paths))], recipe, out, Options())
     assert isinstance(result, Result)
-    return result.parts[""]
+    return result.counts[""]
 
 
 def _tokens(examples: list[dict[str, np.ndarray]], length: int) -> list[int]:
