@@ -89,14 +89,14 @@ def execute(
     """
     job = _job(plan, checkpoint)
     journal_path = staging_root(out) / JOURNAL_FILE
-    found = read_journal(journal_path)
+    found = read_journal(journal_path, Moved)
     if resume and not has_content(out) and _is_complete(out, job):
         remove_staging(out)
         yield Result((), plan.layout.total)
         return
     replaces = force or bool(resume and found and found.job["force"])
     with staged_folder(out, force=replaces, fresh=False) as staging:
-        found = None if force else read_journal(journal_path)
+        found = None if force else read_journal(journal_path, Moved)
         try:
             if found:
                 staging.keep = True
@@ -105,12 +105,13 @@ def execute(
                 staging.clear()
             check_space(plan.disk_bytes, out, there=staging.content)
             reserve(plan.layout, staging.content, existing=True)
-            journal = Journal(journal_path, job | {"force": force})
+            job = found.job if found else job | {"force": force}
+            journal = Journal(journal_path, job, found.parts if found else ())
             with closing(journal):
                 try:
                     yield from _write(plan, checkpoint, staging.content, journal)
                 finally:
-                    staging.keep = bool(journal.moved)
+                    staging.keep = bool(journal.parts)
         except TensorFault:
             staging.keep = False  # going on would end the same way
             raise
@@ -118,7 +119,7 @@ def execute(
 
 def is_resumable(out: Path) -> bool:
     """Whether an interrupted conversion to `out` can be gone on with."""
-    return read_journal(staging_root(out) / JOURNAL_FILE) is not None
+    return read_journal(staging_root(out) / JOURNAL_FILE, Moved) is not None
 
 
 def check_space(needed: int, out: Path, *, there: Path | None = None) -> None:
@@ -195,12 +196,12 @@ def _is_complete(out: Path, job: Mapping[str, Any]) -> bool:
 
 
 def _write(
-    plan: Plan, checkpoint: Checkpoint, folder: Path, journal: Journal
+    plan: Plan, checkpoint: Checkpoint, folder: Path, journal: Journal[Moved]
 ) -> Generator[Progress | Result, None, None]:
     total = plan.layout.total
-    start = yield from find_start(plan.layout, folder, {m.name: m.crc32c for m in journal.moved})
+    start = yield from find_start(plan.layout, folder, {m.name: m.crc32c for m in journal.parts})
     done = kept = start.done
-    moved = {m.name: m for m in journal.moved if m.name in start.checksums}
+    moved = {m.name: m for m in journal.parts if m.name in start.checksums}
     with Pipeline() as pipeline:
         reader = _Reader(plan, checkpoint, pipeline, start)
         what = "reading"
@@ -272,7 +273,7 @@ def _changed(checkpoint: Checkpoint) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in checkpoint.files}
 
 
-def _check_unchanged(checkpoint: Checkpoint, journal: Journal) -> None:
+def _check_unchanged(checkpoint: Checkpoint, journal: Journal[Moved]) -> None:
     now = {"source": describe_source(checkpoint), "changed": _changed(checkpoint)}
     if any(journal.job[key] != value for key, value in now.items()):
         raise TensorFault(

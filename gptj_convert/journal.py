@@ -1,12 +1,19 @@
-"""What an interrupted conversion had done: a line about the whole, then one a finished tensor."""
+"""What interrupted work had done: a line about the whole, then one a finished part."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Part = TypeVar("Part", bound=DataclassInstance)
+else:
+    Part = TypeVar("Part")
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -25,28 +32,37 @@ class Moved:
     """Values replaced by the largest that the target's dtype has."""
 
 
-class Journal:
-    """The file, open for more lines. What it says is checked again on resuming.
+@dataclass(frozen=True, slots=True)
+class Found(Generic[Part]):
+    """What a journal holds."""
+
+    job: dict[str, Any]
+    parts: list[Part]
+
+
+class Journal(Generic[Part]):
+    """The file, open for more lines.
 
     Args:
-        path: of the file.
-        job: what is to be done, for a new one.
+        path: of the file; an existing one is replaced at once by one that says this:
+        job: what is to be done.
+        parts: what is done already.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
-        found = read_journal(path)
-        self.job = found.job if found else dict(job)
-        self.moved = found.moved if found else []
-        self._file = path.open("ab" if found else "wb")
-        if found:
-            self._file.truncate(found.end)  # the line that the interruption cut
-        else:
-            self._line(job)
+    def __init__(self, path: Path, job: Mapping[str, Any], parts: Iterable[Part] = ()) -> None:
+        self.job = dict(job)
+        self.parts: list[Part] = []
+        partial = path.with_name(f"{path.name}.partial")
+        self._file = partial.open("wb")
+        self._line(job)
+        for part in parts:
+            self.add(part)
+        partial.replace(path)
 
-    def add(self, moved: Moved) -> None:
-        """Note a tensor whose bytes are in the file."""
-        self.moved.append(moved)
-        self._line(asdict(moved))
+    def add(self, part: Part) -> None:
+        """Note a part whose bytes are in the output."""
+        self.parts.append(part)
+        self._line(asdict(part))
 
     def close(self) -> None:
         """Close the file."""
@@ -57,18 +73,11 @@ class Journal:
         self._file.flush()
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a journal holds."""
+def read_journal(path: Path, kind: type[Part]) -> Found[Part] | None:
+    """The whole lines of a journal of parts of this kind, a dataclass; checked on resuming.
 
-    job: dict[str, Any]
-    moved: list[Moved]
-    end: int
-    """Bytes of its whole lines."""
-
-
-def read_journal(path: Path) -> Found | None:
-    """The whole lines of a journal; None when there is none, or no whole line."""
+    None when there is none, or no whole line.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
         job = json.loads(lines[0])
@@ -76,11 +85,12 @@ def read_journal(path: Path) -> Found | None:
             return None
     except (OSError, ValueError, IndexError):
         return None
-    moved, end = [], len(lines[0])
+    parts = []
     for line in lines[1:]:
         try:
-            moved.append(Moved(**json.loads(line)))
+            if not line.endswith(b"\n"):
+                break  # the line that the interruption cut
+            parts.append(kind(**json.loads(line)))
         except (ValueError, TypeError):
             break
-        end += len(line)
-    return Found(job, moved, end)
+    return Found(job, parts)

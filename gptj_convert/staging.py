@@ -199,5 +199,8 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        e.filename = str(path)  # which the call itself does not know
+        raise
     finally:
         os.close(fd)

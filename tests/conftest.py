@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,3 +120,16 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
     arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, path, metadata={"format": "pt"})
+
+
+def write_records(path: Path, rows: Iterable[Sequence[Sequence[int]]], **options: Any) -> None:
+    """Write a TFRecord file with TensorFlow: ids, mask and labels of each example."""
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(path), **options) as writer:
+        for row in rows:
+            lists = (tf.train.Int64List(value=[int(v) for v in values]) for values in row)
+            pairs = zip(("input_ids", "input_mask", "labels"), lists, strict=True)
+            feature = {name: tf.train.Feature(int64_list=values) for name, values in pairs}
+            example = tf.train.Example(features=tf.train.Features(feature=feature))
+            writer.write(example.SerializeToString(deterministic=True))

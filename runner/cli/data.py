@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -11,19 +14,175 @@ from runner.cli.command import PATH, command
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
+if TYPE_CHECKING:
+    from runner.data.build import Counts, Recipe
+    from runner.data.sources import Part
+
 DEFAULT_OUT = Path("data")
+#: What `gptj data pile` reads in folders.
+PILE_FILES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.txt", "*.txt.gz", "*.txt.zst", "*.parquet")
+#: And `gptj data summarization`.
+PAIR_FILES = ("*.bin", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
+#: Bad documents that are named one by one.
+_NAMED = 20
+
+PROBABILITY = click.FloatRange(min=0, max=1)
 
 
 @click.group()
 def data() -> None:
-    """Make training records."""
+    """Make training records, and look at them."""
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+#: What every command takes that makes records.
+_building = _options(
+    click.argument("sources", metavar="SRC...", type=PATH, nargs=-1),
+    click.option(
+        "--tokenizer",
+        type=PATH,
+        required=True,
+        help="Folder with tokenizer.json, or with a vocabulary and merges.",
+    ),
+    click.option(
+        "--max-sequence-length", type=click.IntRange(min=1), default=2048, show_default=True
+    ),
+    click.option("--out", type=PATH, default=DEFAULT_OUT, show_default=True, help="Folder."),
+    click.option(
+        "--format",
+        "file_format",
+        type=click.Choice(["tfrecord", "hdf5"]),
+        default="tfrecord",
+        show_default=True,
+        help="hdf5 is what the current CS client reads.",
+    ),
+    click.option("--gzip", "compress", is_flag=True, help="Compress the TFRecords."),
+    click.option(
+        "--files-per-record",
+        type=click.IntRange(min=1),
+        default=8192,
+        show_default=True,
+        help="Examples in a record file.",
+    ),
+    click.option(
+        "--write-remainder/--no-write-remainder",
+        default=True,
+        show_default=True,
+        help="Also the last file, which does not get full.",
+    ),
+    click.option(
+        "--processes",
+        type=click.IntRange(min=1),
+        help="That tokenise; the records are the same.  [default: the number of cores]",
+    ),
+    click.option(
+        "--on-error",
+        type=click.Choice(["stop", "skip"]),
+        default="stop",
+        show_default=True,
+        help="At a bad document.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
+    click.option("--force", is_flag=True, help="Replace an existing folder, or begin anew."),
+)
+#: What commands take that pack text.
+_packing = _options(
+    click.option(
+        "--short-seq-prob",
+        type=PROBABILITY,
+        default=0.0,
+        show_default=True,
+        help="Share of sequences that are shortened, by a random number of tokens.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of that."),
+    click.option(
+        "--reference-remainder",
+        is_flag=True,
+        help="Drop the last sequence, which is not whole, as the reference does.",
+    ),
+    click.option(
+        "--allow-special", is_flag=True, help="<|endoftext|> in a text is that token, not text."
+    ),
+    click.option("--ftfy", is_flag=True, help="Repair mojibake, and normalise, with ftfy."),
+    click.option(
+        "--ftfy-normalizer",
+        type=click.Choice(["NFC", "NFKC"]),
+        default="NFC",
+        show_default=True,
+        help="With --ftfy: the Unicode normal form.",
+    ),
+    click.option("--wikitext-detokenize", is_flag=True, help="Undo WikiText's tokenisation."),
+)
 
 
 @command
-@click.argument("sources", metavar="SRC...", type=PATH, nargs=-1, required=True)
-@click.option("--tokenizer", type=PATH, required=True, help="Folder with tokenizer.json.")
-@click.option("--max-sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
-@click.option("--out", type=PATH, default=DEFAULT_OUT, show_default=True, help="Folder to make.")
+@_building
+@_packing
+@click.option("--text-key", default="text", show_default=True, help="Of the lines' objects.")
+def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: Any) -> dict:
+    """Pack documents into records: a line or a row each, or a .txt file.
+
+    SRC are files or folders of .jsonl, .txt (also .gz, .zst) and .parquet. Folders that hold
+    parts called train, val and test become folders of these names in the output.
+    """
+    from runner.data.sources import by_split, find_sources
+
+    recipe = _text_recipe(options, key=text_key)
+    parts = by_split(find_sources(_given(sources), PILE_FILES))
+    return _build(output, parts, recipe, **options)
+
+
+@command
+@_building
+@click.option("--article-column", default="article", show_default=True)
+@click.option("--summary-column", help="[default: abstract, highlights or summary]")
+@click.option("--truncate-article", is_flag=True, help="Shorten articles of pairs too long.")
+@click.option(
+    "--test-set", is_flag=True, help="Take every pair, and whole, as for files called test."
+)
+def summarization(
+    output: Output,
+    sources: tuple[Path, ...],
+    article_column: str,
+    summary_column: str | None,
+    truncate_article: bool,
+    test_set: bool,
+    **options: Any,
+) -> dict:
+    """Make an example of each article and its summary.
+
+    SRC are files or folders of .bin (of the reference), .jsonl (also .gz, .zst) and .parquet. A
+    pair is left out, and counted, when a side is empty, when the abstract is longer than the
+    article, or when it is too long. Test sets are taken whole, or refused.
+    """
+    from runner.data.sources import by_split, find_sources
+    from runner.data.summarization import ABSTRACT, PairOptions, SummarizationRecipe
+
+    recipe = SummarizationRecipe(
+        options=PairOptions(
+            tokenizer=options.pop("tokenizer"),
+            length=options.pop("max_sequence_length"),
+            article=article_column,
+            abstract=summary_column or ABSTRACT,
+            truncate_article=truncate_article,
+            test=test_set,
+        )
+    )
+    parts = by_split(find_sources(_given(sources), PAIR_FILES))
+    return _build(output, parts, recipe, **options)
+
+
+@command
+@_building
+@_packing
 @click.option(
     "--glob",
     "patterns",
@@ -32,53 +191,138 @@ def data() -> None:
     show_default=True,
     help="Which files of folders to take; may be repeated.",
 )
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="At a file that is not UTF-8.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
 def text(
+    output: Output, sources: tuple[Path, ...], patterns: tuple[str, ...], **options: Any
+) -> dict:
+    """Pack text or source files into records, one document each."""
+    from runner.data.sources import Part, find_sources
+
+    recipe = _text_recipe(options, whole_files=True)
+    files = tuple(path for path, _ in find_sources(_given(sources), patterns))
+    return _build(output, [Part(files=files)], recipe, **options)
+
+
+def _given(sources: tuple[Path, ...]) -> tuple[Path, ...]:
+    if not sources:
+        raise click.UsageError("name what to read: files or folders")
+    return sources
+
+
+def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: bool = False) -> Any:
+    from runner.data.text import TextOptions, TextRecipe
+
+    ftfy, form = options.pop("ftfy"), options.pop("ftfy_normalizer")
+    return TextRecipe(
+        options=TextOptions(
+            tokenizer=options.pop("tokenizer"),
+            allow_special=options.pop("allow_special"),
+            key=key,
+            ftfy=form if ftfy else None,
+            wikitext_detokenize=options.pop("wikitext_detokenize"),
+        ),
+        length=options.pop("max_sequence_length"),
+        whole_files=whole_files,
+        short_seq_prob=options.pop("short_seq_prob"),
+        seed=options.pop("seed"),
+        write_last=not options.pop("reference_remainder"),
+    )
+
+
+def _build(
     output: Output,
-    sources: tuple[Path, ...],
-    tokenizer: Path,
-    max_sequence_length: int,
+    parts: Sequence[Part],
+    recipe: Recipe,
+    *,
     out: Path,
-    patterns: tuple[str, ...],
+    file_format: str,
+    compress: bool,
+    files_per_record: int,
+    write_remainder: bool,
+    processes: int | None,
     on_error: str,
+    resume: bool,
     force: bool,
 ) -> dict[str, Any]:
-    """Pack text or source files, one document each, into TFRecords."""
-    from dataclasses import asdict
+    from gptj_convert.staging import refuse_overlap
+    from runner.data.build import Options, Packing, Result, Skipped, build, is_resumable
+    from runner.data.encoding import check_processes, default_processes
 
-    from runner.cli import tensorflow
-
-    tensorflow.prepare()
-    from runner.data.text import Counts, find_texts, load_tokenizer, pack
-
-    counts = Counts()
-    loaded = load_tokenizer(tokenizer)
-    texts = find_texts(sources, patterns)
-    with progress(output, "packing") as report:
-        for event in pack(
-            texts,
-            loaded,
-            out,
-            counts,
-            length=max_sequence_length,
-            skip_bad=on_error == "skip",
-            force=force,
-        ):
-            report(event.done, event.total, event.what)
-    output.note(
-        f"{counts.documents:,} documents ({counts.skipped} skipped), {counts.bytes / 1e6:.1f} MB "
-        f"→ {counts.tokens:,} tokens in {counts.examples:,} examples of {max_sequence_length}"
+    if resume and force:
+        raise click.UsageError("--resume goes on, --force begins anew: give one of them")
+    if compress and file_format == "hdf5":
+        raise click.UsageError("--gzip is for TFRecords, expected it without --format hdf5")
+    processes = processes or default_processes()
+    check_processes(processes)
+    for file in (f for part in parts for f in part.files):
+        refuse_overlap(out, file, [file])
+    options = Options(
+        format=file_format,
+        compress=compress,
+        examples_per_file=files_per_record,
+        write_remainder=write_remainder,
+        skip_bad=on_error == "skip",
     )
+    skipped = 0
+    result: Result | None = None
+    events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
+    try:
+        with progress(output, "packing") as report, closing(events):
+            for event in events:
+                if isinstance(event, Packing):
+                    report(event.done, event.total, _rates(event))
+                elif isinstance(event, Skipped):
+                    skipped += 1
+                    if skipped <= _NAMED:
+                        output.note(f"skipped: {event.problem}")
+                else:
+                    result = event
+    except BaseException as e:
+        if is_resumable(out):
+            e.add_note("what is done is kept: the same command with --resume goes on")
+        raise
+    assert result, "the last event"
+    if skipped > _NAMED:
+        output.note(f"skipped: … and {skipped - _NAMED} more")
+    if result.kept_files:
+        output.note(f"{result.kept_files} record files were there already, and hold")
+    for name, counts in result.counts.items():
+        output.note(_summary(name, counts, recipe.length))
     output.data(str(out))
-    return {"output": str(out), **asdict(counts)}
+    return {"output": str(out), **_fields(result.counts.values())} | (
+        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
+        if any(result.counts)
+        else {}
+    )
 
 
-text.name = "text"
-data.add_command(text)
+def _rates(event: Any) -> str:
+    seconds = max(event.seconds, 1e-3)
+    return (
+        f"{event.documents / seconds:,.0f} documents/s, {event.tokens / seconds:,.0f} tokens/s, "
+        f"{event.bytes / seconds / 1e6:.1f} MB/s"
+    )
+
+
+def _summary(name: str, counts: Counts, length: int) -> str:
+    left_out = "".join(f", {count:,} {rule}" for rule, count in sorted(counts.left_out.items()))
+    return (
+        f"{name + ': ' if name else ''}{counts.documents:,} documents ({counts.skipped} skipped"
+        f"{left_out}), {counts.bytes / 1e6:.1f} MB → {counts.tokens:,} tokens in "
+        f"{counts.examples:,} examples of {length}"
+    )
+
+
+def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
+    """Numbers of the parts added up, for the JSON object."""
+    total: dict[str, Any] = {"left_out": {}}
+    for counts in map(asdict, parts):
+        for rule, count in counts.pop("left_out").items():
+            total["left_out"][rule] = total["left_out"].get(rule, 0) + count
+        counts.pop("places")
+        for name, value in counts.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+for _command in (pile, summarization, text):
+    data.add_command(_command)

@@ -45,7 +45,7 @@ def generate(
 
     tensorflow.prepare()
     from gptj_model import generation
-    from runner.data.text import load_tokenizer
+    from runner.data.tokenizer import load_tokenizer
     from runner.restore import load_model
 
     path = model or default_model()
@@ -66,7 +66,7 @@ def generate(
 
 def _tokenizer_if_any(folder: Path) -> Any:
     from gptj_model.errors import FileFault
-    from runner.data.text import load_tokenizer
+    from runner.data.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(folder)

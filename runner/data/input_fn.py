@@ -12,14 +12,8 @@ from typing import Any
 import tensorflow as tf
 
 from gptj_model.errors import DataFault
-from runner.data.records import (
-    FEATURES,
-    INPUT_IDS,
-    INPUT_MASK,
-    LABELS,
-    check_records,
-    find_records,
-)
+from runner.data.example import FEATURES, INPUT_IDS, INPUT_MASK, LABELS
+from runner.data.records import check_records, find_records
 from runner.params import InputParams
 
 #: A batch: ids int32 (B, T), ignored float32 (B, T) with 1 on tokens that do not count,

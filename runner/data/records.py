@@ -1,40 +1,40 @@
 """Training records: TFRecord files of three int64 lists, written, found and checked.
 
-A TFRecord is a length (uint64), its masked crc32c, the data, and the data's masked crc32c.
+A TFRecord is a length (uint64), its masked crc32c, the data, and the data's masked crc32c. The
+file may be compressed with gzip as a whole.
 """
 
 from __future__ import annotations
 
-import json
+import gzip
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
 import numpy as np
-import tensorflow as tf
 from crc32c import crc32c
 
 from gptj_convert.formats.bundle import masked
 from gptj_model.errors import DataFault, UsageError
-
-#: The features of an example, each a list of max_sequence_length numbers.
-INPUT_IDS = "input_ids"
-INPUT_MASK = "input_mask"
-"""1 on real tokens, on disk; the input function hands the inverse to the model."""
-LABELS = "labels"
-FEATURES = (INPUT_IDS, INPUT_MASK, LABELS)
+from runner.data.example import FEATURES, INPUT_MASK, max_bytes, parse, serialize
 
 PATTERN = "*.tfrecord*"
-#: Arguments and counts of the run that wrote the records.
-PARAMS_FILE = "data_params.json"
+GZIP_MAGIC = b"\x1f\x8b"
+#: Fast: token ids hold little that a slower level would find.
+_GZIP_LEVEL = 3
 
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 
+DATA_HINT = (
+    "make records with `gptj data text SRC… --tokenizer DIR --max-sequence-length N --out data`"
+)
 
-def find_records(folders: Sequence[str]) -> list[Path]:
+
+def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
     """Every record file of the folders, sorted.
 
     Raises:
@@ -43,67 +43,77 @@ def find_records(folders: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise UsageError(f"{folder}: not found, expected a folder of {PATTERN}", hint=DATA_HINT)
-        found += (p for p in folder.glob(PATTERN) if p.is_file())
+            raise UsageError(f"{folder}: not found, expected a folder of {pattern}", hint=DATA_HINT)
+        found += (p for p in folder.glob(pattern) if p.is_file() and p.name[0] != ".")
     if not found:
+        deeper = sorted({p.parent for f in folders for p in Path(f).glob(f"*/{pattern}")})
+        hint = f"{', '.join(map(str, deeper))} holds some: name it" if deeper else DATA_HINT
         raise UsageError(
-            f"{', '.join(folders)}: holds no {PATTERN}, expected training records", hint=DATA_HINT
+            f"{', '.join(folders)}: holds no {pattern}, expected training records", hint=hint
         )
     return sorted(found)
 
 
-DATA_HINT = (
-    "make records with `gptj data text SRC… --tokenizer DIR --max-sequence-length N --out data`"
-)
-
-
 class RecordWriter:
-    """One TFRecord file, which takes its name when it is complete.
+    """One TFRecord file.
 
     Args:
-        path: the final name.
+        path: of the file, which must not exist.
+        compress: with gzip.
+
+    Raises:
+        OSError: it exists, or writing fails.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._writer = tf.io.TFRecordWriter(str(self._partial))
-        self.count = 0
+    def __init__(self, path: Path, *, compress: bool = False) -> None:
+        self._raw = path.open("xb")
+        self._file: BinaryIO = self._raw
+        if compress:
+            # Neither a name nor a time, so that the same records give the same file.
+            packed = gzip.GzipFile("", "wb", _GZIP_LEVEL, self._raw, mtime=0)
+            self._file = cast(BinaryIO, packed)
 
-    def write(self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> None:
-        """Append one example of three equally long int sequences."""
-        features = {
-            name: tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-            for name, values in zip(FEATURES, (ids, mask, labels), strict=True)
-        }
-        example = tf.train.Example(features=tf.train.Features(feature=features))
-        self._writer.write(example.SerializeToString(deterministic=True))
-        self.count += 1
+    def write(self, block: np.ndarray) -> None:
+        """Append a block of examples, int32 of shape (examples, 3, tokens)."""
+        for data in serialize(block):
+            head = len(data).to_bytes(8, "little")
+            self._file.write(head + _CRC.pack(masked(crc32c(head))))
+            self._file.write(data)
+            self._file.write(_CRC.pack(masked(crc32c(data))))
 
     def close(self) -> None:
-        """Make the file durable and give it its name."""
-        self._writer.close()
-        with self._partial.open("rb+") as f:
-            os.fsync(f.fileno())
-        self._partial.rename(self._path)
+        """Return once the file is on the device."""
+        if self._file is not self._raw:
+            self._file.close()
+        self._raw.flush()
+        os.fsync(self._raw.fileno())
+        self._raw.close()
 
     def discard(self) -> None:
-        """Remove what was written."""
-        self._writer.close()
-        self._partial.unlink(missing_ok=True)
+        """Close the file as it is."""
+        self._raw.close()
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file is compressed with gzip, whatever its name."""
+    with path.open("rb") as f:
+        return f.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 def read_records(path: Path, *, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and data of each record.
+    """Number, offset (in the uncompressed file) and data of each record.
 
     Raises:
         DataFault: with file, record and offset: a checksum is wrong, the file ends inside a
             record, or a record claims more than `max_bytes`.
     """
-    with path.open("rb") as f:
+    with gzip.open(path) if is_compressed(path) else path.open("rb") as f:
         number = offset = 0
-        while head := f.read(_LENGTH.size):
+        while True:
             place = f"{path}: record {number} at byte {offset}"
+            head = _read(f, _LENGTH.size, place)
+            if not head:
+                return
             if len(head) < _LENGTH.size:
                 raise DataFault(f"{place}: the file ends inside its length")
             length, crc = _LENGTH.unpack(head)
@@ -111,7 +121,7 @@ def read_records(path: Path, *, max_bytes: int) -> Iterator[tuple[int, int, byte
                 raise DataFault(f"{place}: the checksum of its length is wrong")
             if length > max_bytes:
                 raise DataFault(f"{place}: claims {length} bytes, expected at most {max_bytes}")
-            body = f.read(length + _CRC.size)
+            body = _read(f, length + _CRC.size, place)
             if len(body) < length + _CRC.size:
                 raise DataFault(
                     f"{place}: the file ends inside it, {length + 4 - len(body)} bytes short"
@@ -122,6 +132,40 @@ def read_records(path: Path, *, max_bytes: int) -> Iterator[tuple[int, int, byte
             yield number, offset, data
             number += 1
             offset += _LENGTH.size + length + _CRC.size
+
+
+def _read(file, size: int, place: str) -> bytes:
+    try:
+        return file.read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DataFault(f"{place}: its compression is damaged: {e}") from None
+
+
+def read_examples(
+    path: Path, *, length: int | None = None, vocab_size: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Number and lists (int64) of each example, held against what the model takes.
+
+    Args:
+        path: a record file.
+        length: max_sequence_length; the first example's, if it is not known.
+        vocab_size: ids must be below.
+
+    Raises:
+        DataFault: the first record that is not as it must be, with file, number and feature.
+    """
+    # Names and varints of at most 10 bytes: more is not our record.
+    limit = max(max_bytes(length or 2**20), 1 << 20)
+    for number, _, data in read_records(path, max_bytes=limit):
+        try:
+            example = parse(data)
+        except ValueError as e:
+            raise DataFault(f"{path}: record {number}: is not a tf.train.Example: {e}") from None
+        length = length or len(example.get(FEATURES[0], ())) or None
+        problem = _problem(example, length or 1, vocab_size)
+        if problem:
+            raise DataFault(f"{path}: record {number}: {problem[0]}", hint=problem[1])
+        yield number, example
 
 
 def check_records(
@@ -138,24 +182,19 @@ def check_records(
     Raises:
         DataFault: the first record that is not as it must be, with file, number and feature.
     """
-    # Three lists of varints of at most 10 bytes, and names: more is not our record.
-    max_bytes = 3 * (10 * length + 64) + 1024
     for path in paths:
-        for number, _, data in read_records(path, max_bytes=max(max_bytes, 1 << 20)):
-            problem = _problem(data, length, vocab_size)
-            if problem:
-                raise DataFault(f"{path}: record {number}: {problem[0]}", hint=problem[1])
+        for _ in read_examples(path, length=length, vocab_size=vocab_size):
             if only_first:
                 break
 
 
-def _problem(data: bytes, length: int, vocab_size: int) -> tuple[str, str | None] | None:
-    try:
-        example = tf.train.Example.FromString(data)
-    except Exception:  # protobuf raises its own kinds for broken messages
-        return "is not a tf.train.Example", None
+def _problem(
+    example: dict[str, np.ndarray], length: int, vocab_size: int
+) -> tuple[str, str | None] | None:
     for name in FEATURES:
-        values = np.asarray(example.features.feature[name].int64_list.value, np.int64)
+        if name not in example:
+            return f"has no {name}, expected {', '.join(FEATURES)}", None
+        values = example[name]
         if len(values) != length:
             return (
                 f"{name} has {len(values)} tokens, expected max_sequence_length = {length}",
@@ -166,9 +205,3 @@ def _problem(data: bytes, length: int, vocab_size: int) -> tuple[str, str | None
             bad = int(values[(values < 0) | (values >= top)][0])
             return f"{name} holds {bad}, expected 0 to {top - 1}", None
     return None
-
-
-def write_data_params(folder: Path, values: dict[str, Any]) -> None:
-    """Keep arguments and counts beside the records."""
-    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
-    (folder / PARAMS_FILE).write_text(text, encoding="utf-8")

@@ -1,230 +1,202 @@
-"""Text files into packed training records.
-
-Every file is a document: its tokens, then one end-of-text. Documents follow one another in one
-stream, which is cut into pieces of max_sequence_length + 1 tokens: inputs are all but the last,
-labels all but the first. The last piece is padded with end-of-text, and masked there.
-"""
+"""Text into packed examples: every document's tokens, then one end-of-text, in one stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from gptj_convert.staging import staged_folder
-from gptj_convert.tokenizer import END_OF_TEXT, TOKENIZER_FILE
-from gptj_model.errors import DataFault, FileFault
-from runner.data.records import RecordWriter, write_data_params
+from gptj_model.errors import DataFault
+from runner.data import pieces
+from runner.data.encoding import Chunk, Encoded, Encoder, decode, parse_object, problem
+from runner.data.long_line import Damaged, string_of
+from runner.data.packing import Packer
+from runner.data.sources import Form, Problem, Raw, Reading
+from runner.data.tokenizer import end_of_text, facts, loaded, may_cut
 
-#: Characters of text that are tokenised together, on all cores.
-_CHUNK = 1 << 22
-#: Examples a record file.
-_EXAMPLES_PER_FILE = 8192
-
-
-@dataclass(slots=True)
-class Counts:
-    """What went in and what came out."""
-
-    documents: int = 0
-    skipped: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    """Of the text, with one end-of-text a document, without padding."""
-    examples: int = 0
-    files: int = 0
+#: Characters that are tokenised together: a token takes a hundred bytes until its id is taken.
+_TOGETHER = 2**18
 
 
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Progress: bytes of text done, of how many."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOptions:
+    """How text becomes tokens."""
 
-    done: int
-    total: int
-    what: str
+    tokenizer: Path
+    allow_special: bool = False
+    key: str = "text"
+    """Of a JSON object: the document."""
+    ftfy: str | None = None
+    """Repair mojibake, and bring the text to this Unicode normal form."""
+    wikitext_detokenize: bool = False
+
+    def open(self) -> Encoder:
+        """What does it."""
+        return TextEncoder(self)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder, without truncation or padding.
-
-    A special token's name in the text is text: it is not read as that token.
+class TextEncoder:
+    """Each document's tokens, then one end-of-text.
 
     Raises:
-        FileFault: there is none.
+        FileFault: the tokenizer is not there, or is none.
     """
-    path = folder / TOKENIZER_FILE if folder.is_dir() else folder
-    if not path.is_file():
-        raise FileFault(
-            f"{path}: not found, expected a tokenizer",
-            hint="name a folder with tokenizer.json, such as ./gpt-j-6b",
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises bare Exception for a bad file
-        raise FileFault(f"{path}: is not a tokenizer: {e}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
+    def __init__(self, options: TextOptions) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it instead
+        self._options = options
+        self._tokenizer = loaded(options.tokenizer, options.allow_special)
+        self._end = end_of_text(self._tokenizer)
+        self._may_cut = may_cut(self._tokenizer)
 
-def find_texts(sources: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
-    """The named files, and in named folders (and theirs) the files that match a pattern.
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """Tokens, int32, of a chunk."""
+        found = Encoded(np.empty(0, np.int32))
+        texts: list[tuple[str, bool]] = []
+        for item in chunk:
+            try:
+                text = self._text(item)
+            except Damaged as e:
+                found.problems.append(problem(item, e))
+                continue
+            assert isinstance(item, Raw)
+            found.documents += not item.more
+            if self._may_cut:
+                texts += ((piece, False) for piece in pieces.cut(text, _TOGETHER))
+            else:
+                texts.append((text, False))
+            texts[-1] = (texts[-1][0], not item.more)
+        ids: list[int] = []
+        for group in _groups(texts):
+            encodings = self._tokenizer.encode_batch_fast(
+                [text for text, _ in group], add_special_tokens=False
+            )
+            for encoding, (text, ends) in zip(encodings, group, strict=True):
+                ids += encoding.ids
+                if ends:
+                    ids.append(self._end)
+                found.bytes += len(text.encode())
+        found.units = np.array(ids, np.int32)
+        found.tokens = len(ids)
+        return found
 
-    Raises:
-        DataFault: a source does not exist, or nothing is found.
-    """
-    found: list[Path] = []
-    for source in sources:
-        if source.is_file():
-            found.append(source)
-        elif source.is_dir():
-            inside = {p for pattern in patterns for p in source.rglob(pattern) if p.is_file()}
-            found += sorted(inside)
+    def _text(self, item: Raw | Problem) -> str:
+        if isinstance(item, Problem):
+            raise Damaged(item.what)
+        if item.form is Form.JSON:
+            text = string_of(parse_object(item.data), self._options.key)
+        elif item.form is Form.TEXT:
+            text = decode(item)
         else:
-            raise DataFault(f"{source}: not found, expected a text file or a folder of them")
-    if not found:
-        raise DataFault(
-            f"{', '.join(map(str, sources))}: holds no file that matches {', '.join(patterns)}",
-            hint="name what to read with --glob",
-        )
-    return found
+            raise Damaged(f"is {item.form.value}, expected text")
+        if item.more and not self._may_cut:
+            raise DataFault(
+                f"{item.where}: is too long for a tokenizer other than GPT-2's, whose words are "
+                "known",
+                hint="cut the document, or use GPT-J's tokenizer",
+            )
+        if self._options.ftfy:
+            text = _repaired(text, self._options.ftfy)
+        return wikitext_detokenized(text) if self._options.wikitext_detokenize else text
 
 
-def pack(
-    texts: Sequence[Path],
-    tokenizer: Tokenizer,
-    out: Path,
-    counts: Counts,
-    *,
-    length: int,
-    skip_bad: bool = False,
-    force: bool = False,
-) -> Iterator[Packing]:
-    """Write records of `texts` to a new folder `out`, which appears when it is complete.
-
-    Args:
-        texts: UTF-8 files, in this order.
-        tokenizer: see `load_tokenizer`.
-        out: the folder.
-        counts: is filled.
-        length: max_sequence_length, in tokens.
-        skip_bad: leave out files that are not UTF-8 and count them, instead of stopping.
-        force: replace an existing `out`.
-
-    Raises:
-        UsageError: `out` exists and `force` is off.
-        DataFault: a text is not UTF-8 (file and line), or cannot be read.
-    """
-    total = sum(p.stat().st_size for p in texts)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None:
-        raise DataFault(f"the tokenizer has no {END_OF_TEXT}, which separates documents")
-    with staged_folder(out, force=force) as staging:
-        writer = _Packer(staging.content, length, end, counts)
-        try:
-            for batch in _batches(texts, counts, skip_bad):
-                for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                    writer.add(encoding.ids)
-                yield Packing(counts.bytes, total, f"{counts.examples} examples")
-            writer.finish()
-        except BaseException:
-            writer.discard()
-            raise
-        values = {
-            "sources": [str(p) for p in texts],
-            "max_sequence_length": length,
-            "vocab_size": tokenizer.get_vocab_size(),
-            **{name: getattr(counts, name) for name in Counts.__dataclass_fields__},
-        }
-        write_data_params(staging.content, values)
-
-
-def _batches(texts: Iterable[Path], counts: Counts, skip_bad: bool) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _groups(texts: list[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    group: list[tuple[str, bool]] = []
     size = 0
-    for path in texts:
-        text = _read(path, skip_bad)
-        counts.bytes += path.stat().st_size
-        if text is None:
-            counts.skipped += 1
-            continue
-        counts.documents += 1
-        batch.append(text)
-        size += len(text)
-        if size >= _CHUNK:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    for text in texts:
+        group.append(text)
+        size += len(text[0])
+        if size >= _TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def _read(path: Path, skip_bad: bool) -> str | None:
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        raise DataFault(f"{path}: cannot be read: {e.strerror}") from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        if skip_bad:
-            return None
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise DataFault(
-            f"{path}:{line}: byte {raw[e.start]:#04x} at {e.start} is not UTF-8",
-            hint="convert the file, or leave out such files with `--on-error skip`",
-        ) from None
+def _repaired(text: str, form: str) -> str:
+    import ftfy
+
+    return ftfy.fix_text(text, ftfy.TextFixerConfig(normalization=form))  # pyright: ignore
 
 
-class _Packer:
-    """Tokens in, record files out."""
+def wikitext_detokenized(text: str) -> str:
+    """Undo the spaces that WikiText's tokenisation put around signs."""
+    for found, put in _WIKITEXT:
+        text = re.sub(found, put, text)
+    return text
 
-    def __init__(self, folder: Path, length: int, end: int, counts: Counts) -> None:
-        self._folder = folder
-        self._length = length
-        self._end = end
-        self._counts = counts
-        self._pending: list[int] = []
-        self._writer: RecordWriter | None = None
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Append a document."""
-        self._counts.tokens += len(ids) + 1
-        pending = self._pending
-        pending.extend(ids)
-        pending.append(self._end)
-        size = self._length + 1
-        whole = len(pending) // size * size
-        for start in range(0, whole, size):
-            self._write(pending[start : start + size], size)
-        del pending[:whole]
+#: What WikiText holds, and what stood there before; one after the other.
+_WIKITEXT = (
+    (r"s '", "s'"),
+    (r" @-@ ", "-"),
+    (r" @,@ ", ","),
+    (r" @\.@ ", "."),
+    *((f" {re.escape(sign)} ", f"{sign} ") for sign in ":;.!?,"),
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    *((" ".join("=" * n), "=" * n) for n in (4, 3, 2)),
+    (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N ", " 1 "),
+    (r" 's", "'s"),
+)
 
-    def finish(self) -> None:
-        """Write what is left, padded, and close the last file."""
-        if self._pending:
-            real = len(self._pending)
-            padding = [self._end] * (self._length + 1 - real)
-            self._write(self._pending + padding, real)
-        if self._writer:
-            self._writer.close()
 
-    def discard(self) -> None:
-        """Give up the file that is being written."""
-        if self._writer:
-            self._writer.discard()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRecipe:
+    """Packed text. See `runner.data.build.Recipe`."""
 
-    def _write(self, tokens: list[int], real: int) -> None:
-        if self._writer is None or self._writer.count == _EXAMPLES_PER_FILE:
-            if self._writer:
-                self._writer.close()
-            name = f"records-{self._counts.files:05d}.tfrecord"
-            self._writer = RecordWriter(self._folder / name)
-            self._counts.files += 1
-        ids = np.asarray(tokens, np.int64)
-        # A label counts when it is a token of the text, not padding.
-        mask = (np.arange(1, len(tokens)) < real).astype(np.int64)
-        self._writer.write(ids[:-1], mask, ids[1:])
-        self._counts.examples += 1
+    options: TextOptions
+    length: int
+    whole_files: bool = False
+    """Every file is one document."""
+    short_seq_prob: float = 0.0
+    seed: int = 0
+    write_last: bool = True
+    """Also the last sequence, padded; the reference drops it."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """See `Recipe`."""
+        return {
+            "kind": "text",
+            "max_sequence_length": self.length,
+            **facts(self.options.tokenizer),
+            "allow_special": self.options.allow_special,
+            "key": self.options.key,
+            "ftfy": self.options.ftfy,
+            "wikitext_detokenize": self.options.wikitext_detokenize,
+            "whole_files": self.whole_files,
+            "short_seq_prob": self.short_seq_prob,
+            "seed": self.seed,
+            "reference_remainder": not self.write_last,
+        }
+
+    def reading(self, spool: Path) -> Reading:
+        """See `Recipe`."""
+        return Reading(columns=(self.options.key,), whole_files=self.whole_files, spool=spool)
+
+    def encoder(self, split: str) -> Callable[[], Encoder]:
+        """See `Recipe`."""
+        return self.options.open
+
+    def assembler(self, made: int) -> Packer:
+        """See `Recipe`."""
+        return Packer(
+            self.length,
+            end_of_text(loaded(self.options.tokenizer)),
+            short_seq_prob=self.short_seq_prob,
+            seed=self.seed,
+            made=made,
+            write_last=self.write_last,
+        )

@@ -10,8 +10,7 @@ import pytest
 
 from gptj_convert.formats.bundle import BundleSource, data_path, index_path
 from gptj_model.source import read_tensor
-from runner.data.records import RecordWriter
-from tests.conftest import load_tensors, save_tensors
+from tests.conftest import load_tensors, save_tensors, write_records
 
 adamw = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 BEGIN = ("train", "--init-from", "hf", "--params", "params.yaml")
@@ -210,10 +209,8 @@ def test_records_of_another_length(golden_run: Path, gptj):
 @pytest.mark.parametrize(("ids", "found"), [([600] * 32, "600"), ([-1] * 32, "-1")])
 def test_an_id_beyond_the_vocabulary(golden_run: Path, ids: list[int], found: str, gptj):
     good, bad = np.arange(32), np.asarray(ids)
-    writer = RecordWriter(golden_run / "records/data.tfrecord")
-    for row in (good, good, good, good, good, bad, good, good):
-        writer.write(row, np.ones(32, int), row)
-    writer.close()
+    rows = (good, good, good, good, good, bad, good, good)
+    write_records(golden_run / "records/data.tfrecord", [(r, np.ones(32, int), r) for r in rows])
     _refused(gptj(*BEGIN, "--max-steps", 5), 1, "data.tfrecord: record 5", f"holds {found}")
 
 

@@ -7,14 +7,24 @@ import click
 from runner.cli.root import root
 
 COMMON = {"--json", "--quiet"}
+BUILDING = {
+    "--tokenizer", "--max-sequence-length", "--out", "--format", "--gzip", "--files-per-record",
+    "--write-remainder", "--processes", "--on-error", "--resume", "--force",
+}  # fmt: skip
+PACKING = {
+    "--short-seq-prob", "--seed", "--reference-remainder", "--allow-special", "--ftfy",
+    "--ftfy-normalizer", "--wikitext-detokenize",
+}  # fmt: skip
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
         "--config", "--dry-run", "--saturate", "--resume", "--force",
     },
-    "data text": {
-        "--tokenizer", "--max-sequence-length", "--out", "--glob", "--on-error", "--force",
+    "data pile": BUILDING | PACKING | {"--text-key"},
+    "data summarization": BUILDING | {
+        "--article-column", "--summary-column", "--truncate-article", "--test-set",
     },
+    "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},
     "eval": {"--model", "--params", "--eval-steps", "--set"},

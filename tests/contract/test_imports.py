@@ -50,6 +50,15 @@ def test_inspecting_needs_no_framework(small_hf: Path, tmp_path: Path):
     assert not _loaded("inspect", small_hf, *options, cwd=tmp_path) & set(HEAVY)
 
 
+def test_making_records_needs_no_framework(tmp_path: Path):
+    from gptj_convert.tokenizer import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    options = ("--tokenizer", tmp_path, "--max-sequence-length", 8)
+    assert not _loaded("data", "text", "a.txt", *options, cwd=tmp_path) & set(HEAVY)
+
+
 @pytest.mark.parametrize("options", [[], ["--plan"]], ids=["facts", "plan"])
 def test_examining_the_machine_needs_no_framework(options: list[str], tmp_path: Path):
     assert not _loaded("doctor", *options, cwd=tmp_path) & set(HEAVY)

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.tokenizer import EXTRA_TOKENS, write_tokenizer
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault
-from runner.data.records import FEATURES, check_records, find_records, read_records
-from runner.data.text import Counts, find_texts, load_tokenizer, pack
+from runner.data import pieces
+from runner.data.build import Counts, Options, Result, build
+from runner.data.example import FEATURES, parse, serialize
+from runner.data.packing import Packer
+from runner.data.records import check_records, find_records, read_records
+from runner.data.sources import Part
+from runner.data.text import TextOptions, TextRecipe
+from runner.data.tokenizer import load_tokenizer, may_cut
+
+SIZES = st.integers(1, 40)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return load_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path):
+    return load_tokenizer(tokenizer_folder)
 
 
 def _examples(folder: Path) -> list[dict[str, np.ndarray]]:
@@ -35,24 +50,16 @@ def _examples(folder: Path) -> list[dict[str, np.ndarray]]:
     return examples
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=1),
-    length=st.integers(1, 40),
-)
-def test_the_text_can_be_put_together_again(texts: list[str], length: int, tokenizer):
-    expected = [i for t in texts for i in [*tokenizer.encode(t).ids, END_OF_TEXT_ID]]
-    counts = Counts()
-    with TemporaryDirectory() as folder:
-        paths = []
-        for n, text in enumerate(texts):
-            paths.append(Path(folder) / f"{n}.txt")
-            paths[-1].write_bytes(text.encode())
-        for _ in pack(paths, tokenizer, Path(folder) / "out", counts, length=length):
-            pass
-        examples = _examples(Path(folder) / "out")
-        check_records(find_records([f"{folder}/out"]), length=length, vocab_size=VOCAB_SIZE)
+def _pack(paths: Sequence[Path], folder: Path, out: Path, length: int, **fields: Any) -> Counts:
+    options = TextOptions(tokenizer=folder)
+    recipe = TextRecipe(options=options, length=length, whole_files=True, **fields)
+    *_, result = build([Part(files=tuple(paths))], recipe, out, Options())
+    assert isinstance(result, Result)
+    return result.counts[""]
 
+
+def _tokens(examples: list[dict[str, np.ndarray]], length: int) -> list[int]:
+    """The stream that examples hold."""
     found: list[int] = []
     for e in examples:
         assert all(len(e[name]) == length for name in FEATURES)
@@ -60,10 +67,118 @@ def test_the_text_can_be_put_together_again(texts: list[str], length: int, token
         real = int(e["input_mask"].sum())
         assert np.array_equal(e["input_mask"], np.arange(length) < real)
         found += [int(e["input_ids"][0]), *map(int, e["labels"][:real])]
-    assert found == expected
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=1),
+    length=SIZES,
+)
+def test_the_text_can_be_put_together_again(
+    texts: list[str], length: int, tokenizer, tokenizer_folder: Path
+):
+    expected = [i for t in texts for i in [*tokenizer.encode(t).ids, END_OF_TEXT_ID]]
+    with TemporaryDirectory() as folder:
+        paths = []
+        for n, text in enumerate(texts):
+            paths.append(Path(folder) / f"{n}.txt")
+            paths[-1].write_bytes(text.encode())
+        counts = _pack(paths, tokenizer_folder, Path(folder) / "out", length)
+        examples = _examples(Path(folder) / "out")
+        check_records(find_records([f"{folder}/out"]), length=length, vocab_size=VOCAB_SIZE)
+    assert _tokens(examples, length) == expected
     assert counts.tokens == len(expected)
     assert counts.documents == len(texts)
     assert counts.examples == len(examples)
+
+
+@given(tokens=st.lists(st.integers(0, 50399)), length=SIZES, parts=st.integers(1, 5), seed=SIZES)
+def test_shortened_sequences_lose_nothing_either(
+    tokens: list[int], length: int, parts: int, seed: int
+):
+    """However the stream arrives, and wherever a run is gone on with."""
+    stream = np.asarray(tokens, np.int32)
+
+    def make(packer: Packer) -> None:
+        for part in np.array_split(stream[int(sum(map(len, used))) :], parts):
+            packer.add(part)
+            while len(block := packer.cut(2)):
+                blocks.append(block)
+        blocks.append(packer.finish())
+
+    used: list[list[int]] = []
+    blocks: list[np.ndarray] = []
+    options: dict[str, Any] = {"short_seq_prob": 0.5, "seed": seed}
+    make(Packer(length, END_OF_TEXT_ID, **options))
+    whole = np.concatenate(blocks)
+    rows = [dict(zip(FEATURES, e, strict=True)) for e in whole]
+    assert _tokens(rows, length) == tokens
+    if len(whole) > 1:
+        first = rows[0]
+        used.append([0] * (1 + int(first["input_mask"].sum())))
+        blocks = [whole[:1]]
+        make(Packer(length, END_OF_TEXT_ID, made=1, **options))
+        assert np.array_equal(np.concatenate(blocks), whole)
+
+
+BLOCKS = st.integers(1, 9).flatmap(
+    lambda n: st.lists(
+        st.tuples(*[st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n)] * 3), min_size=1
+    )
+)
+
+
+@given(BLOCKS)
+@example([([0], [127], [128]), ([16383], [16384], [2**31 - 1])])
+def test_examples_are_the_bytes_that_protobuf_writes(rows: list[tuple[list[int], ...]]):
+    def expected(row: tuple[list[int], ...]) -> bytes:
+        lists = zip(FEATURES, (tf.train.Int64List(value=v) for v in row), strict=True)
+        feature = {name: tf.train.Feature(int64_list=values) for name, values in lists}
+        message = tf.train.Example(features=tf.train.Features(feature=feature))
+        return message.SerializeToString(deterministic=True)
+
+    found = list(serialize(np.asarray(rows, np.int32)))
+    assert found == [expected(row) for row in rows]
+    assert {k: v.tolist() for k, v in parse(found[0]).items()} == dict(
+        zip(FEATURES, rows[0], strict=True)
+    )
+
+
+WORDS = st.sampled_from(
+    [
+        "a",
+        "don't",
+        " ",
+        "\n",
+        "\t",
+        "é",
+        "漢字",
+        "。",
+        "12",
+        "'s",
+        "\x1c",
+        "\u00a0",
+        "<|",
+        "🦜",
+        "_",
+    ]
+)
+
+
+@settings(max_examples=300)
+@given(text=st.lists(WORDS, max_size=60).map("".join), size=st.integers(1, 9))
+def test_pieces_have_the_tokens_of_the_whole(text: str, size: int, tokenizer):
+    cut = list(pieces.pieces((text[at : at + 3] for at in range(0, len(text), 3)), size))
+    assert "".join(cut) == text
+    assert [i for piece in cut for i in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
+
+
+def test_only_gpt2s_splitting_may_be_cut(tokenizer, tokenizer_folder: Path):
+    assert may_cut(tokenizer)
+    other = load_tokenizer(tokenizer_folder)
+    other.add_tokens(["two words"])
+    assert not may_cut(other)
 
 
 def test_the_vocabulary_is_gpt_js(tokenizer):
@@ -73,47 +188,25 @@ def test_the_vocabulary_is_gpt_js(tokenizer):
     assert tokenizer.decode(tokenizer.encode("naïve 🦜\n\ttabs").ids) == "naïve 🦜\n\ttabs"
 
 
+def test_vocabulary_and_merges_will_do(tokenizer, tokenizer_folder: Path, tmp_path: Path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((tokenizer_folder / name).read_bytes())
+    text = "naïve 🦜 <|endoftext|>"
+    assert load_tokenizer(tmp_path).encode(text).ids == tokenizer.encode(text).ids
+
+
 def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer):
     assert END_OF_TEXT_ID not in tokenizer.encode("a <|endoftext|> b").ids
 
 
-def test_a_text_that_is_not_utf8_stops_with_file_and_line(tmp_path: Path, tokenizer):
-    bad = tmp_path / "bad.txt"
-    bad.write_bytes(b"one\ntwo\nth\xffree\n")
-    with pytest.raises(DataFault, match=r"bad\.txt:3: byte 0xff at 10"):
-        list(pack([bad], tokenizer, tmp_path / "out", Counts(), length=8))
-    assert not (tmp_path / "out").exists()
-
-
-def test_or_is_skipped_and_counted(tmp_path: Path, tokenizer):
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    (tmp_path / "good.txt").write_text("good")
-    counts = Counts()
-    texts = find_texts([tmp_path], ["*.txt"])
-    for _ in pack(texts, tokenizer, tmp_path / "out", counts, length=8, skip_bad=True):
-        pass
-    assert (counts.documents, counts.skipped) == (1, 1)
-
-
-def test_folders_are_searched_by_pattern_and_sorted(tmp_path: Path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.py", "a.py", "c.txt", "sub/d.py"):
-        (tmp_path / name).write_text(name)
-    found = find_texts([tmp_path], ["*.py"])
-    assert [p.name for p in found] == ["a.py", "b.py", "d.py"]
-    with pytest.raises(DataFault, match=r"\*\.md"):
-        find_texts([tmp_path], ["*.md"])
-
-
 @pytest.fixture
-def record_file(tmp_path: Path, tokenizer) -> Path:
+def record_file(tmp_path: Path, tokenizer_folder: Path) -> Path:
     (tmp_path / "text.txt").write_text("some text " * 100)
-    for _ in pack([tmp_path / "text.txt"], tokenizer, tmp_path / "out", Counts(), length=16):
-        pass
+    _pack([tmp_path / "text.txt"], tokenizer_folder, tmp_path / "out", 16)
     return find_records([str(tmp_path / "out")])[0]
 
 
-def test_our_reader_reads_what_tensorflow_wrote(record_file: Path):
+def test_tensorflow_reads_what_we_wrote(record_file: Path):
     ours = [data for _, _, data in read_records(record_file, max_bytes=1 << 20)]
     assert ours == [raw.numpy() for raw in tf.data.TFRecordDataset(str(record_file))]
 

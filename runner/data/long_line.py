@@ -1,0 +1,174 @@
+"""One line of JSON that is too long for the memory: a string in it, piece by piece.
+
+The line is copied to a file. What it is without its long strings is parsed as any other; the
+long strings stay in the file, and are decoded as they are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+#: Bytes from which on a string stays in the file.
+_LONG_STRING = 2**16
+#: Bytes that the rest of the line may have.
+_MAX_REST = 8 * 2**20
+#: Bytes of the longest that stands for one character, two escaped surrogates.
+_LONGEST_CHARACTER = 12
+
+#: The inside of a string, up to its end or that of the bytes at hand.
+_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+
+
+class Damaged(Exception):
+    """A document is not what it should be; the text says why.
+
+    Attributes:
+        line: how many lines below the document's first.
+    """
+
+    def __init__(self, text: str, *, line: int = 0) -> None:
+        super().__init__(text)
+        self.line = line
+
+
+class LongLine:
+    """A line whose beginning is read already.
+
+    Args:
+        file: to read the rest of the line from.
+        begun: its beginning.
+        folder: where the copy goes; it has no name there.
+        step: bytes that are handled at a time.
+
+    Raises:
+        OSError: there is no space for the copy.
+    """
+
+    def __init__(self, file: BinaryIO, begun: bytes, folder: Path, step: int) -> None:
+        self._step = step
+        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+        self._spool.write(begun)
+        while not begun.endswith(b"\n") and (begun := file.readline(step)):
+            self._spool.write(begun)
+
+    def close(self) -> None:
+        """Remove the copy."""
+        self._spool.close()
+
+    def strings(self, key: str) -> Callable[[], Iterator[str]]:
+        """What gives the string under `key`, in pieces, as often as it is called.
+
+        Raises:
+            Damaged: the line is not an object, or has no such string. What it returns raises
+                it too, at what is not UTF-8 or no escape.
+        """
+        rest, holes = self._scan()
+        try:
+            values = orjson.loads(rest)
+        except orjson.JSONDecodeError as e:
+            raise Damaged(f"is not JSON: {e.msg}") from None
+        text = string_of(values, key)
+        if text in holes:
+            return lambda: self._decoded(*holes[text])
+        return lambda: iter([text])
+
+    def _scan(self) -> tuple[bytes, dict[str, tuple[int, int]]]:
+        """The line with names in place of its long strings, and where those begin and end."""
+        rest, holes = bytearray(), {}
+        # Nobody can foresee the names, so that no string of the line is taken for one.
+        mark = uuid.uuid4().hex
+        begun: int | None = None  # of the string that is open
+        base, window = 0, b""
+        self._spool.seek(0)
+        while block := self._spool.read(self._step):
+            base, window, at = base, window + block, 0
+            while at < len(window):
+                if begun is None:
+                    quote = window.find(b'"', at)
+                    end = len(window) if quote < 0 else quote + 1
+                    rest += window[at:end]
+                    at = end
+                    begun = None if quote < 0 else base + end
+                else:
+                    found = _INSIDE.match(window, at)
+                    at = found.end() if found else at
+                    if window[at : at + 1] != b'"':
+                        break  # a backslash whose second half is still to come, or the end
+                    if base + at - begun < _LONG_STRING:
+                        rest += self._between(begun, base + at)
+                    else:
+                        name = f"{mark} {len(holes)}"
+                        holes[name] = (begun, base + at)
+                        rest += name.encode()
+                    rest += b'"'
+                    at += 1
+                    begun = None
+                if len(rest) > _MAX_REST:
+                    raise Damaged(f"has more than {_MAX_REST} bytes beside its long strings")
+            base, window = base + at, window[at:]
+        if begun is not None:
+            raise Damaged("is not JSON: a string has no end")
+        return bytes(rest), holes
+
+    def _between(self, start: int, end: int) -> bytes:
+        here = self._spool.tell()
+        self._spool.seek(start)
+        data = self._spool.read(end - start)
+        self._spool.seek(here)
+        return data
+
+    def _decoded(self, start: int, end: int) -> Iterator[str]:
+        rest = b""
+        while start < end:
+            block = self._between(start, min(end, start + self._step))
+            start += len(block)
+            rest += block
+            text, used = _longest_string(rest)
+            if not used and (start == end or len(rest) > self._step):
+                raise Damaged(f"is not JSON: bad UTF-8 or a bad escape near byte {start}")
+            rest = rest[used:]
+            yield text
+        if rest:
+            raise Damaged(f"is not JSON: bad UTF-8 or a bad escape near byte {end}")
+
+
+def _longest_string(data: bytes) -> tuple[str, int]:
+    """The string that as many of these bytes as possible are, and their number."""
+    for left in range(min(_LONGEST_CHARACTER, len(data)) + 1):
+        used = len(data) - left
+        try:
+            return orjson.loads(b'"' + data[:used] + b'"'), used
+        except orjson.JSONDecodeError:
+            continue
+    return "", 0
+
+
+def string_of(values: Any, key: str) -> str:
+    """The string under `key` of a parsed line.
+
+    Raises:
+        Damaged: with what is there instead.
+    """
+    if not isinstance(values, dict):
+        raise Damaged(f"holds {json_kind(values)}, expected an object")
+    if key not in values:
+        raise Damaged(f"has no {key!r}")
+    text = values[key]
+    if not isinstance(text, str):
+        raise Damaged(f"{key!r} is {json_kind(text)}, expected a string")
+    return text
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None:
+        return "null"
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return kinds.get(type(value), "a number")

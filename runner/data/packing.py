@@ -1,0 +1,102 @@
+"""A stream of tokens cut into examples; pure, and numpy only.
+
+The stream is cut into sequences of max_sequence_length + 1 tokens that do not overlap: inputs are
+all but the last, labels all but the first. A shorter sequence is padded with end-of-text, and
+masked there.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+
+class Packer:
+    """Tokens in, blocks of examples out: int32 of shape (examples, 3, length).
+
+    Args:
+        length: max_sequence_length.
+        end: end-of-text, which is the padding too.
+        short_seq_prob: this share of the sequences is shorter, by a random number of tokens.
+        seed: of which, and how much.
+        made: examples that a run before this one has made of the same stream.
+        write_last: also make the last sequence, which may be shorter.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        end: int,
+        *,
+        short_seq_prob: float = 0.0,
+        seed: int = 0,
+        made: int = 0,
+        write_last: bool = True,
+    ) -> None:
+        self._length = length
+        self._end = end
+        self._short = short_seq_prob
+        self._seed = seed
+        self._made = made
+        self._write_last = write_last
+        self._pending = np.empty(0, np.int32)
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not in an example yet."""
+        return len(self._pending)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append to the stream."""
+        self._pending = np.concatenate((self._pending, tokens))
+
+    def cut(self, most: int) -> np.ndarray:
+        """As many examples as the tokens suffice for, at most so many."""
+        if self._short:
+            return self._cut_one(most)
+        size = self._length + 1
+        count = min(most, len(self._pending) // size)
+        sequences = self._pending[: count * size].reshape(count, size)
+        self._pending = self._pending[count * size :]
+        self._made += count
+        return _block(sequences, np.full(count, size))
+
+    def finish(self) -> np.ndarray:
+        """The last example, of what is left, if anything is."""
+        rest, self._pending = self._pending, self._pending[:0]
+        return self._padded(rest) if self._write_last and len(rest) else self._nothing()
+
+    def _cut_one(self, most: int) -> np.ndarray:
+        size = self._next_size()
+        if not most or len(self._pending) < size:
+            return self._nothing()
+        tokens, self._pending = self._pending[:size], self._pending[size:]
+        self._made += 1
+        return self._padded(tokens)
+
+    def _next_size(self) -> int:
+        # A function of the example's number alone, so that a run can be gone on with anywhere.
+        draw = random.Random(f"{self._seed} {self._made}")
+        if self._length < 2 or draw.random() >= self._short:
+            return self._length + 1
+        return draw.randint(2, self._length)
+
+    def _padded(self, tokens: np.ndarray) -> np.ndarray:
+        sequence = np.full((1, self._length + 1), self._end, np.int32)
+        sequence[0, : len(tokens)] = tokens
+        return _block(sequence, np.array([len(tokens)]))
+
+    def _nothing(self) -> np.ndarray:
+        return np.empty((0, 3, self._length), np.int32)
+
+
+def _block(sequences: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Sequences of length + 1 tokens, of which so many each are real, as examples."""
+    count, size = sequences.shape
+    block = np.empty((count, 3, size - 1), np.int32)
+    block[:, 0] = sequences[:, :-1]
+    # A label counts when it is a token of the text, not padding.
+    block[:, 1] = np.arange(1, size) < real[:, None]
+    block[:, 2] = sequences[:, 1:]
+    return block

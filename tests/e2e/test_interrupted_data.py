@@ -1,0 +1,179 @@
+"""Records being made, killed and refused by the system at single calls: nothing is lost.
+
+See `test_interrupted_conversion` for how strace does it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptj_convert.tokenizer import write_tokenizer
+
+pytestmark = pytest.mark.skipif(
+    subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
+    reason="needs strace",
+)
+
+CHANGING = ("write", "fsync", "rename", "unlink", "mkdir")
+#: Chunks far smaller than a record file, as in a large set.
+PROGRAM = (
+    *(sys.executable, "-B", "-c"),
+    "import sys; from runner.data import encoding; encoding.CHUNK_BYTES = 300; "
+    "from runner.cli.root import main; sys.exit(main())",
+)
+PILE = (
+    *("data", "pile", "a.jsonl", "--tokenizer", "tokenizer", "--max-sequence-length", "16"),
+    *("--files-per-record", "20", "--quiet"),
+)
+ALONE = ("--processes", "1")
+
+
+def _run(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *PILE, *options], capture_output=True, text=True)
+
+
+def _traced(inject: str = "", *options: str) -> subprocess.CompletedProcess[str]:
+    strace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", f"trace={','.join(CHANGING)}"]
+    strace += ["-e", "signal=none", *(["-e", f"inject={inject}"] if inject else [])]
+    command = [*strace, *PROGRAM, *PILE, *ALONE, *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def _calls() -> list[tuple[str, int]]:
+    """Kind and number within the kind of each call on the output."""
+    seen = dict.fromkeys(CHANGING, 0)
+    found = []
+    for line in Path("trace").read_text().splitlines():
+        call = re.match(r"\d+ +(\w+)\(", line)
+        if call and call[1] in seen:
+            seen[call[1]] += 1
+            if "partial-gptj" in line:
+                found.append((call[1], seen[call[1]]))
+    return found
+
+
+def _content() -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in Path("data").iterdir()}
+
+
+@pytest.fixture
+def whole(workdir: Path) -> dict[str, bytes]:
+    """The result of an unbroken run, and ./a.jsonl to get it from."""
+    Path("tokenizer").mkdir()
+    write_tokenizer(Path("tokenizer"))
+    lines = [json.dumps({"text": f"document {n} " * (n % 30 + 1)}) for n in range(200)]
+    Path("a.jsonl").write_text("\n".join(lines))
+    assert _traced().returncode == 0
+    found = _content()
+    assert len(found) > 8
+    shutil.rmtree("data")
+    return found
+
+
+def _kill_everywhere(whole: dict[str, bytes], count: int) -> None:
+    calls = _calls()
+    assert {kind for kind, _ in calls} >= {"write", "fsync", "rename"}
+    for kind, n in calls[1 :: max(1, len(calls) // count) if count else 1]:
+        shutil.rmtree("data", ignore_errors=True)
+        shutil.rmtree("data.partial-gptj", ignore_errors=True)
+        _traced(f"{kind}:signal=KILL:when={n}")
+        if Path("data").exists():
+            assert _content() == whole
+        resumed = _run("--resume", *ALONE)
+        assert resumed.returncode == 0, f"{kind} {n}: {resumed.stderr}"
+        assert _content() == whole, f"{kind} {n}"
+        assert not Path("data.partial-gptj").exists()
+
+
+def test_killed_at_some_calls(whole: dict[str, bytes]):
+    _kill_everywhere(whole, 8)
+
+
+@pytest.mark.full
+def test_killed_at_every_call(whole: dict[str, bytes]):
+    _kill_everywhere(whole, 0)
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize("kind", ["write", "fsync", "rename"])
+def test_a_call_that_fails(error: str, kind: str, whole: dict[str, bytes]):
+    last = [n for k, n in _calls() if k == kind][-4]
+    done = _traced(f"{kind}:error={error}:when={last}")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "--resume goes on" in done.stderr
+    assert not Path("data").exists()
+    assert _run(*ALONE).returncode == 2
+    assert _run("--resume", *ALONE).returncode == 0
+    assert _content() == whole
+
+
+def test_what_was_done_is_not_done_again_and_another_job_is_refused(whole: dict[str, bytes]):
+    renames = [n for k, n in _calls() if k == "rename"]
+    _traced(f"rename:signal=KILL:when={renames[len(renames) // 2]}")
+    other = _run("--resume", "--seed", "3", *ALONE)
+    assert other.returncode == 2
+    assert "is another one" in other.stderr
+    damaged = Path("data.partial-gptj/content/records-00001.tfrecord")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    before = Path("data.partial-gptj/content/records-00000.tfrecord").stat().st_mtime_ns
+    assert _run("--resume", "--processes", "2").returncode == 0
+    assert _content() == whole
+    assert Path("data/records-00000.tfrecord").stat().st_mtime_ns == before
+
+
+def test_a_changed_source_is_noticed(whole: dict[str, bytes]):
+    renames = [n for k, n in _calls() if k == "rename"]
+    _traced(f"rename:signal=KILL:when={renames[3]}")
+    with Path("a.jsonl").open("a") as file:
+        file.write('\n{"text": "more"}')
+    done = _run("--resume", *ALONE)
+    assert done.returncode == 1
+    assert "a.jsonl: has changed since" in done.stderr
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(c) for c in found if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("victim", ["first", "worker"])
+def test_any_process_killed(victim: str, whole: dict[str, bytes]):
+    with subprocess.Popen(
+        [*PROGRAM, *PILE, "--processes", "2"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list(Path.cwd().glob("data.partial-gptj/content/*.tfrecord")):
+            assert process.poll() is None
+        workers = _children(process.pid)
+        assert len(workers) == 2
+        os.kill(process.pid if victim == "first" else workers[0], signal.SIGKILL)
+        assert process.stderr
+        stderr = process.stderr.read()  # ends when the last process does
+    if victim == "worker":
+        assert process.returncode == 1, stderr
+        assert "was ended from outside" in stderr
+        assert "--resume goes on" in stderr
+    assert not Path("data").exists()
+    assert _run("--resume", *ALONE).returncode == 0
+    assert _content() == whole
+
+
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143)])
+def test_stopped_by_a_signal(name: str, code: int, whole: dict[str, bytes]):
+    renames = [n for k, n in _calls() if k == "rename"]
+    done = _traced(f"rename:signal={name}:when={renames[3]}")
+    assert done.returncode == code, done.stderr
+    assert "the same command with --resume goes on" in done.stderr
+    assert _run("--resume", *ALONE).returncode == 0
+    assert _content() == whole
