@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 import tensorflow as tf
 
 from gptj_model.errors import DataFault
-from gptj_model.loss import token_loss
 from gptj_model.model import GPTJ
 from runner.data.input_fn import Batch
 
@@ -24,9 +23,13 @@ class Evaluator:
     def __init__(self, model: GPTJ) -> None:
         @tf.function(jit_compile=True)
         def run(ids_BT, ignored_BT, labels_BT):
-            return token_loss(model(ids_BT, training=False), labels_BT, ignored_BT)
+            return model.token_loss(ids_BT, labels_BT, ignored_BT)
 
         self._run = run
+
+    def compiled(self, batch: Batch) -> str:
+        """The compiled program of one batch, as text; nothing is run."""
+        return self._run.experimental_get_compiler_ir(*batch)(stage="optimized_hlo")
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from gptj_convert.reference_yaml import (
 )
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
-from runner.params import load_params, validate
+from runner.params_file import load_params, validate
 from tests.conftest import GOLDEN_RUNS, SMALL
 from tests.unit.test_config import configs
 
@@ -111,7 +111,12 @@ def test_a_single_folder_and_a_list_are_the_same():
             ["optimizer.learning_rate[0]: steps missing"],
         ),
         ("optimizer.max_gradient_value", 1.0, ["both set"]),
-        ("model.mixed_precision", True, ["model.mixed_precision is 'True'"]),
+        ("model.backbone_only", True, ["model.backbone_only is 'True'"]),
+        ("optimizer.loss_scaling_factor", "dynamik", ["optimizer.loss_scaling_factor"]),
+        ("optimizer.loss_scaling_factor", 0, ["optimizer.loss_scaling_factor is '0'"]),
+        ("optimizer.min_loss_scale", 1e-9, ["optimizer.min_loss_scale is '1e-09'"]),
+        ("model.initializer", [{"name": "variance_scaling"}], ["model.initializer", "scale_type"]),
+        ("model.initializer", [{"name": "normal", "stdev": 1}], ["did you mean 'stddev'?"]),
         ("train_input.max_sequence_length", 4096, ["at most model.max_position_embeddings"]),
     ],
 )
