@@ -71,29 +71,30 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
     h_ND, labels_N = ops.reshape(h_BTD, (-1, D)), ops.reshape(labels_BT, (-1,))
     chunks = _chunks(h_ND.shape[0], V)
     h_nCD = ops.reshape(h_ND, (chunks, -1, D))
-    rows = (ops.reshape(labels_N, (chunks, -1)), ops.reshape(counted_N, (chunks, -1)))
+    labels_nC = ops.reshape(labels_N, (chunks, -1))
+    counted_nC = ops.reshape(counted_N, (chunks, -1))
 
     @ops.custom_gradient
     def sums(h_nCD, kernel_DV, bias_V):
         kernel_DV = ops.cast(kernel_DV, h_nCD.dtype)
         zero = ops.zeros((), "float32")
-        begin = (zero, zero)
+        begin = [zero, zero]
         if training:
-            begin = (*begin, ops.zeros((D, V), "float32"), ops.zeros((V,), "float32"))
+            begin += [ops.zeros((D, V), "float32"), ops.zeros((V,), "float32")]
+            begin += [ops.zeros(h_nCD.shape, "float32")]
 
-        def add_chunk(carry, chunk):
-            *new, d_CD = _chunk_loss(*chunk, kernel_DV, bias_V, training)
-            return tuple(a + b for a, b in zip(carry, new, strict=True)), d_CD
+        def add_chunk(n, carry):
+            labels_C, counted_C = labels_nC[n], counted_nC[n]
+            new = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
+            summed = [a + b for a, b in zip(carry[:4], new[:4], strict=True)]
+            placed = [ops.slice_update(d, (n, 0, 0), new[4][None]) for d in carry[4:]]
+            return [*summed, *placed]
 
-        if chunks == 1:
-            carry, d_CD = add_chunk(begin, (h_nCD[0], rows[0][0], rows[1][0]))
-            d_nCD = d_CD[None]
-        else:
-            carry, d_nCD = ops.scan(add_chunk, begin, (h_nCD, *rows))
+        carry = add_chunk(0, begin) if chunks == 1 else ops.fori_loop(0, chunks, add_chunk, begin)
 
         def gradient(*args, upstream=None):
             up = (args if upstream is None else upstream)[0]
-            d_h = ops.cast(d_nCD * up, h_nCD.dtype)
+            d_h = ops.cast(carry[4] * up, h_nCD.dtype)
             return d_h, carry[2] * up, carry[3] * up
 
         return (carry[0], carry[1]), gradient
@@ -115,7 +116,7 @@ def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
     hits_C = ops.cast(ops.argmax(logits_CV, axis=-1), "int32") == labels_C
     sums = (ops.sum(losses_C * counted_C), ops.sum(ops.cast(hits_C, "float32") * counted_C))
     if not training:
-        return *sums, h_CD
+        return sums
     # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
     d_CV = (exp_CV / sum_C1 - ops.cast(is_label_CV, "float32")) * counted_C[:, None]
     narrow_CV = ops.cast(d_CV, h_CD.dtype)

@@ -140,7 +140,7 @@ class GPTJ(keras.Model):
         """Hidden states through every block."""
         for block in self.blocks:
             if training and self.recompute:
-                x_BTD = self._recomputed(block, context)(x_BTD, ops.copy(self.seeds.state))
+                x_BTD = self._recomputed(block, context)(x_BTD)
             else:
                 x_BTD, _ = block(x_BTD, context, training=training)
         return x_BTD
@@ -148,7 +148,9 @@ class GPTJ(keras.Model):
     def _recomputed(self, block: Block, context: Context):
         """A block in training whose gradient computes it anew, with the same dropout masks."""
 
-        def run(x_BTD, seed_state):
+        seed_state = ops.copy(self.seeds.state)
+
+        def run(x_BTD):
             self.seeds.state.assign(seed_state)
             return block(x_BTD, context, training=True)[0]
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from gptj_model.errors import DataFault
 from gptj_model.model import GPTJ
 from runner.data.input_fn import Batch
+from runner.step import program_text
 
 LOSS = "loss"
 ACCURACY = "eval/accuracy"
@@ -29,7 +30,7 @@ class Evaluator:
 
     def compiled(self, batch: Batch) -> str:
         """The compiled program of one batch, as text; nothing is run."""
-        return self._run.experimental_get_compiler_ir(*batch)(stage="optimized_hlo")
+        return program_text(self._run, *batch)
 
     def __call__(
         self,

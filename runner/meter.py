@@ -29,6 +29,7 @@ class Meter:
         self._peak = multiplication_rate()
         self._busy = 0.0
         self._steps = 0
+        self._compiled = False
         self._begun = time.monotonic()
 
     def begin(self) -> None:
@@ -46,13 +47,15 @@ class Meter:
         `model_flops_utilization` is against a multiplication of matrices measured at start.
         """
         seconds = self._busy / max(self._steps, 1)
-        self._busy, self._steps = 0.0, 0
+        # The first step compiles: nothing follows from it for those to come.
+        left = seconds * steps_left if self._compiled else None
+        self._busy, self._steps, self._compiled = 0.0, 0, True
         return {
             "tokens_per_second": self._tokens / seconds if seconds else None,
             "seconds_per_step": seconds,
             "model_flops_utilization": self._flops / seconds / self._peak if seconds else None,
             "peak_rss_bytes": machine.peak_rss(),
-            "seconds_left": seconds * steps_left,
+            "seconds_left": left,
         }
 
 

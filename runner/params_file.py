@@ -19,7 +19,6 @@ from runner.params import SCHEDULES, Params
 #: What YAML and checkpoint must agree on.
 _ARCHITECTURE = (
     "vocab_size",
-    "n_positions",
     "n_embd",
     "n_layer",
     "n_head",
@@ -88,6 +87,9 @@ def reconcile(params: Params, config: GPTJConfig, where: Path) -> GPTJConfig:
         for n in _ARCHITECTURE
         if getattr(given, n) != getattr(config, n)
     ]
+    # Positions have no weights: shorter sequences than the checkpoint's are a matter of training.
+    if given.n_positions > config.n_positions:
+        problems.append(f"n_positions is {given.n_positions}, at most {config.n_positions} there")
     if problems:
         raise ConfigError(
             f"{where}: " + "; ".join(problems),

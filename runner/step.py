@@ -6,7 +6,7 @@ Shape suffixes: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -72,10 +72,8 @@ class TrainStep:
         """The compiled program of one batch, as text; nothing is run."""
         one = tf.constant(1.0)
         if self._accumulate == 1:
-            make = self._whole.experimental_get_compiler_ir(*batch, one, one, one)
-        else:
-            make = self._add.experimental_get_compiler_ir(*batch, one, tf.constant(True))
-        return make(stage="optimized_hlo")
+            return program_text(self._whole, *batch, one, one, one)
+        return program_text(self._add, *batch, one, tf.constant(True))
 
     def _run_whole(self, ids_BT, ignored_BT, labels_BT, scale, rate, correction):
         loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
@@ -100,6 +98,12 @@ class TrainStep:
         # The embedding's gradient comes as rows; the norm is that of the whole matrix.
         dense = [tf.convert_to_tensor(g) for g in gradients]
         return loss, [tf.cast(g, tf.float32) * (1 / scale) for g in dense]
+
+
+def program_text(function: Any, *arguments: tf.Tensor) -> str:
+    """What a compiled function becomes for such arguments; nothing is run."""
+    tf.random.set_seed(0)  # TensorFlow draws a random number here, to see where that is done
+    return function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
 
 
 def empty_batch(batch_size: int, length: int) -> Batch:

@@ -298,5 +298,7 @@ def step_line(event: Any, target: int) -> str:
         line += f"  {100 * has['model_flops_utilization']:.0f} % MFU"
     if has.get("peak_rss_bytes"):
         line += f"  {has['peak_rss_bytes'] / 1e9:.1f} GB"
-    left = round(has.get("seconds_left") or 0)
+    if (seconds := has.get("seconds_left")) is None:
+        return line
+    left = round(seconds)
     return line + f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} to go"

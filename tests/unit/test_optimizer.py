@@ -127,3 +127,46 @@ def test_beta_powers_are_saved_as_the_reference_does(options: dict, saved: dict)
         optimizer.advance()
     found = optimizer.scalars()
     assert {k: float(v) for k, v in found.items()} == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "slots"),
+    [
+        ("sgd", lambda v1: v1.GradientDescentOptimizer(RATE), ()),
+        ("momentum", lambda v1: v1.MomentumOptimizer(RATE, 0.9), ("momentum",)),
+        ("adam", lambda v1: v1.AdamOptimizer(RATE, 0.9, 0.999, 1e-8), ("m", "v")),
+        ("rmsprop", lambda v1: v1.RMSPropOptimizer(RATE, 0.9, 0.0), ("rms", "momentum")),
+    ],
+)
+def test_updates_and_slots_are_tensorflows(kind: str, theirs: Any, slots: tuple[str, ...]):
+    """TensorFlow's own optimizers round 1 - beta to float32; so must we, to 1e-6."""
+    random = np.random.default_rng(5)
+    tensor = next(t for t in TENSORS if "fc_in.bias" in t.hf)
+    begin = random.normal(size=tensor.shape_in(Scheme.TF)).astype(np.float32)
+    ours, expected = tf.Variable(begin), tf.Variable(begin)
+    optimizer = Optimizer(OptimizerParams(optimizer_type=kind, learning_rate=RATE), {tensor: ours})
+    other = theirs(tf.compat.v1.train)
+    apply = tf.function(optimizer.apply)
+    for _ in range(5):
+        gradient = tf.constant(random.normal(size=begin.shape), tf.float32)
+        apply([gradient], *optimizer.arguments(RATE))
+        optimizer.advance()
+        other.apply_gradients([(gradient, expected)])
+    np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-6, atol=1e-7)
+    for found, name in zip(optimizer.slots.values(), slots, strict=True):
+        slot = other.get_slot(expected, name).numpy()
+        np.testing.assert_allclose(found.numpy(), slot, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam", "adamw", "rmsprop"])
+def test_a_gradient_that_is_not_finite_changes_nothing(kind: str):
+    params = OptimizerParams(optimizer_type=kind, learning_rate=RATE, max_gradient_norm=1)
+    variables = {t: tf.Variable(tf.ones(t.shape_in(Scheme.TF))) for t in TENSORS[:2]}
+    optimizer = Optimizer(params, variables)
+    state = [*variables.values(), *optimizer.slots.values()]
+    before = [v.numpy() for v in state]
+    bad = [tf.ones_like(v) * (np.inf if n else 1) for n, v in enumerate(variables.values())]
+    norm = tf.function(optimizer.apply)(bad, *optimizer.arguments(RATE))
+    assert not np.isfinite(float(norm))
+    for variable, old in zip(state, before, strict=True):
+        assert np.array_equal(variable.numpy(), old)
