@@ -9,6 +9,7 @@ Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V voca
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -69,7 +70,7 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
     D, V = kernel_DV.shape
     counted_N = 1.0 - ops.cast(ops.reshape(ignored_BT, (-1,)), "float32")
     h_ND, labels_N = ops.reshape(h_BTD, (-1, D)), ops.reshape(labels_BT, (-1,))
-    chunks = _chunks(h_ND.shape[0], V)
+    chunks = _chunks(math.prod(labels_BT.shape), V)
     h_nCD = ops.reshape(h_ND, (chunks, -1, D))
     labels_nC = ops.reshape(labels_N, (chunks, -1))
     counted_nC = ops.reshape(counted_N, (chunks, -1))
@@ -85,7 +86,7 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
 
         def add_chunk(n, carry):
             labels_C, counted_C = labels_nC[n], counted_nC[n]
-            new = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
+            new: Any = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
             summed = [a + b for a, b in zip(carry[:4], new[:4], strict=True)]
             placed = [ops.slice_update(d, (n, 0, 0), new[4][None]) for d in carry[4:]]
             return [*summed, *placed]
