@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves, and the table of docs/verification.md.
+"""Write docs/cli.md and docs/params.md from the program, and the table of docs/verification.md.
 
 With --check, only say if they are up to date.
 """
@@ -6,14 +6,17 @@ With --check, only say if they are up to date.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import click
+from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are not installed
 
+from runner import params
 from runner.cli.errors import Exit
 from runner.cli.root import root
 from tests.cli.corruptions import CASES
@@ -34,7 +37,11 @@ _MEANING = {
 
 def main() -> int:
     """Write or compare the pages."""
-    pages = {FOLDER / "cli.md": page(), FOLDER / "verification.md": verification()}
+    pages = {
+        FOLDER / "cli.md": page(),
+        FOLDER / "params.md": parameters(),
+        FOLDER / "verification.md": verification(),
+    }
     stale = [path for path, text in pages.items() if _content(path) != text]
     for path in stale:
         if "--check" in sys.argv:
@@ -57,6 +64,51 @@ def verification() -> str:
         levels = ", ".join(dict.fromkeys(case.level for case in cases))
         lines.append(f"| {what} | {len(cases)} | {levels} | {cases[0].diagnosis or ''} |")
     return before + _BEGIN + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
+
+
+def parameters() -> str:
+    """The page on params.yaml, from the classes that check it."""
+    lines = [
+        "# params.yaml",
+        "",
+        "Written by `make docs` from the classes that check the file.",
+        "",
+    ]
+    lines += [
+        "The keys are the reference's. Numbers may be written `1e-4`. Unknown keys are errors.",
+        "`--set SECTION.KEY=VALUE` replaces one value. What was in force is saved as",
+        "`model_dir/params.yaml`, and is read again when the run goes on.",
+        "",
+        "Ready files, under `runner/configs/`:",
+        "",
+        "| file | for |",
+        "| --- | --- |",
+    ]
+    for path in sorted((FOLDER.parent / "runner" / "configs").glob("*.yaml")):
+        comment = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+        about = " ".join(line.removeprefix("# ") for line in list(comment)[:-1])
+        lines.append(f"| [{path.name}](../runner/configs/{path.name}) | {about} |")
+    sections: list[tuple[str, type[params.Section]]] = [
+        ("train_input, eval_input", params.InputParams),
+        ("model", params.ModelParams),
+        ("model.embedding_initializer, initializer, output_layer_initializer", params.Initializer),
+        ("optimizer", params.OptimizerParams),
+        *((f"optimizer.learning_rate: {name}", s) for name, s in params.SCHEDULES.items()),
+        ("runconfig", params.RunConfig),
+    ]
+    for title, section in sections:
+        lines += ["", f"## {title}", "", inspect.cleandoc(section.__doc__ or ""), ""]
+        lines += ["| key | default | meaning |", "| --- | --- | --- |"]
+        for key, field in section.model_fields.items():
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"| `{key}` | {_default(field)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return f"`{json.dumps(field.default)}`"
 
 
 def page() -> str:

@@ -130,6 +130,16 @@ def parameters(config: GPTJConfig) -> int:
     return sum(t.size for t in table(config))
 
 
+def token_flops(config: GPTJConfig, length: int) -> float:
+    """Floating-point operations that training needs for a token: forwards, and backwards for
+    inputs and for weights; the attention over half a sequence of this length included."""
+    multiplied = parameters(config) - config.vocab_size * config.n_embd
+    if config.tie_word_embeddings:
+        multiplied += config.vocab_size * config.n_embd
+    attention = config.n_layer * config.n_embd * length
+    return 3 * 2 * (multiplied + attention)
+
+
 def conversion_seconds(plan: Plan, rates: Rates, cores: float) -> float:
     """Of `execute`: that of its slowest stage, or of all that compute on too few cores.
 

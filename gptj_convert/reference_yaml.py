@@ -6,13 +6,14 @@ Key names and defaults are those of the reference implementation's YAML files.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from gptj_convert import capacity, machine
 from gptj_model.config import GPTJConfig
@@ -96,6 +97,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
     return values
+
+
+def line_finder(path: Path) -> Callable[[Sequence[Any]], int | None]:
+    """Where things are in a YAML file that `read_yaml` has read: the line of a path in it, or
+    of the longest part of the path that is there."""
+
+    def find(location: Sequence[Any]) -> int | None:
+        node = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
+        line = None
+        for part in location:
+            if isinstance(node, MappingNode):
+                pairs = {key.value: (key, value) for key, value in node.value}
+                if part not in pairs:
+                    break
+                key, node = pairs[part]
+                line = key.start_mark.line + 1
+            elif isinstance(node, SequenceNode) and isinstance(part, int):
+                if part >= len(node.value):
+                    break
+                node = node.value[part]
+                line = node.start_mark.line + 1
+            else:
+                break
+        return line
+
+    return find
 
 
 def yaml_text(values: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ class Attention(keras.layers.Layer):
     """Causal self-attention with rotary positions; no biases; softmax in float32."""
 
     def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # angles and mask stay in float32
         self.config = config
 
         def projection(name: str) -> keras.layers.Dense:
@@ -68,8 +68,8 @@ class Attention(keras.layers.Layer):
         self.k_proj = projection("k_proj")
         self.v_proj = projection("v_proj")
         self.out_proj = projection("out_proj")
-        self.drop_probabilities = Dropout(config.attn_pdrop, seeds)
-        self.drop_residual = Dropout(config.resid_pdrop, seeds)
+        self.drop_probabilities = Dropout(config.attn_pdrop, seeds, dtype=self.dtype_policy)
+        self.drop_residual = Dropout(config.resid_pdrop, seeds, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
@@ -113,7 +113,7 @@ class FeedForward(keras.layers.Layer):
         super().__init__(**kwargs)
         self.fc_in = dense(config.ffn_dim, "fc_in", self.dtype_policy)
         self.fc_out = dense(config.n_embd, "fc_out", self.dtype_policy)
-        self.drop_residual = Dropout(config.resid_pdrop, seeds)
+        self.drop_residual = Dropout(config.resid_pdrop, seeds, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
         self.fc_in.build(input_shape)
@@ -128,7 +128,7 @@ class Block(keras.layers.Layer):
     """x + attention(ln(x)) + feed_forward(ln(x)): both branches read the same normed input."""
 
     def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.ln_1 = layer_norm(config, "ln_1", self.dtype_policy)
         self.attn = Attention(config, seeds, name="attn", dtype=self.dtype_policy)
         self.mlp = FeedForward(config, seeds, name="mlp", dtype=self.dtype_policy)
@@ -160,8 +160,12 @@ class Head(keras.layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(V,), initializer=UNSET)
 
     def call(self, x_BTD, embeddings_VD):
-        kernel_DV = ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
+        kernel_DV = self.kernel_or(embeddings_VD)
         return ops.matmul(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
+
+    def kernel_or(self, embeddings_VD):
+        """Its kernel (D, V): its own, or the embedding it is tied to."""
+        return ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
 
 
 def dense(units: int, name: str, dtype: Any, *, use_bias: bool = True) -> keras.layers.Dense:

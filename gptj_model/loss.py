@@ -1,6 +1,6 @@
 """Token cross-entropy as the reference defines it.
 
-Shape suffixes: B batch, T time, V vocabulary.
+Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
 
 # keras.ops is annotated as if its functions returned None.
@@ -9,9 +9,13 @@ Shape suffixes: B batch, T time, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
+
+#: Logits that are held at once, at most: 64 MiB of float32.
+_CHUNK_LOGITS = 2**24
 
 
 class TokenLoss(NamedTuple):
@@ -47,3 +51,82 @@ def token_loss(logits_BTV, labels_BT, ignored_BT) -> TokenLoss:
         count=ops.sum(counted_BT),
         correct=ops.sum(ops.cast(hits_BT, "float32") * counted_BT),
     )
+
+
+def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = False) -> TokenLoss:
+    """The loss of the head's logits, a chunk of tokens at a time.
+
+    In training the gradients are computed beside the loss, so that a chunk's logits are never
+    needed again: memory for one chunk, and no more multiplications than without chunks.
+
+    Args:
+        h_BTD: normed hidden states; their dtype is that of the multiplications.
+        kernel_DV: of the head, in float32.
+        bias_V: of the head, in float32.
+        labels_BT: int32 token ids.
+        ignored_BT: 1 on tokens that do not count, 0 elsewhere.
+        training: whether gradients will be asked for.
+    """
+    D, V = kernel_DV.shape
+    counted_N = 1.0 - ops.cast(ops.reshape(ignored_BT, (-1,)), "float32")
+    h_ND, labels_N = ops.reshape(h_BTD, (-1, D)), ops.reshape(labels_BT, (-1,))
+    chunks = _chunks(math.prod(labels_BT.shape), V)
+    h_nCD = ops.reshape(h_ND, (chunks, -1, D))
+    labels_nC = ops.reshape(labels_N, (chunks, -1))
+    counted_nC = ops.reshape(counted_N, (chunks, -1))
+
+    @ops.custom_gradient
+    def sums(h_nCD, kernel_DV, bias_V):
+        kernel_DV = ops.cast(kernel_DV, h_nCD.dtype)
+        zero = ops.zeros((), "float32")
+        begin = [zero, zero]
+        if training:
+            begin += [ops.zeros((D, V), "float32"), ops.zeros((V,), "float32")]
+            begin += [ops.zeros(h_nCD.shape, "float32")]
+
+        def add_chunk(n, carry):
+            labels_C, counted_C = labels_nC[n], counted_nC[n]
+            new: Any = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
+            summed = [a + b for a, b in zip(carry[:4], new[:4], strict=True)]
+            placed = [ops.slice_update(d, (n, 0, 0), new[4][None]) for d in carry[4:]]
+            return [*summed, *placed]
+
+        carry = add_chunk(0, begin) if chunks == 1 else ops.fori_loop(0, chunks, add_chunk, begin)
+
+        def gradient(*args, upstream=None):
+            up = (args if upstream is None else upstream)[0]
+            d_h = ops.cast(carry[4] * up, h_nCD.dtype)
+            return d_h, carry[2] * up, carry[3] * up
+
+        return (carry[0], carry[1]), gradient
+
+    total, correct = sums(h_nCD, ops.convert_to_tensor(kernel_DV), ops.convert_to_tensor(bias_V))
+    return TokenLoss(total=total, count=ops.sum(counted_N), correct=correct)
+
+
+def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
+    """Sum of losses and of hits; in training also what they add to the gradients of kernel and
+    bias; then the gradient of h, in float32."""
+    logits_CV = ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V
+    top_C1 = ops.max(logits_CV, axis=-1, keepdims=True)
+    exp_CV = ops.exp(logits_CV - top_C1)
+    sum_C1 = ops.sum(exp_CV, axis=-1, keepdims=True)
+    is_label_CV = labels_C[:, None] == ops.arange(bias_V.shape[0], dtype="int32")[None]
+    label_C = ops.sum(ops.where(is_label_CV, logits_CV - top_C1, 0.0), axis=-1)
+    losses_C = ops.log(sum_C1[:, 0]) - label_C
+    hits_C = ops.cast(ops.argmax(logits_CV, axis=-1), "int32") == labels_C
+    sums = (ops.sum(losses_C * counted_C), ops.sum(ops.cast(hits_C, "float32") * counted_C))
+    if not training:
+        return sums
+    # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
+    d_CV = (exp_CV / sum_C1 - ops.cast(is_label_CV, "float32")) * counted_C[:, None]
+    narrow_CV = ops.cast(d_CV, h_CD.dtype)
+    d_kernel_DV = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CV), "float32")
+    d_h_CD = ops.cast(ops.matmul(narrow_CV, ops.transpose(kernel_DV)), "float32")
+    return *sums, d_kernel_DV, ops.sum(d_CV, axis=0), d_h_CD
+
+
+def _chunks(tokens: int, vocab_size: int) -> int:
+    """The least number of equal parts of the tokens whose logits are few enough."""
+    least = max(1, tokens * vocab_size // _CHUNK_LOGITS)
+    return next(n for n in range(least, tokens + 1) if tokens % n == 0)

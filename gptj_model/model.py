@@ -16,6 +16,7 @@ from keras import ops
 
 from gptj_model.config import GPTJConfig
 from gptj_model.layers import UNSET, Block, Context, Dropout, Head, layer_norm
+from gptj_model.loss import TokenLoss, head_loss
 from gptj_model.rotary import sin_cos_tables
 
 #: Added to the score of a key that must not be seen: its probability underflows to 0.
@@ -33,14 +34,22 @@ class GPTJ(keras.Model):
         config: shapes and constants.
         dtype: a Keras dtype or policy; "float32" or for example "mixed_bfloat16".
         seed: of the dropout masks, used in training only.
+        recompute: in training, keep no activations inside a block but compute them again.
     """
 
     def __init__(
-        self, config: GPTJConfig, *, dtype: str = "float32", seed: int = 0, **kwargs: Any
+        self,
+        config: GPTJConfig,
+        *,
+        dtype: str = "float32",
+        seed: int = 0,
+        recompute: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(name=kwargs.pop("name", "gptj"), dtype=dtype, **kwargs)
         self.config = config
         self.seed = seed
+        self.recompute = recompute
         self.seeds = keras.random.SeedGenerator(seed, name="dropout")
         policy = self.dtype_policy
         self.wte = keras.layers.Embedding(
@@ -50,7 +59,7 @@ class GPTJ(keras.Model):
             name="wte",
             dtype=policy,
         )
-        self.drop = Dropout(config.embd_pdrop, self.seeds)
+        self.drop = Dropout(config.embd_pdrop, self.seeds, dtype=policy)
         self.blocks = [
             Block(config, self.seeds, name=f"h_{i}", dtype=policy) for i in range(config.n_layer)
         ]
@@ -87,10 +96,17 @@ class GPTJ(keras.Model):
             training: whether dropout is on.
         """
         context = self.context(ids_BT, positions_BT, attention_mask_BT)
-        x_BTD = self.embed(ids_BT, training=training)
-        for block in self.blocks:
-            x_BTD, _ = block(x_BTD, context, training=training)
+        x_BTD = self.decode(self.embed(ids_BT, training=training), context, training=training)
         return self.unembed(x_BTD)
+
+    def token_loss(self, ids_BT, labels_BT, ignored_BT, training=False) -> TokenLoss:
+        """Cross-entropy of the labels, without ever holding all logits; see `head_loss`."""
+        x_BTD = self.embed(ids_BT, training=training)
+        x_BTD = self.decode(x_BTD, self.context(ids_BT), training=training)
+        kernel_DV = self.lm_head.kernel_or(self.wte.embeddings)
+        return head_loss(
+            self.ln_f(x_BTD), kernel_DV, self.lm_head.bias, labels_BT, ignored_BT, training
+        )
 
     def call_cached(self, ids_BT, caches, start, positions_BT=None, attention_mask_BS=None):
         """Logits of tokens start … start + T, and the caches with their keys and values.
@@ -119,6 +135,26 @@ class GPTJ(keras.Model):
     def embed(self, ids_BT, training=False):
         """Token ids → hidden states (B, T, D) before the first block."""
         return self.drop(self.wte(ids_BT), training=training)
+
+    def decode(self, x_BTD, context: Context, training=False):
+        """Hidden states through every block."""
+        for block in self.blocks:
+            if training and self.recompute:
+                x_BTD = self._recomputed(block, context)(x_BTD)
+            else:
+                x_BTD, _ = block(x_BTD, context, training=training)
+        return x_BTD
+
+    def _recomputed(self, block: Block, context: Context):
+        """A block in training whose gradient computes it anew, with the same dropout masks."""
+
+        seed_state = ops.copy(self.seeds.state)
+
+        def run(x_BTD):
+            self.seeds.state.assign(seed_state)
+            return block(x_BTD, context, training=True)[0]
+
+        return keras.remat(run)
 
     def unembed(self, x_BTD):
         """Hidden states after the last block → logits (B, T, V)."""

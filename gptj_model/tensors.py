@@ -206,7 +206,26 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "adamw": ("AdamW", "AdamW_1"),
 }
 
-_TRAINING_SCALARS = (GLOBAL_STEP, BETA1_POWER, BETA2_POWER, "accum_step_counter")
+#: What a dynamic loss scale keeps: the scale; steps without overflow (TensorFlow's own); steps
+#: and overflows since it changed (the reference's).
+CURRENT_LOSS_SCALE = "current_loss_scale"
+GOOD_STEPS = "good_steps"
+STEPS_SINCE_RESCALE = "steps_since_rescale"
+OVERFLOWS_SINCE_RESCALE = "overflows_since_rescale"
+#: How many groups of batches gave no update: the data are further on than the step by so many.
+SKIPPED_STEPS = "skipped_steps"
+
+_TRAINING_SCALARS = (
+    GLOBAL_STEP,
+    BETA1_POWER,
+    BETA2_POWER,
+    CURRENT_LOSS_SCALE,
+    GOOD_STEPS,
+    STEPS_SINCE_RESCALE,
+    OVERFLOWS_SINCE_RESCALE,
+    SKIPPED_STEPS,
+    "accum_step_counter",
+)
 
 
 def slot_name(tf_name: str, slot: str) -> str:

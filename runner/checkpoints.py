@@ -6,20 +6,21 @@ deleted before that, and nothing that is not listed here is ever deleted.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
-from gptj_convert.formats.bundle import BundleSource, data_path, index_path, masked, write_bundle
+from gptj_convert.formats.bundle import BundleSource, data_path, index_path, masked, write_tensors
 from gptj_convert.formats.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
 from gptj_convert.staging import sync
 from gptj_model.errors import FileFault, TrainingFault
-from gptj_model.source import raw_bytes, read_tensor
+from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import GLOBAL_STEP
+from runner.run_folder import PARTIAL, write_whole
 
 _INDEX_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.index")
 
@@ -37,17 +38,25 @@ def prefix(model_dir: Path, step: int) -> Path:
     return model_dir / f"{RUN_PREFIX}-{step}"
 
 
-def save(model_dir: Path, step: int, tensors: Mapping[str, np.ndarray], *, keep: int) -> Path:
+def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -> Path:
     """Write the checkpoint of a step durably, then drop the oldest beyond `keep` (0: none).
+
+    Args:
+        model_dir: the run's folder.
+        step: of the checkpoint.
+        tensors: arrays or variables; a variable is copied only while it is written.
+        keep: how many.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are as they were.
     """
     final = prefix(model_dir, step)
-    partial = model_dir / f".partial-{final.name}"
+    partial = model_dir / f"{PARTIAL}{final.name}"
     _remove(partial)
     try:
-        write_bundle(partial, {**tensors, GLOBAL_STEP: np.asarray(step, np.int64)})
+        stored = {**tensors, GLOBAL_STEP: np.asarray(step, np.int64)}
+        infos = {name: _info(value) for name, value in stored.items()}
+        write_tensors(partial, infos, lambda name: np.asarray(stored[name]))
         data_path(partial).rename(data_path(final))
         index_path(partial).rename(index_path(final))
     except BaseException:
@@ -112,13 +121,14 @@ def _check_state(model_dir: Path, found: list[int]) -> None:
 
 
 def _write_state(model_dir: Path, kept: list[int]) -> None:
-    partial = model_dir / f".partial-{STATE_FILE}"
-    with partial.open("w", encoding="utf-8") as f:
-        f.write(state_text([prefix(model_dir, s).name for s in kept]))
-        f.flush()
-        os.fsync(f.fileno())
-    partial.rename(model_dir / STATE_FILE)
-    sync(model_dir)
+    text = state_text([prefix(model_dir, s).name for s in kept])
+    write_whole(model_dir / STATE_FILE, text)
+
+
+def _info(value: Any) -> TensorInfo:
+    """Of an array, a Keras or a TensorFlow variable."""
+    name = value.dtype if isinstance(value.dtype, str) else value.dtype.name
+    return TensorInfo(name, tuple(value.shape))
 
 
 def _remove(bundle: Path) -> None:

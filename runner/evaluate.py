@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import tensorflow as tf
 
 from gptj_model.errors import DataFault
-from gptj_model.loss import token_loss
 from gptj_model.model import GPTJ
 from runner.data.input_fn import Batch
+from runner.step import program_text
 
 LOSS = "loss"
 ACCURACY = "eval/accuracy"
@@ -24,9 +24,13 @@ class Evaluator:
     def __init__(self, model: GPTJ) -> None:
         @tf.function(jit_compile=True)
         def run(ids_BT, ignored_BT, labels_BT):
-            return token_loss(model(ids_BT, training=False), labels_BT, ignored_BT)
+            return model.token_loss(ids_BT, labels_BT, ignored_BT)
 
         self._run = run
+
+    def compiled(self, batch: Batch) -> str:
+        """The compiled program of one batch, as text; nothing is run."""
+        return program_text(self._run, *batch)
 
     def __call__(
         self,

@@ -17,17 +17,17 @@ F32 = np.float32
 Rate = Callable[[int], float]
 
 
-def learning_rate(schedules: Sequence[p.Schedule]) -> Rate:
+def learning_rate(schedules: Sequence[p.Schedule], *, reset: bool = True) -> Rate:
     """The rate at step t of schedules that run one after the other.
 
-    A member starts from its own step 0 unless it sets disable_lr_steps_reset; the last goes on
-    for ever.
+    The last goes on for ever. A member starts from its own step 0 unless `reset` is off or it
+    sets disable_lr_steps_reset itself.
     """
     members = []
     begin = 0
     for n, schedule in enumerate(schedules):
         length = None if n == len(schedules) - 1 else _length(schedule)
-        offset = 0 if schedule.disable_lr_steps_reset else begin
+        offset = begin if reset and not schedule.disable_lr_steps_reset else 0
         members.append((begin if length is None else begin + length, offset, _single(schedule)))
         begin += length or 0
 
@@ -42,7 +42,9 @@ def learning_rate(schedules: Sequence[p.Schedule]) -> Rate:
 
 
 def _length(schedule: p.Schedule) -> int:
-    steps = schedule.decay_steps if isinstance(schedule, p.Cosine) else schedule.steps
+    steps = schedule.steps
+    if steps is None and isinstance(schedule, p.Cosine):
+        steps = schedule.decay_steps
     assert steps is not None, "validated"
     return steps
 
@@ -52,7 +54,9 @@ def _single(s: p.Schedule) -> Rate:
         case p.Constant():
             return lambda t: s.learning_rate
         case p.Linear():
-            return lambda t: _polynomial(t, s.initial_learning_rate, s.end_learning_rate, s.steps)
+            return lambda t: _polynomial(
+                t, s.initial_learning_rate, s.end_learning_rate, s.steps, cycle=s.cycle
+            )
         case p.Polynomial():
             return lambda t: _polynomial(
                 t, s.initial_learning_rate, s.end_learning_rate, s.steps, s.power, s.cycle

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
@@ -159,16 +159,29 @@ def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
         FileFault: the files exist, or the disk is full.
     """
-    arrays = {
-        name: np.ascontiguousarray(values).reshape(values.shape) for name, values in tensors.items()
-    }
-    infos = {name: TensorInfo(a.dtype.name, a.shape) for name, a in arrays.items()}
-    layout = bundle_layout(prefix.name, infos)
+    infos = {name: TensorInfo(a.dtype.name, a.shape) for name, a in tensors.items()}
+    write_tensors(prefix, infos, tensors.__getitem__)
+
+
+def write_tensors(
+    prefix: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
+) -> None:
+    """Write a bundle durably, one tensor at a time.
+
+    Args:
+        prefix: of the files.
+        tensors: what it will hold.
+        read: gives the values of one.
+
+    Raises:
+        FileFault: the files exist, or the disk is full.
+    """
+    layout = bundle_layout(prefix.name, tensors)
     (data,) = layout.files
     checksums = {}
     with closing(OutputFile(prefix.with_name(data.name), layout.size(data))) as output:
         for name, begin, _ in layout.spans(data):
-            raw = raw_bytes(arrays[str(name)])
+            raw = raw_bytes(np.ascontiguousarray(read(str(name))))
             checksums[str(name)] = crc32c(raw)
             output.write(begin, raw)
         output.sync()

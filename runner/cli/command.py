@@ -33,6 +33,10 @@ class _ByteSize(click.ParamType):
 SIZE = _ByteSize()
 
 
+#: Both spellings, also where a command is a program of its own.
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
 def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:
     """Make a command of a function `(output, **options) -> fields of its JSON object`.
 
@@ -54,7 +58,7 @@ def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:
 
     run = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")(run)
     run = click.option("--quiet", is_flag=True, help="Print errors and results only.")(run)
-    return click.command()(run)
+    return click.command(context_settings=_HELP)(run)
 
 
 def note_memory(output: Output, planned: int | None) -> None:

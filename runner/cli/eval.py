@@ -49,7 +49,7 @@ evaluate.name = "eval"
 def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, float]:
     """Load a model, evaluate it, print the metrics line and return the metrics."""
     from runner.evaluate import Evaluator
-    from runner.params import reconcile
+    from runner.params_file import reconcile
     from runner.restore import load_model
     from runner.train import evaluation_batches
 
@@ -58,8 +58,8 @@ def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, flo
         metrics = Evaluator(loaded)(
             evaluation_batches(params, loaded.config.vocab_size),
             tokens_per_byte=params.tokens_per_byte,
-            limit=params.runconfig.eval_steps,
-            report=lambda n: report(n, params.runconfig.eval_steps or n, "batches"),
+            limit=params.eval_limit,
+            report=lambda n: report(n, params.eval_limit or n, "batches"),
         )
     output.data(metrics_line(metrics))
     return metrics

@@ -27,7 +27,7 @@ def params_for(
 ) -> Params:
     """The parameters named, else those beside the model, else the defaults for its config."""
     from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining
-    from runner.params import load_params, validate
+    from runner.params_file import load_params, validate
 
     folder = model if model.is_dir() else model.parent
     beside = folder / PARAMS_FILE

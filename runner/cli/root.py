@@ -49,14 +49,16 @@ for _command in _COMMANDS:
     root.add_command(_command)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code and raises nothing."""
+def main(
+    argv: Sequence[str] | None = None, *, command: click.Command = root, name: str = "gptj"
+) -> int:
+    """Run the program, or one command as a program; returns its exit code and raises nothing."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     # For what is reported before the command itself has read its options.
     output = Output(json="--json" in arguments, quiet="--quiet" in arguments)
     try:
-        code = root.main(arguments, prog_name="gptj", standalone_mode=False)
+        code = command.main(arguments, prog_name=name, standalone_mode=False)
         if sys.stdout is None:
             raise FileFault(
                 "stdout is closed, so that the result could not be told",

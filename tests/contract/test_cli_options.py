@@ -36,8 +36,8 @@ OPTIONS = {
     "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
     "train": {
-        "--init-from", "--params", "--model-dir", "--mode", "--max-steps", "--steps", "--set",
-        "--strict",
+        "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
+        "--steps", "--eval-steps", "--set", "--strict", "--validate-only", "--compile-only",
     },
     "verify": {
         "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",

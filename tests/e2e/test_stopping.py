@@ -13,6 +13,7 @@ import pytest
 
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.source import read_tensor
+from tests.cli.test_train import MEASURED
 from tests.conftest import make_checkpoint
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
@@ -42,9 +43,7 @@ def _stop_after(step: int, number: signal.Signals, *arguments: str) -> tuple[int
 def _rows(model_dir: str) -> list[dict]:
     lines = (Path(model_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    for row in rows:
-        del row["tokens_per_second"]
-    return rows
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def _weights(model_dir: str) -> dict[str, bytes]:

@@ -34,7 +34,7 @@ from gptj_model.errors import GptjError
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme
 from runner.data.records import read_records
-from runner.params import load_params
+from runner.params_file import load_params
 from tests.conftest import GOLDEN_RUNS, make_checkpoint
 
 #: Seconds that one file may take.

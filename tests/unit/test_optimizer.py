@@ -73,13 +73,14 @@ def test_updates_are_the_references(options: dict):
     expected = {t: random.normal(size=t.shape_in(Scheme.TF)) for t in TENSORS}
     variables = {t: tf.Variable(w, dtype=tf.float32) for t, w in expected.items()}
     optimizer = Optimizer(params, variables)
+    apply = tf.function(optimizer.apply)
     states: dict = {t: {} for t in TENSORS}
     for step in range(1, 5):
         gradients = {t: random.normal(size=expected[t].shape) for t in TENSORS}
-        norm = optimizer.apply(
-            [tf.constant(g, tf.float32) for g in gradients.values()],
-            *optimizer.step_arguments(step, RATE),
+        norm = apply(
+            [tf.constant(g, tf.float32) for g in gradients.values()], *optimizer.arguments(RATE)
         )
+        optimizer.advance()
         true_norm = np.sqrt(sum(np.square(g).sum() for g in gradients.values()))
         assert float(norm) == pytest.approx(true_norm, rel=1e-5)
         for t, g in gradients.items():
@@ -99,7 +100,7 @@ def test_ln_1_is_decayed_and_the_final_norm_is_not():
     variables = {t: tf.Variable(tf.ones(t.shape_in(Scheme.TF))) for t in TENSORS}
     optimizer = Optimizer(params, variables)
     zeros = [tf.zeros_like(v) for v in variables.values()]
-    optimizer.apply(zeros, *optimizer.step_arguments(1, RATE))
+    optimizer.apply(zeros, *optimizer.arguments(RATE))
     shrunk = {t.hf for t, v in variables.items() if float(tf.reduce_max(v)) < 1}
     assert "transformer.h.0.ln_1.weight" in shrunk
     assert "transformer.h.0.ln_1.bias" in shrunk
@@ -121,5 +122,51 @@ def test_ln_1_is_decayed_and_the_final_norm_is_not():
 )
 def test_beta_powers_are_saved_as_the_reference_does(options: dict, saved: dict):
     params = OptimizerParams(learning_rate=RATE, **options)
-    found = Optimizer(params, {}).scalars(20)
+    optimizer = Optimizer(params, {})
+    for _ in range(20):
+        optimizer.advance()
+    found = optimizer.scalars()
     assert {k: float(v) for k, v in found.items()} == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "slots"),
+    [
+        ("sgd", lambda v1: v1.GradientDescentOptimizer(RATE), ()),
+        ("momentum", lambda v1: v1.MomentumOptimizer(RATE, 0.9), ("momentum",)),
+        ("adam", lambda v1: v1.AdamOptimizer(RATE, 0.9, 0.999, 1e-8), ("m", "v")),
+        ("rmsprop", lambda v1: v1.RMSPropOptimizer(RATE, 0.9, 0.0), ("rms", "momentum")),
+    ],
+)
+def test_updates_and_slots_are_tensorflows(kind: str, theirs: Any, slots: tuple[str, ...]):
+    """TensorFlow's own optimizers round 1 - beta to float32; so must we, to 1e-6."""
+    random = np.random.default_rng(5)
+    tensor = next(t for t in TENSORS if "fc_in.bias" in t.hf)
+    begin = random.normal(size=tensor.shape_in(Scheme.TF)).astype(np.float32)
+    ours, expected = tf.Variable(begin), tf.Variable(begin)
+    optimizer = Optimizer(OptimizerParams(optimizer_type=kind, learning_rate=RATE), {tensor: ours})
+    other = theirs(tf.compat.v1.train)
+    apply = tf.function(optimizer.apply)
+    for _ in range(5):
+        gradient = tf.constant(random.normal(size=begin.shape), tf.float32)
+        apply([gradient], *optimizer.arguments(RATE))
+        optimizer.advance()
+        other.apply_gradients([(gradient, expected)])
+    np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-6, atol=1e-7)
+    for found, name in zip(optimizer.slots.values(), slots, strict=True):
+        slot = other.get_slot(expected, name).numpy()
+        np.testing.assert_allclose(found.numpy(), slot, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam", "adamw", "rmsprop"])
+def test_a_gradient_that_is_not_finite_changes_nothing(kind: str):
+    params = OptimizerParams(optimizer_type=kind, learning_rate=RATE, max_gradient_norm=1)
+    variables = {t: tf.Variable(tf.ones(t.shape_in(Scheme.TF))) for t in TENSORS[:2]}
+    optimizer = Optimizer(params, variables)
+    state = [*variables.values(), *optimizer.slots.values()]
+    before = [v.numpy() for v in state]
+    bad = [tf.ones_like(v) * (np.inf if n else 1) for n, v in enumerate(variables.values())]
+    norm = tf.function(optimizer.apply)(bad, *optimizer.arguments(RATE))
+    assert not np.isfinite(float(norm))
+    for variable, old in zip(state, before, strict=True):
+        assert np.array_equal(variable.numpy(), old)

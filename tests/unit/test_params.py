@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+import runner
 from gptj_convert.reference_yaml import (
     config_from_model_section,
     continued_pretraining,
@@ -17,7 +18,8 @@ from gptj_convert.reference_yaml import (
 )
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
-from runner.params import load_params, validate
+from runner.params_file import load_params, validate
+from runner.schedules import learning_rate
 from tests.conftest import GOLDEN_RUNS, SMALL
 from tests.unit.test_config import configs
 
@@ -57,6 +59,114 @@ def test_defaults_are_the_references():
     assert config.layer_norm_epsilon == 1e-8
     assert config.n_layer == 1
     assert config.tie_word_embeddings is True
+
+
+CONFIGS = sorted(Path(runner.__file__).parent.glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_shipped_files_are_valid(path: Path, tmp_path: Path):
+    params = load_params(path)
+    assert params.config.vocab_size == 50400
+    saved = tmp_path / "params.yaml"
+    saved.write_text(params.to_yaml())
+    assert load_params(saved) == params
+
+
+def test_the_shipped_6b_files_are_the_references():
+    params = load_params(CONFIGS[0].with_name("params_gptj.yaml"))
+    assert params.config.dims == GPTJConfig.preset("6b").dims
+    assert (params.train_input.batch_size, params.runconfig.max_steps) == (65, 2_700_000)
+    rate = learning_rate(params.optimizer.learning_rate)
+    assert rate(23_630) == pytest.approx(4.3e-5)
+    assert rate(23_630 + 2_363_000) == pytest.approx(4.3e-6)
+    assert params.dtype_policy == "mixed_float16"
+    tuned = load_params(CONFIGS[0].with_name("params_gptj_6b_summarization.yaml"))
+    assert tuned.config.attn_pdrop == 0.1
+    assert learning_rate(tuned.optimizer.learning_rate)(250) == 0
+
+
+#: Keys that the reference's own files and the files that it saves beside a run have.
+AS_THE_REFERENCE_SAVES = """
+train_input: {data_processor: GptTfRecordsProcessor, data_dir: [a, b], vocab_size: 512,
+  max_sequence_length: 32, batch_size: '4', shuffle: yes, repeat: true, mixed_precision: true}
+eval_input: {vocab_size: 512, shuffle: false, repeat: false, mixed_precision: true}
+model:
+  {hidden_size: 64, num_heads: 4, num_hidden_layers: 3, filter_size: 256, nonlinearity: gelu,
+   rotary_dim: 8, max_position_embeddings: 64, layer_norm_epsilon: '1e-5', use_ffn_bias: true,
+   use_projection_bias_in_attention: false, use_ffn_bias_in_attention: false, use_cache: false,
+   use_position_embeddings: false, backbone_only: false, mixed_precision: true, tf_summary: false,
+   boundary_casting: false, precision_opt_level: 0, attention_softmax_fp32: true,
+   dropout_seed: null, weight_initialization_seed: null, bits_per_x_dataset: pile,
+   embedding_initializer: {name: truncated_normal, mean: 0.0, stddev: 0.05},
+   initializer: {name: variance_scaling, scale: 1.0, mode: fan_in, distribution: truncated_normal},
+   output_layer_initializer:
+     {name: variance_scaling, scale: 0.44, mode: fan_in, distribution: truncated_normal}}
+optimizer:
+  {optimizer_type: AdamW, learning_rate: '1e-4', max_gradient_norm: 0, max_gradient_value: null,
+   loss_scaling_factor: dynamic, max_loss_scale: 4290774016.0, overflow_tolerance: 0.05,
+   disable_lr_steps_reset: true, grad_accum_steps: 1, log_summaries: true, log_grads: true,
+   log_hists: true, ws_summary: true, disable_standard_logs: false}
+runconfig:
+  {max_steps: 1e3, steps: null, eval_steps: null, save_checkpoints_steps: 10, mode: train,
+   save_summary_steps: 5, keep_checkpoint_max: 0, enable_distributed: false, throttle_secs: 0,
+   multiple_workers: false, cs_ip: null, checkpoint_path: null, num_wgt_servers: 12, device: null,
+   tf_random_seed: null, model_dir: model_dir, params: params.yaml, validate_only: false,
+   compile_only: false, disable_standard_logs: false, log_step_count_steps: 5}
+"""
+
+
+def test_what_the_reference_accepts_and_saves_is_read(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(AS_THE_REFERENCE_SAVES)
+    params = load_params(path)
+    assert params.eval_input is None
+    assert params.train_input.shuffle is True
+    assert params.train_input.batch_size == 4
+    assert params.optimizer.optimizer_type == "adamw"
+    assert params.optimizer.epsilon == 1e-5
+    assert params.config.layer_norm_epsilon == 1e-5
+    assert params.runconfig.max_steps == 1000
+    assert params.eval_limit == 0
+    assert learning_rate(params.optimizer.learning_rate)(7) == 1e-4
+
+
+def test_epsilon_with_mixed_precision_is_the_one_that_is_set():
+    assert validate(_values(), {"model.mixed_precision": True}, where="x").optimizer.epsilon == 1e-6
+    values = _values()
+    del values["optimizer"]["epsilon"]
+    assert validate(values, {}, where="x").optimizer.epsilon == 1e-8
+
+
+def test_a_vocab_file_is_counted(tmp_path: Path):
+    (tmp_path / "vocab").write_text("a\nb\nc\n")
+    values = _values()
+    del values["train_input"]["vocab_size"]
+    params = validate(values, {"train_input.vocab_file": str(tmp_path / "vocab")}, where="x")
+    assert params.config.vocab_size == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("  batch_size", "  batch_sise", ["line 7: train_input.batch_sise is not", "'batch_size'"]),
+        ("  beta1: 0.9", "  beta1: .nan", ["line 4", "optimizer.beta1 is 'nan'"]),
+        ("decay_steps: 5", "decay_steps: -5", ["optimizer.learning_rate[0].decay_steps is '-5'"]),
+    ],
+)
+def test_a_problem_is_named_with_its_line(old: str, new: str, words: list[str], tmp_path: Path):
+    rest = _values()
+    text = (
+        "optimizer:\n  optimizer_type: adamw\n  learning_rate: {scheduler: Cosine, "
+        "initial_learning_rate: 1, decay_steps: 5}\n  beta1: 0.9\ntrain_input:\n"
+        "  data_dir: d\n  batch_size: 4\n  max_sequence_length: 8\n  vocab_size: 99\n"
+    )
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new) + yaml_text({"model": rest["model"]}))
+    with pytest.raises(ConfigError) as refused:
+        load_params(path)
+    for word in words:
+        assert word in refused.value.message
 
 
 @given(configs())
@@ -111,7 +221,12 @@ def test_a_single_folder_and_a_list_are_the_same():
             ["optimizer.learning_rate[0]: steps missing"],
         ),
         ("optimizer.max_gradient_value", 1.0, ["both set"]),
-        ("model.mixed_precision", True, ["model.mixed_precision is 'True'"]),
+        ("model.backbone_only", True, ["model.backbone_only is 'True'"]),
+        ("optimizer.loss_scaling_factor", "dynamik", ["optimizer.loss_scaling_factor"]),
+        ("optimizer.loss_scaling_factor", 0, ["optimizer.loss_scaling_factor is '0'"]),
+        ("optimizer.min_loss_scale", 1e-9, ["optimizer.min_loss_scale is '1e-09'"]),
+        ("model.initializer", [{"name": "variance_scaling"}], ["model.initializer", "scale_type"]),
+        ("model.initializer", [{"name": "normal", "stdev": 1}], ["did you mean 'stddev'?"]),
         ("train_input.max_sequence_length", 4096, ["at most model.max_position_embeddings"]),
     ],
 )

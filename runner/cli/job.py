@@ -1,0 +1,304 @@
+"""One run of training or evaluation: what `gptj train` and `runner.run` both do and show."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import rich_click as click
+
+from runner.cli.errors import Exit
+from runner.cli.output import Output
+
+if TYPE_CHECKING:
+    from runner.events import Event
+    from runner.params import Params
+    from runner.train import Run
+
+MODES = ("train", "eval", "eval_all", "train_and_eval")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What was asked for on a command line."""
+
+    model_dir: Path
+    mode: str
+    params_file: Path | None = None
+    init_from: Path | None = None
+    """Weights to begin with, and their step and slots."""
+    checkpoint_path: Path | None = None
+    """Weights to begin with and nothing else, or to evaluate."""
+    max_steps: int | None = None
+    steps: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    only: Literal["validate", "compile"] | None = None
+    """Stop before the first step."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.steps is not None:
+            raise click.UsageError("--max-steps and --steps exclude each other")
+        if self.only and self.mode not in ("train", "eval"):
+            raise click.UsageError(f"mode {self.mode} cannot be compiled, expected train or eval")
+
+
+def run_job(output: Output, job: Job) -> dict[str, Any]:
+    """Do it; returns the fields of the command's JSON object."""
+    from runner.cli import tensorflow
+
+    tensorflow.prepare()
+    params = _params(job)
+    begin = job.checkpoint_path or _path(params.runconfig.checkpoint_path)
+    if job.only:
+        return _rehearse(output, job, params, begin)
+    if job.mode in ("eval", "eval_all"):
+        return _evaluate(output, job, params, begin)
+    return _train(output, job, params, begin)
+
+
+def _path(name: str | None) -> Path | None:
+    return Path(name) if name else None
+
+
+def _train(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
+    import tensorflow as tf
+
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from runner import train as training
+    from runner.data.records import find_records
+    from runner.run_folder import locked, write_whole
+
+    find_records(params.train_input.data_dir)  # before the model is loaded
+    stop = _StopSignals()
+    with locked(job.model_dir), stop, tf.device(params.runconfig.device):
+        run = training.Run(
+            params,
+            job.model_dir,
+            init_from=job.init_from or begin,
+            weights_only=job.init_from is None,
+            strict=job.strict,
+            warn=_warner(output),
+        )
+        write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
+        if (job.init_from or begin) and run.continued:
+            output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
+        target = _target(job, params, run.step)
+        _announce(output, run, target, job.init_from or begin)
+        for event in training.train(
+            run, target, stopped=stop.asked, evaluate=job.mode == "train_and_eval"
+        ):
+            _show(output, event, target)
+    if stop.code is not None:
+        output.note(f"stopped after step {run.step}, which is saved; the same command goes on")
+    fields = {"output": str(job.model_dir), "step": run.step}
+    return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+
+
+def _target(job: Job, params: Params, step: int) -> int:
+    """The step to train to."""
+    if job.max_steps is not None:
+        return job.max_steps
+    more = job.steps if job.steps is not None else params.runconfig.steps
+    return params.runconfig.max_steps if more is None else step + more
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM ask the run to stop after its step; a second one stops it at once."""
+
+    def __init__(self) -> None:
+        self.code: Exit | None = None
+        self._before: dict[int, Any] = {}
+
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.code is not None
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        self.code = Exit.INTERRUPTED if number == signal.SIGINT else Exit.TERMINATED
+        self.__exit__()
+
+
+def _params(job: Job) -> Params:
+    """Parameters of the run: those it was begun with, unless a file is named."""
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from gptj_model.errors import ConfigError
+    from runner import checkpoints
+    from runner.cli.model_choice import params_for
+    from runner.params_file import load_params
+    from runner.run_folder import accept_changes
+
+    saved = job.model_dir / PARAMS_FILE
+    if checkpoints.steps(job.model_dir) and saved.is_file():
+        before = load_params(saved)
+        params = load_params(job.params_file or saved, job.settings)
+        if job.mode in ("train", "train_and_eval"):
+            accept_changes(params, before, job.settings)
+        return params
+    if job.params_file:
+        return load_params(job.params_file, job.settings)
+    begin = job.init_from or job.checkpoint_path
+    if begin is None:
+        raise ConfigError(
+            f"{job.model_dir}: holds no run to go on with",
+            hint="begin one: `gptj train --init-from converted/`, or from nothing with --params",
+        )
+    with open_checkpoint(begin) as checkpoint:
+        return params_for(begin, None, dict(job.settings), checkpoint.config)
+
+
+def _evaluate(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
+    from runner import checkpoints
+    from runner.cli.eval import evaluate_model
+
+    begin = job.checkpoint_path or job.init_from or begin
+    steps = checkpoints.steps(job.model_dir)
+    if job.mode == "eval" and begin and (job.checkpoint_path or not steps):
+        return {"metrics": evaluate_model(output, begin, params)}
+    if not steps:
+        raise click.UsageError(f"{job.model_dir} holds no checkpoint to evaluate")
+    metrics = {}
+    for step in steps if job.mode == "eval_all" else steps[-1:]:
+        prefix = checkpoints.prefix(job.model_dir, step)
+        metrics = evaluate_model(output, prefix, params) | {"global_step": step}
+    return {"metrics": metrics}
+
+
+def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
+    """Everything up to the first step: parameters, records and headers; compiled if asked."""
+    from gptj_convert import capacity
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.plan import match
+    from runner.data.records import check_records, find_records
+    from runner.params_file import reconcile
+
+    config = params.config
+    section = params.train_input if job.mode == "train" else params.eval_input
+    if section is None:
+        raise click.UsageError("eval_input is missing, expected the records to evaluate on")
+    if begin := job.init_from or begin:
+        with open_checkpoint(begin) as checkpoint:
+            match(checkpoint)
+            config = reconcile(params, checkpoint.config, begin)
+    paths = find_records(section.data_dir)
+    check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
+                  only_first=True)  # fmt: skip
+    tokens = section.batch_size * section.max_sequence_length
+    flops = tokens * capacity.token_flops(config, section.max_sequence_length)
+    if job.mode == "eval":
+        flops /= 3
+    fields: dict[str, Any] = {
+        "parameters": capacity.parameters(config),
+        "flops_per_batch": round(flops),
+        "planned_rss_bytes": capacity.training_memory(config, section.batch_size),
+    }
+    if job.only == "compile":
+        fields |= _compile(output, job, params, begin)
+    output.data(
+        f"{fields['parameters']:,} parameters; a batch of {tokens:,} tokens takes "
+        f"{flops / 1e12:.3g} TFLOP; {fields['planned_rss_bytes'] / 1e9:.2f} GB of memory planned"
+    )
+    return fields
+
+
+def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
+    from gptj_model.model import GPTJ
+    from gptj_model.tensors import table
+    from gptj_model.weights import variables
+    from runner.evaluate import Evaluator
+    from runner.optimizer import Optimizer
+    from runner.step import TrainStep, empty_batch
+
+    config = params.config
+    model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
+    section = params.train_input if job.mode == "train" else params.eval_input
+    assert section is not None, "checked"
+    batch = empty_batch(section.batch_size, section.max_sequence_length)
+    begun = time.monotonic()
+    if job.mode == "train":
+        found = variables(model)
+        optimizer = Optimizer(params.optimizer, {t: found[t.hf] for t in table(config)})
+        program = TrainStep(model, optimizer, params.optimizer.grad_accum_steps).compiled(batch)
+    else:
+        program = Evaluator(model).compiled(batch)
+    seconds = time.monotonic() - begun
+    instructions = program.count(" = ")
+    output.data(f"compiled in {seconds:.1f} s to {instructions:,} instructions")
+    return {"compile_seconds": round(seconds, 3), "instructions": instructions}
+
+
+def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None:
+    import tensorflow as tf
+
+    from gptj_convert import machine
+
+    if run.step >= target:
+        output.note(f"step {run.step} of {target} is reached: nothing to do")
+        return
+    verb = "going on after" if run.step else "beginning at"
+    output.note(f"{run.model_dir}: {verb} step {run.step}, to step {target}")
+    if not run.continued and begin is None:
+        output.note("weights begin at random: no checkpoint is named")
+    needed = {"mixed_float16": "avx512_fp16", "mixed_bfloat16": "avx512_bf16"}
+    feature = needed.get(run.params.dtype_policy)
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    if feature and on_cpu and feature not in machine.cpu_features():
+        output.note(f"warning: this processor lacks {feature}: 16 bits will be slower than 32")
+
+
+def _warner(output: Output):
+    return lambda text: output.note(f"warning: {text}")
+
+
+def _show(output: Output, event: Event, target: int) -> None:
+    from runner.cli.eval import metrics_line
+    from runner.events import Evaluated, Saved, Skipped, StepDone
+
+    match event:
+        case StepDone():
+            output.note(step_line(event, target))
+        case Skipped():
+            output.note(
+                f"warning: gradients overflowed after step {event.step}: nothing was updated; "
+                f"the loss scale is {event.loss_scale:g}"
+            )
+        case Saved():
+            output.note(f"saved {event.path}")
+        case Evaluated():
+            output.data(metrics_line(event.metrics | {"global_step": event.step}))
+        case _:
+            output.note(f"warning: {event.text}")
+
+
+def step_line(event: Any, target: int) -> str:
+    """A step as a line for people."""
+    line = (
+        f"step {event.step:>6}/{target}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
+        f"grad norm {event.unclipped_grad_norm:.3g}"
+    )
+    if event.loss_scale is not None:
+        line += f"  scale {event.loss_scale:g}"
+    has = event.resources
+    if has.get("tokens_per_second"):
+        line += f"  {has['tokens_per_second']:,.0f} tokens/s"
+        line += f"  {100 * has['model_flops_utilization']:.0f} % MFU"
+    if has.get("peak_rss_bytes"):
+        line += f"  {has['peak_rss_bytes'] / 1e9:.1f} GB"
+    if (seconds := has.get("seconds_left")) is None:
+        return line
+    left = round(seconds)
+    return line + f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} to go"

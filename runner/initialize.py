@@ -1,0 +1,65 @@
+"""Weights that begin at random, as the YAML's initializers say."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+
+from gptj_model.model import GPTJ
+from gptj_model.tensors import Scheme, Tensor, table
+from gptj_model.weights import variables
+from runner.params import Initializer, Params
+
+#: What the reference takes where the YAML names none.
+_DEFAULTS = {
+    "embedding_initializer": Initializer(name="scaled_init_normal", key="vocab_size"),
+    "initializer": Initializer(name="variance_scaling", scale=1.0),
+    "output_layer_initializer": Initializer(name="variance_scaling", scale_type="wang_init"),
+}
+
+
+def initialize(model: GPTJ, params: Params) -> None:
+    """Give every weight its first values: matrices by their initializer, gains 1, biases 0.
+
+    The values are a function of the seed and the tensor's place in the table.
+    """
+    seed = params.model.weight_initialization_seed
+    seed = (params.runconfig.tf_random_seed or 0) if seed is None else seed
+    found = variables(model)
+    for n, tensor in enumerate(table(model.config)):
+        variable = found[tensor.hf]
+        if len(tensor.shape) == 1:
+            gain = tensor.tf.endswith("gamma")
+            variable.assign(keras.ops.full(variable.shape, 1.0 if gain else 0.0))
+            continue
+        values = _initializer(_spec(tensor, params), params, (seed * 10_007 + n) % 2**31)
+        variable.assign(values(tensor.shape_in(Scheme.KERAS)))
+
+
+def _spec(tensor: Tensor, params: Params) -> Initializer:
+    key = "initializer"
+    if tensor.tf.endswith("embedding_weights"):
+        key = "embedding_initializer"
+    elif ".out_proj." in tensor.hf or ".fc_out." in tensor.hf:
+        key = "output_layer_initializer"
+    named = getattr(params.model, key)
+    return named[0] if named else _DEFAULTS[key]
+
+
+def _initializer(spec: Initializer, params: Params, seed: int) -> keras.Initializer:
+    layers = params.model.num_hidden_layers
+    if spec.name == "variance_scaling":
+        scale = spec.scale
+        if scale is None:
+            scale = 4 / layers**2 if spec.scale_type == "wang_init" else 2 / 5
+        kind = {"normal": "untruncated_normal"}.get(spec.distribution, spec.distribution)
+        return keras.initializers.VarianceScaling(scale, spec.mode, kind, seed)
+    deviation, distribution = spec.stddev, spec.name
+    if spec.name == "scaled_init_normal":
+        vocabulary = params.config.vocab_size
+        parts = {None: 1, "vocab_size": vocabulary, "num_hidden_layers": 2 * layers}[spec.key]
+        deviation, distribution = spec.sigma / math.sqrt(parts), spec.distribution
+    if distribution == "normal":
+        return keras.initializers.RandomNormal(spec.mean, deviation, seed)
+    return keras.initializers.TruncatedNormal(spec.mean, deviation, seed)

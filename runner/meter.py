@@ -1,0 +1,70 @@
+"""How fast a run is, what it holds, and when it will be done."""
+
+from __future__ import annotations
+
+import time
+
+import tensorflow as tf
+
+from gptj_convert import capacity, machine
+from gptj_model.config import GPTJConfig
+
+#: Rows and columns of the matrices that are multiplied to measure, and how often.
+_MATRIX = 1024
+_TRIES = 3
+
+
+class Meter:
+    """Figures between one log line and the next.
+
+    Args:
+        config: of the model.
+        tokens: of one update.
+        length: of a sequence, in tokens.
+    """
+
+    def __init__(self, config: GPTJConfig, *, tokens: int, length: int) -> None:
+        self._tokens = tokens
+        self._flops = tokens * capacity.token_flops(config, length)
+        self._peak = multiplication_rate()
+        self._busy = 0.0
+        self._steps = 0
+        self._compiled = False
+        self._begun = time.monotonic()
+
+    def begin(self) -> None:
+        """A step begins; what was between is not counted."""
+        self._begun = time.monotonic()
+
+    def end(self) -> None:
+        """The step is done."""
+        self._busy += time.monotonic() - self._begun
+        self._steps += 1
+
+    def figures(self, steps_left: int) -> dict[str, float | None]:
+        """Rates since the last call; the keys are those of metrics.jsonl.
+
+        `model_flops_utilization` is against a multiplication of matrices measured at start.
+        """
+        seconds = self._busy / max(self._steps, 1)
+        # The first step compiles: nothing follows from it for those to come.
+        left = seconds * steps_left if self._compiled else None
+        self._busy, self._steps, self._compiled = 0.0, 0, True
+        return {
+            "tokens_per_second": self._tokens / seconds if seconds else None,
+            "seconds_per_step": seconds,
+            "model_flops_utilization": self._flops / seconds / self._peak if seconds else None,
+            "peak_rss_bytes": machine.peak_rss(),
+            "seconds_left": left,
+        }
+
+
+def multiplication_rate() -> float:
+    """Floating-point operations a second of float32 matrices, where TensorFlow computes."""
+    matrix = tf.ones((_MATRIX, _MATRIX))
+    best = 0.0
+    for _ in range(_TRIES + 1):
+        begun = time.perf_counter()
+        float(tf.matmul(matrix, matrix)[0, 0])
+        best = max(best, 2 * _MATRIX**3 / (time.perf_counter() - begun))
+    return best

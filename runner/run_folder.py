@@ -1,0 +1,93 @@
+"""A run's folder: held by one process, its parameters kept, and changed only on purpose."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.staging import sync
+from gptj_model.errors import ConfigError, TrainingFault
+from runner.params import Params
+
+LOCK_FILE = ".lock"
+PARTIAL = ".partial-"
+
+#: Parameters that a continued run may change: how far and how often, not what is computed.
+_FREE = ("runconfig", "eval_input")
+_FREE_KEYS = ("model.recompute", "optimizer.log_hists")
+
+
+@contextmanager
+def locked(model_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the kernel frees it when the process ends.
+
+    Raises:
+        TrainingFault: another process holds it.
+    """
+    model_dir.mkdir(parents=True, exist_ok=True)
+    with (model_dir / LOCK_FILE).open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise TrainingFault(
+                f"{model_dir}: another run is writing there (process {f.read().strip() or '?'})",
+                hint="wait for it, stop it, or name another --model-dir",
+            ) from None
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        for left in model_dir.glob(f"{PARTIAL}*"):
+            left.unlink()  # of a process that was killed
+        yield
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Give a small file its content, durably: a reader finds the old one or the new one.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    with partial.open("wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.rename(path)
+    sync(path.parent)
+
+
+def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -> None:
+    """Refuse parameters that would make a continued run another one, unless set explicitly.
+
+    Raises:
+        ConfigError: each such key, with the saved and the given value.
+    """
+    given, before = _flat(params.model_dump()), _flat(saved.model_dump())
+    problems = [
+        f"{key} was {before.get(key)!r}, now {given.get(key)!r}"
+        for key in sorted(given.keys() | before.keys())
+        if key.split(".")[0] not in _FREE
+        and key not in _FREE_KEYS
+        and given.get(key) != before.get(key)
+        and not any(key == s or key.startswith(f"{s}.") for s in settings)
+    ]
+    if problems:
+        raise ConfigError(
+            "the run was begun with other parameters: " + "; ".join(problems),
+            hint="accept a change with `--set KEY=VALUE`, or name another --model-dir",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

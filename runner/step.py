@@ -1,0 +1,112 @@
+"""One step of training, compiled: loss, gradients and update in one program.
+
+Shape suffixes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from gptj_model.model import GPTJ
+from runner.data.input_fn import Batch
+from runner.optimizer import Optimizer
+
+
+class StepResult(NamedTuple):
+    """What one step found; nothing was updated if the norm is not finite."""
+
+    loss: float
+    """Mean over the batches of each batch's token mean, before the update."""
+    norm: float
+    """Global norm of the gradients, unscaled and before clipping."""
+
+
+class TrainStep:
+    """The update of a model by one or several batches.
+
+    Args:
+        model: its weights are those of the optimizer.
+        optimizer: see there.
+        accumulate: batches of one update.
+    """
+
+    def __init__(self, model: GPTJ, optimizer: Optimizer, accumulate: int) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._accumulate = accumulate
+        self._sums: list[tf.Variable] = []
+        if accumulate > 1:
+            # One array a weight, whatever the number of batches.
+            shapes = [w.shape for w in optimizer.weights.values()]
+            self._sums = [tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes]
+        # XLA fuses what is done to each element, in softmax, GELU and update; where most of the
+        # time goes that multiplications leave.
+        self._whole = tf.function(self._run_whole, jit_compile=True, autograph=False)
+        self._add = tf.function(self._run_add, jit_compile=True, autograph=False)
+        self._finish = tf.function(self._run_finish, jit_compile=True, autograph=False)
+
+    def __call__(self, group: Sequence[Batch], scale: float, rate: float) -> StepResult:
+        """Update the weights once; the optimizer counts it only if the norm is finite.
+
+        Args:
+            group: as many batches as are accumulated.
+            scale: what the loss is multiplied by for the gradients.
+            rate: of learning.
+        """
+        factor = tf.constant(scale, tf.float32)
+        arguments = self._optimizer.arguments(rate)
+        if self._accumulate == 1:
+            loss, norm = self._whole(*group[0], factor, *arguments)
+            loss = float(loss)
+        else:
+            first = [tf.constant(n == 0) for n in range(len(group))]
+            losses = [self._add(*b, factor, f) for b, f in zip(group, first, strict=True)]
+            loss = sum(map(float, losses)) / len(group)
+            norm = self._finish(*arguments)
+        return StepResult(loss, float(norm))
+
+    def compiled(self, batch: Batch) -> str:
+        """The compiled program of one batch, as text; nothing is run."""
+        one = tf.constant(1.0)
+        if self._accumulate == 1:
+            return program_text(self._whole, *batch, one, one, one)
+        return program_text(self._add, *batch, one, tf.constant(True))
+
+    def _run_whole(self, ids_BT, ignored_BT, labels_BT, scale, rate, correction):
+        loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
+        return loss, self._optimizer.apply(gradients, rate, correction)
+
+    def _run_add(self, ids_BT, ignored_BT, labels_BT, scale, is_first):
+        loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
+        for total, gradient in zip(self._sums, gradients, strict=True):
+            total.assign(tf.where(is_first, gradient, total + gradient))
+        return loss
+
+    def _run_finish(self, rate, correction):
+        return self._optimizer.apply([s.value() for s in self._sums], rate, correction)
+
+    def _gradients(self, ids_BT, ignored_BT, labels_BT, scale):
+        """Loss, and its share in the update's gradients in float32, unscaled."""
+        weights = [w.value for w in self._optimizer.weights.values()]
+        with tf.GradientTape() as tape:
+            loss = self._model.token_loss(ids_BT, labels_BT, ignored_BT, training=True).mean
+            scaled = loss * (scale / self._accumulate)
+        gradients = tape.gradient(scaled, weights)
+        # The embedding's gradient comes as rows; the norm is that of the whole matrix.
+        dense = [tf.convert_to_tensor(g) for g in gradients]
+        return loss, [tf.cast(g, tf.float32) * (1 / scale) for g in dense]
+
+
+def program_text(function: Any, *arguments: tf.Tensor) -> str:
+    """What a compiled function becomes for such arguments; nothing is run."""
+    tf.random.set_seed(0)  # TensorFlow draws a random number here, to see where that is done
+    return function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+
+
+def empty_batch(batch_size: int, length: int) -> Batch:
+    """A batch of the right shapes."""
+    shape = (batch_size, length)
+    return tf.zeros(shape, tf.int32), tf.zeros(shape), tf.zeros(shape, tf.int32)
