@@ -176,7 +176,7 @@ MUTANTS = [
         _in_softmax(lambda x: ops.cast(ops.cast(x, "float16"), "float32")),
         operation="softmax",
     ),
-    Mutant("a sequential residual", _block_call(_sequential), operation="residual"),
+    Mutant("a sequential residual", _block_call(_sequential), operation="fc_in"),
     Mutant("no residual", _block_call(_no_residual), operation="residual"),
     Mutant("another epsilon", _norm(_other_epsilon, "ln_1"), operation="ln_1"),
     Mutant("no final norm", _norm(_passes_through, "ln_f"), None, "ln_f"),
