@@ -111,7 +111,8 @@ def read_recording(folder: Path | None) -> Recording:
     try:
         fields = json.loads((path / RECORDING_FILE).read_text(encoding="utf-8"))
         config = GPTJConfig.from_hf(fields["config"])
-        with np.load(path / OUTPUTS_FILE, allow_pickle=False) as arrays:
+        # Opened here: numpy leaves a file open that is none of its own.
+        with (path / OUTPUTS_FILE).open("rb") as f, np.load(f, allow_pickle=False) as arrays:
             prompts = tuple(
                 _recorded(row, n, arrays, config) for n, row in enumerate(fields["prompts"])
             )

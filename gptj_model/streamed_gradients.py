@@ -53,9 +53,7 @@ class StreamedGradients(StreamedModel):
         with _tape() as tape:
             tape.watch([normed, weight] if self.config.tie_word_embeddings else normed)
             out = part(normed)
-        d_normed, d_weight, d_bias = tape.gradient(
-            out, [normed, weight, bias], output_gradients=ops.convert_to_tensor(d_logits_NV[None])
-        )
+        d_normed, d_weight, d_bias = _pull(tape, out, [normed, weight, bias], d_logits_NV[None])
         d_weight = np.asarray(d_weight)
         if not self.config.tie_word_embeddings:
             d_weight = d_weight.T
@@ -84,11 +82,7 @@ class StreamedGradients(StreamedModel):
         with _tape() as tape:
             tape.watch(x)
             out, _ = self._block(x, context)
-        d_x, *d_weights = tape.gradient(
-            out,
-            [x, *(v.value for v in variables)],
-            output_gradients=ops.convert_to_tensor(d_out_BTD),
-        )
+        d_x, *d_weights = _pull(tape, out, [x, *(v.value for v in variables)], d_out_BTD)
         found = {}
         for tensor, gradient in zip(tensors.values(), d_weights, strict=True):
             op: Op = tensor.op(Scheme.KERAS, Scheme.HF)
@@ -105,7 +99,7 @@ class StreamedGradients(StreamedModel):
         with _tape() as tape:
             tape.watch(rows)
             x = ops.take(rows, where_N, axis=0)
-        slices = tape.gradient(x, rows, output_gradients=ops.convert_to_tensor(d_x_ND))
+        slices = _pull(tape, x, rows, d_x_ND)
         # TensorFlow gives a row for each token, and says which it belongs to.
         gradient = np.zeros(shape_UD, np.float32)
         np.add.at(gradient, np.asarray(slices.indices), np.asarray(slices.values))
@@ -119,9 +113,7 @@ def _backwards(layer: keras.Layer, x: np.ndarray, d_out: np.ndarray) -> list[np.
         tape.watch(value)
         out = layer(value)
     weights = [v.value for v in layer.trainable_variables]
-    found: Sequence = tape.gradient(
-        out, [value, *weights], output_gradients=ops.convert_to_tensor(d_out)
-    )
+    found: Sequence = _pull(tape, out, [value, *weights], d_out)
     return [np.asarray(gradient) for gradient in found]
 
 
@@ -134,3 +126,9 @@ def _tape() -> Any:
     import tensorflow as tf
 
     return tf.GradientTape()
+
+
+def _pull(tape: Any, out: Any, sources: Any, d_out: np.ndarray) -> Any:
+    """Gradients of the sources; zeros where nothing of them is in `out`."""
+    d_out_tensor = ops.convert_to_tensor(d_out)
+    return tape.gradient(out, sources, output_gradients=d_out_tensor, unconnected_gradients="zero")

@@ -26,6 +26,7 @@ def golden() -> None:
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Round the weights to it first.  [default: do not]"
 )
+@click.option("--note", help="What the recording is of, in words.  [default: the model's path]")
 @click.option("--config", "config_file", type=PATH, help="config.json, if there is none beside.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def record(
@@ -33,6 +34,7 @@ def record(
     model: Path,
     out: Path,
     dtype: str | None,
+    note: str | None,
     config_file: Path | None,
     force: bool,
 ) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def record(
         open_checkpoint(model, config_file=config_file) as checkpoint,
         progress(output, "recording", in_bytes=False) as tell,
     ):
-        events = run(checkpoint, out, dtype=dtype, made_by=str(model), force=force)
+        events = run(checkpoint, out, dtype=dtype, made_by=note or str(model), force=force)
         for event in events:
             tell(event.done, event.total, event.what)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -32,7 +32,7 @@ OPTIONS = {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",
     },
-    "golden record": {"--out", "--dtype", "--config", "--force"},
+    "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
     "train": {
