@@ -20,10 +20,13 @@ from runner import params
 from runner.cli.errors import Exit
 from runner.cli.root import root
 from tests.cli.corruptions import CASES
+from tests.cli.mutants import MUTANTS
 
 FOLDER = Path(__file__).parent
 _BEGIN = "<!-- corruptions: written by `make docs` -->\n"
 _END = "<!-- end -->\n"
+_MUTANTS_BEGIN = "<!-- mutants: written by `make docs` -->\n"
+_MUTANTS_END = "<!-- end of mutants -->\n"
 
 _MEANING = {
     Exit.OK: "done",
@@ -63,7 +66,20 @@ def verification() -> str:
         cases = list(group)
         levels = ", ".join(dict.fromkeys(case.level for case in cases))
         lines.append(f"| {what} | {len(cases)} | {levels} | {cases[0].diagnosis or ''} |")
-    return before + _BEGIN + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
+    page = before + _BEGIN + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
+    before, rest = page.split(_MUTANTS_BEGIN)
+    lines = ["| what is changed | named |", "| --- | --- |"]
+    for mutant in MUTANTS:
+        block = "" if mutant.block is None else f"block {mutant.block}, "
+        lines.append(f"| {mutant.what} | {block}{mutant.operation} |")
+    return (
+        before
+        + _MUTANTS_BEGIN
+        + "\n".join(lines)
+        + "\n"
+        + _MUTANTS_END
+        + rest.split(_MUTANTS_END)[1]
+    )
 
 
 def parameters() -> str:
