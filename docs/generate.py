@@ -17,10 +17,14 @@ from pydantic.fields import FieldInfo
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are not installed
 
 from runner import params
-from runner.cli.errors import Exit
-from runner.cli.root import root
-from tests.cli.corruptions import CASES
-from tests.cli.mutants import MUTANTS
+from runner.cli import tensorflow
+
+tensorflow.prepare()
+
+from runner.cli.errors import Exit  # noqa: E402
+from runner.cli.root import root  # noqa: E402
+from tests.cli.corruptions import CASES  # noqa: E402
+from tests.cli.mutants import MUTANTS  # noqa: E402
 
 FOLDER = Path(__file__).parent
 _BEGIN = "<!-- corruptions: written by `make docs` -->\n"
