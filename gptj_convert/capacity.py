@@ -91,8 +91,9 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
 
 
 def gradients_memory(config: GPTJConfig) -> int:
-    """Peak of verify's level gradients: a block and its gradients on both sides, in float32."""
-    return round(_BOTH_FRAMEWORKS + 6 * 4 * sum(t.size for t in block(config, 0)))
+    """Peak of verify's level gradients: a block and its gradients on both sides, in float32, and
+    copies of them on the way. The factor is measured at the 6B's width."""
+    return round(_BOTH_FRAMEWORKS + 10 * 4 * sum(t.size for t in block(config, 0)))
 
 
 def training_state(config: GPTJConfig) -> int:

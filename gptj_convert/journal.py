@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Journal(Generic[Part]):
         self._line(job)
         for part in parts:
             self.add(part)
+        os.fsync(self._file.fileno())
         partial.replace(path)
 
     def add(self, part: Part) -> None:

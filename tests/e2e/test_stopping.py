@@ -82,7 +82,7 @@ def test_asked_to_stop_it_saves_the_step(golden_run: Path, number: signal.Signal
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
-def test_a_conversion_stopped_midway_leaves_nothing(
+def test_a_conversion_stopped_midway_leaves_nothing_under_its_name(
     golden_run: Path, number: signal.Signals, code: int
 ):
     make_checkpoint(Path("large"), n_embd=1024, n_head=8, n_layer=8, vocab_size=5000)
@@ -95,4 +95,6 @@ def test_a_conversion_stopped_midway_leaves_nothing(
     assert process.returncode == code
     assert "error: " in text
     assert "Traceback" not in text
-    assert not list(Path.cwd().glob("out*"))
+    assert not Path("out").exists()
+    # What is done by then is kept, and it is said how to go on with it.
+    assert ("--resume" in text) is bool(list(Path.cwd().glob("out*")))
