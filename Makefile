@@ -25,8 +25,9 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 
+# Two at a time: what XLA compiles, and what waits for signals, leaves a core idle.
 test: setup
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -m "not full" -n 2
 
 # Everything, the slow proofs too (ten times the fuzz, kills at every call): about 30 minutes on
 # 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.

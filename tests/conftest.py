@@ -18,6 +18,8 @@ from runner.cli import tensorflow
 from tests.small_model import SMALL
 
 tensorflow.prepare()
+# Tests have no terminal, whatever a runner of several processes says of its width.
+os.environ.pop("COLUMNS", None)
 
 from gptj_convert import panels  # noqa: E402
 from gptj_convert.random_checkpoint import write_random_checkpoint  # noqa: E402
