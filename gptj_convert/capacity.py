@@ -72,10 +72,10 @@ def _strips(sizes: Iterable[int]) -> int:
 def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
     """Peak of verify's level logits: while a block is loaded, or the logits are compared.
 
-    First both blocks are there, in float32, and what one is read and handed over in; then what
-    TensorFlow has not given back of them, a part of both heads, the logits of all prompts on
-    both sides, and copies of the longest in float64. The factors are measured at the 6B's
-    width, not read from TensorFlow.
+    First both blocks are there, in float32, the reference's once more in float64 for the noise
+    floor, and what one is read and handed over in; then what TensorFlow has not given back of
+    them, a part of both heads, the logits of all prompts on both sides, and copies of the longest
+    in float64. The factors are measured at the 6B's width, not read from TensorFlow.
 
     Args:
         config: of both sides.
@@ -85,7 +85,7 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
     part = 4 * PART * config.n_embd
     states = 2 * 4 * sum(lengths) * config.n_embd
     logits = 8 * sum(lengths) * config.vocab_size
-    loading = 4.4 * one_block
+    loading = 5.1 * one_block
     comparing = 2 * one_block + 3 * part + logits + 8 * max(lengths) * config.vocab_size
     return round(_BOTH_FRAMEWORKS + states + max(loading, comparing))
 

@@ -115,7 +115,7 @@ def test_the_plan_of_the_6b(workdir: Path, has, gptj):
         next(c for c in steps if c.startswith("gptj train --init-from converted/")),
     ]
     # Measured at the true width.
-    assert steps["gptj verify --tolerance 1e-4"]["memory"] == pytest.approx(4.5 * GB, rel=0.1)
+    assert steps["gptj verify --tolerance 1e-4"]["memory"] == pytest.approx(5.1 * GB, rel=0.1)
     assert steps["gptj convert --to tf"]["memory"] < 0.8 * GB
     assert not list(workdir.iterdir())
 

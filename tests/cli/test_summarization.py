@@ -133,6 +133,7 @@ GOOD = _binary(PAIRS[:1])
         (GOOD[:-3], "the file ends inside it, 3 bytes short"),
         (GOOD[:5], "the file ends inside its length"),
     ],
+    ids=["negative", "huge", "cut", "cut in the length"],
 )
 def test_a_damaged_binary_file(damage: bytes, words: str, data):
     Path("a.bin").write_bytes(GOOD + damage)
