@@ -85,10 +85,21 @@ def short(config: GPTJConfig) -> list[Prompt]:
     return [stored[name] for name in SHORT]
 
 
-def training_batch(config: GPTJConfig) -> list[Prompt]:
-    """Prompts whose tokens are also their own labels, for gradients; see `labels`."""
+def training_batch(config: GPTJConfig) -> Prompt:
+    """Sequences of one length whose tokens are also their own labels; see `labels`."""
     stored = _stored(config)
-    return [stored[name] for name in _TRAINED]
+    prompts = [stored[name] for name in _TRAINED]
+    shortest = min(p.tokens for p in prompts)
+
+    def batch(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([a[:, :shortest] for a in arrays])
+
+    return Prompt(
+        "training batch",
+        batch([p.ids for p in prompts]),
+        batch([p.positions for p in prompts]),
+        batch([p.real for p in prompts]),
+    )
 
 
 def continued(config: GPTJConfig, new_tokens: int) -> list[Prompt]:

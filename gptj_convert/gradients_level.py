@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from gptj_convert.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.errors import GptjError
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT, table
 from gptj_model.vocabulary import parts
-
-if TYPE_CHECKING:
-    pass
 
 LEVEL = "gradients"
 
@@ -58,11 +55,11 @@ class _Side:
     """One model on its way forwards and back."""
 
     model: Any
-    inputs: list[list[np.ndarray]] = field(default_factory=list)
-    """Of each block, for each prompt: (1, T, D)."""
+    state_BTD: np.ndarray
+    """Hidden states on the way forwards, then the gradient of them on the way back."""
+    inputs: list[np.ndarray] = field(default_factory=list)
+    """Of each block: (B, T, D)."""
     loss: float = 0.0
-    back: list[np.ndarray] = field(default_factory=list)
-    """Gradient of the hidden states, for each prompt: (1, T, D)."""
 
 
 def compare_gradients(
@@ -77,64 +74,48 @@ def compare_gradients(
     from gptj_model.streamed_gradients import StreamedGradients
 
     config = source.config
-    prompts = training_batch(config)
+    batch = training_batch(config)
     verdict.plan_memory(gradients_memory(config))
-    ours = _Side(StreamedGradients(checkpoint.config, checkpoint.source, checkpoint.scheme))
-    reference = _Side(
-        ReferenceGradients(config, source.source, source.scheme, round_to=common_dtype(checkpoint))
+    model = StreamedGradients(checkpoint.config, checkpoint.source, checkpoint.scheme)
+    original = ReferenceGradients(
+        config, source.source, source.scheme, round_to=common_dtype(checkpoint)
     )
-    sides = (ours, reference)
+    ours, reference = sides = [_Side(m, m.embed(batch.ids)) for m in (model, original)]
     found = {t.hf: _Tensor() for t in table(config)}
     stages, done = 2 * config.n_layer + 2, 0
-    states = [[side.model.embed(p.ids) for p in prompts] for side in sides]
     for i in range(config.n_layer):
-        for n, side in enumerate(sides):
-            side.inputs.append(states[n])
+        for side in sides:
+            side.inputs.append(side.state_BTD)
             side.model.load_block(i)
-            states[n] = [
-                side.model.run_block(x, p.positions)
-                for x, p in zip(states[n], prompts, strict=True)
-            ]
+            side.state_BTD = side.model.run_block(side.state_BTD, batch.positions)
         yield Progress(done := done + 1, stages, f"block {i}")
-    _head(ours, reference, states, prompts, found)
+    _head(sides, batch, found)
     yield Progress(done := done + 1, stages, "head")
     for i in reversed(range(config.n_layer)):
-        _block(ours, reference, i, prompts, found)
+        _block(sides, i, batch, found)
         yield Progress(done := done + 1, stages, f"gradients of block {i}")
-    _embedding(ours, reference, prompts, found[EMBEDDING.hf])
+    _embedding(sides, batch, found[EMBEDDING.hf])
     _judge(found, ours, reference, config, verdict)
     yield Progress(stages, stages, LEVEL)
 
 
-def _rows(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """(1, T, D) each → (N, D)."""
-    return np.concatenate([x[0] for x in arrays])
+def _rows(x_BTD: np.ndarray) -> np.ndarray:
+    """(B, T, D) → (N, D)."""
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
-def _split(rows_ND: np.ndarray, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """The inverse of `_rows`."""
-    ends = np.cumsum([p.tokens for p in prompts])[:-1]
-    return [np.ascontiguousarray(x[None]) for x in np.split(rows_ND, ends)]
-
-
-def _head(
-    ours: _Side,
-    reference: _Side,
-    states: Sequence[Sequence[np.ndarray]],
-    prompts: Sequence[Prompt],
-    found: dict[str, _Tensor],
-) -> None:
+def _head(sides: Sequence[_Side], batch: Prompt, found: dict[str, _Tensor]) -> None:
     """Loss, head and final norm; the head a part of the vocabulary at a time."""
-    sides = (ours, reference)
-    labels_N = np.concatenate([labels(p)[0] for p in prompts])
-    normed = [_rows(side.model.final_norm(x)) for side, x in zip(sides, states, strict=True)]
+    labels_N = labels(batch).reshape(-1)
+    states = [_rows(side.state_BTD) for side in sides]
+    normed = [side.model.final_norm([x])[0] for side, x in zip(sides, states, strict=True)]
     d_logits = []
     for side, x_ND in zip(sides, normed, strict=True):
         (logits_BTV,) = side.model.logits([x_ND[None]])
         side.loss, d_NV = side.model.loss_gradients(logits_BTV[0], labels_N)
         d_logits.append(d_NV)
     d_normed = [np.zeros_like(x) for x in normed]
-    config = reference.model.config
+    config = sides[1].model.config  # ours may share a head that the original has twice
     for start, stop in parts(config):
         gradients = []
         for n, side in enumerate(sides):
@@ -147,35 +128,27 @@ def _head(
         _add(found, *gradients)
     gradients = []
     for n, side in enumerate(sides):
-        d_ND, of_norm = side.model.final_norm_gradients(_rows(states[n]), d_normed[n])
-        side.back = _split(d_ND, prompts)
+        d_ND, of_norm = side.model.final_norm_gradients(states[n], d_normed[n])
+        side.state_BTD = d_ND.reshape(side.state_BTD.shape)
         gradients.append(of_norm)
     _add(found, *gradients)
 
 
-def _block(
-    ours: _Side, reference: _Side, i: int, prompts: Sequence[Prompt], found: dict[str, _Tensor]
-) -> None:
-    """Gradients of one block, summed over the prompts."""
-    totals = []
-    for side in (ours, reference):
+def _block(sides: Sequence[_Side], i: int, batch: Prompt, found: dict[str, _Tensor]) -> None:
+    gradients = []
+    for side in sides:
         side.model.load_block(i)
-        total: dict[str, np.ndarray] = {}
-        for n, prompt in enumerate(prompts):
-            side.back[n], gradients = side.model.block_gradients(
-                side.inputs[i][n], prompt.positions, side.back[n]
-            )
-            for name, values in gradients.items():
-                total[name] = total[name] + values if name in total else values
-        side.inputs[i] = []
-        totals.append(total)
-    _add(found, *totals)
+        side.state_BTD, of_weights = side.model.block_gradients(
+            side.inputs.pop(), batch.positions, side.state_BTD
+        )
+        gradients.append(of_weights)
+    _add(found, *gradients)
 
 
-def _embedding(ours: _Side, reference: _Side, prompts: Sequence[Prompt], found: _Tensor) -> None:
-    ids_N = np.concatenate([p.ids[0] for p in prompts])
+def _embedding(sides: Sequence[_Side], batch: Prompt, found: _Tensor) -> None:
+    ids_N = batch.ids.reshape(-1)
     (_, x), (_, y) = (
-        side.model.embedding_gradients(ids_N, _rows(side.back)) for side in (ours, reference)
+        side.model.embedding_gradients(ids_N, _rows(side.state_BTD)) for side in sides
     )
     found.add(x, y)
 

@@ -16,7 +16,7 @@ from keras import ops
 from gptj_convert.formats.bundle import BundleSource, write_bundle
 from gptj_model import layers, streaming
 from gptj_model.source import read_tensor
-from tests.conftest import make_checkpoint
+from tests.conftest import load_tensors, make_checkpoint, save_tensors
 
 _Q = "gptj_decoder/1/attn/q_proj/q_proj/kernel"
 
@@ -50,9 +50,16 @@ def test_all_levels_pass(converted: Path, gptj):
     assert len(by_name["text"]["hidden_by_token"][0]) == by_name["text"]["tokens"]
 
 
-def test_a_tied_model_passes_gradients(workdir: Path, gptj):
-    make_checkpoint(workdir / "hf", tie_word_embeddings=True)
-    assert gptj("convert", "hf", "--to", "tf").code == 0
+@pytest.mark.parametrize("tied", ["in the original", "by the conversion"])
+def test_a_tied_model_passes_gradients(tied: str, workdir: Path, gptj):
+    hf = make_checkpoint(workdir / "hf", tie_word_embeddings=tied == "in the original")
+    share = ()
+    if tied == "by the conversion":
+        tensors = load_tensors(hf / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+        save_tensors(hf / "model.safetensors", tensors)
+        share = ("--share-embeddings",)
+    assert gptj("convert", "hf", "--to", "tf", *share).code == 0
     assert gptj("verify", "--level", "gradients").code == 0
 
 
