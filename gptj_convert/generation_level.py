@@ -95,6 +95,10 @@ class _Sequence:
         return None
 
 
+_Group = Sequence[_Sequence]
+"""Continuations of one prompt, which are written as one batch."""
+
+
 def compare_generation(
     checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict
 ) -> Iterator[Progress]:
@@ -111,14 +115,17 @@ def compare_generation(
     reference = StreamedReference(
         config, source.source, source.scheme, round_to=common_dtype(checkpoint)
     )
-    sequences = [
-        _Sequence(f"{prompt.name}, {word}", prompt.ids[0].tolist(), sampling)
+    groups = [
+        [
+            _Sequence(f"{prompt.name}, {word}", prompt.ids[0].tolist(), sampling)
+            for word, sampling in (("greedy", _GREEDY), ("sampled", _SAMPLED))
+        ]
         for prompt in continued(config, _NEW_TOKENS)
-        for word, sampling in (("greedy", _GREEDY), ("sampled", _SAMPLED))
     ]
+    sequences = [s for group in groups for s in group]
     verdict.plan_memory(logits_memory(config, [len(s.prompt) + _NEW_TOKENS for s in sequences]))
     stages = (_NEW_TOKENS + 1) * config.n_layer
-    events = chain(_decode(ours, reference, sequences), _at_once(ours, reference, sequences))
+    events = chain(_decode(ours, reference, groups), _at_once(ours, reference, groups))
     for done, event in enumerate(events, start=1):
         yield Progress(done, stages, event)
     found = [s.difference(verdict.tolerance) for s in sequences]
@@ -148,14 +155,14 @@ def compare_generation(
     )
 
 
-def _decode(ours: Any, reference: Any, sequences: Sequence[_Sequence]) -> Iterator[str]:
-    """Write every continuation token by token, all sequences through each block in turn."""
+def _decode(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[str]:
+    """Write every continuation token by token, all groups through each block in turn."""
     layers = range(reference.config.n_layer)
-    length = max(len(s.prompt) for s in sequences) + _NEW_TOKENS
-    our_caches = [[ours.empty_cache(1, length) for _ in layers] for _ in sequences]
-    their_caches = [[reference.empty_cache() for _ in layers] for _ in sequences]
-    given = [np.asarray([s.prompt], np.int32) for s in sequences]
-    starts = [0 for _ in sequences]
+    length = max(len(s.prompt) for group in groups for s in group) + _NEW_TOKENS
+    our_caches = [[ours.empty_cache(len(group), length) for _ in layers] for group in groups]
+    their_caches = [[reference.empty_cache() for _ in layers] for _ in groups]
+    given = [np.asarray([s.prompt for s in group], np.int32) for group in groups]
+    starts = [0 for _ in groups]
     for token in range(_NEW_TOKENS):
         found = [ours.embed(ids_BT) for ids_BT in given]
         expected = [reference.embed(ids_BT) for ids_BT in given]
@@ -163,50 +170,56 @@ def _decode(ours: Any, reference: Any, sequences: Sequence[_Sequence]) -> Iterat
             ours.load_block(i)
             reference.load_block(i)
             for n, start in enumerate(starts):
-                positions = np.arange(start, start + given[n].shape[1], dtype=np.int32)[None]
+                positions = _positions(given[n], start)
                 found[n], our_caches[n][i] = ours.run_block_cached(
                     found[n], positions, our_caches[n][i], start
                 )
                 expected[n] = reference.run_block_cached(expected[n], positions, their_caches[n][i])
             yield f"token {token + 1}, block {i}"
-        _choose(ours, reference, sequences, found, expected)
+        last = [_of_last_tokens(*side, 1) for side in ((ours, found), (reference, expected))]
+        _choose(_CACHED, groups, *last)
         starts = [start + ids_BT.shape[1] for start, ids_BT in zip(starts, given, strict=True)]
-        given = [np.asarray([[s.tokens[-1]]], np.int32) for s in sequences]
+        given = [np.asarray([s.tokens[-1:] for s in group], np.int32) for group in groups]
+
+
+def _at_once(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[str]:
+    """Choose every token once more, from one pass over all of them."""
+    ids = [np.asarray([s.prompt + s.tokens[:-1] for s in group], np.int32) for group in groups]
+    models = (ours, reference)
+    states = [[model.embed(ids_BT) for ids_BT in ids] for model in models]
+    for i in range(reference.config.n_layer):
+        for n, model in enumerate(models):
+            model.load_block(i)
+            states[n] = [
+                model.run_block(x, _positions(ids_BT, 0))
+                for x, ids_BT in zip(states[n], ids, strict=True)
+            ]
+        yield f"without a cache, block {i}"
+    written = [
+        _of_last_tokens(model, own, _NEW_TOKENS) for model, own in zip(models, states, strict=True)
+    ]
+    _choose(_AT_ONCE, groups, *written)
+
+
+def _positions(ids_BT: np.ndarray, start: int) -> np.ndarray:
+    """start, start + 1, … in each row: int32 (B, T)."""
+    B, T = ids_BT.shape
+    return np.tile(np.arange(start, start + T, dtype=np.int32), (B, 1))
+
+
+def _of_last_tokens(model: Any, states: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    """Logits (B, T, V) of the last `count` tokens of each group."""
+    return model.logits(model.final_norm([x_BTD[:, -count:] for x_BTD in states]))
 
 
 def _choose(
-    ours: Any,
-    reference: Any,
-    sequences: Sequence[_Sequence],
-    found: Sequence[np.ndarray],
-    expected: Sequence[np.ndarray],
+    way: str, groups: Sequence[_Group], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
 ) -> None:
-    """One token of each sequence, by the logits of its last."""
-    sides = []
-    for model, states in ((ours, found), (reference, expected)):
-        last = np.concatenate([x_BTD[:, -1:] for x_BTD in states])
-        sides.append(model.logits(model.final_norm([last]))[0][:, 0])
-    for s, ours_V, theirs_V in zip(sequences, *sides, strict=True):
-        s.choose(_CACHED, ours_V, theirs_V)
-
-
-def _at_once(ours: Any, reference: Any, sequences: Sequence[_Sequence]) -> Iterator[str]:
-    """Choose every token once more, from one pass over all of them."""
-    ids = [np.asarray([s.prompt + s.tokens[:-1]], np.int32) for s in sequences]
-    positions = [np.arange(x.shape[1], dtype=np.int32)[None] for x in ids]
-    sides = []
-    states = [[model.embed(x) for x in ids] for model in (ours, reference)]
-    for i in range(reference.config.n_layer):
-        for n, model in enumerate((ours, reference)):
-            model.load_block(i)
-            states[n] = [model.run_block(x, p) for x, p in zip(states[n], positions, strict=True)]
-        yield f"without a cache, block {i}"
-    for model, own in zip((ours, reference), states, strict=True):
-        written = [x_BTD[:, -_NEW_TOKENS:] for x_BTD in own]
-        sides.append(model.logits(model.final_norm(written)))
-    for s, ours_BTV, theirs_BTV in zip(sequences, *sides, strict=True):
-        for ours_V, theirs_V in zip(ours_BTV[0], theirs_BTV[0], strict=True):
-            s.choose(_AT_ONCE, ours_V, theirs_V)
+    """A token of each sequence, by each of its logits in turn."""
+    for group, ours_BTV, theirs_BTV in zip(groups, ours, theirs, strict=True):
+        for s, ours_TV, theirs_TV in zip(group, ours_BTV, theirs_BTV, strict=True):
+            for ours_V, theirs_V in zip(ours_TV, theirs_TV, strict=True):
+                s.choose(way, ours_V, theirs_V)
 
 
 def _published(source: Checkpoint, sequences: Sequence[_Sequence]) -> dict[str, Any] | None:

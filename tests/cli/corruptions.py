@@ -16,11 +16,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_convert.formats.bundle import BundleSource
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
-from gptj_model.source import read_tensor
 from gptj_model.tensors import Op, Tensor, table
+from tests.cli.rewriting import rewrite_bundle
 from tests.small_model import SMALL
 
 CONFIG = GPTJConfig.preset("tiny", **SMALL)
@@ -52,19 +52,7 @@ class Corruption:
 
 
 def _rewritten(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
-    """As a faulty converter does it: a whole bundle, with right checksums, and no manifest."""
-
-    def damage(folder: Path) -> None:
-        source = BundleSource(folder / PREFIX)
-        tensors = {name: read_tensor(source, name).copy() for name in source.tensors}
-        source.close()
-        change(tensors)
-        for path in folder.glob(f"{PREFIX}.*"):
-            path.unlink()
-        write_bundle(folder / PREFIX, tensors)
-        (folder / "manifest.json").unlink()
-
-    return damage
+    return lambda folder: rewrite_bundle(folder, change)
 
 
 def _each(hf: str, rule: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:

@@ -14,29 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.verdict import Verdict
 from gptj_convert.verify import levels_up_to, verify
 from gptj_model.config import GPTJConfig
-from gptj_model.source import read_tensor
 from gptj_model.tensors import Op, table
+from tests.cli.rewriting import rewrite_bundle
 from tests.conftest import GOLDEN_RUNS, SMALL, load_tensors, make_checkpoint, save_tensors
 
 CONFIG = GPTJConfig.preset("tiny", **SMALL)
 MATRICES = [t for t in table(CONFIG) if t.tf_op is Op.TRANSPOSE and t.shape[0] == t.shape[1]]
-
-
-def _rewrite(folder: Path, change) -> None:
-    """Change the tensors of a bundle as a faulty converter would: whole, with right checksums."""
-    prefix = folder / "tf_model.ckpt"
-    source = BundleSource(prefix)
-    tensors = {name: read_tensor(source, name) for name in source.tensors}
-    source.close()
-    change(tensors)
-    for path in folder.glob("tf_model.ckpt.*"):
-        path.unlink()
-    write_bundle(prefix, tensors)
-    (folder / "manifest.json").unlink()
 
 
 def _first(done, level: str) -> dict:
@@ -89,7 +76,7 @@ def test_the_references_own_bundle_passes(workdir: Path, gptj):
 
 @pytest.mark.parametrize("tensor", MATRICES, ids=lambda t: t.hf)
 def test_an_untransposed_square_projection(tensor, converted: Path, gptj):
-    _rewrite(converted, lambda t: t.update({tensor.tf: t[tensor.tf].T}))
+    rewrite_bundle(converted, lambda t: t.update({tensor.tf: t[tensor.tf].T}))
     first = _first(gptj("verify", "--against", "hf", "--json"), "weights")
     assert first["tensor"] == {"hf": tensor.hf, "tf": tensor.tf, "cs": tensor.cs[0]}
     assert first["diagnosis"] == "the transposition was skipped"
@@ -97,7 +84,7 @@ def test_an_untransposed_square_projection(tensor, converted: Path, gptj):
 
 def test_a_person_reads_both_names(converted: Path, gptj):
     name = MATRICES[1].tf
-    _rewrite(converted, lambda t: t.update({name: t[name].T}))
+    rewrite_bundle(converted, lambda t: t.update({name: t[name].T}))
     done = gptj("verify", "--against", "hf")
     assert done.code == 3
     assert f"MISMATCH in tensor {MATRICES[1].hf} ({name})" in done.stdout
@@ -134,7 +121,7 @@ def _swap(a: str, b: str):
     ids=["q and k swapped", "two layers swapped", "bias zeroed", "rows shifted"],
 )  # fmt: skip
 def test_tensors_exchanged_or_changed(change, named: str, converted: Path, gptj):
-    _rewrite(converted, change)
+    rewrite_bundle(converted, change)
     first = _first(gptj("verify", "--against", "hf", "--level", "weights", "--json"), "weights")
     assert first["tensor"]["hf"] == named
 
@@ -144,7 +131,7 @@ def test_one_unit_in_the_last_place(converted: Path, small_pieces: None, gptj):
         values = tensors["gptj_decoder/2/mlp/dense_layer_5/dense_layer_5/kernel"]
         values[100, 7] = np.nextafter(values[100, 7], np.float32(9))
 
-    _rewrite(converted, nudge)
+    rewrite_bundle(converted, nudge)
     first = _first(gptj("verify", "--against", "hf", "--json"), "weights")
     assert first["tensor"]["hf"] == "transformer.h.2.mlp.fc_out.weight"
     assert "first at [7, 100]" in first["found"]
@@ -213,7 +200,7 @@ def test_a_file_that_the_manifest_knows_otherwise(name: str, converted: Path, gp
 
 
 def test_a_missing_tensor(converted: Path, gptj):
-    _rewrite(converted, lambda t: t.pop("gptj_decoder/1/ln_1/ln_1/beta"))
+    rewrite_bundle(converted, lambda t: t.pop("gptj_decoder/1/ln_1/ln_1/beta"))
     first = _first(gptj("verify", "--against", "hf", "--json"), "structure")
     assert "gptj_decoder/1/ln_1/ln_1/beta" in first["found"]
 
@@ -223,7 +210,7 @@ def test_training_state_is_not_compared(converted: Path, gptj):
         tensors["lm_head/lm_head/bias/AdamW"] = tensors["lm_head/lm_head/bias"] * 0
         tensors["beta1_power"] = np.float32(0.9)
 
-    _rewrite(converted, train)
+    rewrite_bundle(converted, train)
     assert gptj("verify", "--against", "hf", "--level", "weights").code == 0
 
 
@@ -288,7 +275,7 @@ def test_figures_of_what_differs(converted: Path, small_pieces: None, gptj):
                 f"gptj_decoder/1/ln_1/ln_1/{name}"
             ]
 
-    _rewrite(converted, damage)
+    rewrite_bundle(converted, damage)
     done = gptj("verify", "--against", "hf", "--level", "weights", "--json")
     assert done.code == 3
     weights = done.json["levels"]["weights"]
@@ -359,7 +346,7 @@ def test_large_files_are_hashed_with_the_weights(workdir: Path, monkeypatch, gpt
 
 def test_keep_going_runs_what_can_be_run(converted: Path, gptj):
     kernel = "gptj_decoder/1/attn/q_proj/q_proj/kernel"
-    _rewrite(converted, lambda t: t.update({kernel: t[kernel].T}))
+    rewrite_bundle(converted, lambda t: t.update({kernel: t[kernel].T}))
     config = converted / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rotary_dim": 4}))
     done = gptj("verify", "--against", "hf", "--json")
@@ -378,7 +365,7 @@ def test_keep_going_runs_what_can_be_run(converted: Path, gptj):
 
 
 def test_keep_going_says_what_cannot_be_run(converted: Path, gptj):
-    _rewrite(converted, lambda t: t.pop("gptj_decoder/1/ln_1/ln_1/beta"))
+    rewrite_bundle(converted, lambda t: t.pop("gptj_decoder/1/ln_1/ln_1/beta"))
     done = gptj("verify", "--against", "hf", "--keep-going", "--json")
     assert done.code == 3
     weights, logits = (done.json["levels"][name] for name in ("weights", "logits"))

@@ -6,32 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from keras import ops
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
 from gptj_model import layers, streaming
-from gptj_model.source import read_tensor
+from tests.cli.rewriting import rewrite_bundle
 from tests.conftest import load_tensors, make_checkpoint, save_tensors
 
 _Q = "gptj_decoder/1/attn/q_proj/q_proj/kernel"
-
-
-def _rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
-    """Change the tensors of a bundle as a faulty converter would."""
-    prefix = folder / "tf_model.ckpt"
-    source = BundleSource(prefix)
-    tensors = {name: read_tensor(source, name) for name in source.tensors}
-    source.close()
-    change(tensors)
-    for path in folder.glob("tf_model.ckpt.*"):
-        path.unlink()
-    write_bundle(prefix, tensors)
-    (folder / "manifest.json").unlink()
 
 
 def test_all_levels_pass(converted: Path, gptj):
@@ -104,7 +89,7 @@ def test_wrong_gradients_name_the_tensor(converted: Path, gptj, monkeypatch: pyt
 
 
 def test_other_tokens_are_a_mismatch(converted: Path, gptj):
-    _rewrite(converted, lambda t: t.update({_Q: -t[_Q]}))
+    rewrite_bundle(converted, lambda t: t.update({_Q: -t[_Q]}))
     done = gptj("verify", "--against", "hf", "--level", "all", "--keep-going", "--json")
     assert done.code == 3
     levels = done.json["levels"]
@@ -113,7 +98,7 @@ def test_other_tokens_are_a_mismatch(converted: Path, gptj):
 
 
 def test_a_prompt_names_block_and_operation(converted: Path, gptj):
-    _rewrite(converted, lambda t: t.update({_Q: -t[_Q]}))
+    rewrite_bundle(converted, lambda t: t.update({_Q: -t[_Q]}))
     done = gptj("verify", "--against", "hf", "--keep-going", "--json")
     rows = done.json["levels"]["logits"]["prompts"]
     text = next(row for row in rows if row["name"] == "text")
@@ -137,7 +122,7 @@ def test_a_recording_takes_the_originals_place(recording: Path, converted: Path,
 
 
 def test_against_a_recording_the_tensor_is_named(recording: Path, converted: Path, gptj):
-    _rewrite(converted, lambda t: t.update({_Q: t[_Q].T.copy()}))
+    rewrite_bundle(converted, lambda t: t.update({_Q: t[_Q].T.copy()}))
     done = gptj("verify", "--against-golden", recording, "--json")
     assert done.code == 3
     assert done.json["first_difference"]["tensor"]["tf"] == _Q
@@ -233,7 +218,7 @@ def test_the_report_of_a_match(converted: Path, gptj):
 
 
 def test_the_report_of_a_mismatch(converted: Path, gptj):
-    _rewrite(converted, lambda t: t.update({_Q: t[_Q].T.copy()}))
+    rewrite_bundle(converted, lambda t: t.update({_Q: t[_Q].T.copy()}))
     done = gptj("verify", "--against", "hf", "--report", "report.html", "--keep-going")
     assert done.code == 3
     page = Path("report.html").read_text()
@@ -244,7 +229,7 @@ def test_the_report_of_a_mismatch(converted: Path, gptj):
 
 def test_names_in_the_report_are_escaped(converted: Path, gptj):
     evil = "<script>alert(1)</script>\x1b[31m"
-    _rewrite(converted, lambda t: t.update({evil: np.zeros(3, np.float32)}))
+    rewrite_bundle(converted, lambda t: t.update({evil: np.zeros(3, np.float32)}))
     done = gptj("verify", "--against", "hf", "--report", "report.html")
     assert done.code == 3
     assert "\x1b" not in done.stdout + done.stderr
