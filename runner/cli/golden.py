@@ -43,7 +43,7 @@ def record(
     `gptj verify --against-golden DIR` holds a converted checkpoint against the recording.
     """
     from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.record import record as run
+    from gptj_convert.verification.record import record as run
 
     with (
         open_checkpoint(model, config_file=config_file) as checkpoint,

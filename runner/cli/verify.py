@@ -18,7 +18,7 @@ from runner.cli.progress import progress
 from runner.cli.verdict_lines import say_self_test, say_verdict
 
 if TYPE_CHECKING:
-    from gptj_convert.verdict import Verdict
+    from gptj_convert.verification.verdict import Verdict
 
 DEFAULT_CONVERTED = DEFAULT_OUT["tf"]
 #: What `--against-golden` without a folder stands for.
@@ -94,14 +94,14 @@ def verify(
     if self_test:
         return _self_test(output, converted, against, tolerance, config_file)
 
-    from gptj_convert.verdict import Verdict
-    from gptj_convert.verify import levels_up_to, source_of
-    from gptj_convert.verify import verify as run
+    from gptj_convert.verification.verdict import Verdict
+    from gptj_convert.verification.verify import levels_up_to, source_of
+    from gptj_convert.verification.verify import verify as run
 
     verdict = Verdict(tolerance, levels_up_to(level))
     if against_golden:
         from golden.recording import read_recording
-        from gptj_convert.against_recording import verify_against_recording
+        from gptj_convert.verification.against_recording import verify_against_recording
 
         own = against_golden == _OWN_RECORDING
         recording = read_recording(None if own else Path(against_golden))
@@ -155,7 +155,7 @@ def _refuse_unwritable(report: Path) -> None:
 def _write_report(report: Path, fields: dict[str, Any], converted: Path) -> None:
     from gptj_convert.environment import describe
     from gptj_convert.manifest import Manifest
-    from gptj_convert.report import write_report
+    from gptj_convert.verification.report import write_report
     from gptj_model.errors import FileFault
 
     facts: dict[str, dict[str, Any]] = {
@@ -189,8 +189,8 @@ def _self_test(
     config_file: Path | None,
 ) -> dict[str, Any]:
     from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.self_test import SelfTest, self_test
-    from gptj_convert.verify import source_of
+    from gptj_convert.verification.self_test import SelfTest, self_test
+    from gptj_convert.verification.verify import source_of
 
     source = against or source_of(converted)
     result = SelfTest(tolerance, [])

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.verdict import Verdict
-from gptj_convert.verify import levels_up_to, verify
+from gptj_convert.verification.verdict import Verdict
+from gptj_convert.verification.verify import levels_up_to, verify
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import Op, table
 from tests.cli.rewriting import rewrite_bundle

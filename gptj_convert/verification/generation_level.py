@@ -22,9 +22,9 @@ from gptj_convert.capacity import logits_memory
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.download import read_record
 from gptj_convert.json_numbers import json_number
-from gptj_convert.logits_level import common_dtype
 from gptj_convert.progress import Progress
-from gptj_convert.verdict import Difference, LevelResult, Verdict
+from gptj_convert.verification.logits_level import common_dtype
+from gptj_convert.verification.verdict import Difference, LevelResult, Verdict
 from gptj_model.errors import GptjError
 from gptj_model.generation import Sampling, choose
 

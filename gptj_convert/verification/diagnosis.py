@@ -18,7 +18,7 @@ import numpy as np
 
 from gptj_convert.difference import in_step
 from gptj_convert.panels import Panels
-from gptj_convert.weights_comparison import Compared, Pair
+from gptj_convert.verification.weights_comparison import Compared, Pair
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS, NUMPY
 from gptj_model.source import TensorSource

@@ -68,7 +68,7 @@ def write_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["figure"] = _figure
     template = environment.from_string(
-        (files("gptj_convert") / TEMPLATE_FILE).read_text(encoding="utf-8")
+        (files("gptj_convert.verification") / TEMPLATE_FILE).read_text(encoding="utf-8")
     )
     logits = fields.get("levels", {}).get("logits", {})
     prompts = [row for row in logits.get("prompts", ()) if row.get("hidden_by_token")]

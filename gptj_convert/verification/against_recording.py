@@ -22,9 +22,9 @@ from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.json_numbers import json_number, three_digits
 from gptj_convert.plan import match
 from gptj_convert.progress import Progress
-from gptj_convert.record import checksum
-from gptj_convert.structure_level import config_differences
-from gptj_convert.verdict import Difference, LevelResult, Verdict, names
+from gptj_convert.verification.record import checksum
+from gptj_convert.verification.structure_level import config_differences
+from gptj_convert.verification.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault
 from gptj_model.streaming import StreamedModel

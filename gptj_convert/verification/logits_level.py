@@ -24,7 +24,7 @@ from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.json_numbers import json_number, three_digits
 from gptj_convert.plan import match
 from gptj_convert.progress import Progress
-from gptj_convert.verdict import Difference, LevelResult, Verdict
+from gptj_convert.verification.verdict import Difference, LevelResult, Verdict
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import GptjError
 from gptj_model.observation import OPERATIONS

@@ -7,16 +7,16 @@ from itertools import chain
 
 from gptj_convert.capacity import comparison_memory
 from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.diagnosis import diagnose
 from gptj_convert.formats.bundle import BundleSource, index_path
 from gptj_convert.integrity import BUNDLE_INDEX, StatedFile, stated_checksums
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.progress import Progress
-from gptj_convert.source_statement import is_stated, refuse_changed_source
-from gptj_convert.structure_level import SMALL_FILE, file_difference
 from gptj_convert.survey import survey
-from gptj_convert.verdict import Difference, LevelResult, Verdict
-from gptj_convert.weights_comparison import (
+from gptj_convert.verification.diagnosis import diagnose
+from gptj_convert.verification.source_statement import is_stated, refuse_changed_source
+from gptj_convert.verification.structure_level import SMALL_FILE, file_difference
+from gptj_convert.verification.verdict import Difference, LevelResult, Verdict
+from gptj_convert.verification.weights_comparison import (
     Compared,
     compare_weights,
     in_file_order,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.diagnosis import of_file, of_vocabulary
 from gptj_convert.integrity import StatedFile
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.plan import head_is_embedding, match
 from gptj_convert.survey import survey
-from gptj_convert.verdict import Difference, names
+from gptj_convert.verification.diagnosis import of_file, of_vocabulary
+from gptj_convert.verification.verdict import Difference, names
 from gptj_model.config import CONFIG_FILE, NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.errors import FileFault, GptjError, TensorFault
 

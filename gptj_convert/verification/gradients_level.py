@@ -20,9 +20,9 @@ from golden.tolerances import GRADIENTS_OVER_LOGITS
 from gptj_convert.capacity import gradients_memory
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.json_numbers import json_number
-from gptj_convert.logits_level import common_dtype
 from gptj_convert.progress import Progress
-from gptj_convert.verdict import Difference, LevelResult, Verdict, names
+from gptj_convert.verification.logits_level import common_dtype
+from gptj_convert.verification.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.errors import GptjError
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT, table
 from gptj_model.vocabulary import parts

@@ -18,17 +18,17 @@ from golden.prompts import Prompt, short
 from golden.reference import StreamedReference
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.json_numbers import json_number
-from gptj_convert.logits_level import common_dtype
 from gptj_convert.plan import match
-from gptj_convert.planted_faults import (
+from gptj_convert.progress import Progress
+from gptj_convert.verification.logits_level import common_dtype
+from gptj_convert.verification.planted_faults import (
     FaultySource,
     PlantedFault,
     damaged_stages,
     planted_faults,
     reading,
 )
-from gptj_convert.progress import Progress
-from gptj_convert.weights_comparison import Compared, compare_weights, pair_up
+from gptj_convert.verification.weights_comparison import Compared, compare_weights, pair_up
 from gptj_model.config import differing_fields
 from gptj_model.streaming import StreamedModel
 

@@ -1,0 +1,1 @@
+"""Is a converted checkpoint its source? Level by level, with what is found explained."""
