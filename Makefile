@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full docs clean
+.PHONY: setup demo check test test-full test-cs docs clean
 
 setup: $(STAMP)
 
@@ -34,8 +34,15 @@ test: setup
 test-full: setup
 	$(BIN)/pytest
 
+# The CS client itself, in a virtual environment of its own: it pins an old torch, about 6 GB.
+CS_VENV := .venv-cs
+test-cs: setup
+	@test -x $(CS_VENV)/bin/python || $(PYTHON) -m venv $(CS_VENV)
+	$(CS_VENV)/bin/pip install --quiet --disable-pip-version-check cerebras-pytorch==2.10.0
+	GPTJ_CS_PYTHON=$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
+
 docs: setup
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(CS_VENV) demo-output build dist *.egg-info

@@ -77,7 +77,7 @@ class StreamedReference:
 
     def embed(self, ids_BT: np.ndarray, *, rounded: bool = True) -> np.ndarray:
         """Rows of the embedding, read one by one: float32 (B, T, D)."""
-        (name,) = embedding(self.config).names(self._scheme)
+        name = embedding(self.config).name(self._scheme)
         unique, where = np.unique(ids_BT, return_inverse=True)
         rows = [read_rows(self._source, name, int(i), int(i) + 1)[0] for i in unique]
         return self._float32(np.stack(rows), rounded)[where.reshape(ids_BT.shape)]
@@ -209,7 +209,7 @@ class StreamedReference:
         return weight_VD, bias_V
 
     def _read(self, tensor: Tensor, rounded: bool = True) -> torch.Tensor:
-        (name,) = tensor.names(self._scheme)
+        name = tensor.name(self._scheme)
         values = tensor.op(self._scheme, Scheme.HF)(read_tensor(self._source, name))
         return torch.from_numpy(np.ascontiguousarray(self._float32(values, rounded)))
 

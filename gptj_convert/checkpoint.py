@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_convert import vocabulary
-from gptj_convert.formats import hf, keras, sharded, tf
+from gptj_convert.cs_trainer import TRAINER_FILE
+from gptj_convert.cs_trainer import config_beside as config_beside_model
+from gptj_convert.formats import cs, hf, keras, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.reference_yaml import config_beside
+from gptj_convert.reference_yaml import PARAMS_FILE
+from gptj_convert.reference_yaml import config_beside as config_beside_bundle
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, FileFault
 from gptj_model.source import TensorSource
@@ -94,6 +97,8 @@ def locate(path: Path) -> Location:
         return Location(path, Scheme.TF, prefix)
     if weights := keras.find_weights(path):
         return Location(path, Scheme.KERAS, weights)
+    if weights := cs.find_weights(path):
+        return Location(path, Scheme.CS, weights)
     if not path.exists():
         raise FileFault(
             f"{path}: not found, expected a checkpoint",
@@ -107,9 +112,13 @@ def locate(path: Path) -> Location:
                 f"expected {' or '.join(n for n in hf.WEIGHT_FILES if sharded.is_index(n))}",
                 hint="fetch the index from where the shards came from",
             )
-        wanted = ", ".join((*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index", keras.WEIGHTS_FILE))
+        wanted = ", ".join(
+            (*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index", keras.WEIGHTS_FILE, cs.MODEL_FILE)
+        )
         raise FileFault(f"{path}: holds no checkpoint, expected one of {wanted}")
-    raise FileFault(f"{path}: is not a checkpoint, expected .safetensors, .bin, .index or .h5")
+    raise FileFault(
+        f"{path}: is not a checkpoint, expected .safetensors, .bin, .index, .h5 or .mdl"
+    )
 
 
 def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
@@ -123,6 +132,8 @@ def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
         return hf.open_weights(location.weights)
     if location.scheme is Scheme.KERAS:
         return keras.KerasSource(location.weights), (location.weights,)
+    if location.scheme is Scheme.CS:
+        return cs.CsSource(location.weights), (location.weights,)
     bundle = BundleSource(location.weights)
     return bundle, tuple(bundle.files)
 
@@ -134,13 +145,22 @@ def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
         ConfigError: there is none, or one that is not a GPT-J.
     """
     beside = location.weights.parent / CONFIG_FILE
-    if config_file or location.scheme is not Scheme.TF or beside.is_file():
+    yaml = _CONFIG_FROM_YAML.get(location.scheme)
+    if config_file or yaml is None or beside.is_file():
         return GPTJConfig.from_file(config_file or beside)
+    name, config_beside = yaml
     config = config_beside(location.weights)
     if config is None:
         raise ConfigError(
-            f"{location.weights}: no {CONFIG_FILE} or params.yaml beside it, and a bundle does "
-            "not hold the number of heads, rotary_dim or epsilon",
+            f"{location.weights}: no {CONFIG_FILE} or {name} beside it, and such a checkpoint "
+            "does not hold the number of heads, rotary_dim or epsilon",
             hint="name the model's configuration with `--config FILE`",
         )
     return config
+
+
+#: The YAML file that may describe a checkpoint in place of a config.json, and its reader.
+_CONFIG_FROM_YAML = {
+    Scheme.TF: (PARAMS_FILE, config_beside_bundle),
+    Scheme.CS: (TRAINER_FILE, config_beside_model),
+}

@@ -17,7 +17,7 @@ from gptj_convert.inspect import Inspection, Statistics
 from gptj_convert.json_numbers import json_number
 from gptj_convert.panels import Panels
 from gptj_convert.progress import Progress
-from gptj_convert.survey import Finding, Role, settle_tied_head
+from gptj_convert.survey import Finding, Role, settle_copies
 from gptj_model.config import NOT_COMPUTED, differing_fields
 from gptj_model.dtypes import FLOATS, NUMPY
 from gptj_model.errors import ConfigError
@@ -122,7 +122,7 @@ def compare(first: Inspection, second: Inspection, result: Comparison) -> Iterat
     result.config = differing_fields(first.config, second.config)
     tables = []
     for side, others in zip(sides, result.not_compared, strict=True):
-        findings = [f for f in settle_tied_head(side.findings, side.source) if f.info]
+        findings = [f for f in settle_copies(side.findings, side.source) if f.info]
         tables.append({_key(f): f for f in findings if f.role in _COMPARED})
         others.update(Counter(f.role.value for f in findings if f.role not in _COMPARED))
     ours, theirs = tables

@@ -19,6 +19,7 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.cs_trainer import TRAINER_FILE, trainer
 from gptj_convert.formats.keras import write_model
 from gptj_convert.journal import JOURNAL_FILE, Journal, Moved, read_journal
 from gptj_convert.manifest import (
@@ -42,6 +43,8 @@ from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import raw_bytes
 from gptj_model.tensors import GLOBAL_STEP, Op, Scheme
 
+#: Files that are made to be changed, and so not hashed.
+_EDITED = (PARAMS_FILE, TRAINER_FILE)
 #: Bytes of the small files beside the weights, generously.
 _SMALL_FILES = 16 * 2**20
 
@@ -289,6 +292,8 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
     if plan.scheme is Scheme.TF:
         params = yaml_text(continued_pretraining(plan.config))
         (staging / PARAMS_FILE).write_text(params, encoding="utf-8")
+    if plan.scheme is Scheme.CS:
+        (staging / TRAINER_FILE).write_text(yaml_text(trainer(plan.config)), encoding="utf-8")
     if plan.scheme is Scheme.KERAS:
         write_model(staging, plan.config, plan.dtype)
     for path in checkpoint.companions:
@@ -306,7 +311,7 @@ def _manifest(
         file.name: {"bytes": plan.layout.size(file), "sha256": digests[file.name]}
         for file in plan.layout.files
     }
-    small = (p for p in folder.iterdir() if p.name not in {*files, PARAMS_FILE, MANIFEST_FILE})
+    small = (p for p in folder.iterdir() if p.name not in {*files, *_EDITED, MANIFEST_FILE})
     return Manifest(
         source=job["source"],
         target=job["target"],

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.digest import GIT, SHA256, FileDigest
 from gptj_convert.download import RECORD_FILE, read_record
 from gptj_convert.formats.bundle import BundleSource, unmasked
@@ -191,7 +192,13 @@ def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -
         fault = "cannot be understood", "the record of a download"
         result.add("file", RECORD_FILE, fault, RECORD_FILE)
     if stated and path.is_dir():
-        known = {MANIFEST_FILE, RECORD_FILE, PARAMS_FILE, *(f.path.name for _, f in stated)}
+        known = {
+            MANIFEST_FILE,
+            RECORD_FILE,
+            PARAMS_FILE,
+            TRAINER_FILE,
+            *(f.path.name for _, f in stated),
+        }
         result.extra += sorted({p.name for p in folder.iterdir()} - known)
     return [_Work(f.path.name, f.size, _file(f, by, result)) for by, f in stated]
 

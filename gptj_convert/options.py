@@ -14,11 +14,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 #: Formats that can be written, by `gptj_model.tensors.Scheme` value, with their dtype and folder
 #: when none is asked for. The reference's variables are float32.
-DEFAULT_DTYPE = {"tf": "float32", "hf": KEEP, "keras": KEEP}
+DEFAULT_DTYPE = {"tf": "float32", "hf": KEEP, "keras": KEEP, "cs": KEEP}
 DEFAULT_OUT = {
     "tf": Path("converted"),
     "hf": Path("converted-hf"),
     "keras": Path("converted-keras"),
+    "cs": Path("converted-cs"),
 }
 
 #: Where the number of tokens comes from if config.json and tensors disagree.

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.formats.cs import cs_layout
 from gptj_convert.formats.hf import hf_layout
 from gptj_convert.formats.keras import keras_layout
 from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.tf import tf_layout
 from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
-from gptj_convert.survey import hint, same_bits, settle_tied_head, survey
+from gptj_convert.survey import hint, same_bits, settle_copies, survey
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import TensorFault, UsageError
@@ -88,7 +89,7 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
             calls for; all such tensors are named.
     """
     source, scheme, config = checkpoint.source, checkpoint.scheme, checkpoint.config
-    findings = settle_tied_head(survey(source.tensors, scheme, config), source)
+    findings = settle_copies(survey(source.tensors, scheme, config), source)
     rows = vocabulary.rows(config, scheme, source.tensors)
     disagreement = vocabulary.disagreement(config, rows)
     # One problem of the vocabulary, not one of each tensor that has it.
@@ -144,18 +145,10 @@ def make_plan(
     moves = []
     for tensor in table(config):
         name, info = found[tensor.hf]
-        (target_name,) = tensor.names(target)
-        stored = info.dtype if dtype == KEEP else dtype
-        moves.append(
-            Move(
-                tensor=tensor,
-                source_name=name,
-                source=info,
-                target_name=target_name,
-                target=TensorInfo(stored, tensor.shape_in(target)),
-                op=tensor.op(checkpoint.scheme, target),
-            )
-        )
+        stored = TensorInfo(info.dtype if dtype == KEEP else dtype, tensor.shape_in(target))
+        op = tensor.op(checkpoint.scheme, target)
+        for target_name in (tensor.name(target), *tensor.copies(target)):
+            moves.append(Move(tensor, name, info, target_name, stored, op))
     tensors = {m.target_name: m.target for m in moves}
     layout = _layout(target, tensors, max_shard_bytes)
     return Plan(checkpoint.config, config, target, tuple(moves), layout, saturate)
@@ -167,7 +160,7 @@ def head_is_embedding(checkpoint: Checkpoint) -> bool:
     sides = []
     for spec in (HEAD_WEIGHT, EMBEDDING):
         tensor = next(t for t in table(checkpoint.config) if t.hf == spec.hf)
-        (name,) = tensor.names(scheme)
+        name = tensor.name(scheme)
         sides.append(Panels(checkpoint.source, name, tensor.op(scheme, Scheme.HF)))
     return same_bits(*sides)
 
@@ -177,4 +170,6 @@ def _layout(target: Scheme, tensors: dict[str, TensorInfo], max_shard_bytes: int
         return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
     if target is Scheme.KERAS:
         return keras_layout(tensors)
+    if target is Scheme.CS:
+        return cs_layout(tensors)
     return hf_layout(tensors, max_shard_bytes)

@@ -32,8 +32,8 @@ class Role(Enum):
 
     WEIGHT = "weight"
     """A row of the table."""
-    TIED_HEAD = "tied head"
-    """By name and shape the embedding once more, in a model whose head is tied to it."""
+    COPY = "copy"
+    """By name and shape another tensor once more, such as a head that is tied to the embedding."""
     TRAINING_STATE = "training state"
     IGNORED = "ignored buffer"
     UNKNOWN = "unknown"
@@ -54,6 +54,8 @@ class Finding:
     """Its row of the table."""
     problem: str | None = None
     """How it is not what the config calls for."""
+    copy_of: str | None = None
+    """Of a copy, the name of the other one in the file."""
 
 
 def survey(
@@ -62,49 +64,54 @@ def survey(
     """Every row of the table, in its order, then every other tensor, in the file's order."""
     prefix = _prefix_left_out(tensors, scheme)
     left = {prefix + name: name for name in tensors}
-    found = []
+    found, copies = [], {}
     for tensor in table(config) if config else ():
-        (full_name,) = tensor.names(scheme)
+        full_name = tensor.name(scheme)
+        copies |= dict.fromkeys(tensor.copies(scheme), full_name)
         name = left.pop(full_name, None)
         info = None if name is None else tensors[name]
         name = full_name.removeprefix(prefix) if name is None else name
         problem = _problem(name, info, tensor.shape_in(scheme))
         found.append(Finding(name, info, Role.WEIGHT, tensor, problem))
+    if config and scheme is Scheme.HF:
+        copies[HEAD_WEIGHT.hf] = EMBEDDING.hf
     dropped = ignored_hf(config) if config and scheme is Scheme.HF else frozenset()
     for full_name, name in left.items():
+        original = copies.get(full_name)
         if full_name in dropped:
             role = Role.IGNORED
-        elif scheme is Scheme.TF and is_training_state(name):
+        elif is_training_state(name, scheme):
             role = Role.TRAINING_STATE
         elif config is None:
             role = Role.UNMATCHED
-        elif full_name == HEAD_WEIGHT.hf and tensors[name] == tensors.get(EMBEDDING.hf):
-            role = Role.TIED_HEAD
+        elif original and tensors[name] == tensors.get(original):
+            role = Role.COPY
         else:
             role = Role.UNKNOWN
         problem = _unknown(name) if role is Role.UNKNOWN else None
-        found.append(Finding(name, tensors[name], role, problem=problem))
+        copy_of = original if role is Role.COPY else None
+        found.append(Finding(name, tensors[name], role, problem=problem, copy_of=copy_of))
     return found
 
 
-def settle_tied_head(findings: Sequence[Finding], source: TensorSource) -> list[Finding]:
-    """Read a `TIED_HEAD`; one that is not the embedding, bit for bit, is unknown."""
+def settle_copies(findings: Sequence[Finding], source: TensorSource) -> list[Finding]:
+    """Read every `COPY`; one that is not the other tensor, bit for bit, is a problem."""
 
-    def is_other(finding: Finding) -> bool:
-        names = (finding.name, EMBEDDING.hf)
-        return not same_bits(*(Panels(source, name, Op.COPY) for name in names))
+    def settled(finding: Finding) -> Finding:
+        if finding.copy_of is None:
+            return finding
+        names = (finding.name, finding.copy_of)
+        if same_bits(*(Panels(source, name, Op.COPY) for name in names)):
+            return finding
+        problem = f"{finding.name!r} is not {finding.copy_of!r} once more, as it must be"
+        return replace(finding, role=Role.UNKNOWN, problem=problem)
 
-    return [
-        replace(f, role=Role.UNKNOWN, problem=_unknown(f.name))
-        if f.role is Role.TIED_HEAD and is_other(f)
-        else f
-        for f in findings
-    ]
+    return [settled(finding) for finding in findings]
 
 
 def hint(findings: Sequence[Finding], scheme: Scheme, config: GPTJConfig) -> str | None:
     """What may have happened to a file that is not what its config calls for, and the way out."""
-    if any(f.tensor and f.name not in f.tensor.names(scheme) for f in findings):
+    if any(f.tensor and f.name != f.tensor.name(scheme) for f in findings):
         return (
             "this is a GPTJModel without its head; save the GPTJForCausalLM that it came from "
             "(a head is never made up)"
@@ -114,7 +121,7 @@ def hint(findings: Sequence[Finding], scheme: Scheme, config: GPTJConfig) -> str
             return "config.json ties the head to the embedding, but the file holds another head"
         return None
     tied = table(replace(config, tie_word_embeddings=True))
-    if {t.names(scheme)[0] for t in tied} <= {f.name for f in findings if f.info}:
+    if {t.name(scheme) for t in tied} <= {f.name for f in findings if f.info}:
         return "the file holds a tied model: set tie_word_embeddings to true in config.json"
     return None
 

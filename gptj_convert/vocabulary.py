@@ -20,7 +20,7 @@ def rows(config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo]) 
     """
     found = {}
     for tensor in vocabulary(config):
-        (name,) = tensor.names(scheme)
+        name = tensor.name(scheme)
         if name in tensors:
             shape = tensor.op(scheme, Scheme.HF).shape(tensors[name].shape)
             if shape and shape[1:] == tensor.shape[1:]:

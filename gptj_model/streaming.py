@@ -44,7 +44,7 @@ class StreamedModel:
 
     def embed(self, ids_BT: np.ndarray) -> np.ndarray:
         """Rows of the embedding, read one by one: (B, T, D)."""
-        (name,) = embedding(self.config).names(self._scheme)
+        name = embedding(self.config).name(self._scheme)
         unique, where = np.unique(ids_BT, return_inverse=True)
         rows = [read_rows(self.source, name, int(i), int(i) + 1)[0] for i in unique]
         return np.stack(rows).astype(np.float32)[where.reshape(ids_BT.shape)]

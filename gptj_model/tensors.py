@@ -77,8 +77,15 @@ class Tensor:
     tf_op: Op
     block: int | None
 
-    def names(self, scheme: Scheme) -> tuple[str, ...]:
-        """Its names in a scheme; only CS may store one tensor under two."""
+    def name(self, scheme: Scheme) -> str:
+        """Its name in a scheme."""
+        return self._names(scheme)[0]
+
+    def copies(self, scheme: Scheme) -> tuple[str, ...]:
+        """Further names under which a scheme stores the same values once more; only CS does."""
+        return self._names(scheme)[1:]
+
+    def _names(self, scheme: Scheme) -> tuple[str, ...]:
         found = getattr(self, scheme.value)
         return found if isinstance(found, tuple) else (found,)
 
@@ -233,8 +240,18 @@ def slot_name(tf_name: str, slot: str) -> str:
     return f"{tf_name}/{slot}"
 
 
-def is_training_state(tf_name: str) -> bool:
-    """Whether a TF name is what an optimizer or a hook keeps, not a weight."""
+#: Top-level parts of what the CS client saves beside the model.
+_CS_TRAINING_STATE = ("optimizer", "global_step", "dataloader", "__metadata__", "grad_scaler")
+
+
+def is_training_state(name: str, scheme: Scheme) -> bool:
+    """Whether a name is of what an optimizer, a hook or a client keeps, not of a weight."""
+    if scheme is Scheme.CS:
+        return name.split(".")[0] in _CS_TRAINING_STATE
+    return scheme is Scheme.TF and _is_tf_training_state(name)
+
+
+def _is_tf_training_state(tf_name: str) -> bool:
     last = tf_name.rsplit("/", 1)[-1]
     return (
         tf_name in _TRAINING_SCALARS
@@ -252,12 +269,14 @@ def _dense(index: int) -> str:
 def _write_out(spec: TensorSpec, config: GPTJConfig, block: int | None) -> Tensor:
     i = 0 if block is None else block
     words = {"i": i, "dense_in": _dense(2 * i), "dense_out": _dense(2 * i + 1)}
+    # A tied head is stored by CS although it is the embedding.
+    tied_head = HEAD_WEIGHT.cs if config.tie_word_embeddings and spec is EMBEDDING else ()
     tf = spec.tf_if_tied if config.tie_word_embeddings and spec.tf_if_tied else spec.tf
     return Tensor(
         hf=spec.hf.format(**words),
         tf=tf.format(**words),
         keras=spec.keras.format(**words),
-        cs=tuple(name.format(**words) for name in spec.cs),
+        cs=tuple(name.format(**words) for name in (*spec.cs, *tied_head)),
         shape=tuple(config.dims[d] for d in spec.dims),
         tf_op=spec.tf_op,
         block=block,

@@ -27,7 +27,7 @@ def read_tokens(
     source: TensorSource, tensor: Tensor, scheme: Scheme, start: int, stop: int
 ) -> np.ndarray:
     """Rows start:stop, one a token, of a tensor in HF's layout: (stop - start, …)."""
-    (name,) = tensor.names(scheme)
+    name = tensor.name(scheme)
     if tensor.op(scheme, Scheme.HF) is Op.COPY:
         return read_rows(source, name, start, stop)
     return read_columns(source, name, start, stop).T

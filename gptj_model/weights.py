@@ -42,6 +42,6 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
 
 def assign(variable: Any, tensor: Tensor, source: TensorSource, scheme: Scheme) -> None:
     """Give one variable its values from a source, in Keras' layout."""
-    values = read_tensor(source, tensor.names(scheme)[0])
+    values = read_tensor(source, tensor.name(scheme))
     values = tensor.op(scheme, Scheme.KERAS)(values)
     variable.assign(values.astype(NUMPY[variable.dtype], copy=False))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gptj_convert.formats.layout import FileLayout, Layout
+import numpy as np
+
+from gptj_convert.formats.layout import Layout
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorInfo
@@ -45,6 +46,10 @@ _VARIABLES = {
 }
 _PATH = re.compile(r"(layers/\w+|blocks/block(?:_(\d+))?)(?:/(.+))?/vars/(\d)", re.ASCII)
 _HEAD_KERNEL = HEAD_WEIGHT.keras
+
+#: Keras stores bfloat16 as two opaque bytes, and says so in an attribute.
+_BFLOAT16 = np.dtype("V2")
+_DTYPE = "dtype"
 
 #: Bytes that are copied at once.
 _PIECE = 8 * 2**20
@@ -84,22 +89,22 @@ def _variables(layer: str, tied: bool) -> tuple[str, ...]:
 
 def keras_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
     """The weights file; its tensors go by the table's Keras names."""
+    from gptj_convert.formats.hdf5 import make_skeleton, skeleton_layout
+
     tied = _HEAD_KERNEL not in tensors
     names = {dataset_path(name, tied=tied): name for name in tensors}
-    with tempfile.NamedTemporaryFile(suffix=".h5") as skeleton:
-        _make_skeleton(skeleton.name, {p: tensors[n] for p, n in names.items()})
-        places = sorted(_places(skeleton.name, names))
-        size = Path(skeleton.name).stat().st_size
-        parts: list[bytes | str] = []
-        ends = [0, *(begin + tensors[name].nbytes for begin, name in places)]
-        begins = [*(begin for begin, _ in places), size]
-        for n, (end, begin) in enumerate(zip(ends, begins, strict=True)):
-            skeleton.seek(end)
-            parts.append(skeleton.read(begin - end))
-            if n < len(places):
-                parts.append(places[n][1])
-    assert all(a <= b for a, b in pairwise(begins))
-    return Layout(tensors, (FileLayout(WEIGHTS_FILE, tuple(parts)),), lambda checksums: {})
+    is_bfloat16 = {path: tensors[name].dtype == "bfloat16" for path, name in names.items()}
+    datasets = {
+        path: (tensors[name], _BFLOAT16 if is_bfloat16[path] else NUMPY[tensors[name].dtype])
+        for path, name in names.items()
+    }
+    attributes = {path: {_DTYPE: "bfloat16"} for path in names if is_bfloat16[path]}
+
+    def make(path: str) -> dict[str, int]:
+        offsets = make_skeleton(path, datasets, attributes)
+        return {names[dataset]: offset for dataset, offset in offsets.items()}
+
+    return skeleton_layout(WEIGHTS_FILE, tensors, make)
 
 
 def write_model(folder: Path, config: GPTJConfig, dtype: str) -> None:
@@ -130,34 +135,6 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(name)  # with the format's first date
 
 
-def _make_skeleton(path: str, datasets: Mapping[str, TensorInfo]) -> None:
-    """An HDF5 file whose datasets have their places but no values."""
-    import h5py
-    from h5py import h5d, h5p, h5s, h5t
-
-    with h5py.File(path, "w", libver=("earliest", "v110")) as file:
-        for name, info in datasets.items():
-            group = file.require_group(name.rpartition("/")[0])
-            creation = h5p.create(h5p.DATASET_CREATE)
-            creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-            creation.set_fill_time(h5d.FILL_TIME_NEVER)
-            creation.set_obj_track_times(False)
-            is_bfloat16 = info.dtype == "bfloat16"
-            kind = h5t.py_create("V2" if is_bfloat16 else NUMPY[info.dtype])
-            space = h5s.create_simple(info.shape)
-            h5d.create(group.id, name.rpartition("/")[2].encode(), kind, space, creation)
-            if is_bfloat16:
-                file[name].attrs["dtype"] = "bfloat16"
-
-
-def _places(path: str, names: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        for dataset, name in names.items():
-            yield file[dataset].id.get_offset(), name
-
-
 class KerasSource:
     """The tensors of a weights file by the table's Keras names, as a `TensorSource`.
 
@@ -168,7 +145,7 @@ class KerasSource:
     def __init__(self, path: Path) -> None:
         from gptj_convert.formats.hdf5 import Hdf5Source
 
-        self._file = Hdf5Source(path)
+        self._file = Hdf5Source(path, dtype_of=_dtype)
         tied = dataset_path(HEAD_BIAS.keras, tied=False) not in self._file.tensors
         self._paths = {variable_name(p, tied=tied): p for p in self._file.tensors}
         self.tensors = {name: self._file.tensors[path] for name, path in self._paths.items()}
@@ -180,6 +157,12 @@ class KerasSource:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _dtype(dataset: Any) -> str | None:
+    """bfloat16, if a dataset of opaque values says so."""
+    stated = dataset.dtype == _BFLOAT16 and dataset.attrs.get(_DTYPE)
+    return "bfloat16" if stated in ("bfloat16", b"bfloat16") else None
 
 
 def find_weights(path: Path) -> Path | None:

@@ -169,14 +169,10 @@ class FaultySource:
         self._rules = {
             name: (by_hf[hf], rule)
             for hf, rule in fault.rules.items()
-            for name in by_hf[hf].names(scheme)
+            for name in (by_hf[hf].name(scheme), *by_hf[hf].copies(scheme))
         }
         self._origins = {
-            name: origin
-            for hf, other in fault.origins.items()
-            for name, origin in zip(
-                by_hf[hf].names(scheme), by_hf[other].names(scheme), strict=True
-            )
+            by_hf[hf].name(scheme): by_hf[other].name(scheme) for hf, other in fault.origins.items()
         }
         self._held: tuple[str, memoryview] | None = None
 

@@ -105,7 +105,7 @@ def test_every_form_lists_the_table(anywhere: tuple[Path, Scheme], gptj):
     weights = [t for t in found["tensors"] if t["role"] == "weight"]
     assert weights == [
         {
-            "name": t.names(scheme)[0],
+            "name": t.name(scheme),
             "hf": t.hf,
             "tf": t.tf,
             "cs": list(t.cs),

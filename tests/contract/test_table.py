@@ -30,7 +30,7 @@ def test_6b_has_its_published_tensors_and_parameters():
 @pytest.mark.parametrize("config", [SIX_B, TIED], ids=["6b", "tied"])
 @pytest.mark.parametrize("scheme", Scheme)
 def test_names_are_unique_in_every_scheme(config: GPTJConfig, scheme: Scheme):
-    names = [name for t in table(config) for name in t.names(scheme)]
+    names = [name for t in table(config) for name in (t.name(scheme), *t.copies(scheme))]
     assert len(names) == len(set(names))
 
 
@@ -60,7 +60,7 @@ def test_names_and_shapes_are_those_of_the_reference(case: str):
     folder = GOLDEN_RUNS / case
     config = GPTJConfig.from_file(folder / "hf/config.json")
     source = BundleSource(folder / "tf_model.ckpt")
-    weights = {n: i.shape for n, i in source.tensors.items() if not is_training_state(n)}
+    weights = {n: i.shape for n, i in source.tensors.items() if not is_training_state(n, Scheme.TF)}
     assert weights == {t.tf: t.shape_in(Scheme.TF) for t in table(config)}
     assert read_tensor(source, "global_step") == 0
 
@@ -75,8 +75,8 @@ def test_training_state_of_the_reference_is_told_from_weights(case: str):
     weights = {t.tf for t in table(config)}
     slots = {slot_name(w, s) for w in weights for s in ("AdamW", "AdamW_1")}
     assert weights | slots <= names
-    assert all(is_training_state(n) for n in names - weights)
-    assert not any(is_training_state(n) for n in weights)
+    assert all(is_training_state(n, Scheme.TF) for n in names - weights)
+    assert not any(is_training_state(n, Scheme.TF) for n in weights)
 
 
 def test_names_shapes_and_values_are_those_of_the_cs_client():
@@ -85,7 +85,7 @@ def test_names_shapes_and_values_are_those_of_the_cs_client():
     found = {
         name: {"shape": list(t.shape), "crc32c": f"{crc32c(weights[t.hf].tobytes()):08x}"}
         for t in table(config)
-        for name in t.names(Scheme.CS)
+        for name in (t.name(Scheme.CS), *t.copies(Scheme.CS))
     }
     assert found == json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
 

@@ -1,0 +1,231 @@
+"""trainer.yaml of the CS client (`cszoo fit trainer.yaml`): written from a model and the
+parameters to train it with, and read back as a config.
+
+Key names are those of the model zoo 2.10, whose model `gptj` this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.formats.cs import MODEL_FILE
+from gptj_convert.reference_yaml import continued_pretraining, read_yaml
+from gptj_model.config import GPTJConfig
+from gptj_model.errors import ConfigError
+
+TRAINER_FILE = "trainer.yaml"
+
+#: Key of `trainer.init.model` → GPTJConfig field, for values that are stored as they are.
+_MODEL_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "filter_size": "n_inner",
+    "rotary_dim": "rotary_dim",
+    "max_position_embeddings": "n_positions",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "share_embedding_weights": "tie_word_embeddings",
+    "embedding_dropout_rate": "embd_pdrop",
+    "attention_dropout_rate": "attn_pdrop",
+    "residual_dropout_rate": "resid_pdrop",
+}
+
+#: Keys with the one value that is GPT-J. The client's own "gelu" is the exact form.
+_FIXED_KEYS: dict[str, Any] = {
+    "name": "gptj",
+    "position_embedding_type": "rotary",
+    "attention_type": "scaled_dot_product",
+    "use_projection_bias_in_attention": False,
+    "use_ffn_bias_in_attention": False,
+    "use_ffn_bias": True,
+    "use_bias_in_output": True,
+    "nonlinearity": "gelu_new",
+}
+
+#: Keys that do not change what the model computes.
+_TRAINING_KEYS: dict[str, Any] = {
+    "initializer_range": 0.02,
+    "loss_scaling": "num_tokens",
+    "loss_weight": 1.0,
+}
+
+#: Where the records for the client are, as `gptj data … --format hdf5` makes them.
+_DATA = "data"
+_PROCESSOR = "GptHDF5MapDataProcessor"
+
+
+def trainer(config: GPTJConfig) -> dict[str, Any]:
+    """A whole `cszoo fit` configuration: continued pre-training of `model.mdl` beside it."""
+    params = continued_pretraining(config)
+    return trainer_from_params(config, params, checkpoint=MODEL_FILE, data=[_DATA])
+
+
+def trainer_from_params(
+    config: GPTJConfig,
+    params: Mapping[str, Any],
+    *,
+    checkpoint: str,
+    data: Sequence[str],
+    backend: str = "CSX",
+) -> dict[str, Any]:
+    """The same from the reference's parameters.
+
+    Args:
+        config: of the model.
+        params: the content of a params.yaml.
+        checkpoint: path of the `.mdl` to begin with.
+        data: folders of HDF5 records.
+        backend: "CSX" or "CPU".
+
+    Raises:
+        ConfigError: the client has no such optimizer or schedule.
+    """
+    optimizer, run = params["optimizer"], params.get("runconfig", {})
+    inputs = params["train_input"]
+    loader = {
+        "data_processor": _PROCESSOR,
+        "data_dir": list(data),
+        "batch_size": inputs["batch_size"],
+        "num_workers": 0,
+    }
+    init: dict[str, Any] = {
+        "backend": {"backend_type": backend},
+        "seed": run.get("tf_random_seed") or 1,
+        "model_dir": "model_dir",
+        "model": _model(config),
+        "optimizer": _optimizer(optimizer),
+        "precision": {
+            "enabled": bool(params.get("model", {}).get("mixed_precision")),
+            "max_gradient_norm": optimizer.get("max_gradient_norm"),
+        },
+        "loop": {"max_steps": run.get("max_steps", 100)},
+        "checkpoint": {"steps": run.get("save_checkpoints_steps", 1000)},
+        "logging": {"log_steps": run.get("log_step_count_steps") or 100},
+    }
+    schedule = optimizer["learning_rate"]
+    if not isinstance(schedule, int | float):
+        init["schedulers"] = [_schedulers(schedule if isinstance(schedule, list) else [schedule])]
+    return {
+        "trainer": {
+            "init": init,
+            "fit": {
+                "ckpt_path": checkpoint,
+                "train_dataloader": loader | {"shuffle": bool(inputs.get("shuffle", True))},
+            },
+            "validate": {
+                "ckpt_path": checkpoint,
+                "val_dataloader": loader | {"shuffle": False},
+            },
+        }
+    }
+
+
+def _model(config: GPTJConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {key: getattr(config, field) for key, field in _MODEL_KEYS.items()}
+    return _FIXED_KEYS | values | {"filter_size": config.ffn_dim} | _TRAINING_KEYS
+
+
+def _optimizer(values: Mapping[str, Any]) -> dict[str, Any]:
+    if values["optimizer_type"] != "adamw":
+        raise ConfigError(
+            f"optimizer.optimizer_type is {values['optimizer_type']!r}, expected 'adamw': other "
+            "optimizers of the client are not those of the reference"
+        )
+    rate = values["learning_rate"]
+    return {
+        "adamw": {
+            "learning_rate": rate if isinstance(rate, int | float) else 0.0,
+            "betas": [values.get("beta1", 0.9), values.get("beta2", 0.999)],
+            "eps": values.get("epsilon", 1e-8),
+            "weight_decay": values.get("weight_decay_rate", 0.0),
+            "correct_bias": values.get("use_bias_correction", False),
+        }
+    }
+
+
+def _schedulers(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found = [_schedule(member, n) for n, member in enumerate(members)]
+    return found[0] if len(found) == 1 else {"SequentialLR": {"schedulers": found}}
+
+
+def _schedule(values: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """One schedule under the client's name; the reference's step-0 origin is the client's, too."""
+    kind = values["scheduler"]
+    if kind == "Constant":
+        fields = {"learning_rate": values["learning_rate"], "total_iters": values.get("steps")}
+        return {"ConstantLR": {k: v for k, v in fields.items() if v is not None}}
+    if kind in ("Linear", "Polynomial"):
+        fields = {
+            "initial_learning_rate": values["initial_learning_rate"],
+            "end_learning_rate": values["end_learning_rate"],
+            "total_iters": values["steps"],
+        }
+        if kind == "Linear":
+            return {"LinearLR": fields}
+        more = {"power": values.get("power", 1.0), "cycle": values.get("cycle", False)}
+        return {"PolynomialLR": fields | more}
+    if kind == "Cosine":
+        initial = values["initial_learning_rate"]
+        return {
+            "CosineDecayLR": {
+                "initial_learning_rate": initial,
+                "end_learning_rate": values.get("alpha", 0.0) * initial,
+                "total_iters": values["decay_steps"],
+            }
+        }
+    if kind == "Exponential":
+        return {
+            "ExponentialLR": {
+                "initial_learning_rate": values["initial_learning_rate"],
+                "total_iters": values["decay_steps"],
+                "decay_rate": values["decay_rate"],
+                "staircase": values.get("staircase", False),
+            }
+        }
+    if kind == "PiecewiseConstant":
+        # The reference holds a value up to and including its boundary.
+        return {
+            "PiecewiseConstantLR": {
+                "learning_rates": list(values["values"]),
+                "milestones": [boundary + 1 for boundary in values["boundaries"]],
+            }
+        }
+    raise ConfigError(f"optimizer.learning_rate[{n}]: the CS client has no {kind!r}")
+
+
+def config_beside(checkpoint: Path) -> GPTJConfig | None:
+    """The config that a trainer.yaml in the checkpoint's folder, or one folder up, describes.
+
+    Raises:
+        ConfigError: it describes another model than a GPT-J.
+    """
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        path = folder / TRAINER_FILE
+        if path.is_file():
+            return _config(read_yaml(path), str(path))
+    return None
+
+
+def _config(values: Mapping[str, Any], where: str) -> GPTJConfig:
+    section: Any = values
+    for key in ("trainer", "init", "model"):
+        section = section.get(key) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: has no section trainer.init.model")
+    for key, only in _FIXED_KEYS.items():
+        if section.get(key, only) != only:
+            raise ConfigError(
+                f"{where}: trainer.init.model.{key} is {section[key]!r}, expected {only!r}"
+            )
+    missing = [key for key in _MODEL_KEYS if key not in section and not key.endswith("_rate")]
+    if missing:
+        raise ConfigError(f"{where}: trainer.init.model lacks {', '.join(missing)}")
+    known: dict[str, Any] = {f: section.get(key, 0.0) for key, f in _MODEL_KEYS.items()}
+    known |= {"bos_token_id": None, "eos_token_id": None}
+    try:
+        return GPTJConfig(**known)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e.message}") from None
