@@ -233,7 +233,7 @@ def test_a_tied_head_that_is_stored_again(workdir: Path, gptj):
     save_tensors(folder / "model.safetensors", tensors)
     found = gptj("inspect", folder, "--json").json
     assert found["problems"] == []
-    assert [t["role"] for t in found["tensors"] if t["name"] == "lm_head.weight"] == ["tied head"]
+    assert [t["role"] for t in found["tensors"] if t["name"] == "lm_head.weight"] == ["copy"]
     assert "head tied to the embedding" in gptj("inspect", folder).stdout
 
 
