@@ -15,10 +15,12 @@ if not __package__:  # run as a file: the folder to import from is the one above
 import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
+from runner.cli.cs_job import run_on_cs
 from runner.cli.job import MODES, Job, run_job
 from runner.cli.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.output import Output
 from runner.cli.root import main
+from runner.cs_target import Target
 
 
 @command
@@ -52,7 +54,21 @@ def run(
     """Train or evaluate by the reference's YAML and flags."""
     if validate_only and compile_only:
         raise click.UsageError("--validate_only and --compile_only exclude each other")
-    given = {"cs_ip": cs_ip, "eval_steps": eval_steps, "device": device}
+    if cs_ip:
+        from runner.cerebras import CsJob
+
+        job = CsJob(
+            target=Target.CSX,
+            cs_ip=cs_ip,
+            model_dir=model_dir,
+            mode=mode,
+            init_from=checkpoint_path,
+            params_file=params_file,
+            max_steps=max_steps,
+            eval_steps=eval_steps,
+        )
+        return run_on_cs(output, job, dry_run=False)
+    given = {"eval_steps": eval_steps, "device": device}
     changed = {f"runconfig.{k}": v for k, v in given.items() if v is not None}
     job = Job(
         model_dir=model_dir,

@@ -43,6 +43,10 @@ class Output:
             self.finish({"ok": False, **fields, "error": error})
         except OSError:
             abandon_stdout()
+        self.say_fault(fault)
+
+    def say_fault(self, fault: GptjError) -> None:
+        """The same for a person alone."""
         print(printable(f"error: {fault.message}"), file=sys.stderr)
         if fault.hint:
             print(printable(f"hint: {fault.hint}"), file=sys.stderr)

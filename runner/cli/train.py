@@ -8,9 +8,11 @@ from typing import Any
 import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
+from runner.cli.cs_job import run_on_cs
 from runner.cli.job import MODES, Job, run_job
 from runner.cli.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.output import Output
+from runner.cs_target import Target
 
 
 @command
@@ -26,6 +28,15 @@ from runner.cli.output import Output
 @click.option("--strict", is_flag=True, help="A damaged newest checkpoint is an error.")
 @click.option("--validate-only", is_flag=True, help="Check parameters, records and headers; stop.")
 @click.option("--compile-only", is_flag=True, help="That, and compile the step; stop.")
+@click.option("--cs-ip", help="Run on the CS system at this address.")
+@click.option(
+    "--target",
+    type=click.Choice([t.value for t in Target]),
+    help="The CS system's client: cszoo, or the reference's program of releases 1.6 to 1.9.  "
+    "[csx if an address is given]",
+)
+@click.option("--run-py", type=PATH, help="The reference's run.py, for --target legacy.")
+@click.option("--dry-run", is_flag=True, help="Only say what a CS system's client is called with.")
 def train(
     output: Output,
     init_from: Path | None,
@@ -40,6 +51,10 @@ def train(
     strict: bool,
     validate_only: bool,
     compile_only: bool,
+    cs_ip: str | None,
+    target: str | None,
+    run_py: Path | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """Train on from a checkpoint, or from nothing but a YAML; a run whose folder has checkpoints
     goes on from the newest.
@@ -50,6 +65,26 @@ def train(
         raise click.UsageError("--validate-only and --compile-only exclude each other")
     if init_from and checkpoint_path:
         raise click.UsageError("--init-from and --checkpoint-path exclude each other")
+    if cs_ip or target:
+        from runner.cerebras import CsJob
+
+        return run_on_cs(
+            output,
+            CsJob(
+                target=Target(target or Target.CSX.value),
+                cs_ip=cs_ip,
+                model_dir=model_dir,
+                mode=mode,
+                init_from=init_from or checkpoint_path,
+                params_file=params_file,
+                max_steps=max_steps,
+                eval_steps=eval_steps,
+                run_py=run_py,
+            ),
+            dry_run=dry_run,
+        )
+    if dry_run or run_py:
+        raise click.UsageError("--dry-run and --run-py go with --cs-ip or --target")
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps

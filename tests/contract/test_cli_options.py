@@ -38,6 +38,7 @@ OPTIONS = {
     "train": {
         "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
         "--steps", "--eval-steps", "--set", "--strict", "--validate-only", "--compile-only",
+        "--cs-ip", "--target", "--run-py", "--dry-run",
     },
     "verify": {
         "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",

@@ -1,0 +1,292 @@
+"""A run on a CS system: what its client is called with, checked before, and followed to its end.
+
+See `runner.cs_target` for the two generations of clients.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.cs_trainer import TRAINER_FILE, trainer_from_params
+from gptj_convert.formats import cs, tf
+from gptj_convert.reference_yaml import PARAMS_FILE, read_yaml, yaml_text
+from gptj_model.config import CONFIG_FILE, GPTJConfig
+from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
+from runner.cs_target import Target
+from runner.run_folder import write_whole
+
+#: Port of a system's address when none is given.
+PORT = 9000
+#: The client's whole output, in the run's folder.
+LOG_FILE = "client.log"
+#: Lines of it that an error quotes.
+_LAST_LINES = 5
+#: What the client's own words mean, and what to do.
+_KNOWN_FAILURES = (
+    (
+        r"busy|in use by|no resources|insufficient resources|queue",
+        "the system is taken: run it again when the other job is done",
+    ),
+    (
+        r"connection (?:refused|reset|lost|timed out)|unavailable|failed to connect|no route",
+        "the system was not reached: check its address (--cs-ip) and the network; the same "
+        "command goes on from the last checkpoint",
+    ),
+    (
+        r"compil\w+ (?:failed|error)|failed to compile|could not (?:be )?compile",
+        "the client could not compile the model: see its log for the operation; a smaller batch "
+        "or sequence may fit",
+    ),
+    (r"out of memory|oom|cannot allocate", "a smaller batch or sequence may fit"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CsJob:
+    """What was asked for."""
+
+    target: Target
+    cs_ip: str | None
+    """None: the client finds the system, or runs on its CPU backend."""
+    model_dir: Path
+    mode: str
+    init_from: Path | None
+    params_file: Path | None = None
+    """trainer.yaml for csx, the reference's for legacy; None: beside the checkpoint."""
+    max_steps: int | None = None
+    eval_steps: int | None = None
+    run_py: Path | None = None
+    """The reference's program, for legacy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """A client ready to be called."""
+
+    command: tuple[str, ...]
+    writes: Mapping[Path, str]
+    """Files that are made before, with their content."""
+    problems: tuple[GptjError, ...] = ()
+    """What is not there yet; a dry run only tells."""
+
+    @property
+    def shell(self) -> str:
+        """The command as a shell takes it."""
+        return shlex.join(self.command)
+
+
+def prepare(job: CsJob) -> Launch:
+    """What to call, and what stands against it.
+
+    Raises:
+        UsageError: the client has no such mode, or something is not named.
+        ConfigError: its configuration cannot be read, or has no counterpart there.
+        FileFault: the checkpoint is not there.
+    """
+    if job.mode not in ("train", "eval"):
+        raise UsageError(
+            f"a CS system takes the modes train and eval, found {job.mode}",
+            hint="run them one after the other",
+        )
+    if job.mode == "eval" and not job.eval_steps:
+        raise UsageError(
+            "mode eval on a CS system needs a number of batches", hint="add --eval-steps N"
+        )
+    if job.init_from is None:
+        raise UsageError("a CS system begins with a checkpoint", hint="add --init-from DIR")
+    return _csx(job) if job.target is Target.CSX else _legacy(job)
+
+
+def _csx(job: CsJob) -> Launch:
+    assert job.init_from is not None
+    checkpoint = cs.find_weights(job.init_from)
+    if checkpoint is None:
+        raise FileFault(
+            f"{job.init_from}: holds no {cs.MODEL_FILE}, which the client begins with",
+            hint=f"make it: `gptj convert {job.init_from} --to cs`, and --init-from what it makes",
+        )
+    path = job.params_file or _beside(checkpoint, TRAINER_FILE)
+    values = read_yaml(path)
+    if "trainer" not in values:
+        values = trainer_from_params(
+            _config(checkpoint), values, checkpoint=str(checkpoint), data=_data_folders(values)
+        )
+    section = values["trainer"]
+    init, fit, validate = (section.get(key) or {} for key in ("init", "fit", "validate"))
+    init["model_dir"] = str(job.model_dir)
+    if job.cs_ip:
+        backend = init.setdefault("backend", {})
+        backend["backend_type"] = "CSX"
+        backend.setdefault("cluster_config", {})["mgmt_address"] = with_port(job.cs_ip)
+    if job.max_steps is not None:
+        init.setdefault("loop", {})["max_steps"] = job.max_steps
+    if job.eval_steps:
+        init.setdefault("loop", {})["eval_steps"] = job.eval_steps
+    fit["ckpt_path"] = validate["ckpt_path"] = str(checkpoint.absolute())
+    loader = fit.get("train_dataloader") if job.mode == "train" else validate.get("val_dataloader")
+    folders = loader.get("data_dir", []) if isinstance(loader, dict) else []
+    folders = folders if isinstance(folders, list) else [folders]
+    effective = job.model_dir / TRAINER_FILE
+    return Launch(
+        command=("cszoo", "fit" if job.mode == "train" else "validate", str(effective)),
+        writes={effective: yaml_text(values | {"trainer": _trainer(init, fit, validate)})},
+        problems=(*_no_program("cszoo"), *_no_records(folders, "*.h5", "hdf5")),
+    )
+
+
+def _trainer(init: Any, fit: Any, validate: Any) -> dict[str, Any]:
+    return {"init": init, "fit": fit, "validate": validate}
+
+
+def _legacy(job: CsJob) -> Launch:
+    assert job.init_from is not None
+    if job.run_py is None:
+        raise UsageError(
+            "the legacy client runs the reference's own program",
+            hint="name it: `--run-py PATH/run.py`",
+        )
+    if job.cs_ip is None:
+        raise UsageError("the legacy client needs the system's address", hint="add --cs-ip IP")
+    if not job.run_py.is_file():
+        raise FileFault(f"{job.run_py}: not found, expected the reference's run.py")
+    prefix = tf.find_bundle(job.init_from)
+    if prefix is None:
+        raise FileFault(
+            f"{job.init_from}: holds no TensorFlow checkpoint, which the reference begins with",
+            hint=f"make it: `gptj convert {job.init_from} --to tf`",
+        )
+    params_file = job.params_file or _beside(prefix, PARAMS_FILE)
+    values = read_yaml(params_file)
+    steps = job.max_steps or (values.get("runconfig") or {}).get("max_steps")
+    command = ["csrun_wse", "python-ws", str(job.run_py)]
+    command += ["--model_dir", str(job.model_dir), "--params", str(params_file)]
+    command += ["--mode", job.mode]
+    if job.mode == "eval":
+        command += ["--eval_steps", str(job.eval_steps)]
+    elif steps:
+        command += ["--max_steps", str(steps)]
+    command += ["--cs_ip", with_port(job.cs_ip), "--checkpoint_path", str(prefix)]
+    records = "train_input" if job.mode == "train" else "eval_input"
+    return Launch(
+        command=tuple(command),
+        writes={},
+        problems=(
+            *_no_program("csrun_wse"),
+            *_no_records(_data_folders(values, records), "*.tfrecord*", "tfrecord"),
+        ),
+    )
+
+
+def with_port(address: str) -> str:
+    """An address with its port."""
+    return address if re.search(r":\d+$", address) else f"{address}:{PORT}"
+
+
+def _beside(checkpoint: Path, name: str) -> Path:
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(
+        f"{checkpoint.parent}: holds no {name}", hint="name the configuration with --params FILE"
+    )
+
+
+def _config(checkpoint: Path) -> GPTJConfig:
+    return GPTJConfig.from_file(checkpoint.parent / CONFIG_FILE)
+
+
+def _data_folders(values: Mapping[str, Any], section: str = "train_input") -> list[str]:
+    found = (values.get(section) or {}).get("data_dir", [])
+    return found if isinstance(found, list) else [found]
+
+
+def _no_program(name: str) -> Iterator[GptjError]:
+    if shutil.which(name) is None:
+        yield FileFault(
+            f"the program {name} is not on PATH",
+            hint="run this where the client is installed, with its environment active",
+        )
+
+
+def _no_records(folders: list[str], pattern: str, form: str) -> Iterator[GptjError]:
+    for folder in folders or [""]:
+        if not folder or not any(Path(folder).glob(pattern)):
+            yield FileFault(
+                f"{folder or 'data_dir'}: holds no file that matches {pattern}",
+                hint=f"make records: `gptj data text SRC --format {form} --out {folder or 'data'}`",
+            )
+
+
+def follow(launch: Launch, model_dir: Path, tell: Callable[[str], None]) -> int:
+    """Call the client and wait for its end; signals are handed on to it.
+
+    Args:
+        launch: without problems.
+        model_dir: of the run; its log is kept there.
+        tell: is given every line of its output.
+
+    Returns:
+        Its exit code; of a signal, 128 and its number.
+    """
+    for path, text in launch.writes.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    model_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        (model_dir / LOG_FILE).open("a", encoding="utf-8") as log,
+        subprocess.Popen(
+            launch.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process,
+        _handed_on(process),
+    ):
+        assert process.stdout
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            tell(line.rstrip("\n"))
+    code = process.returncode
+    return 128 - code if code < 0 else code
+
+
+@contextmanager
+def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to the client's whole group instead of ending this program."""
+
+    def hand_on(number: int, frame: object) -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def failure(code: int, model_dir: Path) -> FileFault:
+    """What a client's failure was, by the end of its log."""
+    log = model_dir / LOG_FILE
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]
+    last = "\n  ".join(line[:300] for line in lines[-_LAST_LINES:])
+    text = "\n".join(lines[-50:])
+    known = (hint for pattern, hint in _KNOWN_FAILURES if re.search(pattern, text, re.IGNORECASE))
+    return FileFault(
+        f"the client ended with exit code {code}; its last lines:\n  {last}",
+        hint=next(known, f"its whole log is {log}"),
+    )
