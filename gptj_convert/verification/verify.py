@@ -36,8 +36,10 @@ def source_of(converted: Path) -> Path:
     """The source that a converted folder's manifest names.
 
     Raises:
+        FileFault: there is nothing at `converted`.
         UsageError: there is no manifest that names one.
     """
+    _refuse_nothing_there(converted)
     path = _stated_source(converted).get("path")
     if not isinstance(path, str):
         raise UsageError(

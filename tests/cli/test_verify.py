@@ -214,6 +214,12 @@ def test_training_state_is_not_compared(converted: Path, gptj):
     assert gptj("verify", "--against", "hf", "--level", "weights").code == 0
 
 
+def test_nothing_to_be_judged(workdir: Path, gptj):
+    done = gptj("verify", "nowhere")
+    assert done.code == 1
+    assert "nowhere: not found" in done.stderr
+
+
 def test_a_source_that_is_gone_cannot_judge(converted: Path, hf: Path, gptj):
     (hf / "model.safetensors").unlink()
     assert gptj("verify").code == 1
