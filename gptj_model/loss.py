@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 #: Logits that are held at once, at most: 64 MiB of float32.
@@ -130,3 +131,53 @@ def _chunks(tokens: int, vocab_size: int) -> int:
     """The least number of equal parts of the tokens whose logits are few enough."""
     least = max(1, tokens * vocab_size // _CHUNK_LOGITS)
     return next(n for n in range(least, tokens + 1) if tokens % n == 0)
+
+
+class RunningLoss:
+    """Cross-entropy of logits that come a part of the vocabulary at a time, in float64.
+
+    Args:
+        labels_N: int32 token ids.
+    """
+
+    def __init__(self, labels_N: np.ndarray) -> None:
+        self._labels_N = labels_N
+        self._top_N = np.full(labels_N.shape, -np.inf)
+        self._sum_N = np.zeros(labels_N.shape)
+        self._label_N = np.zeros(labels_N.shape)
+        self._best_N = np.zeros(labels_N.shape, np.int64)
+
+    def add(self, logits_CV: np.ndarray, first: int, start: int) -> None:
+        """Take logits of some tokens for a part of the vocabulary.
+
+        Args:
+            logits_CV: float32.
+            first: the first of the tokens.
+            start: id of the part's first.
+        """
+        tokens = slice(first, first + len(logits_CV))
+        rows_C, best_C = np.arange(len(logits_CV)), logits_CV.argmax(-1)
+        part_top_C = logits_CV[rows_C, best_C].astype(np.float64)
+        top_C = np.maximum(self._top_N[tokens], part_top_C)
+        better = part_top_C > self._top_N[tokens]
+        self._best_N[tokens] = np.where(better, start + best_C, self._best_N[tokens])
+        shifted_CV = logits_CV - top_C[:, None].astype(np.float32)
+        part_sum_C = np.exp(shifted_CV, out=shifted_CV).sum(-1, dtype=np.float64)
+        self._sum_N[tokens] *= np.exp(self._top_N[tokens] - top_C)
+        self._sum_N[tokens] += part_sum_C
+        self._top_N[tokens] = top_C
+        place_C = self._labels_N[tokens] - start
+        inside_C = (place_C >= 0) & (place_C < logits_CV.shape[1])
+        found_C = logits_CV[rows_C, np.where(inside_C, place_C, 0)]
+        self._label_N[tokens] = np.where(inside_C, found_C, self._label_N[tokens])
+
+    def sums(self, ignored_N: np.ndarray) -> TokenLoss:
+        """Of the tokens that count, once every part was added."""
+        counted_N = 1.0 - ignored_N
+        losses_N = np.log(self._sum_N) + self._top_N - self._label_N
+        hits_N = self._best_N == self._labels_N
+        return TokenLoss(
+            total=(losses_N * counted_N).sum(),
+            count=counted_N.sum(),
+            correct=(hits_N * counted_N).sum(),
+        )

@@ -15,6 +15,7 @@ from keras import ops
 
 from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Head, layer_norm
+from gptj_model.loss import RunningLoss, TokenLoss
 from gptj_model.model import make_context
 from gptj_model.observation import observing
 from gptj_model.source import TensorSource, read_rows
@@ -130,6 +131,27 @@ class StreamedModel:
             for h_BTD, logits_BTV in zip(normed, found, strict=True):
                 logits_BTV[..., start:stop] = np.asarray(part(ops.convert_to_tensor(h_BTD)))
         return found
+
+    def losses(
+        self, normed: Sequence[np.ndarray], targets: Sequence[tuple[Any, Any]]
+    ) -> list[TokenLoss]:
+        """The loss of each batch from its normed hidden states (B, T, D), without its logits.
+
+        Args:
+            normed: what `final_norm` gave.
+            targets: of each batch, 1 on ignored tokens and the labels, both (B, T).
+        """
+        found = [RunningLoss(np.asarray(labels).reshape(-1)) for _, labels in targets]
+        for start, stop in parts(self.config):
+            part, _ = self._head(start, stop)
+            for h_BTD, loss in zip(normed, found, strict=True):
+                for row, h_TD in enumerate(h_BTD):
+                    logits_BTV = part(ops.convert_to_tensor(h_TD[None]))
+                    loss.add(np.asarray(logits_BTV)[0], row * len(h_TD), start)
+        return [
+            loss.sums(np.asarray(ignored).reshape(-1))
+            for loss, (ignored, _) in zip(found, targets, strict=True)
+        ]
 
     def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         """The head as a function of normed hidden states, for tokens start:stop; and its weight,

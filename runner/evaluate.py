@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from gptj_model.errors import DataFault
+from gptj_model.loss import TokenLoss
 from gptj_model.model import GPTJ
+from gptj_model.streaming import StreamedModel
 from runner.data.input_fn import Batch
 from runner.step import program_text
 
@@ -17,9 +23,20 @@ ACCURACY = "eval/accuracy"
 PERPLEXITY = "eval/lm_perplexity"
 BITS_PER_BYTE = "eval/bits_per_byte"
 
+#: Bytes of hidden states that share one reading of the weights, if not told.
+_STATES = 10**9
 
-class Evaluator:
-    """Metrics of a model, compiled once."""
+
+class Evaluator(Protocol):
+    """A model, as far as it is evaluated."""
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
+        """Sums over each batch, in order."""
+        ...
+
+
+class ResidentEvaluator:
+    """A model that is in memory, compiled once."""
 
     def __init__(self, model: GPTJ) -> None:
         @tf.function(jit_compile=True)
@@ -32,45 +49,91 @@ class Evaluator:
         """The compiled program of one batch, as text; nothing is run."""
         return program_text(self._run, *batch)
 
-    def __call__(
-        self,
-        batches: Iterable[Batch],
-        *,
-        tokens_per_byte: float,
-        limit: int = 0,
-        report: Callable[[int], None] = lambda n: None,
-    ) -> dict[str, float]:
-        """Metrics over batches.
+    def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
+        """See `Evaluator`."""
+        return (self._run(*batch) for batch in batches)
 
-        `loss` is the mean over the batches of each batch's token mean; the others weigh every
-        token alike.
 
-        Args:
-            batches: what to evaluate on.
-            tokens_per_byte: for bits per byte.
-            limit: number of batches; 0 means all.
-            report: is told how many are done.
+class StreamedEvaluator:
+    """A model that is read block by block, once for so many batches as fit beside it.
 
-        Raises:
-            DataFault: no token counts.
-        """
-        total = count = correct = means = 0.0
-        n = 0
-        for n, batch in enumerate(batches, start=1):
-            sums = self._run(*batch)
-            total += float(sums.total)
-            count += float(sums.count)
-            correct += float(sums.correct)
-            means += float(sums.mean)
-            report(n)
-            if n == limit:
-                break
-        if not count:
-            raise DataFault("every token of the evaluation records is masked")
-        mean = total / count
-        return {
-            LOSS: means / n,
-            ACCURACY: correct / count,
-            PERPLEXITY: math.exp(mean) if mean < 700 else math.inf,
-            BITS_PER_BYTE: mean / math.log(2) * tokens_per_byte,
-        }
+    Args:
+        model: see `StreamedModel`; made anew for each pass.
+        memory: bytes that the hidden states of a pass may take.
+    """
+
+    def __init__(self, model: Callable[[], StreamedModel], *, memory: int = _STATES) -> None:
+        self._model = model
+        self._memory = memory
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
+        """See `Evaluator`."""
+        left = iter(batches)
+        while group := self._group(left):
+            yield from self._pass(group)
+
+    def _group(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The next batches whose states fit; at least one, if there is any."""
+        found: list[Batch] = []
+        room = self._memory
+        while room > 0 and (batch := next(batches, None)) is not None:
+            found.append(batch)
+            room -= 4 * int(tf.size(batch[0])) * self._width
+        return found
+
+    @cached_property
+    def _width(self) -> int:
+        return self._model().config.n_embd
+
+    def _pass(self, group: Sequence[Batch]) -> list[TokenLoss]:
+        model = self._model()
+        states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
+        B, T = states[0].shape[:2]
+        positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+        for i in range(model.config.n_layer):
+            model.load_block(i)
+            states = [model.run_block(x, positions_BT[: len(x)]) for x in states]
+        model.drop_block()
+        return model.losses(model.final_norm(states), [batch[1:] for batch in group])
+
+
+def evaluate(
+    evaluator: Evaluator,
+    batches: Iterable[Batch],
+    *,
+    tokens_per_byte: float,
+    limit: int = 0,
+    report: Callable[[int], None] = lambda n: None,
+) -> dict[str, float]:
+    """Metrics over batches.
+
+    `loss` is the mean over the batches of each batch's token mean; the others weigh every token
+    alike.
+
+    Args:
+        evaluator: of the model.
+        batches: what to evaluate on.
+        tokens_per_byte: for bits per byte.
+        limit: number of batches; 0 means all.
+        report: is told how many are done.
+
+    Raises:
+        DataFault: no token counts.
+    """
+    total = count = correct = means = 0.0
+    n = 0
+    for n, sums in enumerate(evaluator.losses(islice(batches, limit or None)), start=1):
+        total += float(sums.total)
+        count += float(sums.count)
+        correct += float(sums.correct)
+        means += float(sums.mean)
+        report(n)
+    if not count:
+        raise DataFault("every token of the evaluation records is masked")
+    mean = total / count
+    return {
+        LOSS: means / n,
+        ACCURACY: correct / count,
+        PERPLEXITY: math.exp(mean) if mean < 700 else math.inf,
+        BITS_PER_BYTE: mean / math.log(2) * tokens_per_byte,
+    }

@@ -23,7 +23,8 @@ from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme, table
 from gptj_model.weights import load_weights, variables
 from runner import checkpoints
 from runner.data.input_fn import Batch, batches
-from runner.evaluate import Evaluator
+from runner.evaluate import Evaluator, ResidentEvaluator
+from runner.evaluate import evaluate as metrics_of
 from runner.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
 from runner.initialize import initialize
 from runner.logs import Logs
@@ -224,7 +225,7 @@ class _Training:
             params.optimizer.learning_rate, reset=not params.optimizer.disable_lr_steps_reset
         )
         self._compute = TrainStep(run.model, run.optimizer, self._group)
-        self._evaluator = Evaluator(run.model) if evaluate else None
+        self._evaluator = ResidentEvaluator(run.model) if evaluate else None
         self._evaluated_at = -math.inf
         self._saved_step = run.step
         length = params.train_input.max_sequence_length
@@ -314,7 +315,8 @@ class _Training:
         return saved
 
     def _evaluation(self, evaluator: Evaluator) -> Iterator[Event]:
-        metrics = evaluator(
+        metrics = metrics_of(
+            evaluator,
             evaluation_batches(self._params, self._run.config.vocab_size),
             tokens_per_byte=self._params.tokens_per_byte,
             limit=self._params.eval_limit,

@@ -13,19 +13,33 @@ from runner.cli.output import Output
 from runner.cli.progress import progress
 
 if TYPE_CHECKING:
+    from gptj_convert.checkpoint import Checkpoint
+    from gptj_model.config import GPTJConfig
+    from runner.evaluate import Evaluator
     from runner.params import Params
+
+#: How a model is run: whole in memory, or read block by block.
+EXECUTIONS = ("resident", "streaming")
 
 
 @command
 @click.option("--model", type=PATH, help="Any checkpoint.  [default: model_dir, or converted]")
 @click.option("--params", "params_file", type=PATH, help="YAML.  [default: beside the model]")
 @click.option("--eval-steps", type=click.IntRange(min=0), help="Batches; 0 means all.")
+@click.option(
+    "--execution",
+    type=click.Choice(EXECUTIONS),
+    default=EXECUTIONS[0],
+    show_default=True,
+    help="The whole model in memory, or one block at a time.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
 def evaluate(
     output: Output,
     model: Path | None,
     params_file: Path | None,
     eval_steps: int | None,
+    execution: str,
     settings: tuple[str, ...],
 ) -> dict[str, Any]:
     """Print loss, accuracy, perplexity and bits per byte on the records of eval_input."""
@@ -40,29 +54,55 @@ def evaluate(
         parsed["runconfig.eval_steps"] = eval_steps
     with open_checkpoint(model) as checkpoint:
         params = params_for(model, params_file, parsed, checkpoint.config)
-    return {"metrics": evaluate_model(output, model, params)}
+    streamed = execution == EXECUTIONS[1]
+    return {"metrics": evaluate_model(output, model, params, streamed=streamed)}
 
 
 evaluate.name = "eval"
 
 
-def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, float]:
+def evaluate_model(
+    output: Output, model: Path, params: Params, *, streamed: bool = False
+) -> dict[str, float]:
     """Load a model, evaluate it, print the metrics line and return the metrics."""
-    from runner.evaluate import Evaluator
+    from gptj_convert.checkpoint import open_checkpoint
+    from runner.evaluate import evaluate as run
     from runner.params_file import reconcile
-    from runner.restore import load_model
     from runner.train import evaluation_batches
 
-    loaded = load_model(model, adapt=lambda config: reconcile(params, config, model))
-    with progress(output, "evaluating", in_bytes=False) as report:
-        metrics = Evaluator(loaded)(
-            evaluation_batches(params, loaded.config.vocab_size),
+    with (
+        open_checkpoint(model) as checkpoint,
+        progress(output, "evaluating", in_bytes=False) as report,
+    ):
+        config = reconcile(params, checkpoint.config, model)
+        evaluator = _streamed(checkpoint) if streamed else _resident(model, config)
+        metrics = run(
+            evaluator,
+            evaluation_batches(params, config.vocab_size),
             tokens_per_byte=params.tokens_per_byte,
             limit=params.eval_limit,
             report=lambda n: report(n, params.eval_limit or n, "batches"),
         )
     output.data(metrics_line(metrics))
     return metrics
+
+
+def _resident(model: Path, config: GPTJConfig) -> Evaluator:
+    from runner.evaluate import ResidentEvaluator
+    from runner.restore import load_model
+
+    return ResidentEvaluator(load_model(model, adapt=lambda _: config))
+
+
+def _streamed(checkpoint: Checkpoint) -> Evaluator:
+    from gptj_convert.plan import match
+    from gptj_model.streaming import StreamedModel
+    from runner.evaluate import StreamedEvaluator
+
+    match(checkpoint)
+    return StreamedEvaluator(
+        lambda: StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)
+    )
 
 
 def metrics_line(metrics: dict[str, float]) -> str:

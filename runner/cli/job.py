@@ -219,7 +219,7 @@ def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> di
     from gptj_model.model import GPTJ
     from gptj_model.tensors import table
     from gptj_model.weights import variables
-    from runner.evaluate import Evaluator
+    from runner.evaluate import ResidentEvaluator
     from runner.optimizer import Optimizer
     from runner.step import TrainStep, empty_batch
 
@@ -234,7 +234,7 @@ def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> di
         optimizer = Optimizer(params.optimizer, {t: found[t.hf] for t in table(config)})
         program = TrainStep(model, optimizer, params.optimizer.grad_accum_steps).compiled(batch)
     else:
-        program = Evaluator(model).compiled(batch)
+        program = ResidentEvaluator(model).compiled(batch)
     seconds = time.monotonic() - begun
     instructions = program.count(" = ")
     output.data(f"compiled in {seconds:.1f} s to {instructions:,} instructions")

@@ -27,7 +27,7 @@ OPTIONS = {
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},
-    "eval": {"--model", "--params", "--eval-steps", "--set"},
+    "eval": {"--model", "--params", "--eval-steps", "--execution", "--set"},
     "generate": {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",

@@ -1,0 +1,34 @@
+"""`gptj eval`: the whole model in memory, and one block at a time, are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner import evaluate
+
+
+@pytest.mark.parametrize("golden_run", ["adamw", "shared_embedding"], indirect=True)
+@pytest.mark.parametrize("passes", ["one pass", "a pass for each batch"])
+def test_streamed_metrics_are_the_resident_ones(
+    golden_run: Path, passes: str, gptj, monkeypatch: pytest.MonkeyPatch
+):
+    if passes != "one pass":
+        monkeypatch.setattr(evaluate.StreamedEvaluator.__init__, "__kwdefaults__", {"memory": 1})
+    model = ("--model", "tf_model.ckpt", "--params", "params.yaml", "--json")
+    resident, streamed = (
+        gptj("eval", *model, "--execution", way) for way in ("resident", "streaming")
+    )
+    assert resident.code == streamed.code == 0, streamed.stderr
+    assert streamed.json["metrics"] == pytest.approx(resident.json["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+def test_a_number_of_batches(golden_run: Path, gptj):
+    model = ("--model", "tf_model.ckpt", "--params", "params.yaml", "--json", "--eval-steps", 1)
+    resident, streamed = (
+        gptj("eval", *model, "--execution", way).json["metrics"]
+        for way in ("resident", "streaming")
+    )
+    assert streamed == pytest.approx(resident, rel=1e-6)
