@@ -53,10 +53,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
         OSError: the disk is full or not writable.
     """
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    with partial.open("wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with partial.open("wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        e.filename = str(path)  # which the calls themselves do not know
+        raise
     partial.rename(path)
     sync(path.parent)
 
