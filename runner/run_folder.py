@@ -14,6 +14,7 @@ from gptj_model.errors import ConfigError, TrainingFault
 from runner.params import Params
 
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
 PARTIAL = ".partial-"
 
 #: Parameters that a continued run may change: how far and how often, not what is computed.
