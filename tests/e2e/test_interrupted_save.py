@@ -53,14 +53,15 @@ def _traced(program: list[str], inject: str = "") -> subprocess.CompletedProcess
 
 def _calls() -> list[tuple[str, int]]:
     """Kind and number within the kind of each call on the run's folder."""
-    seen: dict[str, int] = {}
+    seen: dict[tuple[str, str], int] = {}
     found = []
     for line in Path("trace").read_text().splitlines():
-        if call := re.match(r"\d+ +(\w+)\(", line):
-            seen[call[1]] = seen.get(call[1], 0) + 1
+        if call := re.match(r"(\d+) +(\w+)\(", line):
+            # strace counts for each thread.
+            seen[call[1], call[2]] = seen.get((call[1], call[2]), 0) + 1
             if "model_dir" in line:
-                found.append((call[1], seen[call[1]]))
-    return found
+                found.append((call[2], seen[call[1], call[2]]))
+    return list(dict.fromkeys(found))
 
 
 def _save(step: int, keep: int, inject: str = "") -> subprocess.CompletedProcess[str]:
@@ -139,6 +140,8 @@ def _state() -> tuple[list[dict], dict[str, bytes]]:
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 def test_a_run_killed_at_every_call_ends_as_if_it_had_not_been(golden_run: Path):
     program = ["-m", "runner.cli.root", *TRAIN]
+    assert _traced(program).returncode == 0  # what it compiles is there from now on
+    shutil.rmtree("model_dir")
     assert _traced(program).returncode == 0
     whole, names = _state(), set(_content())
     for kind, n in _calls():
