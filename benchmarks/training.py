@@ -128,7 +128,8 @@ class Side:
 
     def step(self) -> dict[str, float]:
         """Loss, seconds and peak resident GB of the next step."""
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -150,8 +151,12 @@ def serve(name: str, *arguments: Any) -> None:
     for _ in sys.stdin:
         begun, busy = time.perf_counter(), time.process_time()
         loss = next(steps)
-        figures = {"loss": loss, "seconds": time.perf_counter() - begun,
-                   "cpu": time.process_time() - busy, "memory": machine.peak_rss() / 1e9}  # fmt: skip
+        figures = {
+            "loss": loss,
+            "seconds": time.perf_counter() - begun,
+            "cpu": time.process_time() - busy,
+            "memory": (machine.peak_rss() or 0) / 1e9,
+        }
         print(json.dumps(figures), flush=True)
 
 
