@@ -23,14 +23,12 @@ from gptj_model.tensors import GLOBAL_STEP
 from runner.run_folder import PARTIAL, write_whole
 
 _INDEX_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.index")
+_FILE_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.(?:index|data-\d+-of-\d+)")
 
 
 def steps(model_dir: Path) -> list[int]:
     """Steps of the checkpoints in a folder, rising."""
-    if not model_dir.is_dir():
-        return []
-    matches = (_INDEX_NAME.fullmatch(p.name) for p in model_dir.iterdir())
-    return sorted(int(m.group(1)) for m in matches if m)
+    return _numbers(model_dir, _INDEX_NAME)
 
 
 def prefix(model_dir: Path, step: int) -> Path:
@@ -58,6 +56,7 @@ def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -
         infos = {name: _info(value) for name, value in stored.items()}
         write_tensors(partial, infos, lambda name: np.asarray(stored[name]))
         data_path(partial).rename(data_path(final))
+        sync(model_dir)  # a power cut must not leave the index alone
         index_path(partial).rename(index_path(final))
     except BaseException:
         _remove(partial)
@@ -66,8 +65,10 @@ def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -
     known = steps(model_dir)
     kept = known[-keep:] if keep else known
     _write_state(model_dir, kept)
-    for old in known[: len(known) - len(kept)]:
-        _remove(prefix(model_dir, old))
+    # Of what was being written or removed when a run was killed, data are left without an index.
+    for old in _numbers(model_dir, _FILE_NAME) if keep else ():
+        if old < kept[0]:
+            _remove(prefix(model_dir, old))
     return final
 
 
@@ -129,6 +130,14 @@ def _info(value: Any) -> TensorInfo:
     """Of an array, a Keras or a TensorFlow variable."""
     name = value.dtype if isinstance(value.dtype, str) else value.dtype.name
     return TensorInfo(name, tuple(value.shape))
+
+
+def _numbers(model_dir: Path, name: re.Pattern[str]) -> list[int]:
+    """Steps in the names of files, rising."""
+    if not model_dir.is_dir():
+        return []
+    matches = (name.fullmatch(p.name) for p in model_dir.iterdir())
+    return sorted({int(m.group(1)) for m in matches if m})
 
 
 def _remove(bundle: Path) -> None:

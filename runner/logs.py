@@ -14,8 +14,7 @@ import tensorflow as tf
 
 from runner.events import Evaluated, StepDone
 from runner.params import Params
-
-METRICS_FILE = "metrics.jsonl"
+from runner.run_folder import METRICS_FILE
 
 
 class Logs:

@@ -22,8 +22,8 @@ from runner.params import OptimizerParams
 RMSPROP_EPSILON = 1e-10
 
 F32 = np.float32
-#: Weight, gradient, slots, rate, bias correction, decay → the new values of weight and slots.
-_Rule = Callable[[Any, Any, Sequence[Any], Any, Any, float], Sequence[Any]]
+#: Gradient, slots (sgd: the weight), rate → their new values.
+_Rule = Callable[[Any, Sequence[Any], Any], Sequence[Any]]
 
 
 class Optimizer:
@@ -85,14 +85,19 @@ class Optimizer:
         return tf.constant(rate, tf.float32), tf.constant(correction, tf.float32)
 
     def apply(self, gradients: Sequence[Any], rate: Any, correction: Any) -> Any:
-        """Update everything, or nothing if a gradient is not finite.
+        """`take` and `move`, one after the other; returns the norm."""
+        norm = self.take(gradients, rate)
+        self.move(norm, rate, correction)
+        return norm
 
-        Call it in compiled code.
+    def take(self, gradients: Sequence[Any], rate: Any) -> Any:
+        """Update the slots by gradients, or nothing if one of them is not finite.
+
+        What has no slots, sgd, moves its weights here. Call it in compiled code.
 
         Args:
             gradients: float32, in the order of the weights.
             rate: see `arguments`.
-            correction: see `arguments`.
 
         Returns:
             The global norm before clipping, a float32 scalar.
@@ -107,13 +112,31 @@ class Optimizer:
             limit = self._params.max_gradient_value
             gradients = [tf.clip_by_value(g, -limit, limit) for g in gradients]
         for (tensor, weight), gradient in zip(self._weights.items(), gradients, strict=True):
-            decay = 0.0 if self._excluded(tensor) else self._params.weight_decay_rate
-            variables = (weight, *self._slots_of[tensor])
-            old_w, *old_slots = (tf.convert_to_tensor(v) for v in variables)
-            new = self._rule(old_w, gradient, old_slots, rate, correction, decay)
-            for variable, old, value in zip(variables, (old_w, *old_slots), new, strict=True):
-                variable.assign(tf.where(finite, value, old))
+            variables = self._slots_of[tensor] or [weight]
+            old = [tf.convert_to_tensor(v) for v in variables]
+            new = self._rule(gradient, old, rate)
+            for variable, before, value in zip(variables, old, new, strict=True):
+                variable.assign(tf.where(finite, value, before))
         return norm
+
+    def move(self, norm: Any, rate: Any, correction: Any) -> None:
+        """Update the weights by the slots that `take` has changed, unless the norm is not finite.
+
+        In a program of its own it needs no copy of what `take` has overwritten: XLA makes one of
+        every slot that is read after it was written. Call it in compiled code.
+
+        Args:
+            norm: what `take` returned.
+            rate: see `arguments`.
+            correction: see `arguments`.
+        """
+        finite = tf.math.is_finite(norm)
+        for tensor, weight in self._weights.items():
+            if not (slots := self._slots_of[tensor]):
+                continue
+            decay = 0.0 if self._excluded(tensor) else self._params.weight_decay_rate
+            w, *new = (tf.convert_to_tensor(v) for v in (weight, *slots))
+            weight.assign(tf.where(finite, w - self._change(w, new, rate, correction, decay), w))
 
     def _excluded(self, tensor: Tensor) -> bool:
         return any(re.search(p, tensor.tf) for p in self._params.exclude_from_weight_decay)
@@ -128,30 +151,37 @@ class Optimizer:
             return {}
         return {n: self._beta(n) ** F32(step + 1) for n in (BETA1_POWER, BETA2_POWER)}
 
-    def _sgd(self, w, g, slots, rate, correction, decay):
-        return (w - rate * g,)
+    def _sgd(self, g, old, rate):
+        return (old[0] - rate * g,)
 
-    def _momentum(self, w, g, slots, rate, correction, decay):
-        a = self._params.momentum * slots[0] + g
-        return w - rate * a, a
+    def _momentum(self, g, old, rate):
+        return (self._params.momentum * old[0] + g,)
 
-    def _rmsprop(self, w, g, slots, rate, correction, decay):
-        mean_square, momentum = slots
+    def _rmsprop(self, g, old, rate):
+        mean_square, momentum = old
         ms = mean_square + (tf.square(g) - mean_square) * (F32(1) - F32(self._params.rmsprop_decay))
-        mom = self._params.rmsprop_momentum * momentum + rate * g / tf.sqrt(ms + RMSPROP_EPSILON)
-        return w - mom, ms, mom
+        return ms, self._params.rmsprop_momentum * momentum + rate * g / tf.sqrt(
+            ms + RMSPROP_EPSILON
+        )
 
-    def _adam(self, w, g, slots, rate, correction, decay):
-        m, v = slots
+    def _adam(self, g, old, rate):
+        m, v = old
         m = m + (g - m) * (F32(1) - F32(self._params.beta1))
-        v = v + (tf.square(g) - v) * (F32(1) - F32(self._params.beta2))
-        return w - rate * correction * m / (tf.sqrt(v) + self._params.epsilon), m, v
+        return m, v + (tf.square(g) - v) * (F32(1) - F32(self._params.beta2))
 
-    def _adamw(self, w, g, slots, rate, correction, decay):
+    def _adamw(self, g, old, rate):
         b1, b2 = self._params.beta1, self._params.beta2
-        m = b1 * slots[0] + (1 - b1) * g
-        v = b2 * slots[1] + (1 - b2) * tf.square(g)
-        update = m / (tf.sqrt(v) + self._params.epsilon) * correction
-        if decay:
-            update += decay * w
-        return w - rate * update, m, v
+        return b1 * old[0] + (1 - b1) * g, b2 * old[1] + (1 - b2) * tf.square(g)
+
+    def _change(self, w, slots, rate, correction, decay: float):
+        """What is taken from a weight, by its new slots."""
+        epsilon = self._params.epsilon
+        match self._params.optimizer_type:
+            case "momentum":
+                return rate * slots[0]
+            case "rmsprop":
+                return slots[1]
+            case "adam":
+                return rate * correction * slots[0] / (tf.sqrt(slots[1]) + epsilon)
+        update = slots[0] / (tf.sqrt(slots[1]) + epsilon) * correction
+        return rate * (update + decay * w if decay else update)

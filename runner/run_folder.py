@@ -14,6 +14,7 @@ from gptj_model.errors import ConfigError, TrainingFault
 from runner.params import Params
 
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
 PARTIAL = ".partial-"
 
 #: Parameters that a continued run may change: how far and how often, not what is computed.
@@ -53,10 +54,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
         OSError: the disk is full or not writable.
     """
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    with partial.open("wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with partial.open("wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        e.filename = str(path)  # which the calls themselves do not know
+        raise
     partial.rename(path)
     sync(path.parent)
 

@@ -1,4 +1,4 @@
-"""One step of training, compiled: loss, gradients and update in one program.
+"""One step of training, compiled: one program for loss, gradients and slots, one for weights.
 
 Shape suffixes: B batch, T time.
 """
@@ -46,7 +46,8 @@ class TrainStep:
         # time goes that multiplications leave.
         self._whole = tf.function(self._run_whole, jit_compile=True, autograph=False)
         self._add = tf.function(self._run_add, jit_compile=True, autograph=False)
-        self._finish = tf.function(self._run_finish, jit_compile=True, autograph=False)
+        self._take = tf.function(self._run_take, jit_compile=True, autograph=False)
+        self._move = tf.function(optimizer.move, jit_compile=True, autograph=False)
 
     def __call__(self, group: Sequence[Batch], scale: float, rate: float) -> StepResult:
         """Update the weights once; the optimizer counts it only if the norm is finite.
@@ -57,27 +58,28 @@ class TrainStep:
             rate: of learning.
         """
         factor = tf.constant(scale, tf.float32)
-        arguments = self._optimizer.arguments(rate)
+        learning_rate, correction = self._optimizer.arguments(rate)
         if self._accumulate == 1:
-            loss, norm = self._whole(*group[0], factor, *arguments)
+            loss, norm = self._whole(*group[0], factor, learning_rate)
             loss = float(loss)
         else:
             first = [tf.constant(n == 0) for n in range(len(group))]
             losses = [self._add(*b, factor, f) for b, f in zip(group, first, strict=True)]
             loss = sum(map(float, losses)) / len(group)
-            norm = self._finish(*arguments)
+            norm = self._take(learning_rate)
+        self._move(norm, learning_rate, correction)
         return StepResult(loss, float(norm))
 
     def compiled(self, batch: Batch) -> str:
         """The compiled program of one batch, as text; nothing is run."""
         one = tf.constant(1.0)
         if self._accumulate == 1:
-            return program_text(self._whole, *batch, one, one, one)
+            return program_text(self._whole, *batch, one, one)
         return program_text(self._add, *batch, one, tf.constant(True))
 
-    def _run_whole(self, ids_BT, ignored_BT, labels_BT, scale, rate, correction):
+    def _run_whole(self, ids_BT, ignored_BT, labels_BT, scale, rate):
         loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
-        return loss, self._optimizer.apply(gradients, rate, correction)
+        return loss, self._optimizer.take(gradients, rate)
 
     def _run_add(self, ids_BT, ignored_BT, labels_BT, scale, is_first):
         loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
@@ -85,8 +87,8 @@ class TrainStep:
             total.assign(tf.where(is_first, gradient, total + gradient))
         return loss
 
-    def _run_finish(self, rate, correction):
-        return self._optimizer.apply([s.value() for s in self._sums], rate, correction)
+    def _run_take(self, rate):
+        return self._optimizer.take([s.value() for s in self._sums], rate)
 
     def _gradients(self, ids_BT, ignored_BT, labels_BT, scale):
         """Loss, and its share in the update's gradients in float32, unscaled."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,16 @@ import pytest
 from runner.cli import tensorflow
 from tests.small_model import SMALL
 
+#: Where XLA keeps what it has compiled, for all processes of this session: most of a test of
+#: training would be compiling the same step again.
+_COMPILED = "GPTJ_TESTS_COMPILED"
+if _COMPILED not in os.environ:
+    os.environ[_COMPILED] = tempfile.mkdtemp(prefix="gptj-compiled-")
+    atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
+    os.environ["TF_XLA_FLAGS"] = (
+        f"{os.environ.get('TF_XLA_FLAGS', '')} --tf_xla_persistent_cache_device_types=CPU "
+        f"--tf_xla_persistent_cache_directory={os.environ[_COMPILED]}"
+    )
 tensorflow.prepare()
 # Tests have no terminal, whatever a runner of several processes says of its width.
 os.environ.pop("COLUMNS", None)

@@ -22,6 +22,7 @@ from runner.cli.golden import golden
 from runner.cli.inspect import inspect
 from runner.cli.new import new
 from runner.cli.output import Output, abandon_stdout
+from runner.cli.runs import runs
 from runner.cli.train import train
 from runner.cli.verify import verify
 
@@ -43,6 +44,7 @@ _COMMANDS = (
     train,
     evaluate,
     generate,
+    runs,
     doctor,
 )
 for _command in _COMMANDS:

@@ -35,6 +35,7 @@ OPTIONS = {
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
+    "runs": {"--html"},
     "train": {
         "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
         "--steps", "--eval-steps", "--set", "--strict", "--validate-only", "--compile-only",

@@ -1,0 +1,55 @@
+"""`gptj runs`: runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from runner.cli.command import PATH, command
+from runner.cli.output import Output
+
+
+@command
+@click.argument("model_dirs", type=PATH, nargs=-1, required=True, metavar="MODEL_DIR...")
+@click.option("--html", type=PATH, help="Write a page with the curves.")
+def runs(output: Output, model_dirs: tuple[Path, ...], html: Path | None) -> dict[str, Any]:
+    """Compare runs: how far they are, their losses and rates, and the parameters that differ.
+
+    Reads metrics.jsonl and params.yaml of each; the runs may be going on.
+    """
+    from runner.run_history import differences, read_run
+    from runner.runs_page import figure, write_page
+
+    found = [read_run(folder) for folder in model_dirs]
+    differing = differences(found)
+    fields = [
+        {
+            "model_dir": run.name,
+            "step": run.step,
+            "loss": run.loss,
+            "eval_loss": run.eval_loss,
+            "tokens_per_second": run.tokens_per_second,
+        }
+        for run in found
+    ]
+    header = ["run", "step", "loss", "eval loss", "tokens/s"]
+    rows = [[str(f["model_dir"]), *map(figure, list(f.values())[1:])] for f in fields]
+    for line in _aligned([header, *rows]):
+        output.data(line)
+    for key, values in differing.items():
+        output.data(f"{key}: " + ", ".join("–" if v is None else str(v) for v in values))
+    if html:
+        write_page(html, found, differing)
+        output.note(f"wrote {html}")
+    return {"runs": fields, "differences": differing} | ({"html": str(html)} if html else {})
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
