@@ -109,7 +109,7 @@ def batches(
         numbers.flat_map(_epoch(params, paths, shuffle=shuffle))
         .skip(within)
         .map(lambda serialized: serialized[worker::workers])
-        .map(_parser(length, vocab_size), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(_parser(length, vocab_size))
         .prefetch(tf.data.AUTOTUNE)
     )
     return Batches(dataset, params, vocab_size, skip)
@@ -123,7 +123,7 @@ def _place(params: InputParams, paths: list[Path], position: int) -> tuple[int, 
     if records < size:
         where = ", ".join(params.data_dir)
         raise DataFault(
-            f"{where}: holds {records} records, fewer than one batch of {size}",
+            f"{where}: holds fewer records than one batch of {size}, found {records}",
             hint="choose a smaller batch_size",
         )
     return divmod(position, records // size) if position else (0, 0)
@@ -137,14 +137,14 @@ def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
         records = tf.data.Dataset.from_tensor_slices((names, kinds)).interleave(
-            lambda path, kind: tf.data.TFRecordDataset(path, kind, buffer_size=_BUFFER),
+            lambda *file: tf.data.TFRecordDataset(*file, buffer_size=_BUFFER),
             cycle_length=params.n_parallel_reads,
         )
         if shuffle:
             # Of this function's graph alone: what others do with the global seed must not matter.
             tf.compat.v1.set_random_seed(_GLOBAL_SEED)
             buffer = params.shuffle_buffer or 10 * params.batch_size
-            own = seed + number * _SEED_STEP
+            own: Any = seed + number * _SEED_STEP
             records = records.shuffle(buffer, seed=own, reshuffle_each_iteration=False)
         return records.batch(params.batch_size, drop_remainder=True)
 

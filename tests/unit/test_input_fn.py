@@ -133,7 +133,7 @@ def test_workers_together_get_what_one_gets_alone(reading):
 
 
 def test_fewer_records_than_a_batch(reading):
-    with pytest.raises(DataFault, match="holds 22 records, fewer than one batch of 23"):
+    with pytest.raises(DataFault, match="holds fewer records than one batch of 23, found 22"):
         reading(batch_size=23)
 
 
