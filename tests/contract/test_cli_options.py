@@ -20,6 +20,7 @@ OPTIONS = {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
         "--config", "--dry-run", "--saturate", "--resume", "--force",
     },
+    "data inspect": {"--tokenizer", "--samples", "--html"},
     "data pile": BUILDING | PACKING | {"--text-key"},
     "data summarization": BUILDING | {
         "--article-column", "--summary-column", "--truncate-article", "--test-set",
