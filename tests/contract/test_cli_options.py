@@ -28,7 +28,10 @@ OPTIONS = {
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},
-    "eval": {"--model", "--params", "--eval-steps", "--set"},
+    "eval": {
+        "--model", "--params", "--eval-steps", "--set", "--task", "--data", "--beams",
+        "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article", "--summaries",
+    },
     "generate": {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",

@@ -10,6 +10,7 @@ import tensorflow as tf
 import torch
 import transformers
 
+from gptj_model.beam_search import Beam, BeamSearch
 from gptj_model.generation import Sampling, generate
 from gptj_model.loss import token_loss
 from gptj_model.tensors import Scheme, table
@@ -131,6 +132,21 @@ def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Pa
         )
     found = list(generate(load_model(small_hf), prompt, 40, Sampling()))
     assert prompt + found == expected[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("width", "end", "least"), [(1, 7, 0), (4, 7, 0), (4, 99, 12), (3, 210, 4)]
+)
+def test_beam_search_is_transformers_own(width: int, end: int, least: int, small_hf: Path):
+    prompt = [5, 17, 3, 99]
+    with torch.no_grad():
+        expected = _hf(small_hf).generate(
+            torch.tensor([prompt]), num_beams=width, do_sample=False, max_new_tokens=24,
+            min_new_tokens=least, early_stopping=width > 1, eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+    beam = Beam(width=width, max_new_tokens=24, min_new_tokens=least, end=end)
+    found = BeamSearch(load_model(small_hf), beam)(prompt)
+    assert found == [i for i in expected[0, len(prompt) :].tolist() if i != end]
 
 
 def test_cached_decoding_equals_the_full_pass(small_hf: Path):
