@@ -16,7 +16,7 @@ EVAL = ("eval", "--task", "summarization", "--model", "hf", "--max-new-tokens", 
 @pytest.fixture
 def model(workdir: Path) -> None:
     """A random model at ./hf with room for the separator, and ./test.jsonl."""
-    make_checkpoint(workdir / "hf", vocab_size=50400, n_embd=16, n_layer=1, n_positions=64)
+    make_checkpoint(workdir / "hf", vocab_size=50400, n_layer=1, n_positions=64)
     lines = [json.dumps({"article": a, "highlights": s}) for a, s in PAIRS]
     Path("test.jsonl").write_text("\n".join(lines))
 
