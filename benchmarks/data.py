@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,10 +38,10 @@ from pathlib import Path
 tokenizer = load_tokenizer(Path(sys.argv[2]))
 texts = [json.loads(line)["text"] for line in zstd.open(sys.argv[1])]
 together = int(sys.argv[3]) or len(texts)
-begun = time.monotonic()
+begun, busy = time.monotonic(), time.process_time()
 for at in range(0, len(texts), together):
     tokenizer.encode_batch_fast(texts[at : at + together], add_special_tokens=False)
-print(time.monotonic() - begun)
+print(time.monotonic() - begun, time.process_time() - busy)
 """
 
 PLAIN = """
@@ -87,28 +88,35 @@ def proportional_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def ours(source: Path, out: Path, tokenizer: Path, *options: str) -> tuple[float, float]:
-    """Seconds of the whole command, and the most GB that its processes had together."""
+def ours(source: Path, out: Path, tokenizer: Path, *options: str) -> tuple[float, float, float]:
+    """Seconds of the whole command, those of its processors, and the most GB in all processes."""
     shutil.rmtree(out, ignore_errors=True)
     command = [*GPTJ, "data", "pile", source, "--tokenizer", tokenizer, "--out", out, "--quiet"]
-    begun, peak = time.monotonic(), 0
+    begun, busy, peak = time.monotonic(), children_seconds(), 0
     process = subprocess.Popen([*map(str, command), *options], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, sum(map(proportional_bytes, tree(process.pid))))
         time.sleep(0.2)
     if process.returncode:
         sys.exit(f"{command} ended with {process.returncode}")
-    return time.monotonic() - begun, peak / 1e9
+    return time.monotonic() - begun, children_seconds() - busy, peak / 1e9
 
 
-def bare(source: Path, tokenizer: Path, together: int) -> float:
-    """Seconds of the library alone, in a process of its own."""
+def children_seconds() -> float:
+    """What processors have spent on processes that were started here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def bare(source: Path, tokenizer: Path, together: int) -> tuple[float, float]:
+    """Seconds of the library alone, and those of its processors, in a process of its own."""
     command = [sys.executable, "-c", BARE, source, tokenizer, together]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, check=True, env=environment
     )
-    return float(done.stdout)
+    seconds, busy = map(float, done.stdout.split())
+    return seconds, busy
 
 
 def plain(folder: Path, texts: list[str]) -> float:
@@ -146,38 +154,45 @@ def main() -> None:
     texts = list(documents(options.megabytes * 10**6))
     size = sum(len(text.encode()) for text in texts) / 1e6
     source = write(folder / "a.jsonl.zst", texts)
-    times: dict[str, list[float]] = {}
+    best: dict[str, tuple[float, float]] = {}
     memory = 0.0
 
-    def note(name: str, seconds: float) -> None:
-        times.setdefault(name, []).append(seconds)
+    def note(name: str, seconds: float, busy: float) -> None:
+        before = best.get(name, (seconds, busy))
+        best[name] = (min(seconds, before[0]), min(busy, before[1]))
 
     for _ in range(options.rounds):
-        note("tokenizers.encode_batch_fast, one call", bare(source, folder, 0))
-        note("tokenizers.encode_batch_fast, 256 documents a call", bare(source, folder, 256))
-        seconds, peak = ours(source, folder / "out", folder)
-        note("gptj data pile", seconds)
+        note("tokenizers.encode_batch_fast, one call", *bare(source, folder, 0))
+        note("tokenizers.encode_batch_fast, 256 documents a call", *bare(source, folder, 256))
+        seconds, busy, peak = ours(source, folder / "out", folder)
+        note("gptj data pile", seconds, busy)
         memory = max(memory, peak)
-        note(
-            "gptj data pile --processes 1", ours(source, folder / "out", folder, "--processes=1")[0]
-        )
+        seconds, busy, _ = ours(source, folder / "out", folder, "--processes=1")
+        note("gptj data pile --processes 1", seconds, busy)
     few = texts[:: max(1, options.megabytes // 2)]
     few_size = sum(len(text.encode()) for text in few) / 1e6
     print(f"{len(texts)} documents, {size:.1f} MB; {len(os.sched_getaffinity(0))} cores.\n")
-    print("| | MB/s | ratio to the first | memory |\n| --- | --- | --- | --- |")
-    first = min(next(iter(times.values())))
-    for name, seconds in times.items():
+    print("| | MB/s | ratio to the first | MB a second of a processor | ratio | memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    first, first_busy = next(iter(best.values()))
+    for name, (seconds, busy) in best.items():
         most = f"{memory:.2f} GB" if name == "gptj data pile" else ""
-        print(f"| {name} | {size / min(seconds):.2f} | {first / min(seconds):.2f} | {most} |")
+        print(
+            f"| {name} | {size / seconds:.2f} | {first / seconds:.2f} | {size / busy:.2f} | "
+            f"{first_busy / busy:.2f} | {most} |"
+        )
     speed = few_size / plain(folder, few)
-    print(f"| plain Python, one process a file | {speed:.2f} | {speed * first / size:.2f} | |")
+    print(f"| plain Python, one process a file | {speed:.2f} | {speed * first / size:.2f} | | | |")
     if options.document:
         text = "\n".join(documents(min(options.document, 100) * 10**6))
         long = (text * (options.document * 10**6 // len(text) + 1))[: options.document * 10**6]
         source = write(folder / "long.jsonl.zst", [long])
-        seconds, peak = ours(source, folder / "out", folder)
-        speed = len(long.encode()) / 1e6 / seconds
-        print(f"| one document of {options.document} MB | {speed:.2f} | | {peak:.2f} GB |")
+        seconds, busy, peak = ours(source, folder / "out", folder)
+        speed, each = (len(long.encode()) / 1e6 / s for s in (seconds, busy))
+        print(
+            f"| one document of {options.document} MB | {speed:.2f} | | {each:.2f} | | "
+            f"{peak:.2f} GB |"
+        )
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.command import PATH, command
+from runner.cli.data_inspect import inspect
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
@@ -324,5 +325,5 @@ def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
     return total
 
 
-for _command in (pile, summarization, text):
+for _command in (pile, summarization, text, inspect):
     data.add_command(_command)

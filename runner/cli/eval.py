@@ -34,6 +34,35 @@ EXECUTIONS = ("resident", "streaming")
     help="The whole model in memory, or one block at a time.",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+@click.option(
+    "--task",
+    type=click.Choice(["records", "summarization"]),
+    default="records",
+    show_default=True,
+    help="summarization generates summaries of --data and scores them by ROUGE.",
+)
+@click.option(
+    "--data",
+    "sources",
+    type=PATH,
+    multiple=True,
+    help="Test set with articles and summaries, as for `gptj data summarization`; may be repeated.",
+)
+@click.option(
+    "--beams",
+    type=click.IntRange(min=1, max=64),
+    multiple=True,
+    default=[1, 4],
+    show_default=True,
+    help="Candidates that are followed; may be repeated.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--min-new-tokens", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--limit", type=click.IntRange(min=0), default=0, help="Summaries; 0 means all.")
+@click.option("--truncate-article", is_flag=True, help="Shorten articles that are too long.")
+@click.option(
+    "--summaries", type=PATH, metavar="FILE", help="Write the summaries there, a line each."
+)
 def evaluate(
     output: Output,
     model: Path | None,
@@ -41,14 +70,24 @@ def evaluate(
     eval_steps: int | None,
     execution: str,
     settings: tuple[str, ...],
+    task: str,
+    **generation: Any,
 ) -> dict[str, Any]:
-    """Print loss, accuracy, perplexity and bits per byte on the records of eval_input."""
+    """Print loss, accuracy, perplexity and bits per byte on the records of eval_input.
+
+    With --task summarization, the mean ROUGE-1, -2 and -L of generated summaries; options from
+    --data on are of that task.
+    """
     from runner.cli import tensorflow
 
     tensorflow.prepare()
     from gptj_convert.checkpoint import open_checkpoint
 
     model = model or default_model()
+    if task == "summarization":
+        from runner.cli.eval_summaries import evaluate_summaries
+
+        return evaluate_summaries(output, model, **generation)
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps

@@ -6,9 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import GptjError
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class Output:
@@ -25,6 +28,14 @@ class Output:
         """A line of what was asked for."""
         if not self.json:
             print(printable(text), flush=True)
+
+    def coloured(self, text: Text) -> None:
+        """The same with colours, on a terminal that has them."""
+        if not self.json:
+            from rich.console import Console
+
+            sys.stdout.flush()
+            Console(soft_wrap=True, highlight=False).print(text)
 
     def note(self, text: str) -> None:
         """A line about how it goes."""

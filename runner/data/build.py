@@ -32,13 +32,12 @@ from gptj_convert.staging import (
 )
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
+from runner.data.data_params import PARAMS_FILE, read_params
 from runner.data.encoding import Encoded, Encoder, Encoding, chunks
 from runner.data.hdf5 import Hdf5Writer
 from runner.data.records import RecordWriter
 from runner.data.sources import Part, Problem, Reading, read
 
-#: Arguments and counts of the run that wrote the records.
-PARAMS_FILE = "data_params.json"
 TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
 #: Of the places of bad documents, how many are kept.
@@ -495,17 +494,6 @@ def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _Work)
     (folder / PARAMS_FILE).write_text(text, encoding="utf-8")
     sync(folder / PARAMS_FILE)
     sync(folder)
-
-
-def read_params(folder: Path) -> dict[str, Any] | None:
-    """What data_params.json says; None when there is none of this program's."""
-    try:
-        values = json.loads((folder / PARAMS_FILE).read_text(encoding="utf-8"))
-        stated = {n: (f["bytes"], f["examples"], f["sha256"]) for n, f in values["files"].items()}
-        whole = values["arguments"].items() and values["counts"].items() and values["sources"]
-        return values if stated and whole is not None else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 @contextmanager

@@ -44,8 +44,7 @@ def serialize(block: np.ndarray) -> Iterator[bytes]:
     """
     for start in range(0, len(block), _TOGETHER):
         part = block[start : start + _TOGETHER]
-        lists = [_varints(part[:, n]) for n in range(len(FEATURES))]
-        for row in zip(*lists, strict=True):
+        for row in zip(*_lists(part), strict=True):
             entries = b"".join(
                 _field(
                     _MAP_ENTRY,
@@ -93,25 +92,41 @@ def parse_bytes(data: bytes) -> dict[str, bytes]:
     return found
 
 
-def _varints(values: np.ndarray) -> list[bytes]:
-    """Each row of a matrix as one string of variable-length numbers."""
-    largest = int(values.max(initial=0))
-    if largest < 0x80:
-        return [row.tobytes() for row in values.astype(np.uint8)]
-    rest = values.ravel().astype(np.uint32)
-    lengths = np.ones(rest.size, np.int32)
-    for bits in range(7, largest.bit_length(), 7):
-        lengths += rest >= 1 << bits
-    ends = np.cumsum(lengths)
-    at = ends - lengths
-    out = np.empty(int(ends[-1]), np.uint8)
-    while rest.size:
-        more = rest >= 0x80
-        out[at] = (rest & 0x7F) | (more.view(np.uint8) << 7)
-        at, rest = at[more] + 1, rest[more] >> 7
-    flat = out.tobytes()
-    cuts = [0, *ends.reshape(values.shape)[:, -1].tolist()]
-    return [flat[s:e] for s, e in pairwise(cuts)]
+def _lists(part: np.ndarray) -> list[list[bytes]]:
+    """The numbers of each feature as strings, one an example."""
+    ids, mask, labels = part[:, 0], part[:, 1], part[:, 2]
+    if not np.array_equal(ids[:, 1:], labels[:, :-1]):
+        return [_varints(values)[0] for values in (ids, mask, labels)]
+    # Packed text: ids and labels are one sequence, all of it but an end.
+    rows, first, last = _varints(np.concatenate((ids[:, :1], labels), axis=1))
+    both = list(zip(rows, first.tolist(), last.tolist(), strict=True))
+    return [
+        [row[: len(row) - end] for row, _, end in both],
+        _varints(mask)[0],
+        [row[begin:] for row, begin, _ in both],
+    ]
+
+
+def _varints(values: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Each row of a matrix as one string of variable-length numbers.
+
+    Returns:
+        The strings, and how many bytes the first and the last number of each have.
+    """
+    digits = max(1, -(-int(values.max(initial=0)).bit_length() // 7))
+    rest = values.astype(np.uint32)
+    out = np.empty((*values.shape, digits), np.uint8)
+    used = np.ones((*values.shape, digits), bool)
+    for n in range(digits):
+        np.bitwise_and(rest, 0x7F, out=out[..., n], casting="unsafe")
+        if n + 1 < digits:
+            rest >>= 7
+            np.not_equal(rest, 0, out=used[..., n + 1])
+            out[..., n] |= used[..., n + 1].view(np.uint8) << 7
+    flat = out[used].tobytes()
+    cuts = [0, *np.cumsum(used.sum(axis=(1, 2))).tolist()]
+    rows = [flat[start:end] for start, end in pairwise(cuts)]
+    return rows, used[:, 0].sum(axis=1), used[:, -1].sum(axis=1)
 
 
 def _numbers(data: memoryview) -> np.ndarray:

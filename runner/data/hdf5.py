@@ -14,10 +14,16 @@ import h5py
 import numpy as np
 
 from gptj_model.errors import DataFault
+from runner.data.example import FEATURES
+from runner.data.records import check_example
 
 PATTERN = "*.h5"
 DATASET = "data"
 COUNT = "n_examples"
+
+#: Tokens of the longest example that is read, and of those that are read together.
+_LONGEST = 2**20
+_TOGETHER = 2**20
 
 
 class Hdf5Writer:
@@ -70,9 +76,49 @@ def read_blocks(path: Path, *, most: int = 256) -> Iterator[np.ndarray]:
             data, stated = file[DATASET], np.asarray(file.attrs[COUNT])
             if not isinstance(data, h5py.Dataset) or data.ndim != 3 or data.shape[1] != 3:
                 raise DataFault(f"{path}: {DATASET!r} is not of shape (examples, 3, tokens)")
+            if data.dtype.kind not in "iu" or not 0 < data.shape[2] <= _LONGEST:
+                what = f"{data.dtype} of {data.shape[2]} tokens"
+                raise DataFault(
+                    f"{path}: {DATASET!r} holds {what}, expected int32 of 1 to {_LONGEST}"
+                )
             if stated.size != 1 or stated.item() != len(data):
                 raise DataFault(f"{path}: holds {len(data)} examples, {COUNT} says {stated}")
+            most = max(1, min(most, _TOGETHER // data.shape[2]))
             for start in range(0, len(data), most):
                 yield data[start : start + most]
+    except DataFault:
+        raise
     except (OSError, KeyError, RuntimeError, ValueError) as e:
         raise DataFault(f"{path}: is not a file of records: {e}") from None
+
+
+def read_checked(path: Path, *, length: int | None, vocab_size: int) -> Iterator[np.ndarray]:
+    """The examples of a file, in blocks, held against what the model takes.
+
+    Args:
+        path: a file of records.
+        length: max_sequence_length; the file's own, if it is not known.
+        vocab_size: ids must be below.
+
+    Raises:
+        DataFault: the first example that is not as it must be, with its number and its offset.
+    """
+    number = 0
+    for block in read_blocks(path):
+        rows, size = block[:, (0, 2)], length or block.shape[2]
+        good = size == block.shape[2] and rows.min() >= 0 and rows.max() < vocab_size
+        if not good or block[:, 1].min() < 0 or block[:, 1].max() > 1:
+            for n, example in enumerate(block, start=number):
+                place = f"{path}: record {n} at byte {_offset(path, n)}"
+                check_example(dict(zip(FEATURES, example, strict=True)), size, vocab_size, place)
+        number += len(block)
+        yield block
+
+
+def _offset(path: Path, number: int) -> int | str:
+    with h5py.File(path) as file:
+        data = file[DATASET]
+        assert isinstance(data, h5py.Dataset)
+        if data.chunks and data.chunks[0] == 1:
+            return data.id.get_chunk_info_by_coord((number, 0, 0)).byte_offset
+    return "?"

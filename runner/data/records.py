@@ -10,7 +10,8 @@ import gzip
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -19,6 +20,7 @@ from crc32c import crc32c
 
 from gptj_convert.formats.bundle import masked
 from gptj_model.errors import DataFault, UsageError
+from runner.data.data_params import PARAMS_FILE, StatedFile, stated_files
 from runner.data.example import FEATURES, INPUT_MASK, max_bytes, parse, serialize
 
 PATTERN = "*.tfrecord*"
@@ -28,6 +30,8 @@ _GZIP_LEVEL = 3
 
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
+#: Bytes of the largest record, where the number of its tokens is not known.
+_LARGEST = max_bytes(2**20)
 
 DATA_HINT = (
     "make records with `gptj data text SRC… --tokenizer DIR --max-sequence-length N --out data`"
@@ -35,10 +39,11 @@ DATA_HINT = (
 
 
 def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
-    """Every record file of the folders, sorted.
+    """Every record file of the folders, sorted, and held against their data_params.json.
 
     Raises:
         UsageError: a folder does not exist, or there is no record at all.
+        DataFault: a file is empty, or the files are not those that were written.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
@@ -51,7 +56,71 @@ def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
         raise UsageError(
             f"{', '.join(folders)}: holds no {pattern}, expected training records", hint=hint
         )
-    return sorted(found)
+    found.sort()
+    for folder in map(Path, folders):
+        check_files(folder, [p for p in found if p.parent == folder])
+    return found
+
+
+def check_files(folder: Path, paths: Sequence[Path]) -> None:
+    """Hold names and sizes of a folder's record files against what was noted of them.
+
+    Raises:
+        DataFault: a file is missing, too many, empty or of another size; with both counts.
+    """
+    anew = "bring it back, or make the records anew"
+    stated = stated_files(folder)
+    found = {p.name: p for p in paths}
+    for name in stated or ():
+        if name not in found:
+            assert stated
+            raise DataFault(
+                f"{folder / name}: missing; {PARAMS_FILE} states {_total(stated)}, found "
+                f"{len(found.keys() & stated.keys())}",
+                hint=anew,
+            )
+    for name, path in found.items():
+        size = path.stat().st_size
+        if not size:
+            raise DataFault(f"{path}: is empty, expected records", hint=anew)
+        if stated is None:
+            continue
+        if name not in stated:
+            raise DataFault(
+                f"{path}: is not one of the {_total(stated)} that {PARAMS_FILE} states",
+                hint="move it to another folder, and name both",
+            )
+        if size != (expected := stated[name]).bytes:
+            # What has no checksum of its records is not counted: their number may be a lie too.
+            count = f"{count_records([path])} examples in " if path.match(PATTERN) else ""
+            raise DataFault(
+                f"{path}: holds {count}{size} bytes, {PARAMS_FILE} states {expected.examples} "
+                f"examples in {expected.bytes}",
+                hint=anew,
+            )
+
+
+def _total(stated: Mapping[str, StatedFile]) -> str:
+    return f"{len(stated)} files with {sum(f.examples for f in stated.values())} examples"
+
+
+def count_records(paths: Iterable[Path], *, enough: int | None = None) -> int:
+    """Records of the files: those noted in data_params.json, else by reading up to `enough`.
+
+    Raises:
+        DataFault: a file is damaged.
+    """
+    count = 0
+    for path in paths:
+        if enough is not None and count >= enough:
+            break
+        stated = (stated_files(path.parent) or {}).get(path.name)
+        if stated and stated.bytes == path.stat().st_size:
+            count += stated.examples
+        else:
+            left = None if enough is None else enough - count
+            count += sum(1 for _ in islice(read_records(path, max_bytes=_LARGEST), left))
+    return count
 
 
 class RecordWriter:
@@ -155,16 +224,15 @@ def read_examples(
         DataFault: the first record that is not as it must be, with file, number and feature.
     """
     # Names and varints of at most 10 bytes: more is not our record.
-    limit = max(max_bytes(length or 2**20), 1 << 20)
-    for number, _, data in read_records(path, max_bytes=limit):
+    limit = max(max_bytes(length), 1 << 20) if length else _LARGEST
+    for number, offset, data in read_records(path, max_bytes=limit):
+        place = f"{path}: record {number} at byte {offset}"
         try:
             example = parse(data)
         except ValueError as e:
-            raise DataFault(f"{path}: record {number}: is not a tf.train.Example: {e}") from None
+            raise DataFault(f"{place}: is not a tf.train.Example: {e}") from None
         length = length or len(example.get(FEATURES[0], ())) or None
-        problem = _problem(example, length or 1, vocab_size)
-        if problem:
-            raise DataFault(f"{path}: record {number}: {problem[0]}", hint=problem[1])
+        check_example(example, length or 1, vocab_size, place)
         yield number, example
 
 
@@ -188,20 +256,26 @@ def check_records(
                 break
 
 
-def _problem(
-    example: dict[str, np.ndarray], length: int, vocab_size: int
-) -> tuple[str, str | None] | None:
+def check_example(
+    example: Mapping[str, np.ndarray], length: int, vocab_size: int, place: str
+) -> None:
+    """Hold one example's lists against what the model takes.
+
+    Raises:
+        DataFault: with `place` and the feature.
+    """
     for name in FEATURES:
         if name not in example:
-            return f"has no {name}, expected {', '.join(FEATURES)}", None
+            raise DataFault(f"{place}: has no {name}, expected {', '.join(FEATURES)}")
         values = example[name]
         if len(values) != length:
-            return (
-                f"{name} has {len(values)} tokens, expected max_sequence_length = {length}",
-                f"--set train_input.max_sequence_length={len(values)}, or make the records anew",
+            raise DataFault(
+                f"{place}: {name} has {len(values)} tokens, expected max_sequence_length = "
+                f"{length}",
+                hint=f"--set train_input.max_sequence_length={len(values)}, or make the records "
+                "anew",
             )
         top = 2 if name == INPUT_MASK else vocab_size
         if values.min() < 0 or values.max() >= top:
             bad = int(values[(values < 0) | (values >= top)][0])
-            return f"{name} holds {bad}, expected 0 to {top - 1}", None
-    return None
+            raise DataFault(f"{place}: {name} holds {bad}, expected 0 to {top - 1}")

@@ -52,9 +52,13 @@ def load_tokenizer(folder: Path, *, allow_special: bool = False) -> Tokenizer:
     return tokenizer
 
 
-@lru_cache(maxsize=4)
 def loaded(folder: Path, allow_special: bool = False) -> Tokenizer:
     """See `load_tokenizer`; the same object for the same arguments, not to be changed."""
+    return _loaded(folder, allow_special)
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: Path, allow_special: bool) -> Tokenizer:
     return load_tokenizer(folder, allow_special=allow_special)
 
 

@@ -20,6 +20,7 @@ OPTIONS = {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
         "--config", "--dry-run", "--saturate", "--resume", "--force",
     },
+    "data inspect": {"--tokenizer", "--samples", "--html"},
     "data pile": BUILDING | PACKING | {"--text-key"},
     "data summarization": BUILDING | {
         "--article-column", "--summary-column", "--truncate-article", "--test-set",
@@ -27,7 +28,11 @@ OPTIONS = {
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},
-    "eval": {"--model", "--params", "--eval-steps", "--execution", "--set"},
+    "eval": {
+        "--model", "--params", "--eval-steps", "--execution", "--set", "--task", "--data",
+        "--beams", "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article",
+        "--summaries",
+    },
     "generate": {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
         "--seed",

@@ -10,6 +10,7 @@ import tensorflow as tf
 import torch
 import transformers
 
+from gptj_model.beam_search import Beam, BeamSearch
 from gptj_model.generation import Sampling, generate
 from gptj_model.loss import token_loss
 from gptj_model.tensors import Scheme, table
@@ -131,6 +132,21 @@ def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Pa
         )
     found = list(generate(load_model(small_hf), prompt, 40, Sampling()))
     assert prompt + found == expected[0].tolist()
+
+
+@pytest.mark.parametrize(("width", "least"), [(1, 0), (4, 0), (4, 6)])
+def test_beam_search_is_transformers_own(width: int, least: int, small_hf: Path):
+    prompt, model, hf = [5, 17, 3, 99], load_model(small_hf), _hf(small_hf)
+    how = {"max_new_tokens": 16, "min_new_tokens": least}
+    # Tokens that the search meets, so that texts do end.
+    for end in BeamSearch(model, Beam(width=width, end=0, **how))(prompt)[2:14:4]:
+        with torch.no_grad():
+            expected = hf.generate(
+                torch.tensor([prompt]), num_beams=width, do_sample=False, eos_token_id=end,
+                early_stopping=width > 1, pad_token_id=end, **how,
+            )  # fmt: skip
+        found = BeamSearch(model, Beam(width=width, end=end, **how))(prompt)
+        assert found == [i for i in expected[0, len(prompt) :].tolist() if i != end]
 
 
 def test_cached_decoding_equals_the_full_pass(small_hf: Path):

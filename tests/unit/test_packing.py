@@ -129,7 +129,9 @@ BLOCKS = st.integers(1, 9).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(BLOCKS)
+@example([([5, 300], [1, 0], [300, 70000]), ([300, 7], [1, 1], [7, 2])])  # as packed text
 @example([([0], [127], [128]), ([16383], [16384], [2**31 - 1])])
 def test_examples_are_the_bytes_that_protobuf_writes(rows: list[tuple[list[int], ...]]):
     def expected(row: tuple[list[int], ...]) -> bytes:

@@ -1,0 +1,196 @@
+"""What a folder of records holds, with every record checked.
+
+files → records, checked → figures and a few samples
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptj_convert.digest import digest
+from gptj_convert.progress import Progress
+from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
+from gptj_model.errors import DataFault, UsageError
+from runner.data.data_params import PARAMS_FILE, read_params, stated_files
+from runner.data.example import FEATURES
+from runner.data.hdf5 import PATTERN as HDF5_PATTERN
+from runner.data.hdf5 import read_checked
+from runner.data.records import DATA_HINT, PATTERN, check_files, read_examples
+
+#: Examples whose figures are taken together.
+_TOGETHER = 64
+#: Bars of the histogram of lengths.
+_BARS = 20
+
+
+@dataclass(slots=True)
+class Inspection:
+    """One folder's records, all of them good."""
+
+    path: Path
+    length: int = 0
+    """max_sequence_length."""
+    bytes: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+    """Examples by file."""
+    counted: int = 0
+    """Tokens that the loss counts: those with mask 1."""
+    padding: int = 0
+    """Tokens after the last one that counts."""
+    real_lengths: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    """How many examples have so many tokens before the padding."""
+    frequencies: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """How often each id occurs among the inputs before the padding."""
+    samples: list[np.ndarray] = field(default_factory=list)
+    """Examples drawn from all: int32 of shape (3, length)."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the command that made them, where it was noted."""
+
+    @property
+    def examples(self) -> int:
+        """In all files."""
+        return sum(self.files.values())
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples, padding included."""
+        return self.examples * self.length
+
+    def most_frequent(self, count: int) -> list[tuple[int, int]]:
+        """Ids and how often they occur, the most frequent first."""
+        order = np.argsort(-self.frequencies, kind="stable")[:count]
+        return [(int(i), int(self.frequencies[i])) for i in order if self.frequencies[i]]
+
+    def bars(self) -> list[tuple[int, int, int]]:
+        """The histogram of lengths: from, to, and examples."""
+        edges = np.unique(
+            np.linspace(0, self.length + 1, min(_BARS, self.length + 1) + 1, dtype=int)
+        )
+        sums = np.add.reduceat(self.real_lengths, edges[:-1])
+        return [
+            (int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], sums, strict=False)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures for programs."""
+        tokens = max(self.tokens, 1)
+        return {
+            "files": self.files,
+            "bytes": self.bytes,
+            "examples": self.examples,
+            "max_sequence_length": self.length,
+            "tokens": self.tokens,
+            "counted_share": self.counted / tokens,
+            "padding_share": self.padding / tokens,
+            "distinct_ids": int(np.count_nonzero(self.frequencies)),
+            "end_of_text": int(self.frequencies[END_OF_TEXT_ID : END_OF_TEXT_ID + 1].sum()),
+            "most_frequent": [{"id": i, "count": n} for i, n in self.most_frequent(20)],
+            "lengths": [{"from": a, "to": b, "examples": n} for a, b, n in self.bars()],
+            "arguments": self.arguments,
+        }
+
+
+def find_sets(folder: Path) -> dict[str, Path]:
+    """Folders of records by name: `folder` itself, as "", or those in it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if _record_files(folder):
+        return {"": folder}
+    inside = [p for p in sorted(folder.glob("*")) if p.is_dir() and _record_files(p)]
+    if not inside:
+        raise UsageError(
+            f"{folder}: holds neither {PATTERN} nor {HDF5_PATTERN}, expected training records",
+            hint=DATA_HINT,
+        )
+    return {p.name: p for p in inside}
+
+
+def inspect(
+    folder: Path, *, vocab_size: int | None = None, samples: int = 3
+) -> Generator[Progress, None, Inspection]:
+    """Read and check every record of a folder; yields progress, returns what is there.
+
+    Args:
+        folder: of records.
+        vocab_size: ids must be below; None: as noted beside the records, or GPT-J's.
+        samples: how many examples to draw.
+
+    Raises:
+        DataFault: the first thing that is not as it must be, with file, record and offset.
+    """
+    paths = _record_files(folder)
+    check_files(folder, paths)
+    stated = stated_files(folder) or {}
+    found = Inspection(folder, arguments=(read_params(folder) or {}).get("arguments", {}))
+    found.length = found.arguments.get("max_sequence_length", 0)
+    found.bytes = sum(p.stat().st_size for p in paths)
+    rows = vocab_size or int(found.arguments.get("vocab_size", VOCAB_SIZE))
+    found.frequencies = np.zeros(rows, np.int64)
+    draw, done = random.Random(0), 0
+    for path in paths:
+        found.files[path.name] = 0
+        for block in _blocks(path, found.length or None, rows):
+            _add(found, path.name, block, draw, samples)
+            yield Progress(done, found.bytes, path.name)
+        done += path.stat().st_size
+        if (facts := stated.get(path.name)) and (
+            (facts.examples, facts.sha256) != (found.files[path.name], digest(path))
+        ):
+            raise DataFault(
+                f"{path}: holds {found.files[path.name]} good examples, but not the bytes that "
+                f"{PARAMS_FILE} states ({facts.examples} examples, sha256 {facts.sha256[:16]}…)",
+                hint="make the records anew",
+            )
+    return found
+
+
+def _add(
+    found: Inspection, name: str, block: np.ndarray, draw: random.Random, samples: int
+) -> None:
+    if not found.length or len(found.real_lengths) == 1:
+        found.length = block.shape[2]
+        found.real_lengths = np.zeros(found.length + 1, np.int64)
+    ids, mask = block[:, 0], block[:, 1]
+    ends = np.where(mask.any(axis=1), found.length - mask[:, ::-1].argmax(axis=1), 0)
+    found.real_lengths += np.bincount(ends, minlength=found.length + 1)
+    found.counted += int(mask.sum())
+    found.padding += int((found.length - ends).sum())
+    real = ids[np.arange(found.length) < ends[:, None]]
+    found.frequencies += np.bincount(real, minlength=len(found.frequencies))
+    for example in block:
+        seen = found.examples
+        found.files[name] += 1
+        # Every example has the same chance, whatever their number will be.
+        place = seen if seen < samples else draw.randrange(seen + 1)
+        if seen < samples:
+            found.samples.append(example.copy())
+        elif place < samples:
+            found.samples[place] = example.copy()
+
+
+def _blocks(path: Path, length: int | None, vocab_size: int) -> Iterator[np.ndarray]:
+    """Good examples: int32 of shape (examples, 3, length)."""
+    if path.match(HDF5_PATTERN):
+        yield from read_checked(path, length=length, vocab_size=vocab_size)
+        return
+    rows: list[np.ndarray] = []
+    for _, example in read_examples(path, length=length, vocab_size=vocab_size):
+        rows.append(np.stack([example[name] for name in FEATURES]).astype(np.int32))
+        if len(rows) == _TOGETHER:
+            yield np.stack(rows)
+            rows = []
+    if rows:
+        yield np.stack(rows)
+
+
+def _record_files(folder: Path) -> list[Path]:
+    found = {*folder.glob(PATTERN), *folder.glob(HDF5_PATTERN)}
+    return sorted(p for p in found if p.is_file() and p.name[0] != ".")

@@ -1,0 +1,110 @@
+"""An inspection as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.data.inspection import Inspection
+
+TEMPLATE_FILE = "inspection.html.j2"
+
+#: Points of the curve of frequencies, and its size in units of the drawing.
+_POINTS = 160
+_WIDTH, _HEIGHT = 640, 200
+#: Tokens in the list of the most frequent.
+_MOST = 40
+#: Characters of a piece of a sample; more are cut in its middle.
+_PIECE = 600
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def pieces(
+    sample: np.ndarray, decode: Decode, *, limit: int = _PIECE
+) -> Iterator[tuple[bool, str]]:
+    """A sample's labels up to the padding: whether the loss counts them, and what they say.
+
+    Args:
+        sample: int32 of shape (3, length).
+        decode: ids into text.
+        limit: characters of a piece; a longer one is cut in its middle.
+    """
+    _, mask, labels = sample[:, : max(np.flatnonzero(sample[1]), default=-1) + 1]
+    pairs = zip(mask.tolist(), labels.tolist(), strict=True)
+    for counts, group in groupby(pairs, key=lambda pair: bool(pair[0])):
+        text = decode([label for _, label in group])
+        if len(text) > limit:
+            half = limit // 2
+            text = f"{text[:half]} … {text[-half:]}"
+        yield counts, text
+
+
+def write_page(
+    path: Path, inspections: Mapping[str, Inspection], decode: Decode, *, decoded: bool
+) -> None:
+    """Write the page; it appears under its name when it is complete.
+
+    Args:
+        path: of the page; an existing one is replaced.
+        inspections: by name.
+        decode: ids into text.
+        decoded: whether that is text, and not numbers.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(
+        (files("runner") / "data" / TEMPLATE_FILE).read_text(encoding="utf-8")
+    )
+    sets = [_set(name, found, decode) for name, found in inspections.items()]
+    text = template.render(sets=sets, decoded=decoded, width=_WIDTH, height=_HEIGHT)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _set(name: str, found: Inspection, decode: Decode) -> dict[str, Any]:
+    bars, most = found.bars(), found.most_frequent(_MOST)
+    highest = max((n for *_, n in bars), default=0) or 1
+    total = int(found.frequencies.sum()) or 1
+    return {
+        "name": name or str(found.path),
+        "found": found,
+        "facts": found.to_json(),
+        "bars": [(first, last, n, n / highest) for first, last, n in bars],
+        "curve": _curve(found.frequencies),
+        "most": [(i, decode([i]), n, n / total, n / most[0][1]) for i, n in most],
+        "samples": [list(pieces(sample, decode)) for sample in found.samples],
+    }
+
+
+def _curve(frequencies: np.ndarray) -> str:
+    """Frequency by rank, both by powers of ten, as the points of a line."""
+    ordered = np.sort(frequencies[frequencies > 0])[::-1]
+    if not len(ordered):
+        return ""
+    ranks = np.unique(np.geomspace(1, len(ordered), min(_POINTS, len(ordered))).round().astype(int))
+    right, top = math.log10(max(len(ordered), 2)), math.log10(max(int(ordered[0]), 2))
+    return " ".join(
+        f"{math.log10(rank) / right * _WIDTH:.1f},"
+        f"{(1 - math.log10(int(ordered[rank - 1])) / top) * _HEIGHT:.1f}"
+        for rank in map(int, ranks)
+    )

@@ -1,0 +1,218 @@
+"""Records into batches: which, in what order, on which worker, and from where."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from gptj_convert.tokenizer import write_tokenizer
+from gptj_model.errors import ConfigError, DataFault
+from runner.data.build import Options, build
+from runner.data.input_fn import Batches, batches
+from runner.data.records import count_records, read_records
+from runner.data.sources import Part
+from runner.data.text import TextOptions, TextRecipe
+from runner.params import InputParams
+from tests.conftest import write_records
+
+LENGTH, VOCAB = 4, 50400
+#: Records of each file; a record's ids are its number.
+SIZES = (5, 1, 7, 3, 6)
+
+
+def _numbered() -> list[list[int]]:
+    """The records of each file, numbered through."""
+    ends = np.cumsum(SIZES)
+    return [list(range(end - size, end)) for size, end in zip(SIZES, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of such files, every second one compressed."""
+    folder = tmp_path_factory.mktemp("records")
+    mask = [1] * (LENGTH - 1) + [0]
+    for n, numbers in enumerate(_numbered()):
+        options = tf.io.TFRecordOptions(compression_type="GZIP" if n % 2 else "")
+        rows = [([i] * LENGTH, mask, [i + 1] * LENGTH) for i in numbers]
+        write_records(folder / f"{n}.tfrecord", rows, options=options)
+    return folder
+
+
+@pytest.fixture
+def reading(records: Path) -> Callable[..., Batches]:
+    def call(*, skip: int = 0, worker: int = 0, workers: int = 1, **fields: Any) -> Batches:
+        values = {"data_dir": [str(records)], "max_sequence_length": LENGTH, "batch_size": 4}
+        params = InputParams(**values | fields)
+        return batches(
+            params, vocab_size=VOCAB, training=True, skip=skip, worker=worker, workers=workers
+        )
+
+    return call
+
+
+def _numbers(found: Batches, count: int | None = None) -> list[list[int]]:
+    return [[int(i) for i in ids[:, 0]] for ids, _, _ in islice(found, count)]
+
+
+def _interleaved(files: list[list[int]], width: int) -> list[int]:
+    """One record of each open file in turns; where one ended, the next turn opens another."""
+    waiting = [list(f) for f in files]
+    places: list[list[int] | None] = [None] * width
+    found, at = [], 0
+    while waiting or any(places):
+        if places[at] is None and waiting:
+            places[at] = waiting.pop(0)
+        if place := places[at]:
+            found.append(place.pop(0))
+        else:
+            places[at] = None
+        at = (at + 1) % width
+    return found
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 9])
+def test_files_in_turns_and_no_partial_batch(width: int, reading):
+    found = _numbers(reading(n_parallel_reads=width, shuffle=False, repeat=False))
+    order = _interleaved(_numbered(), width)
+    assert found == [order[at : at + 4] for at in range(0, 20, 4)]
+    twice = _numbers(reading(n_parallel_reads=width, shuffle=False), 10)
+    assert twice == found * 2
+
+
+def test_what_the_model_gets(reading):
+    ids, ignored, labels = next(reading(shuffle=False))
+    assert (ids.dtype, ignored.dtype, labels.dtype) == (tf.int32, tf.float32, tf.int32)
+    assert ids.shape == ignored.shape == labels.shape == (4, LENGTH)
+    assert np.array_equal(ignored, [[0, 0, 0, 1]] * 4)
+    assert np.array_equal(labels, ids + 1)
+
+
+def test_every_epoch_is_shuffled_otherwise_and_nothing_else_matters(reading):
+    first = _numbers(reading(), 15)
+    tf.random.set_seed(99)
+    assert _numbers(reading(), 15) == first
+    epochs = [[i for batch in first[at : at + 5] for i in batch] for at in (0, 5, 10)]
+    assert all(len(set(e)) == 20 for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert _numbers(reading(shuffle_seed=5), 15) != first
+
+
+@pytest.mark.parametrize("fields", [{"shuffle": False}, {"shuffle_buffer": 7, "skip_steps": 1}])
+def test_a_position_is_where_one_goes_on(fields: dict, reading):
+    expected = _numbers(reading(**fields), 30)
+    for skip, more in ((4, 1), (5, 0), (7, 9)):
+        found = reading(skip=skip, **fields)
+        assert _numbers(found, more) == expected[skip : skip + more]
+        assert found.position == skip + more
+        assert _numbers(reading(skip=found.position, **fields), 1) == [expected[skip + more]]
+
+
+def test_whole_epochs_are_left_out_unread(reading, records):
+    begun = time.monotonic()
+    expected = _numbers(reading(shuffle=False), 5)
+    assert _numbers(reading(shuffle=False, skip=5 * 10**8), 5) == expected
+    assert time.monotonic() - begun < 5
+    assert _numbers(reading(repeat=False, skip=5)) == []
+
+
+def test_workers_together_get_what_one_gets_alone(reading):
+    alone = _numbers(reading(skip=3), 9)
+    shares = [_numbers(reading(skip=3, worker=n, workers=2), 9) for n in range(2)]
+    together = [[a, b, c, d] for (a, c), (b, d) in zip(*shares, strict=True)]
+    assert together == alone
+    with pytest.raises(ConfigError, match="multiple of the 3 workers"):
+        reading(workers=3)
+
+
+def test_fewer_records_than_a_batch(reading):
+    with pytest.raises(DataFault, match="holds fewer records than one batch of 23, found 22"):
+        reading(batch_size=23)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of this program: files of 3, 3 and 1 examples, and what it noted of them."""
+    folder = tmp_path_factory.mktemp("written")
+    write_tokenizer(folder)
+    (folder / "a.txt").write_text("word " * 30)
+    options = TextOptions(tokenizer=folder)
+    recipe = TextRecipe(options=options, length=LENGTH, whole_files=True)
+    part = Part(files=(folder / "a.txt",))
+    for _ in build([part], recipe, folder / "data", Options(examples_per_file=3)):
+        pass
+    return folder / "data"
+
+
+def _cut_at_border(path: Path) -> None:
+    offsets = [offset for _, offset, _ in read_records(path, max_bytes=1 << 20)]
+    path.write_bytes(path.read_bytes()[: offsets[-1]])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (
+        lambda folder: (folder / "records-00001.tfrecord").unlink(),
+        r"records-00001.tfrecord: missing; .* states 3 files with 7 examples, found 2",
+    ),
+    "empty": (
+        lambda folder: (folder / "records-00001.tfrecord").write_bytes(b""),
+        "records-00001.tfrecord: is empty",
+    ),
+    "cut at a border": (
+        lambda folder: _cut_at_border(folder / "records-00001.tfrecord"),
+        r"records-00001.tfrecord: holds 2 examples in .* states 3 examples in",
+    ),
+    "cut in a record": (
+        lambda folder: (path := folder / "records-00001.tfrecord").write_bytes(
+            path.read_bytes()[:-3]
+        ),
+        r"records-00001.tfrecord: record 2 at byte \d+: the file ends inside it",
+    ),
+    "one too many": (
+        lambda folder: shutil.copy(folder / "records-00001.tfrecord", folder / "x.tfrecord"),
+        r"x.tfrecord: is not one of the 3 files with 7 examples",
+    ),
+    "what was noted is cut": (
+        lambda folder: (folder / "data_params.json").write_text('{"arguments": {'),
+        r"data_params.json: is not JSON",
+    ),
+    "a flipped byte": (
+        lambda folder: _flip(folder / "records-00000.tfrecord"),
+        r"records-00000.tfrecord: record 1 at byte \d+: the checksum of its data is wrong",
+    ),
+}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_that_are_not_those_that_were_written(
+    damage: str, written: Path, tmp_path: Path, reading
+):
+    folder = shutil.copytree(written, tmp_path / "data")
+    assert count_records(sorted(folder.glob("*.tfrecord"))) == 7
+    change, words = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(DataFault, match=words):
+        _numbers(reading(data_dir=[str(folder)], repeat=False, batch_size=2))
+
+
+def test_files_of_others_are_read_as_they_are(records: Path, tmp_path: Path, reading):
+    folder = shutil.copytree(records, tmp_path / "data")
+    (folder / "data_params.json").write_text('{"max_seq_length": 4}')
+    expected = _numbers(reading(), 5)
+    assert _numbers(reading(data_dir=[str(folder)]), 5) == expected
+    (folder / "5.tfrecord").write_bytes(b"")
+    with pytest.raises(DataFault, match=r"5.tfrecord: is empty"):
+        reading(data_dir=[str(folder)])
