@@ -103,7 +103,10 @@ def prepare(job: CsJob) -> Launch:
             "mode eval on a CS system needs a number of batches", hint="add --eval-steps N"
         )
     if job.init_from is None:
-        raise UsageError("a CS system begins with a checkpoint", hint="add --init-from DIR")
+        raise UsageError(
+            "a run on a CS system begins with a checkpoint",
+            hint="name it: `--init-from DIR`, or in run.py `--checkpoint_path PATH`",
+        )
     return _csx(job) if job.target is Target.CSX else _legacy(job)
 
 

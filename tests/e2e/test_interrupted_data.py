@@ -160,14 +160,19 @@ def _children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("victim", ["first", "worker"])
 def test_any_process_killed(victim: str, whole: dict[str, bytes]):
+    # Every name after the first is given late, so that the kill comes before the end.
+    late = ["strace", "-f", "-qqq", "-o", "trace", "-e", "trace=rename"]
+    late += ["-e", "inject=rename:delay_enter=5000000:when=3+"]
     with subprocess.Popen(
-        [*PROGRAM, *PILE, "--processes", "2"], stderr=subprocess.PIPE, text=True
+        [*late, *PROGRAM, *PILE, "--processes", "2"], stderr=subprocess.PIPE, text=True
     ) as process:
-        while not list(Path.cwd().glob("data.partial-gptj/content/*.tfrecord")):
+        content = Path("data.partial-gptj/content")
+        while not (content.is_dir() and any(p.suffix == ".tfrecord" for p in content.iterdir())):
             assert process.poll() is None
-        workers = _children(process.pid)
+        (first,) = _children(process.pid)
+        workers = _children(first)
         assert len(workers) == 2
-        os.kill(process.pid if victim == "first" else workers[0], signal.SIGKILL)
+        os.kill(first if victim == "first" else workers[0], signal.SIGKILL)
         assert process.stderr
         stderr = process.stderr.read()  # ends when the last process does
     if victim == "worker":
