@@ -11,27 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.formats.cs import MODEL_FILE
-from gptj_convert.reference_yaml import continued_pretraining, read_yaml
+from gptj_convert.reference_yaml import MODEL_KEYS, continued_pretraining, read_yaml
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 
 TRAINER_FILE = "trainer.yaml"
 
-#: Key of `trainer.init.model` → GPTJConfig field, for values that are stored as they are.
-_MODEL_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "n_embd",
-    "num_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "filter_size": "n_inner",
-    "rotary_dim": "rotary_dim",
-    "max_position_embeddings": "n_positions",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "share_embedding_weights": "tie_word_embeddings",
-    "embedding_dropout_rate": "embd_pdrop",
-    "attention_dropout_rate": "attn_pdrop",
-    "residual_dropout_rate": "resid_pdrop",
-}
+#: Key of `trainer.init.model` → GPTJConfig field: the reference's, and what it keeps elsewhere.
+_MODEL_KEYS = {"vocab_size": "vocab_size"} | MODEL_KEYS
 
 #: Keys with the one value that is GPT-J. The client's own "gelu" is the exact form.
 _FIXED_KEYS: dict[str, Any] = {

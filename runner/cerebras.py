@@ -20,10 +20,10 @@ from typing import Any
 from gptj_convert.cs_trainer import TRAINER_FILE, trainer_from_params
 from gptj_convert.formats import cs, tf
 from gptj_convert.reference_yaml import PARAMS_FILE, read_yaml, yaml_text
+from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
 from runner.cs_target import Target
-from runner.run_folder import write_whole
 
 #: Port of a system's address when none is given.
 PORT = 9000

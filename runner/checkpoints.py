@@ -17,10 +17,10 @@ from crc32c import crc32c
 from gptj_convert.formats.bundle import BundleSource, data_path, index_path, masked, write_tensors
 from gptj_convert.formats.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
 from gptj_convert.staging import sync
+from gptj_convert.whole_file import PARTIAL, write_whole
 from gptj_model.errors import FileFault, TrainingFault
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import GLOBAL_STEP
-from runner.run_folder import PARTIAL, write_whole
 
 _INDEX_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.index")
 _FILE_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.(?:index|data-\d+-of-\d+)")

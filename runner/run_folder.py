@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.staging import sync
+from gptj_convert.whole_file import PARTIAL
 from gptj_model.errors import ConfigError, TrainingFault
 from runner.params import Params
 
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
-PARTIAL = ".partial-"
 
 #: Parameters that a continued run may change: how far and how often, not what is computed.
 _FREE = ("runconfig", "eval_input")
@@ -45,25 +44,6 @@ def locked(model_dir: Path) -> Iterator[None]:
         for left in model_dir.glob(f"{PARTIAL}*"):
             left.unlink()  # of a process that was killed
         yield
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Give a small file its content, durably: a reader finds the old one or the new one.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    try:
-        with partial.open("wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        e.filename = str(path)  # which the calls themselves do not know
-        raise
-    partial.rename(path)
-    sync(path.parent)
 
 
 def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -> None:

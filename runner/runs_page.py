@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from runner.run_folder import write_whole
+from gptj_convert import html_page
 from runner.run_history import RunHistory
 
 TEMPLATE_FILE = "runs.html.j2"
@@ -62,20 +61,15 @@ def write_page(
     Raises:
         OSError: it cannot be written.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["figure"] = figure
-    template = environment.from_string(
-        (files("runner") / TEMPLATE_FILE).read_text(encoding="utf-8")
-    )
-    charts = [chart for spec in _CHARTS if (chart := _chart(runs, *spec))]
-    write_whole(
-        path,
-        template.render(
-            runs=runs, differing=differing, charts=charts, width=WIDTH, height=HEIGHT, colours=8
-        ),
-    )
+    values = {
+        "runs": runs,
+        "differing": differing,
+        "charts": [chart for spec in _CHARTS if (chart := _chart(runs, *spec))],
+        "width": WIDTH,
+        "height": HEIGHT,
+        "colours": 8,
+    }
+    html_page.write_page(path, "runner", TEMPLATE_FILE, values, figure=figure)
 
 
 def figure(value: Any) -> str:

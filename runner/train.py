@@ -15,6 +15,7 @@ import tensorflow as tf
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.formats.tf import STATE_FILE
 from gptj_convert.plan import match
+from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.model import GPTJ
@@ -33,7 +34,6 @@ from runner.meter import Meter
 from runner.optimizer import Optimizer
 from runner.params import Params
 from runner.params_file import reconcile
-from runner.run_folder import write_whole
 from runner.schedules import learning_rate
 from runner.step import StepResult, TrainStep
 

@@ -55,7 +55,7 @@ def cs_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
     attributes: dict[str, Mapping[str, Any]] = {"": of_file}
     for path, (info, _) in datasets.items():
         of_file[f"{path}.__metadata__"] = _dump(_leaf(path, info))
-        attributes[path] = _dataset_attributes(info)
+        attributes[path] = _stored(info)
 
     def make(path: str) -> dict[str, int]:
         offsets = make_skeleton(path, datasets, attributes)
@@ -91,19 +91,12 @@ def _leaf(path: str, info: TensorInfo) -> dict[str, Any]:
     return {
         "__spec__": [{path: "*"}, json.dumps([1, spec])],
         "__objects__": [path],
-        f"{path}.__metadata__": {
-            "__TORCH__": True,
-            "shapes": [list(info.shape)],
-            "dtypes": [f"torch.{info.dtype}"],
-            "rtfx_dtypes": [_RTFX[info.dtype]],
-            "__TYPE__": _SERIALIZER,
-            "__NUMPY__": True,
-            "compressed": False,
-        },
+        f"{path}.__metadata__": _stored(info),
     }
 
 
-def _dataset_attributes(info: TensorInfo) -> dict[str, Any]:
+def _stored(info: TensorInfo) -> dict[str, Any]:
+    """How a leaf is stored: said in the file's attributes and in the dataset's."""
     return {
         "__TORCH__": True,
         "shapes": [list(info.shape)],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.html_page import write_page
 from gptj_convert.options import LEVELS
 
 TEMPLATE_FILE = "report.html.j2"
@@ -63,50 +62,23 @@ def write_report(
     Raises:
         OSError: it cannot be written.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["figure"] = _figure
-    template = environment.from_string(
-        (files("gptj_convert.verification") / TEMPLATE_FILE).read_text(encoding="utf-8")
-    )
     logits = fields.get("levels", {}).get("logits", {})
     prompts = [row for row in logits.get("prompts", ()) if row.get("hidden_by_token")]
     spans = list(_spans(prompts))
-    text = template.render(
-        fields=fields,
-        facts=facts,
-        levels=[(name, fields["levels"][name]) for name in LEVELS if name in fields["levels"]],
-        prompts=logits.get("prompts", ()),
-        spans=spans,
-        cells=list(_cells(prompts, spans, fields["tolerance"])),
-        blocks=len(prompts[0]["hidden_by_token"]) if prompts else 0,
-        width=spans[-1].x + spans[-1].width if spans else 0,
-        bars=_bars([kl for row in prompts for kl in row["kl_by_token"]]),
-        tensors=list(_tensors(fields["levels"])),
-        shades=_SHADES,
-    )
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with partial.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _figure(value: Any) -> str:
-    """A number as it is read most easily."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    values = {
+        "fields": fields,
+        "facts": facts,
+        "levels": [(n, fields["levels"][n]) for n in LEVELS if n in fields["levels"]],
+        "prompts": logits.get("prompts", ()),
+        "spans": spans,
+        "cells": list(_cells(prompts, spans, fields["tolerance"])),
+        "blocks": len(prompts[0]["hidden_by_token"]) if prompts else 0,
+        "width": spans[-1].x + spans[-1].width if spans else 0,
+        "bars": _bars([kl for row in prompts for kl in row["kl_by_token"]]),
+        "tensors": list(_tensors(fields["levels"])),
+        "shades": _SHADES,
+    }
+    write_page(path, "gptj_convert.verification", TEMPLATE_FILE, values)
 
 
 def _spans(prompts: Sequence[Mapping[str, Any]]) -> Iterator[_Span]:

@@ -69,9 +69,10 @@ def _train(output: Output, job: Job, params: Params, begin: Path | None) -> dict
     import tensorflow as tf
 
     from gptj_convert.reference_yaml import PARAMS_FILE
+    from gptj_convert.whole_file import write_whole
     from runner import train as training
     from runner.data.records import find_records
-    from runner.run_folder import locked, write_whole
+    from runner.run_folder import locked
 
     find_records(params.train_input.data_dir)  # before the model is loaded
     stop = _StopSignals()

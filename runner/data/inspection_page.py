@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptj_convert import html_page
 from runner.data.inspection import Inspection
 
 TEMPLATE_FILE = "inspection.html.j2"
@@ -61,24 +60,13 @@ def write_page(
     Raises:
         OSError: it cannot be written.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(
-        (files("runner") / "data" / TEMPLATE_FILE).read_text(encoding="utf-8")
-    )
-    sets = [_set(name, found, decode) for name, found in inspections.items()]
-    text = template.render(sets=sets, decoded=decoded, width=_WIDTH, height=_HEIGHT)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    values = {
+        "sets": [_set(name, found, decode) for name, found in inspections.items()],
+        "decoded": decoded,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+    }
+    html_page.write_page(path, "runner.data", TEMPLATE_FILE, values)
 
 
 def _set(name: str, found: Inspection, decode: Decode) -> dict[str, Any]:
