@@ -108,7 +108,9 @@ class GPTJ(keras.Model):
             self.ln_f(x_BTD), kernel_DV, self.lm_head.bias, labels_BT, ignored_BT, training
         )
 
-    def call_cached(self, ids_BT, caches, start, positions_BT=None, attention_mask_BS=None):
+    def call_cached(
+        self, ids_BT, caches, start, positions_BT=None, attention_mask_BS=None, last=False
+    ):
         """Logits of tokens start … start + T, and the caches with their keys and values.
 
         Args:
@@ -117,6 +119,7 @@ class GPTJ(keras.Model):
             start: int32 scalar, number of tokens already in the caches.
             positions_BT: as in `call`; default start, start + 1, ….
             attention_mask_BS: 0 at cached padding that no query may see, S the cache's length.
+            last: logits of the last token alone.
         """
         T, S = ops.shape(ids_BT)[1], ops.shape(caches[0][0])[2]
         context = make_context(self.config, T, S, positions_BT, attention_mask_BS, start)
@@ -125,7 +128,7 @@ class GPTJ(keras.Model):
         for block, cache in zip(self.blocks, caches, strict=True):
             x_BTD, cache = block(x_BTD, context, cache)
             updated.append(cache)
-        return self.unembed(x_BTD), updated
+        return self.unembed(x_BTD[:, -1:] if last else x_BTD), updated
 
     def context(self, ids_BT, positions_BT=None, attention_mask_BT=None) -> Context:
         """What the blocks share when these ids are one whole sequence each."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gptj_convert.checkpoint import open_checkpoint
 from gptj_convert.plan import match
 from gptj_model.config import GPTJConfig
 from gptj_model.model import GPTJ
+from gptj_model.streaming import StreamedModel
 from gptj_model.weights import load_weights
 
 
@@ -35,3 +37,18 @@ def load_model(
         model = GPTJ(adapt(checkpoint.config), seed=seed)
         load_weights(model, checkpoint.source, checkpoint.scheme)
     return model
+
+
+@contextmanager
+def opened_model(path: Path, *, streamed: bool) -> Iterator[GPTJ | StreamedModel]:
+    """A checkpoint as a model: loaded, or open to be read block by block.
+
+    Raises:
+        GptjError: see `open_checkpoint` and `match`.
+    """
+    if not streamed:
+        yield load_model(path)
+        return
+    with open_checkpoint(path) as checkpoint:
+        match(checkpoint)
+        yield StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
-from runner.cli.model_choice import default_model, params_for
+from runner.cli.model_choice import EXECUTIONS, default_model, params_for
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
     from runner.evaluate import Evaluator
     from runner.params import Params
-
-#: How a model is run: whole in memory, or read block by block.
-EXECUTIONS = ("resident", "streaming")
 
 
 @command

@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from runner.cli.command import PATH, command
-from runner.cli.model_choice import default_model
+from runner.cli.model_choice import EXECUTIONS, default_model
 from runner.cli.output import Output
 
 
@@ -27,6 +27,13 @@ from runner.cli.output import Output
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 means all.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--execution",
+    type=click.Choice(EXECUTIONS),
+    default=EXECUTIONS[0],
+    show_default=True,
+    help="The whole model in memory, or one block at a time, read anew for every token.",
+)
 def generate(
     output: Output,
     model: Path | None,
@@ -37,6 +44,7 @@ def generate(
     top_k: int,
     top_p: float,
     seed: int,
+    execution: str,
 ) -> dict[str, Any]:
     """Continue a prompt, given as text or as token ids."""
     if (prompt is None) == (ids is None):
@@ -46,19 +54,16 @@ def generate(
     tensorflow.prepare()
     from gptj_model import generation
     from runner.data.tokenizer import load_tokenizer
-    from runner.restore import load_model
+    from runner.restore import opened_model
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
     tokenizer = load_tokenizer(folder) if prompt is not None else _tokenizer_if_any(folder)
     begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
-    loaded = load_model(path)
     sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    made = list(
-        generation.generate(
-            loaded, begun, max_new_tokens, sampling, stop_at=loaded.config.eos_token_id
-        )
-    )
+    with opened_model(path, streamed=execution == EXECUTIONS[1]) as loaded:
+        end = loaded.config.eos_token_id
+        made = list(generation.generate(loaded, begun, max_new_tokens, sampling, stop_at=end))
     text = tokenizer.decode([*begun, *made]) if tokenizer else None
     output.data(text if text is not None else " ".join(map(str, [*begun, *made])))
     return {"ids": [*begun, *made], "text": text}

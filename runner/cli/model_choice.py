@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL_DIR = Path("model_dir")
 CONVERTED = DEFAULT_OUT["tf"]
+#: How a model is run: whole in memory, or read block by block.
+EXECUTIONS = ("resident", "streaming")
 
 
 def default_model() -> Path:

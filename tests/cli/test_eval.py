@@ -1,4 +1,4 @@
-"""`gptj eval`: the whole model in memory, and one block at a time, are one."""
+"""`gptj eval` and `generate`: the whole model in memory, and one block at a time, are one."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def test_a_number_of_batches(golden_run: Path, gptj):
         for way in ("resident", "streaming")
     )
     assert streamed == pytest.approx(resident, rel=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", 1, "--top-k", 40, "--seed", 3)])
+def test_streamed_text_is_the_resident_one(sampling: tuple, small_hf: Path, gptj):
+    made = [
+        gptj("generate", "--model", small_hf, "--ids", "5,7,1,9", "--max-new-tokens", 12,
+             "--json", "--execution", way, *sampling).json["ids"]
+        for way in ("resident", "streaming")
+    ]  # fmt: skip
+    assert made[0] == made[1]
+    assert len(made[0]) > 4

@@ -35,7 +35,7 @@ OPTIONS = {
     },
     "generate": {
         "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
-        "--seed",
+        "--seed", "--execution",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
