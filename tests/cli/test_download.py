@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from gptj_convert import download
 from gptj_convert.hub import TRIES
+from gptj_convert.model_files import list_model
 from gptj_convert.progress import Progress
 from tests.cli.fake_hub import COMMIT, REPOSITORY, FakeHub, serving
 
@@ -175,7 +176,7 @@ def test_nothing_else_speaks(hub: FakeHub, gptj):
 
 
 def test_progress_carries_bytes(hub: FakeHub):
-    listing = download.list_files(REPOSITORY, None, FOLDER)
+    listing = list_model(REPOSITORY, None, FOLDER)
     events: list[Progress] = []
     assert download.fetch(listing, FOLDER, events.append) == listing.total
     done = [e.done for e in events]
