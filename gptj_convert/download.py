@@ -30,7 +30,7 @@ from gptj_convert.progress import Progress
 from gptj_convert.staging import sync
 from gptj_model.errors import FileFault, HubFault, UsageError
 
-#: Written last into a finished folder: what is in it, and from where.
+#: What is whole in a folder, and from where.
 RECORD_FILE = ".gptj-download.json"
 
 #: What a repository holds, in the hub's words.
@@ -207,24 +207,26 @@ def fetch(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, named_by) as handle:
         done = listing.total - sum(f.size for f in missing.values())
+        whole = {name: f for name, f in listing.files.items() if name not in missing}
         # Small files first, so that a wrong repository shows before the long transfer.
         for name in sorted(missing, key=lambda name: missing[name].size):
             tell = partial(_tell, report, listing.total, name, done)
             _fetch_one(listing, name, folder, tell)
             done += missing[name].size
+            whole[name] = missing[name]
+            # What another commit brought is known as ours until all of it is replaced.
+            if not record or _is_of(record, listing):
+                _note(folder, record, listing, whole)
         for inner in {p for name in missing for p in PurePosixPath(name).parents}:
             sync(folder / inner)
-        if record != (now := _joined(record, listing)):
-            text = json.dumps(asdict(now), indent=1)
-            (folder / f"{RECORD_FILE}.part").write_text(text, encoding="utf-8")
-            (folder / f"{RECORD_FILE}.part").replace(folder / RECORD_FILE)
+        _note(folder, record, listing, whole)
         os.fsync(handle)
     report(Progress(listing.total, listing.total, "done"))
     return needed
 
 
 def read_record(folder: Path) -> Listing | None:
-    """What a finished download's record says is in a folder; None when there is no good record."""
+    """What the record of downloads says is whole in a folder; None when there is no good record."""
     try:
         fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         files = {name: _stated(**f) for name, f in fields.pop("files").items()}
@@ -236,17 +238,30 @@ def read_record(folder: Path) -> Listing | None:
         return None  # as good as none: everything is compared with the hub again
 
 
-def _joined(record: Listing | None, listing: Listing) -> Listing:
-    """What is in the folder now: of the same commit, what was there before as well."""
-    files = listing.files
-    if record and (record.repository, record.kind, record.commit) == (
+def _is_of(record: Listing, listing: Listing) -> bool:
+    """Whether both are of the same commit."""
+    return (record.repository, record.kind, record.commit) == (
         listing.repository,
         listing.kind,
         listing.commit,
-    ):
-        files = record.files | files
-    others = tuple(name for name in listing.others if name not in files)
-    return replace(listing, files=files, others=others, offline=True)
+    )
+
+
+def _note(
+    folder: Path, record: Listing | None, listing: Listing, whole: dict[str, RemoteFile]
+) -> None:
+    """Record what is whole of a commit, with what was so before."""
+    files = record.files | whole if record and _is_of(record, listing) else whole
+    now = replace(
+        listing,
+        files={name: files[name] for name in sorted(files)},
+        others=tuple(sorted({*listing.files, *listing.others} - files.keys())),
+        offline=True,
+    )
+    if now != read_record(folder):
+        text = json.dumps(asdict(now), indent=1)
+        (folder / f"{RECORD_FILE}.part").write_text(text, encoding="utf-8")
+        (folder / f"{RECORD_FILE}.part").replace(folder / RECORD_FILE)
 
 
 def _finished(folder: Path, asked: tuple[str, str | None, str], choose: Choose) -> Listing | None:

@@ -267,6 +267,23 @@ def test_a_cut_connection_goes_on_in_the_next_run(hub: FakeHub, download):
     assert _names() == {LARGE, str(other.relative_to(FOLDER))}
 
 
+def test_what_an_interrupted_download_brought_is_known(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, download
+):
+    hub.cut[LARGE] = [0] * 5
+    _refused(download("--part", "train/0"), 1, LARGE)
+    with monkeypatch.context() as offline:
+        point_at(refused_endpoint(), offline)
+        assert download("--part", "train/01", "--out", "a").json["documents"] == 2
+        _refused(download("--part", "train/0", "--out", "b"), 1, "cannot be reached")
+    # It may be replaced, also by a download of another commit that is interrupted in its turn.
+    hub.commit = COMMIT[::-1]
+    hub.files |= {"train/01.jsonl.zst": _lines(7), "train/02.jsonl.zst": _lines(8)}
+    hub.cut["train/02.jsonl.zst"] = [0] * 5
+    _refused(download("--part", "train/0", "--out", "b"), 1, "train/02.jsonl.zst")
+    assert download("--part", "train/01", "--part", "train/02", "--out", "b").code == 0
+
+
 def test_wrong_bytes_once_are_fetched_again_and_twice_are_refused(hub: FakeHub, download):
     name = "val.jsonl.zst"
     hub.instead[name] = [PILE[name][::-1]]
