@@ -337,6 +337,7 @@ def _build(
 def _rates(event: Any) -> str:
     seconds = max(event.seconds, 1e-3)
     return (
+        f"{event.part + ': ' if event.part else ''}"
         f"{event.documents / seconds:,.0f} documents/s, {event.tokens / seconds:,.0f} tokens/s, "
         f"{event.bytes / seconds / 1e6:.1f} MB/s"
     )
