@@ -1,4 +1,4 @@
-"""Fetching a GPT-J from the Hugging Face hub: the files that are needed, and no others."""
+"""Fetching files of a repository of the Hugging Face hub: those that are chosen, and no others."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from gptj_convert.digest import digest
-from gptj_convert.file_name import is_file_name
-from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
-from gptj_convert.formats.sharded import MAX_INDEX_BYTES, is_index, parse_index
+from gptj_convert.file_name import is_inner_path
 from gptj_convert.hub import (
     Unreachable,
     WrongContent,
@@ -28,14 +27,16 @@ from gptj_convert.hub import (
     transfer,
 )
 from gptj_convert.progress import Progress
-from gptj_model.config import CONFIG_FILE
-from gptj_model.errors import FileFault, HubFault, TensorFault, UsageError
+from gptj_convert.staging import sync
+from gptj_model.errors import FileFault, HubFault, UsageError
 
-#: Written last into a finished folder: what is in it, and from where.
+#: What is whole in a folder, and from where.
 RECORD_FILE = ".gptj-download.json"
 
-_EXTRAS = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
-_OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".bin", ".safetensors")
+#: What a repository holds, in the hub's words.
+MODEL, DATA_SET = "model", "dataset"
+
+_HEX_16 = "[0-9a-f]" * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,11 @@ class Listing:
     revision: str | None
     commit: str
     files: dict[str, RemoteFile]
+    """Those that are wanted, by their path in the repository."""
     offline: bool = False
+    kind: str = MODEL
+    others: tuple[str, ...] = ()
+    """Paths of all others, so that a choice can be made again without the hub."""
 
     @property
     def total(self) -> int:
@@ -72,16 +77,39 @@ class Listing:
         return sum(f.size for f in self.files.values())
 
 
-def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
-    """Choose one set of weights and the small files beside it.
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a repository holds, for whoever chooses from it."""
 
-    Which shards are a set, only their index says: it is fetched for that.
-    If the hub cannot be reached and `folder` holds the finished download, that is the answer.
+    repository: str
+    names: Collection[str]
+    """Paths of its files, as they are stated: they may lead anywhere."""
+    read: Callable[[str, int], bytes]
+    """A small file's content, of no more than so many bytes."""
+
+
+#: Names the files that are wanted.
+Choose = Callable[[Contents], Iterable[str]]
+
+
+def list_files(
+    repository: str, revision: str | None, folder: Path, choose: Choose, *, kind: str = MODEL
+) -> Listing:
+    """Choose from what a repository holds.
+
+    If the hub cannot be reached and `folder` holds all that is chosen, its record is the answer.
+
+    Args:
+        repository: OWNER/NAME.
+        revision: branch, tag or commit; None is the main branch.
+        folder: where the files go.
+        choose: is asked which.
+        kind: `MODEL` or `DATA_SET`.
 
     Raises:
         UsageError: no repository can have this name.
-        HubFault: no network, no access, no such repository, or no weights that can be read.
-        TensorFault: the index names shards that no checkpoint has, or that are not there.
+        HubFault: no network, no access, no such repository, or a name that leads elsewhere.
+        GptjError: whatever else `choose` raises.
     """
     from httpx2 import ConnectError
     from huggingface_hub import HfApi, constants
@@ -92,12 +120,13 @@ def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
     try:
         validate_repo_id(repository)
     except HFValidationError:
-        hint = "expected OWNER/NAME, as in EleutherAI/gpt-j-6b"
+        example = "EleutherAI/gpt-j-6b" if kind == MODEL else "monology/pile-uncopyrighted"
+        hint = f"expected OWNER/NAME, as in {example}"
         raise UsageError(f"{repository!r} is not a repository's name", hint=hint) from None
 
     def ask() -> Any:
         options = {"files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
-        return HfApi().model_info(repository, revision=revision, **options)
+        return HfApi().repo_info(repository, revision=revision, repo_type=kind, **options)
 
     try:
         with hub_faults(repository):
@@ -107,45 +136,53 @@ def list_files(repository: str, revision: str | None, folder: Path) -> Listing:
         if not re.fullmatch("[0-9a-f]{40}", info.sha):
             raise ValueError
     except Unreachable:
-        if record := _finished(folder, repository, revision):
-            return record
+        if listing := _finished(folder, (repository, revision, kind), choose):
+            return listing
         raise
     except (ValueError, TypeError, KeyError, AttributeError):
         raise _not_a_hub(repository) from None
-    weights = next((name for name in WEIGHT_FILES if name in stated), None)
-    if not weights or CONFIG_FILE not in stated:
-        raise _unreadable(repository, list(stated))
-    # Besides these, only names of shards that their index was checked for become paths.
-    wanted = [name for name in (weights, *_EXTRAS) if name in stated]
-    files = {name: _remote_file(stated[name], repository) for name in wanted}
-    listing = Listing(repository, revision, info.sha, files)
-    if is_index(weights):
-        shards = _shards(listing, weights, folder, stated)
-        files |= {name: _remote_file(stated[name], repository) for name in shards}
-    return replace(listing, files=files)
+
+    def listed(names: Iterable[str]) -> Listing:
+        files = {name: _remote_file(stated[name], repository) for name in names}
+        others = tuple(sorted(stated.keys() - files.keys()))
+        return Listing(repository, revision, info.sha, files, kind=kind, others=others)
+
+    def read(name: str, most: int) -> bytes:
+        return _read(listed([name]), name, folder, most)
+
+    chosen = list(choose(Contents(repository, stated.keys(), read)))
+    for name in chosen:
+        if not is_inner_path(name):
+            hint = "name another repository, or another of its revisions"
+            message = f"{repository}: a file is called {name!r}, which leads out of a folder"
+            raise HubFault(message, hint=hint)
+    return listed(chosen)
 
 
-def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) -> int:
+def fetch(
+    listing: Listing,
+    folder: Path,
+    report: Callable[[Progress], None],
+    *,
+    named_by: str = "with --out",
+) -> int:
     """Bring `folder` to what is listed; returns the bytes that had to come.
 
     A file gets its name once it is whole; until then it is a part that the next run goes on with.
 
+    Args:
+        listing: what is wanted.
+        folder: is made if need be. What else was fetched into it of the same commit stays known.
+        report: is told how it goes.
+        named_by: how another folder is chosen, for hints.
+
     Raises:
-        UsageError: another file of that name is there that no download brought, or one that
-            every reader prefers to the weights to come.
+        UsageError: another file of that name is there that no download brought.
         FileFault: too little space, known before the first byte; or writing fails.
         HubFault: the transfer failed, or what arrives is not what the hub states.
     """
     if listing.offline:
         return 0
-    weights = next(name for name in WEIGHT_FILES if name in listing.files)
-    for other in WEIGHT_FILES[: WEIGHT_FILES.index(weights)]:
-        if (folder / other).exists():
-            raise UsageError(
-                f"{folder / other}: is there and would be taken for the model, not {weights}, "
-                "which is to come; it is left as it is",
-                hint="choose another folder with --out, or delete the file",
-            )
     record = read_record(folder)
     known = record.files if record else {}
     missing: dict[str, RemoteFile] = {}
@@ -158,50 +195,105 @@ def fetch(listing: Listing, folder: Path, report: Callable[[Progress], None]) ->
             if (folder / name).exists() and name not in known:
                 raise UsageError(
                     f"{folder / name}: exists already and is not the hub's; it is left as it is",
-                    hint="choose another folder with --out, or delete the file",
+                    hint=f"choose another folder {named_by}, or delete the file",
                 )
     needed = sum(f.size - (file_size(_part(folder, n, f)) or 0) for n, f in missing.items())
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
     if needed > (free := shutil.disk_usage(existing).free):
         raise FileFault(
             f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
-            hint="free some space, or name a folder on another disk with --out",
+            hint=f"free some space, or name a folder on another disk {named_by}",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) as handle:
+    with _alone(folder, named_by) as handle:
         done = listing.total - sum(f.size for f in missing.values())
+        whole = {name: f for name, f in listing.files.items() if name not in missing}
         # Small files first, so that a wrong repository shows before the long transfer.
         for name in sorted(missing, key=lambda name: missing[name].size):
             tell = partial(_tell, report, listing.total, name, done)
             _fetch_one(listing, name, folder, tell)
             done += missing[name].size
-        if missing or record != replace(listing, offline=True):
-            text = json.dumps(asdict(listing), indent=1)
-            (folder / f"{RECORD_FILE}.part").write_text(text, encoding="utf-8")
-            (folder / f"{RECORD_FILE}.part").replace(folder / RECORD_FILE)
+            whole[name] = missing[name]
+            # What another commit brought is known as ours until all of it is replaced.
+            if not record or _is_of(record, listing):
+                _note(folder, record, listing, whole)
+        for inner in {p for name in missing for p in PurePosixPath(name).parents}:
+            sync(folder / inner)
+        _note(folder, record, listing, whole)
         os.fsync(handle)
     report(Progress(listing.total, listing.total, "done"))
     return needed
 
 
 def read_record(folder: Path) -> Listing | None:
-    """What a finished download's record says is in a folder; None when there is no good record."""
+    """What the record of downloads says is whole in a folder; None when there is no good record."""
     try:
         fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         files = {name: _stated(**f) for name, f in fields.pop("files").items()}
-        if not all(is_file_name(name) for name in files):
+        others = tuple(fields.pop("others", ()))
+        if not all(map(is_inner_path, files)):
             return None
-        return Listing(**fields | {"files": files, "offline": True})
+        return Listing(**fields | {"files": files, "others": others, "offline": True})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # as good as none: everything is compared with the hub again
+
+
+def _is_of(record: Listing, listing: Listing) -> bool:
+    """Whether both are of the same commit."""
+    return (record.repository, record.kind, record.commit) == (
+        listing.repository,
+        listing.kind,
+        listing.commit,
+    )
+
+
+def _note(
+    folder: Path, record: Listing | None, listing: Listing, whole: dict[str, RemoteFile]
+) -> None:
+    """Record what is whole of a commit, with what was so before."""
+    files = record.files | whole if record and _is_of(record, listing) else whole
+    now = replace(
+        listing,
+        files={name: files[name] for name in sorted(files)},
+        others=tuple(sorted({*listing.files, *listing.others} - files.keys())),
+        offline=True,
+    )
+    if now != read_record(folder):
+        text = json.dumps(asdict(now), indent=1)
+        (folder / f"{RECORD_FILE}.part").write_text(text, encoding="utf-8")
+        (folder / f"{RECORD_FILE}.part").replace(folder / RECORD_FILE)
+
+
+def _finished(folder: Path, asked: tuple[str, str | None, str], choose: Choose) -> Listing | None:
+    """What is chosen, by the record of a folder that has all of it."""
+    record = read_record(folder)
+    if not record or (record.repository, record.revision, record.kind) != asked:
+        return None
+
+    def has(name: str) -> bool:
+        return name in record.files and file_size(folder / name) == record.files[name].size
+
+    def read(name: str, most: int) -> bytes:
+        if not has(name):
+            raise LookupError(name)
+        return (folder / name).read_bytes()
+
+    try:
+        chosen = list(choose(Contents(record.repository, {*record.files, *record.others}, read)))
+    except LookupError:
+        return None
+    if not all(map(has, chosen)):
+        return None
+    return replace(record, files={name: record.files[name] for name in chosen})
 
 
 def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], None]) -> None:
     from huggingface_hub import hf_hub_url
 
     remote = listing.files[name]
-    url = hf_hub_url(listing.repository, name, revision=listing.commit)
+    url = hf_hub_url(listing.repository, name, repo_type=listing.kind, revision=listing.commit)
     part = _part(folder, name, remote)
+    part.parent.mkdir(parents=True, exist_ok=True)
 
     def kept() -> str:
         return f"; {file_size(part) or 0} of {remote.size} bytes are kept"
@@ -221,33 +313,22 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
             if last_try:
                 message = f"{listing.repository}: {name}: what arrives, twice, {e}"
                 raise HubFault(message, hint="try another network, or later") from None
-    for stale in folder.glob(f".{name}.*.part"):  # of a commit that was asked for before
+    # Parts of a commit that was asked for before.
+    for stale in part.parent.glob(f".{escape(PurePosixPath(name).name)}.{_HEX_16}.part"):
         stale.unlink()
 
 
-def _shards(listing: Listing, index: str, folder: Path, stated: Container[str]) -> tuple[str, ...]:
-    """Names of the shards of an index, all fit to be files, and in the repository."""
-    where, remote = f"{listing.repository}: {index}", listing.files[index]
-    hint = "name another repository, or with --revision another branch"
-    if remote.size > MAX_INDEX_BYTES:
-        message = f"{where}: has {remote.size} bytes, expected at most {MAX_INDEX_BYTES}"
-        raise HubFault(message, hint=hint)
-    path = folder / index
+def _read(listing: Listing, name: str, folder: Path, most: int) -> bytes:
+    """A small file's content, from the folder if it is there."""
+    remote, path = listing.files[name], folder / name
+    if remote.size > most:
+        message = f"{listing.repository}: {name}: has {remote.size} bytes, expected at most {most}"
+        raise HubFault(message, hint="name another repository, or another of its revisions")
     if file_size(path) == remote.size and _digest(path, remote) == remote.digest:
-        data = path.read_bytes()
-    else:
-        with TemporaryDirectory() as temporary:
-            _fetch_one(listing, index, Path(temporary), lambda _: None)
-            data = (Path(temporary) / index).read_bytes()
-    try:
-        found = parse_index(data, index, where=where)
-    except FileFault as e:
-        raise HubFault(e.message, hint=hint) from None
-    missing = [n for n in found.shards if n not in stated]
-    problems = [*found.problems, *(f"shard {n} is not in the repository" for n in missing)]
-    if problems:
-        raise TensorFault(where, problems, hint=hint)
-    return found.shards
+        return path.read_bytes()
+    with TemporaryDirectory() as temporary:
+        _fetch_one(listing, name, Path(temporary), lambda _: None)
+        return (Path(temporary) / name).read_bytes()
 
 
 def _not_a_hub(repository: str) -> HubFault:
@@ -278,32 +359,14 @@ def _stated(size: Any, digest: Any) -> RemoteFile:
     return RemoteFile(size, digest)
 
 
-def _unreadable(repository: str, names: list[str]) -> HubFault:
-    if CONFIG_FILE not in names:
-        hint = "check the name: a model's repository has one"
-        return HubFault(f"{repository}: has no {CONFIG_FILE}", hint=hint)
-    found = ", ".join(repr(n) for n in names if n.endswith(_OTHER_WEIGHTS)) or "no weights"
-    return HubFault(
-        f"{repository}: has neither {' nor '.join(WEIGHT_FILES)}; found {found[:300]}",
-        hint="name a repository, or with --revision a branch, that has one of them",
-    )
-
-
-def _finished(folder: Path, repository: str, revision: str | None) -> Listing | None:
-    record = read_record(folder)
-    if record is None or (record.repository, record.revision) != (repository, revision):
-        return None
-    whole = all(file_size(folder / name) == f.size for name, f in record.files.items())
-    return record if whole else None
-
-
 def _tell(report: Callable[[Progress], None], total: int, name: str, before: int, now: int) -> None:
     report(Progress(before + now, total, name))
 
 
 def _part(folder: Path, name: str, remote: RemoteFile) -> Path:
     # The digest in its name keeps bytes of two versions from being joined.
-    return folder / f".{name}.{remote.hex[:16]}.part"
+    whole = folder / name
+    return whole.with_name(f".{whole.name}.{remote.hex[:16]}.part")
 
 
 def _digest(path: Path, like: RemoteFile) -> str:
@@ -314,14 +377,14 @@ def _digest(path: Path, like: RemoteFile) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
+def _alone(folder: Path, named_by: str) -> Iterator[int]:
     """Keep other downloads out of the folder; the kernel lets go when the process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle
     except BlockingIOError:
-        hint = "wait for it, or choose another folder with --out"
+        hint = f"wait for it, or choose another folder {named_by}"
         raise FileFault(f"{folder}: another download is at work here", hint=hint) from None
     finally:
         os.close(handle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.command import PATH, command
+from runner.cli.data_download import PILE, SUMMARIES, Published, downloading, fetch_parts
 from runner.cli.data_inspect import inspect
 from runner.cli.output import Output
 from runner.cli.progress import progress
@@ -125,6 +126,7 @@ _packing = _options(
 
 
 @command
+@_options(*downloading(PILE))
 @_building
 @_packing
 @click.option("--text-key", default="text", show_default=True, help="Of the lines' objects.")
@@ -132,16 +134,19 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
     """Pack documents into records: a line or a row each, or a .txt file.
 
     SRC are files or folders of .jsonl, .txt (also .gz, .zst) and .parquet. Folders that hold
-    parts called train, val and test become folders of these names in the output.
+    parts called train, val and test become folders of these names in the output. With --download
+    SRC is the folder that raw files are fetched to, and only the chosen parts of it are read.
     """
-    from runner.data.sources import by_split, find_sources
+    from runner.data.sources import by_split
 
+    _check(options)
     recipe = _text_recipe(options, key=text_key)
-    parts = by_split(find_sources(_given(sources), PILE_FILES))
-    return _build(output, parts, recipe, **options)
+    found, fetched = _found(output, sources, PILE_FILES, PILE, recipe, options)
+    return _build(output, by_split(found), recipe, **options) | fetched
 
 
 @command
+@_options(*downloading(SUMMARIES))
 @_building
 @click.option("--article-column", default="article", show_default=True)
 @click.option("--summary-column", help="[default: abstract, highlights or summary]")
@@ -162,11 +167,13 @@ def summarization(
 
     SRC are files or folders of .bin (of the reference), .jsonl (also .gz, .zst) and .parquet. A
     pair is left out, and counted, when a side is empty, when the abstract is longer than the
-    article, or when it is too long. Test sets are taken whole, or refused.
+    article, or when it is too long. Test sets are taken whole, or refused. With --download SRC is
+    the folder that raw files are fetched to, and only the chosen parts of it are read.
     """
-    from runner.data.sources import by_split, find_sources
+    from runner.data.sources import by_split
     from runner.data.summarization import ABSTRACT, PairOptions, SummarizationRecipe
 
+    _check(options)
     recipe = SummarizationRecipe(
         options=PairOptions(
             tokenizer=options.pop("tokenizer"),
@@ -177,8 +184,8 @@ def summarization(
             test=test_set,
         )
     )
-    parts = by_split(find_sources(_given(sources), PAIR_FILES))
-    return _build(output, parts, recipe, **options)
+    found, fetched = _found(output, sources, PAIR_FILES, SUMMARIES, recipe, options)
+    return _build(output, by_split(found), recipe, **options) | fetched
 
 
 @command
@@ -198,15 +205,50 @@ def text(
     """Pack text or source files into records, one document each."""
     from runner.data.sources import Part, find_sources
 
+    _check(options)
     recipe = _text_recipe(options, whole_files=True)
     files = tuple(path for path, _ in find_sources(_given(sources), patterns))
     return _build(output, [Part(files=files)], recipe, **options)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if options["resume"] and options["force"]:
+        raise click.UsageError("--resume goes on, --force begins anew: give one of them")
+    if options["compress"] and options["file_format"] == "hdf5":
+        raise click.UsageError("--gzip is for TFRecords, expected it without --format hdf5")
 
 
 def _given(sources: tuple[Path, ...]) -> tuple[Path, ...]:
     if not sources:
         raise click.UsageError("name what to read: files or folders")
     return sources
+
+
+def _found(
+    output: Output,
+    sources: tuple[Path, ...],
+    patterns: Sequence[str],
+    published: Published,
+    recipe: Recipe,
+    options: dict[str, Any],
+) -> tuple[list[tuple[Path, Path]], dict[str, Any]]:
+    """What is read, fetched if that is asked for; and fields for the JSON object."""
+    from gptj_convert.staging import refuse_existing, refuse_overlap
+    from runner.data.sources import find_sources
+
+    download, repository = options.pop("download"), options.pop("repository")
+    parts = options.pop("parts")
+    if not download:
+        if repository or parts:
+            raise click.UsageError("--repository and --part say what --download fetches, give it")
+        return find_sources(_given(sources), patterns), {}
+    # What would end the run after a long download ends it before.
+    refuse_existing(options["out"], force=options["force"] or options["resume"])
+    recipe.encoder("")()
+    folder, data_set = published.named(sources, repository)
+    refuse_overlap(options["out"], folder, [folder])
+    found, fields = fetch_parts(output, data_set, folder, parts, patterns)
+    return found, {"download": fields}
 
 
 def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: bool = False) -> Any:
@@ -248,10 +290,6 @@ def _build(
     from runner.data.build import Options, Packing, Result, Skipped, build, is_resumable
     from runner.data.encoding import check_processes, default_processes
 
-    if resume and force:
-        raise click.UsageError("--resume goes on, --force begins anew: give one of them")
-    if compress and file_format == "hdf5":
-        raise click.UsageError("--gzip is for TFRecords, expected it without --format hdf5")
     processes = processes or default_processes()
     check_processes(processes)
     for file in (f for part in parts for f in part.files):
@@ -299,6 +337,7 @@ def _build(
 def _rates(event: Any) -> str:
     seconds = max(event.seconds, 1e-3)
     return (
+        f"{event.part + ': ' if event.part else ''}"
         f"{event.documents / seconds:,.0f} documents/s, {event.tokens / seconds:,.0f} tokens/s, "
         f"{event.bytes / seconds / 1e6:.1f} MB/s"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -11,6 +11,9 @@ from gptj_convert.options import DEFAULT_SOURCE
 from runner.cli.command import PATH, command
 from runner.cli.output import Output
 from runner.cli.progress import progress
+
+if TYPE_CHECKING:
+    from gptj_convert.download import Listing
 
 DEFAULT_REPOSITORY = "EleutherAI/gpt-j-6b"
 
@@ -35,18 +38,34 @@ def default_folder(repository: str) -> Path:
 
 
 def fetch_to(output: Output, repository: str, revision: str | None, out: Path) -> dict[str, Any]:
-    """Download, with notes and progress; returns the fields of the JSON object."""
-    from gptj_convert.download import fetch, list_files
+    """Download a model, as `fetch_listed`."""
+    from gptj_convert.model_files import list_model
 
-    listing = list_files(repository, revision, out)
+    return fetch_listed(output, list_model(repository, revision, out), out)
+
+
+def fetch_listed(
+    output: Output, listing: Listing, out: Path, *, named_by: str = "with --out"
+) -> dict[str, Any]:
+    """Download, with notes and progress; returns the fields of the JSON object.
+
+    `named_by` says how another folder is chosen.
+    """
+    from gptj_convert.download import fetch
+
     output.note(
-        f"{repository} at {listing.commit[:12]}: {len(listing.files)} files, "
+        f"{listing.repository} at {listing.commit[:12]}: {len(listing.files)} files, "
         f"{listing.total / 1e9:.2f} GB → {out}"
     )
     if listing.offline:
         output.note("the hub cannot be reached; the folder is complete, and stays as it is")
     with progress(output, "downloading") as report:
-        fetched = fetch(listing, out, lambda event: report(event.done, event.total, event.what))
+        fetched = fetch(
+            listing,
+            out,
+            lambda event: report(event.done, event.total, event.what),
+            named_by=named_by,
+        )
     return {
         "output": str(out),
         "commit": listing.commit,

@@ -12,7 +12,7 @@ from runner.cli.output import Output, one_line
 #: Seconds between lines where there is no terminal.
 LINE_EVERY = 30.0
 #: Letters that are shown of what is at work, which may be a name from a file.
-_WHAT = 60
+_WHAT = 64
 
 
 class Report(Protocol):
@@ -60,15 +60,19 @@ def _bar(title: str, in_bytes: bool) -> Iterator[Report]:
 
 def _lines(output: Output, title: str) -> Report:
     begun = last = time.monotonic()
+    kept: float | None = None  # done before, by an interrupted run, which says nothing of the pace
 
     def report(done: float, total: float, what: str) -> None:
-        nonlocal last
+        nonlocal begun, last, kept
         now = time.monotonic()
+        if kept is None:
+            begun, kept = now, done
         if now - last < LINE_EVERY:
             return
         last = now
-        left = (now - begun) * (total - done) / done if done else float("nan")
+        new = done - kept
+        left = f", {(now - begun) * (total - done) / new:.0f} s to go" if new > 0 else ""
         at = f"{100 * done / max(total, 1):.0f} % ({one_line(what, _WHAT)})"
-        output.note(f"{title}: {at}, {left:.0f} s to go")
+        output.note(f"{title}: {at}{left}")
 
     return report

@@ -158,6 +158,8 @@ class Written:
 class Packing:
     """Progress: bytes of the files read, of how many, and what they gave in this run."""
 
+    part: str
+    """That is at work, by its folder."""
     done: int
     total: int
     documents: int
@@ -267,7 +269,7 @@ def _write(
     for part in parts:
         work = _Work(part, recipe, options, staging, journal)
         for event in work.run(processes):
-            yield clock.tell(before, event) if isinstance(event, _Done) else event
+            yield clock.tell(part.folder, before, event) if isinstance(event, _Done) else event
         before += _size(part.files)
         counts[part.folder] = work.counts
         _write_params(staging.content / part.folder, journal.job, part, work)
@@ -279,13 +281,19 @@ class _Clock:
         self._begun = time.monotonic()
         self._documents = self._tokens = self._bytes = 0
 
-    def tell(self, before: int, done: _Done) -> Packing:
+    def tell(self, part: str, before: int, done: _Done) -> Packing:
         self._documents += done.encoded.documents
         self._tokens += done.encoded.tokens
         self._bytes += done.encoded.bytes
         seconds = time.monotonic() - self._begun
         return Packing(
-            before + done.bytes, self._total, self._documents, self._tokens, self._bytes, seconds
+            part,
+            before + done.bytes,
+            self._total,
+            self._documents,
+            self._tokens,
+            self._bytes,
+            seconds,
         )
 
 

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 REPOSITORY = "someone/small-gptj"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LFS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ot")
+LFS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ot", ".zst", ".parquet")
 
 
 class FakeHub:
     """What is served, what goes wrong with it, and what was asked for."""
 
-    def __init__(self, files: dict[str, bytes]) -> None:
+    def __init__(self, files: dict[str, bytes], kind: str = "model") -> None:
         self.files = files
+        #: Of the repository: model or dataset.
+        self.kind = kind
         self.commit = COMMIT
         self.revisions = {"main", "float16"}
         #: Listed in the repository's information without being there.
@@ -81,8 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.authorizations.append(self.headers.get("Authorization"))
         if self.hub.answers_html:
             return self._answer(200, b"<html>Log in to this hotel's network</html>", "text/html")
-        if path.startswith("/api/models/"):
-            return self._information(path.removeprefix("/api/models/"))
+        about = f"/api/{self.hub.kind}s/"
+        if path.startswith(about):
+            return self._information(path.removeprefix(about))
         return self._file(path)
 
     do_HEAD = do_GET
@@ -101,7 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str) -> None:
         hub = self.hub
-        name = path.removeprefix(f"/{REPOSITORY}/resolve/{hub.commit}/")
+        place = "" if hub.kind == "model" else f"{hub.kind}s/"
+        name = path.removeprefix(f"/{place}{REPOSITORY}/resolve/{hub.commit}/")
         if hub.file_statuses:
             return self._answer(hub.file_statuses.pop(0))
         if name not in hub.files:
@@ -158,6 +168,32 @@ class _Server(ThreadingHTTPServer):
         """Clients that hang up are part of the tests; anything else is a fault of this file."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client reads its variables when it is imported, which has long happened."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@contextmanager
+def client_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The client without a token or cache of the machine's, and without long waits."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "agents.json"))
+    monkeypatch.setattr("gptj_convert.hub.WAIT", 0.001)
+    yield
+    huggingface_hub.close_session()
+
+
+def refused_endpoint() -> str:
+    """Where nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
 @contextmanager

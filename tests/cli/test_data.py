@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import resource
 from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from backports import zstd
 
 from gptj_convert.tokenizer import write_tokenizer
 from gptj_model.config import END_OF_TEXT_ID
+from runner.cli import progress
 from runner.data import encoding, long_line, sources
 from runner.data.example import FEATURES
 from runner.data.records import is_compressed
@@ -184,6 +186,26 @@ def test_parts_of_a_data_set_stay_apart(data, tokens):
     assert _stream("data/test") == tokens(["test.jsonl"])
     assert done.json["documents"] == 4
     assert done.json["parts"]["train"]["documents"] == 2
+
+
+def test_progress_is_of_the_whole_job_and_names_its_parts(data, monkeypatch: pytest.MonkeyPatch):
+    Path("pile/train").mkdir(parents=True)
+    for name, count in (("train/0.jsonl", 300), ("train/1.jsonl", 100), ("val.jsonl", 100)):
+        (Path("pile") / name).write_bytes(_lines([f"{n:05} text" for n in range(count)]))
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    done = data("pile", "pile")
+    line = r"packing: (\d+) % \((train|val): [\d,]+ documents/s, [\d,]+ tokens/s, [\d.]+ MB/s\)(.*)"
+    found = [re.fullmatch(line, shown) for shown in done.stderr.splitlines() if " % " in shown]
+    assert len(found) > 5
+    assert all(found)
+    lines = [match.groups() for match in found if match]
+    shares = [int(share) for share, _, _ in lines]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    at = {part: [int(share) for share, p, _ in lines if p == part] for part in ("train", "val")}
+    assert max(at["train"]) == 80 < min(at["val"])
+    assert all(re.fullmatch(r", \d+ s to go", left) for _, _, left in lines[1:])
 
 
 def test_the_references_options(data, tokens):

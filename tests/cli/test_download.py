@@ -6,21 +6,21 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from gptj_convert import download
 from gptj_convert.hub import TRIES
+from gptj_convert.model_files import list_model
 from gptj_convert.progress import Progress
-from tests.cli.fake_hub import COMMIT, REPOSITORY, FakeHub, serving
+from tests.cli import fake_hub
+from tests.cli.fake_hub import COMMIT, REPOSITORY, FakeHub, client_alone, point_at, serving
 
 SMALL_FILES = {
     "tokenizer.json": b'{"model": {}}',
@@ -35,24 +35,10 @@ FOLDER = Path("small-gptj")
 WEIGHTS_FILE = FOLDER / "model.safetensors"
 
 
-def _point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client reads its variables when it is imported, which has long happened."""
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
 @pytest.fixture(autouse=True)
 def alone(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No token or cache of the machine's, and no long waits."""
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    home = workdir.with_name(f"{workdir.name}-home")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "agents.json"))
-    monkeypatch.setattr("gptj_convert.hub.WAIT", 0.001)
-    yield
-    huggingface_hub.close_session()
+    with client_alone(workdir.with_name(f"{workdir.name}-home"), monkeypatch):
+        yield
 
 
 @pytest.fixture
@@ -60,15 +46,13 @@ def hub(small_hf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     config = (small_hf / "config.json").read_bytes()
     hub = FakeHub({"config.json": config, "model.safetensors": WEIGHTS, **SMALL_FILES})
     with serving(hub) as endpoint:
-        _point_at(endpoint, monkeypatch)
+        point_at(endpoint, monkeypatch)
         yield hub
 
 
 @pytest.fixture
 def refused_endpoint() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{s.getsockname()[1]}"
+    return fake_hub.refused_endpoint()
 
 
 def _names(folder: Path = FOLDER) -> set[str]:
@@ -175,7 +159,7 @@ def test_nothing_else_speaks(hub: FakeHub, gptj):
 
 
 def test_progress_carries_bytes(hub: FakeHub):
-    listing = download.list_files(REPOSITORY, None, FOLDER)
+    listing = list_model(REPOSITORY, None, FOLDER)
     events: list[Progress] = []
     assert download.fetch(listing, FOLDER, events.append) == listing.total
     done = [e.done for e in events]
@@ -354,7 +338,7 @@ def test_names_that_no_repository_has(name: str, hub: FakeHub, gptj):
 
 
 def test_no_network(refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj):
-    _point_at(refused_endpoint, monkeypatch)
+    point_at(refused_endpoint, monkeypatch)
     _refused(gptj("download", REPOSITORY), 1, "the hub cannot be reached", "refused")
     assert not FOLDER.exists()
     done = gptj("download", REPOSITORY, "--json")
@@ -366,7 +350,7 @@ def test_a_complete_folder_needs_no_network(
     hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
 ):
     assert gptj("download", REPOSITORY).code == 0
-    _point_at(refused_endpoint, monkeypatch)
+    point_at(refused_endpoint, monkeypatch)
     done = gptj("download", REPOSITORY, "--json")
     assert done.code == 0
     assert done.json["offline"] is True
@@ -383,7 +367,7 @@ def test_an_unfinished_folder_needs_the_network(
 ):
     hub.cut["model.safetensors"] = [0] * 5
     assert gptj("download", REPOSITORY).code == 1
-    _point_at(refused_endpoint, monkeypatch)
+    point_at(refused_endpoint, monkeypatch)
     _refused(gptj("download", REPOSITORY), 1, "cannot be reached")
 
 
@@ -523,7 +507,7 @@ def test_complete_shards_need_no_network(
     sharded_hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
 ):
     assert gptj("download", REPOSITORY).code == 0
-    _point_at(refused_endpoint, monkeypatch)
+    point_at(refused_endpoint, monkeypatch)
     assert gptj("download", REPOSITORY).code == 0
     (FOLDER / SHARDS[2]).unlink()
     _refused(gptj("download", REPOSITORY), 1, "cannot be reached")

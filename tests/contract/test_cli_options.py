@@ -15,14 +15,15 @@ PACKING = {
     "--short-seq-prob", "--seed", "--reference-remainder", "--allow-special", "--ftfy",
     "--ftfy-normalizer", "--wikitext-detokenize",
 }  # fmt: skip
+DOWNLOADING = {"--download", "--repository", "--part"}
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
         "--config", "--dry-run", "--saturate", "--resume", "--force",
     },
     "data inspect": {"--tokenizer", "--samples", "--html"},
-    "data pile": BUILDING | PACKING | {"--text-key"},
-    "data summarization": BUILDING | {
+    "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},
+    "data summarization": BUILDING | DOWNLOADING | {
         "--article-column", "--summary-column", "--truncate-article", "--test-set",
     },
     "data text": BUILDING | PACKING | {"--glob"},

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from gptj_convert.tokenizer import write_tokenizer
 from tests.cli.fake_hub import REPOSITORY, FakeHub, serving
 
 pytestmark = pytest.mark.skipif(
@@ -23,7 +25,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 CHANGING = ("write", "ftruncate", "fsync", "rename", "unlink", "mkdir")
-DOWNLOAD = (sys.executable, "-B", "-m", "runner.cli.root", "download", REPOSITORY, "--quiet")
+PROGRAM = (sys.executable, "-B", "-m", "runner.cli.root")
+MODEL = (*PROGRAM, "download", REPOSITORY, "--quiet")
+DATA = (
+    *(*PROGRAM, "data", "pile", "--download", "--repository", REPOSITORY, "--tokenizer", "."),
+    *("--processes", "1", "--force", "--quiet"),
+)
 FOLDER = Path(REPOSITORY.rpartition("/")[2])
 WEIGHTS = bytes(range(256)) * 16 * 1024
 #: Bytes that may come twice when a download was killed.
@@ -34,18 +41,33 @@ MAY_COME_TWICE = 64 * 2**20
 def hub(small_hf: Path, workdir: Path) -> Iterator[FakeHub]:
     config = (small_hf / "config.json").read_bytes()
     hub = FakeHub({"config.json": config, "vocab.json": b"{}", "model.safetensors": WEIGHTS})
+    with _called(hub, workdir):
+        yield hub
+
+
+@pytest.fixture
+def data_hub(workdir: Path) -> Iterator[FakeHub]:
+    write_tokenizer(workdir)
+    files = {f"train/{n}.jsonl": b'{"text": "%d"}' % n for n in (0, 1)}
+    hub = FakeHub(files | {"val/x/0.txt": b"text\n" * 1000}, kind="dataset")
+    with _called(hub, workdir):
+        yield hub
+
+
+@contextmanager
+def _called(hub: FakeHub, workdir: Path) -> Iterator[None]:
     with serving(hub) as endpoint:
         home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(workdir / "home"), "HF_TOKEN": ""}
         os.environ.update(home)
-        yield hub
+        yield
         for name in home:
             del os.environ[name]
 
 
-def _traced(inject: str = "") -> int:
+def _traced(command: tuple[str, ...], inject: str = "") -> int:
     strace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", f"trace={','.join(CHANGING)}"]
     strace += ["-e", "signal=none", *(["-e", f"inject={inject}"] if inject else [])]
-    return subprocess.run([*strace, *DOWNLOAD], capture_output=True).returncode
+    return subprocess.run([*strace, *command], capture_output=True).returncode
 
 
 def _calls() -> list[tuple[str, int]]:
@@ -64,32 +86,42 @@ def _calls() -> list[tuple[str, int]]:
 
 
 def _content() -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in FOLDER.iterdir()}
+    return {str(p): p.read_bytes() for p in FOLDER.rglob("*") if p.is_file()}
 
 
-def _kill_everywhere(hub: FakeHub, count: int) -> None:
-    assert _traced() == 0
+def _kill_everywhere(hub: FakeHub, command: tuple[str, ...], count: int) -> None:
+    assert _traced(command) == 0
     whole, calls = _content(), _calls()
     assert len(calls) >= 12
     assert {kind for kind, _ in calls} >= {"write", "rename", "mkdir"}
     for kind, n in calls[:: max(1, len(calls) // count) if count else 1]:
         shutil.rmtree(FOLDER, ignore_errors=True)
         hub.served.clear()
-        code = _traced(f"{kind}:signal=KILL:when={n}")
+        code = _traced(command, f"{kind}:signal=KILL:when={n}")
         where = f"{kind} {n}"
-        for path in FOLDER.iterdir() if FOLDER.exists() else ():
-            if not path.name.startswith("."):
-                assert path.read_bytes() == whole[path.name], where
-        assert subprocess.run(DOWNLOAD, capture_output=True).returncode == 0, where
+        for name, data in _content().items():
+            if not Path(name).name.startswith("."):
+                assert data == whole[name], where
+        assert subprocess.run(command, capture_output=True).returncode == 0, where
         assert _content() == whole, where
         assert code != 0, where
-        assert hub.served["model.safetensors"] <= len(WEIGHTS) + MAY_COME_TWICE
+        for name, data in hub.files.items():
+            assert hub.served[name] <= len(data) + MAY_COME_TWICE
 
 
 def test_killed_at_some_calls(hub: FakeHub):
-    _kill_everywhere(hub, 6)
+    _kill_everywhere(hub, MODEL, 6)
+
+
+def test_parts_of_a_data_set_killed_at_some_calls(data_hub: FakeHub):
+    _kill_everywhere(data_hub, DATA, 2)
 
 
 @pytest.mark.full
 def test_killed_at_every_call(hub: FakeHub):
-    _kill_everywhere(hub, 0)
+    _kill_everywhere(hub, MODEL, 0)
+
+
+@pytest.mark.full
+def test_parts_of_a_data_set_killed_at_every_call(data_hub: FakeHub):
+    _kill_everywhere(data_hub, DATA, 0)
