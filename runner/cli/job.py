@@ -217,11 +217,10 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
 
 def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
     from gptj_model.model import GPTJ
-    from gptj_model.tensors import table
-    from gptj_model.weights import variables
     from runner.evaluate import ResidentEvaluator
     from runner.optimizer import Optimizer
     from runner.step import TrainStep, empty_batch
+    from runner.trained import trained_weights
 
     config = params.config
     model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
@@ -230,8 +229,8 @@ def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> di
     batch = empty_batch(section.batch_size, section.max_sequence_length)
     begun = time.monotonic()
     if job.mode == "train":
-        found = variables(model)
-        optimizer = Optimizer(params.optimizer, {t: found[t.hf] for t in table(config)})
+        _, weights = trained_weights(model, params)
+        optimizer = Optimizer(params.optimizer, weights)
         program = TrainStep(model, optimizer, params.optimizer.grad_accum_steps).compiled(batch)
     else:
         program = ResidentEvaluator(model).compiled(batch)
