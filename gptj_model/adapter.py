@@ -80,7 +80,8 @@ def peft_config(lora: Lora) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        # Whole numbers are what peft's field is declared for.
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
         "target_modules": list(lora.targets),
         "bias": "none",

@@ -28,6 +28,7 @@ from runner.evaluate import evaluate as metrics_of
 from runner.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
 from runner.initialize import initialize
 from runner.logs import Logs
+from runner.lora import trained_weights
 from runner.loss_scale import loss_scale
 from runner.meter import Meter
 from runner.optimizer import Optimizer
@@ -36,7 +37,6 @@ from runner.params_file import reconcile
 from runner.run_folder import write_whole
 from runner.schedules import learning_rate
 from runner.step import StepResult, TrainStep
-from runner.trained import trained_weights
 
 
 class Run:
@@ -238,7 +238,9 @@ class _Training:
         self._saved_step = run.step
         length = params.train_input.max_sequence_length
         tokens = params.train_input.batch_size * length * self._group
-        self._meter = Meter(run.config, tokens=tokens, length=length)
+        self._meter = Meter(
+            run.config, tokens=tokens, length=length, trained=list(run.optimizer.weights)
+        )
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
         run = self._run

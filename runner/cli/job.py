@@ -185,6 +185,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     from gptj_convert.plan import match
     from runner.data.records import check_records, find_records
     from runner.params_file import reconcile
+    from runner.trained import trained_rows
 
     config = params.config
     section = params.train_input if job.mode == "train" else params.eval_input
@@ -198,18 +199,21 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
                   only_first=True)  # fmt: skip
     tokens = section.batch_size * section.max_sequence_length
-    flops = tokens * capacity.token_flops(config, section.max_sequence_length)
+    trained = trained_rows(config, params)
+    flops = tokens * capacity.token_flops(config, section.max_sequence_length, trained)
     if job.mode == "eval":
-        flops /= 3
+        flops = tokens * capacity.token_flops(config, section.max_sequence_length) / 3
     fields: dict[str, Any] = {
         "parameters": capacity.parameters(config),
+        "trained_parameters": sum(t.size for t in trained),
         "flops_per_batch": round(flops),
-        "planned_rss_bytes": capacity.training_memory(config, section.batch_size),
+        "planned_rss_bytes": capacity.training_memory(config, section.batch_size, trained),
     }
     if job.only == "compile":
         fields |= _compile(output, job, params, begin)
     output.data(
-        f"{fields['parameters']:,} parameters; a batch of {tokens:,} tokens takes "
+        f"{fields['parameters']:,} parameters, {fields['trained_parameters']:,} of them trained; "
+        f"a batch of {tokens:,} tokens takes "
         f"{flops / 1e12:.3g} TFLOP; {fields['planned_rss_bytes'] / 1e9:.2f} GB of memory planned"
     )
     return fields
@@ -218,9 +222,9 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
 def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
     from gptj_model.model import GPTJ
     from runner.evaluate import ResidentEvaluator
+    from runner.lora import trained_weights
     from runner.optimizer import Optimizer
     from runner.step import TrainStep, empty_batch
-    from runner.trained import trained_weights
 
     config = params.config
     model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
