@@ -111,6 +111,7 @@ def parameters() -> str:
     sections: list[tuple[str, type[params.Section]]] = [
         ("train_input, eval_input", params.InputParams),
         ("model", params.ModelParams),
+        ("model.lora", params.LoraParams),
         ("model.embedding_initializer, initializer, output_layer_initializer", params.Initializer),
         ("optimizer", params.OptimizerParams),
         *((f"optimizer.learning_rate: {name}", s) for name, s in params.SCHEDULES.items()),

@@ -14,7 +14,7 @@ from gptj_convert.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import Op, block, table
+from gptj_model.tensors import EMBEDDING, Op, Tensor, block, table
 from gptj_model.vocabulary import PART
 
 if TYPE_CHECKING:
@@ -98,14 +98,21 @@ def gradients_memory(config: GPTJConfig) -> int:
     return round(_BOTH_FRAMEWORKS + 10 * 4 * sum(t.size for t in block(config, 0)))
 
 
-def training_state(config: GPTJConfig) -> int:
-    """Weights, gradients, the two slots of Adam, and the gradients once more without the loss
-    scale, all in float32: 20 bytes a parameter. While one is saved, its largest tensor twice.
+def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) -> int:
+    """Weights; of those that are trained, gradients, the two slots of Adam, and the gradients once
+    more without the loss scale; all in float32: 20 bytes a parameter if all are. While one is
+    saved, its largest tensor twice.
 
     Measured: 19.7 bytes for each parameter that 162 million have more than 106 million.
+
+    Args:
+        config: of the model.
+        trained: rows of the table, or of an adapter, which comes on top; None: the whole table.
     """
-    largest = max(t.size for t in table(config))
-    return (16 + 4) * parameters(config) + 2 * 4 * largest
+    rows = table(config)
+    trained = rows if trained is None else trained
+    held = sum(t.size for t in {*rows, *trained})
+    return 4 * held + 16 * sum(t.size for t in trained) + 2 * 4 * max(t.size for t in rows)
 
 
 def sequence_activations(config: GPTJConfig) -> int:
@@ -119,9 +126,10 @@ def sequence_activations(config: GPTJConfig) -> int:
     return config.n_layer * per_block + 12 * T * config.vocab_size
 
 
-def training_memory(config: GPTJConfig, batch: int) -> int:
-    """Peak of `gptj train` with so many sequences a step."""
-    return _TENSORFLOW + _COMPILER + training_state(config) + batch * sequence_activations(config)
+def training_memory(config: GPTJConfig, batch: int, trained: Sequence[Tensor] | None = None) -> int:
+    """Peak of `gptj train` with so many sequences a step; see `training_state`."""
+    state = training_state(config, trained)
+    return _TENSORFLOW + _COMPILER + state + batch * sequence_activations(config)
 
 
 def training_disk(config: GPTJConfig) -> int:
@@ -134,14 +142,19 @@ def parameters(config: GPTJConfig) -> int:
     return sum(t.size for t in table(config))
 
 
-def token_flops(config: GPTJConfig, length: int) -> float:
+def token_flops(config: GPTJConfig, length: int, trained: Sequence[Tensor] | None = None) -> float:
     """Floating-point operations that training needs for a token: forwards, and backwards for
-    inputs and for weights; the attention over half a sequence of this length included."""
-    multiplied = parameters(config) - config.vocab_size * config.n_embd
-    if config.tie_word_embeddings:
-        multiplied += config.vocab_size * config.n_embd
+    inputs and for weights that are trained; the attention over half a sequence of this length
+    included. What an adapter itself computes, a thousandth, and layers before the first that is
+    trained, which need nothing backwards, are not looked at."""
+    embedded = config.vocab_size * config.n_embd
+    multiplied = parameters(config) - (0 if config.tie_word_embeddings else embedded)
+    updated = multiplied
+    if trained is not None:
+        counted = (t for t in trained if config.tie_word_embeddings or t.hf != EMBEDDING.hf)
+        updated = sum(t.size for t in counted)
     attention = config.n_layer * config.n_embd * length
-    return 3 * 2 * (multiplied + attention)
+    return 2 * (2 * multiplied + updated + 3 * attention)
 
 
 def conversion_seconds(plan: Plan, rates: Rates, cores: float) -> float:

@@ -22,6 +22,10 @@ DEFAULT_OUT = {
     "cs": Path("converted-cs"),
 }
 
+#: What `gptj convert` can write beside whole models: the adapter of a run with LoRA.
+PEFT = "peft"
+PEFT_OUT = Path("converted-peft")
+
 #: Where the number of tokens comes from if config.json and tensors disagree.
 FROM_TENSORS = "from-tensors"
 FROM_CONFIG = "from-config"

@@ -54,6 +54,18 @@ class Dropout(keras.layers.Layer):
         return keras.random.dropout(x, self.rate, seed=self.seeds)
 
 
+class Dense(keras.layers.Dense):
+    """Keras' own, but for how its LoRA is applied: to the input, not to a copy of the kernel."""
+
+    def call(self, inputs, training=None):
+        if not self.lora_enabled:
+            return super().call(inputs, training)
+        y = ops.matmul(inputs, self._kernel)
+        narrow = ops.matmul(inputs, self.lora_kernel_a)
+        y = y + (self.lora_alpha / self.lora_rank) * ops.matmul(narrow, self.lora_kernel_b)
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(keras.layers.Layer):
     """Causal self-attention with rotary positions; no biases; softmax in float32."""
 
@@ -61,7 +73,7 @@ class Attention(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)  # angles and mask stay in float32
         self.config = config
 
-        def projection(name: str) -> keras.layers.Dense:
+        def projection(name: str) -> Dense:
             return dense(config.n_embd, name, self.dtype_policy, use_bias=False)
 
         self.q_proj = projection("q_proj")
@@ -168,11 +180,9 @@ class Head(keras.layers.Layer):
         return ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
 
 
-def dense(units: int, name: str, dtype: Any, *, use_bias: bool = True) -> keras.layers.Dense:
+def dense(units: int, name: str, dtype: Any, *, use_bias: bool = True) -> Dense:
     """A dense layer whose weights are still to come."""
-    return keras.layers.Dense(
-        units, use_bias=use_bias, name=name, dtype=dtype, kernel_initializer=UNSET
-    )
+    return Dense(units, use_bias=use_bias, name=name, dtype=dtype, kernel_initializer=UNSET)
 
 
 def layer_norm(config: GPTJConfig, name: str, dtype: Any) -> keras.layers.LayerNormalization:

@@ -222,6 +222,13 @@ OVERFLOWS_SINCE_RESCALE = "overflows_since_rescale"
 #: How many groups of batches gave no update: the data are further on than the step by so many.
 SKIPPED_STEPS = "skipped_steps"
 
+#: What a run with LoRA keeps beside its kernels, which are merged: the kernel that it began with,
+#: the two factors of the update, and once what the update is scaled by, times its rank.
+LORA_BASE = "lora_base"
+LORA_A = "lora_a"
+LORA_B = "lora_b"
+LORA_ALPHA = "lora_alpha"
+
 _TRAINING_SCALARS = (
     GLOBAL_STEP,
     BETA1_POWER,
@@ -232,6 +239,7 @@ _TRAINING_SCALARS = (
     OVERFLOWS_SINCE_RESCALE,
     SKIPPED_STEPS,
     "accum_step_counter",
+    LORA_ALPHA,
 )
 
 
@@ -256,6 +264,7 @@ def _is_tf_training_state(tf_name: str) -> bool:
     return (
         tf_name in _TRAINING_SCALARS
         or ("/" in tf_name and any(last in slots for slots in SLOTS.values()))
+        or last in (LORA_BASE, LORA_A, LORA_B)
         or "_grad_accum_" in last
         or last.endswith("_hook_counter")
     )

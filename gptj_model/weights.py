@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import keras
+
+from gptj_model.adapter import Lora
 from gptj_model.dtypes import NUMPY
 from gptj_model.model import GPTJ
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme, Tensor, table
+
+#: How Keras names what `enable_lora` adds to a layer.
+ADAPTER = "lora_kernel_"
 
 
 def variables(model: GPTJ) -> dict[str, Any]:
@@ -22,10 +28,34 @@ def assigned_variables(layer: Any, tensors: Mapping[str, Tensor], *, prefix: str
     Raises:
         KeyError: a variable has no row, or a row no variable.
     """
-    by_path = {v.path.removeprefix(f"{prefix}/"): v for v in layer.trainable_variables}
+    own = (v for v in layer.weights if not v.name.startswith(ADAPTER))
+    by_path = {v.path.removeprefix(f"{prefix}/"): v for v in own}
     found = {t.hf: by_path.pop(t.keras) for t in tensors.values()}
     if by_path:
         raise KeyError(f"variables without a row in the table: {sorted(by_path)}")
+    return found
+
+
+def enable_lora(model: GPTJ, lora: Lora, seed: int) -> dict[Tensor, Any]:
+    """Adapt the model's dense layers: A random, B 0, so that nothing changes yet.
+
+    Args:
+        model: without an adapter so far.
+        lora: which layers, and how.
+        seed: of A; each has its own.
+
+    Returns:
+        The variables of A and B by their rows, in the table's order.
+    """
+    found: dict[Tensor, Any] = {}
+    for n, (kernel, (a, b)) in enumerate(lora.rows(model.config).items()):
+        assert kernel.block is not None, "only layers of blocks are adapted"
+        block = model.blocks[kernel.block]
+        *_, part, layer_name, _ = kernel.hf.split(".")
+        layer = getattr(getattr(block, part), layer_name)
+        first = keras.initializers.HeUniform(seed=(seed * 10_007 + n) % 2**31)
+        layer.enable_lora(lora.rank, lora.alpha, a_initializer=first)
+        found |= {a: layer.lora_kernel_a, b: layer.lora_kernel_b}
     return found
 
 

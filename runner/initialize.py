@@ -24,8 +24,7 @@ def initialize(model: GPTJ, params: Params) -> None:
 
     The values are a function of the seed and the tensor's place in the table.
     """
-    seed = params.model.weight_initialization_seed
-    seed = (params.runconfig.tf_random_seed or 0) if seed is None else seed
+    seed = initialization_seed(params)
     found = variables(model)
     for n, tensor in enumerate(table(model.config)):
         variable = found[tensor.hf]
@@ -35,6 +34,12 @@ def initialize(model: GPTJ, params: Params) -> None:
             continue
         values = _initializer(_spec(tensor, params), params, (seed * 10_007 + n) % 2**31)
         variable.assign(values(tensor.shape_in(Scheme.KERAS)))
+
+
+def initialization_seed(params: Params) -> int:
+    """Of everything that begins at random."""
+    seed = params.model.weight_initialization_seed
+    return (params.runconfig.tf_random_seed or 0) if seed is None else seed
 
 
 def _spec(tensor: Tensor, params: Params) -> Initializer:

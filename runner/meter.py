@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from gptj_convert import capacity, machine
 from gptj_model.config import GPTJConfig
+from gptj_model.tensors import Tensor
 
 #: Rows and columns of the matrices that are multiplied to measure, and how often.
 _MATRIX = 1024
@@ -21,11 +23,14 @@ class Meter:
         config: of the model.
         tokens: of one update.
         length: of a sequence, in tokens.
+        trained: rows of what is trained.
     """
 
-    def __init__(self, config: GPTJConfig, *, tokens: int, length: int) -> None:
+    def __init__(
+        self, config: GPTJConfig, *, tokens: int, length: int, trained: Sequence[Tensor]
+    ) -> None:
         self._tokens = tokens
-        self._flops = tokens * capacity.token_flops(config, length)
+        self._flops = tokens * capacity.token_flops(config, length, trained)
         self._peak = multiplication_rate()
         self._busy = 0.0
         self._steps = 0

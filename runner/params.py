@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gptj_convert.reference_yaml import FIXED_MODEL_KEYS, config_from_model_section, yaml_text
+from gptj_model.adapter import Lora, Target
 from gptj_model.config import GPTJConfig
 
 #: Tokens per byte of text, by data set, for bits per byte.
@@ -117,6 +118,27 @@ class Initializer(Section):
 Initializers = Annotated[list[Initializer], BeforeValidator(_as_list), Field(max_length=1)]
 
 
+class LoraParams(Section):
+    """Only an adapter is trained: the kernels of some dense layers get alpha / rank · A · B added,
+    and nothing else changes. Not a section of the reference."""
+
+    rank: Positive = 8
+    """Columns of A and rows of B."""
+    alpha: PositiveNumber = 16.0
+    """The update is multiplied by alpha / rank."""
+    targets: Annotated[list[Target], BeforeValidator(_as_list), Field(min_length=1)] = [
+        "q_proj",
+        "v_proj",
+    ]
+    """Dense layers of every block, by the names of Hugging Face: q_proj, k_proj, v_proj,
+    out_proj, fc_in, fc_out."""
+
+    @property
+    def lora(self) -> Lora:
+        """The same in the model's words."""
+        return Lora(rank=self.rank, alpha=self.alpha, targets=tuple(self.targets))
+
+
 class ModelParams(Section):
     """`model`: the architecture, and how it computes."""
 
@@ -169,6 +191,10 @@ class ModelParams(Section):
     recompute: bool = False
     """Keep no activations inside a block: compute them again for the gradients. Not a key of
     the reference."""
+    lora: LoraParams | None = None
+    """Train an adapter only; null: all weights. Not a key of the reference."""
+    frozen: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Patterns; a variable whose TF name has one is not trained. Not a key of the reference."""
     boundary_casting: bool = False
     """Of the CS compiler. No effect."""
     tf_summary: bool = False

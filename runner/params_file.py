@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,11 @@ def _contradictions(params: Params) -> list[str]:
                 spec.scale_type is None
             ):
                 problems.append(f"model.{name}: expected scale or scale_type, one of them")
+    for pattern in params.model.frozen:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            problems.append(f"model.frozen is {pattern!r}, expected a pattern: {e}")
     for name in ("train_input", "eval_input"):
         section = getattr(params, name)
         limit = params.model.max_position_embeddings
@@ -175,6 +181,8 @@ def _keys(location: Sequence[Any], values: Any) -> list[str]:
     if section and len(location) > 1:
         if str(location[1]).endswith("initializer"):
             return list(p.Initializer.model_fields)
+        if location[1] == "lora":
+            return list(p.LoraParams.model_fields)
         for part in location:
             # A single schedule is written without a list.
             values = values[part] if not isinstance(values, dict) or part in values else values

@@ -29,6 +29,7 @@ from runner.evaluate import evaluate as metrics_of
 from runner.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
 from runner.initialize import initialize
 from runner.logs import Logs
+from runner.lora import trained_weights
 from runner.loss_scale import loss_scale
 from runner.meter import Meter
 from runner.optimizer import Optimizer
@@ -95,6 +96,8 @@ class Run:
         found = variables(self.model)
         tensors = {t.tf: found[t.hf] for t in table(self.config)} | self.optimizer.slots
         tensors |= self.optimizer.scalars() | self.scale.tensors()
+        if self.adapter:
+            tensors |= self.adapter.tensors()
         if self.scale.is_dynamic:
             tensors[SKIPPED_STEPS] = np.asarray(self.skipped, np.int64)
         keep = self.params.runconfig.keep_checkpoint_max or 0
@@ -108,8 +111,8 @@ class Run:
             seed=self.seed,
             recompute=self.params.model.recompute,
         )
-        found = variables(self.model)
-        self.optimizer = Optimizer(self.params.optimizer, {t: found[t.hf] for t in table(config)})
+        self.adapter, weights = trained_weights(self.model, self.params)
+        self.optimizer = Optimizer(self.params.optimizer, weights)
         self.scale = loss_scale(self.params.optimizer)
 
     def _continue(self, strict: bool) -> None:
@@ -142,6 +145,11 @@ class Run:
         write_whole(self.model_dir / CONFIG_FILE, text)
 
     def _load_state(self, source: TensorSource, step: int) -> None:
+        if self.adapter and not self.adapter.load(source):
+            self._warn(
+                f"the checkpoint of step {step} has no such adapter: it begins anew, at step 0"
+            )
+            return
         if not self.optimizer.load(source, step):
             self._warn(
                 f"the checkpoint of step {step} has no slots of "
@@ -230,7 +238,9 @@ class _Training:
         self._saved_step = run.step
         length = params.train_input.max_sequence_length
         tokens = params.train_input.batch_size * length * self._group
-        self._meter = Meter(run.config, tokens=tokens, length=length)
+        self._meter = Meter(
+            run.config, tokens=tokens, length=length, trained=list(run.optimizer.weights)
+        )
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
         run = self._run

@@ -15,6 +15,8 @@ from gptj_convert.options import (
     DEFAULT_SOURCE,
     DTYPES,
     KEEP,
+    PEFT,
+    PEFT_OUT,
     VOCAB_SIZES,
 )
 from runner.cli.command import PATH, SIZE, command, note_memory
@@ -28,7 +30,7 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
 
 @command
 @click.argument("source", metavar="[SRC]", type=PATH, required=False)
-@click.option("--to", "target", type=click.Choice(list(DEFAULT_OUT)), required=True)
+@click.option("--to", "target", type=click.Choice([*DEFAULT_OUT, PEFT]), required=True)
 @click.option("--out", type=PATH, help="Folder to make.  [default: converted, -hf, -keras]")
 @click.option(
     "--dtype",
@@ -75,10 +77,14 @@ def convert(
     SRC is a folder, a .safetensors or .bin file, an index of shards, or the prefix of a
     TensorFlow checkpoint; or a repository of the hub, OWNER/NAME or OWNER/NAME@REVISION, which
     is downloaded to ./NAME first.
+
+    A run with LoRA is written with its adapter merged; `--to peft` writes the adapter alone, for
+    the peft library.
     """
     from gptj_convert.capacity import conversion_memory
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
+    from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
     from gptj_convert.staging import refuse_overlap
     from gptj_convert.tokenizer import last_token_id
@@ -86,9 +92,13 @@ def convert(
 
     if resume and force:
         raise click.UsageError("--resume goes on, --force begins anew: give one of them")
+    source = _on_the_disk(output, source or DEFAULT_SOURCE)
+    if target == PEFT:
+        if any((dtype, max_shard_bytes, vocab_choice, share_embeddings, dry_run, saturate, resume)):
+            raise click.UsageError("--to peft takes no options but --out, --config and --force")
+        return _adapter(output, source, out or PEFT_OUT, config_file, force=force)
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    source = _on_the_disk(output, source or DEFAULT_SOURCE)
     with open_checkpoint(source, config_file=config_file, vocab_choice=vocab_choice) as checkpoint:
         refuse_overlap(out, checkpoint.path, checkpoint.files)
         plan = make_plan(
@@ -112,6 +122,8 @@ def convert(
             f"{checkpoint.path} → {out}: {len(plan.moves)} tensors, "
             f"{plan.source_bytes / 1e9:.2f} GB → {plan.target_bytes / 1e9:.2f} GB {plan.dtype}"
         )
+        if has_adapter(checkpoint):
+            output.note("note: a run with LoRA: its kernels are written with the adapter merged")
         if last_id is not None and last_id >= vocab_size:
             output.note(
                 f"note: tokenizer.json has ids up to {last_id}, the model only {vocab_size} rows, "
@@ -160,6 +172,22 @@ def convert(
         "nonfinite": result.nonfinite,
         "saturated": result.saturated,
     }
+
+
+def _adapter(
+    output: Output, source: Path, out: Path, config_file: Path | None, *, force: bool
+) -> dict[str, Any]:
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.peft_adapter import write_adapter
+
+    with open_checkpoint(source, config_file=config_file) as checkpoint:
+        lora = write_adapter(checkpoint, out, force=force)
+    output.note(
+        f"{source} → {out}: the adapter of rank {lora.rank}, alpha {lora.alpha:g}, "
+        f"for {', '.join(lora.targets)}"
+    )
+    output.data(str(out))
+    return {"output": str(out), "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
 
 
 def _on_the_disk(output: Output, source: Path) -> Path:

@@ -186,6 +186,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     from gptj_convert.plan import match
     from runner.data.records import check_records, find_records
     from runner.params_file import reconcile
+    from runner.trained import trained_rows
 
     config = params.config
     section = params.train_input if job.mode == "train" else params.eval_input
@@ -199,18 +200,21 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
                   only_first=True)  # fmt: skip
     tokens = section.batch_size * section.max_sequence_length
-    flops = tokens * capacity.token_flops(config, section.max_sequence_length)
+    trained = trained_rows(config, params)
+    flops = tokens * capacity.token_flops(config, section.max_sequence_length, trained)
     if job.mode == "eval":
-        flops /= 3
+        flops = tokens * capacity.token_flops(config, section.max_sequence_length) / 3
     fields: dict[str, Any] = {
         "parameters": capacity.parameters(config),
+        "trained_parameters": sum(t.size for t in trained),
         "flops_per_batch": round(flops),
-        "planned_rss_bytes": capacity.training_memory(config, section.batch_size),
+        "planned_rss_bytes": capacity.training_memory(config, section.batch_size, trained),
     }
     if job.only == "compile":
         fields |= _compile(output, job, params, begin)
     output.data(
-        f"{fields['parameters']:,} parameters; a batch of {tokens:,} tokens takes "
+        f"{fields['parameters']:,} parameters, {fields['trained_parameters']:,} of them trained; "
+        f"a batch of {tokens:,} tokens takes "
         f"{flops / 1e12:.3g} TFLOP; {fields['planned_rss_bytes'] / 1e9:.2f} GB of memory planned"
     )
     return fields
@@ -218,9 +222,8 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
 
 def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
     from gptj_model.model import GPTJ
-    from gptj_model.tensors import table
-    from gptj_model.weights import variables
     from runner.evaluate import ResidentEvaluator
+    from runner.lora import trained_weights
     from runner.optimizer import Optimizer
     from runner.step import TrainStep, empty_batch
 
@@ -231,8 +234,8 @@ def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> di
     batch = empty_batch(section.batch_size, section.max_sequence_length)
     begun = time.monotonic()
     if job.mode == "train":
-        found = variables(model)
-        optimizer = Optimizer(params.optimizer, {t: found[t.hf] for t in table(config)})
+        _, weights = trained_weights(model, params)
+        optimizer = Optimizer(params.optimizer, weights)
         program = TrainStep(model, optimizer, params.optimizer.grad_accum_steps).compiled(batch)
     else:
         program = ResidentEvaluator(model).compiled(batch)

@@ -1,0 +1,107 @@
+"""The adapter of a LoRA: what it is called in each format, and how it is merged.
+
+A kernel W (inputs × outputs) is applied as W + alpha / rank · A · B, A (inputs × rank) and B
+(rank × outputs) being all that is trained. numpy and the table only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from gptj_model.config import GPTJConfig
+from gptj_model.tensors import LORA_A, LORA_B, Op, Tensor, table
+
+#: Names of the dense layers of a block, which are those of Hugging Face.
+Target = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+#: What the peft library puts before the names of the model it has adapted.
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """Which dense layers are adapted, and by how much."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Of `TARGETS`."""
+
+    @property
+    def scale(self) -> float:
+        """What A · B is multiplied by."""
+        return self.alpha / self.rank
+
+    def rows(self, config: GPTJConfig) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """Rows of A and B by the row of the kernel that they adapt, in the table's order."""
+        return {
+            t: adapter_rows(t, self.rank) for t in table(config) if target_of(t) in self.targets
+        }
+
+    def merged(self, kernel: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The kernel and its update, float32, in Keras' layout (inputs, outputs)."""
+        return kernel + np.float32(self.scale) * (a @ b)
+
+
+def target_of(tensor: Tensor) -> str | None:
+    """Which of `TARGETS` a tensor is the kernel of; None: of none."""
+    *_, layer, part = tensor.hf.split(".")
+    return layer if part == "weight" and layer in TARGETS else None
+
+
+def adapter_rows(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a kernel as rows like the table's; their HF names are those of peft."""
+    outputs, inputs = kernel.shape
+    layer, folder = kernel.hf.removesuffix("weight"), kernel.keras.removesuffix("kernel")
+
+    def row(letter: str, tf: str, shape: tuple[int, int]) -> Tensor:
+        return Tensor(
+            hf=f"{_PEFT_PREFIX}{layer}lora_{letter}.weight",
+            tf=f"{kernel.tf}/{tf}",
+            keras=f"{folder}lora_kernel_{letter.lower()}",
+            cs=(),
+            shape=shape,
+            tf_op=Op.TRANSPOSE,
+            block=kernel.block,
+        )
+
+    return row("A", LORA_A, (rank, inputs)), row("B", LORA_B, (outputs, rank))
+
+
+def peft_config(lora: Lora) -> dict[str, Any]:
+    """The content of the adapter_config.json that peft loads."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": lora.rank,
+        # Whole numbers are what peft's field is declared for.
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def stored_lora(config: GPTJConfig, shapes: Mapping[str, Sequence[int]], alpha: float) -> Lora:
+    """The LoRA that a checkpoint's tensors are of.
+
+    Args:
+        config: of the model.
+        shapes: of every tensor, by TF name.
+        alpha: as stored.
+    """
+    found = {t: f"{t.tf}/{LORA_A}" for t in table(config) if f"{t.tf}/{LORA_A}" in shapes}
+    targets = dict.fromkeys(target_of(t) for t in found)
+    return Lora(
+        rank=shapes[next(iter(found.values()))][1],
+        alpha=alpha,
+        targets=tuple(name for name in targets if name),
+    )
