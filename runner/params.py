@@ -385,6 +385,9 @@ class RunConfig(Section):
     """Address of a CS system."""
     checkpoint_path: str | None = None
     """Weights to begin with; the step and the slots begin anew."""
+    execution: Literal["resident", "streaming"] = "resident"
+    """Where the weights are: in memory, or on the disk, brought one block at a time. Not a key of
+    the reference."""
     num_wgt_servers: Natural | None = None
     """Of the CS client. No effect."""
     disable_standard_logs: bool | None = None

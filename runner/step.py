@@ -6,22 +6,14 @@ Shape suffixes: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
 from gptj_model.model import GPTJ
 from runner.data.input_fn import Batch
+from runner.executor import StepResult
 from runner.optimizer import Optimizer
-
-
-class StepResult(NamedTuple):
-    """What one step found; nothing was updated if the norm is not finite."""
-
-    loss: float
-    """Mean over the batches of each batch's token mean, before the update."""
-    norm: float
-    """Global norm of the gradients, unscaled and before clipping."""
 
 
 class TrainStep:

@@ -18,29 +18,26 @@ from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
-from gptj_model.model import GPTJ
 from gptj_model.source import TensorSource, read_tensor
-from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme, table
-from gptj_model.weights import load_weights, variables
+from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
 from runner.data.input_fn import Batch, batches
-from runner.evaluate import Evaluator, ResidentEvaluator
+from runner.evaluate import Evaluator
 from runner.evaluate import evaluate as metrics_of
 from runner.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
-from runner.initialize import initialize
+from runner.executor import Executor, StepResult
 from runner.logs import Logs
-from runner.lora import trained_weights
 from runner.loss_scale import loss_scale
 from runner.meter import Meter
-from runner.optimizer import Optimizer
 from runner.params import Params
 from runner.params_file import reconcile
+from runner.resident_executor import ResidentExecutor
 from runner.schedules import learning_rate
-from runner.step import StepResult, TrainStep
+from runner.streamed_executor import StreamedExecutor
 
 
 class Run:
-    """One model_dir: model, optimizer, loss scale and step, restored from the newest checkpoint
+    """One model_dir: executor, loss scale and step, restored from the newest checkpoint
     there, or begun from `init_from`, or from random weights.
 
     Args:
@@ -82,37 +79,38 @@ class Run:
             self._continue(strict)
         elif init_from is None:
             self._build(params.config)
-            initialize(self.model, params)
             self._keep_config(params.config)
+            self.executor.initialize()
         else:
             self._begin(init_from, weights_only)
 
-    def save(self) -> Saved:
-        """Write a checkpoint of the present step.
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.executor.close()
+
+    def save(self, *, stays: bool = True) -> Saved:
+        """Write a checkpoint of the present step; see `Executor.save`.
 
         Raises:
-            OSError: see `checkpoints.save`.
+            OSError: see there.
         """
-        found = variables(self.model)
-        tensors = {t.tf: found[t.hf] for t in table(self.config)} | self.optimizer.slots
-        tensors |= self.optimizer.scalars() | self.scale.tensors()
-        if self.adapter:
-            tensors |= self.adapter.tensors()
+        state = self.scale.tensors()
         if self.scale.is_dynamic:
-            tensors[SKIPPED_STEPS] = np.asarray(self.skipped, np.int64)
-        keep = self.params.runconfig.keep_checkpoint_max or 0
-        return Saved(self.step, checkpoints.save(self.model_dir, self.step, tensors, keep=keep))
+            state |= {SKIPPED_STEPS: np.asarray(self.skipped, np.int64)}
+        return Saved(self.step, self.executor.save(self.step, state, stays=stays))
+
+    @property
+    def draw(self) -> tuple[int, int]:
+        """Seed and counter of the next step's dropout masks: a function of the position in the
+        data alone."""
+        return self.seed, (self.step + self.skipped + 1) << 12
 
     def _build(self, config: GPTJConfig) -> None:
         self.config = config
-        self.model = GPTJ(
-            config,
-            dtype=self.params.dtype_policy,
-            seed=self.seed,
-            recompute=self.params.model.recompute,
-        )
-        self.adapter, weights = trained_weights(self.model, self.params)
-        self.optimizer = Optimizer(self.params.optimizer, weights)
+        execution = EXECUTORS[self.params.runconfig.execution]
+        self.executor: Executor = execution(config, self.params, self.model_dir)
         self.scale = loss_scale(self.params.optimizer)
 
     def _continue(self, strict: bool) -> None:
@@ -124,20 +122,19 @@ class Run:
         with found as checkpoint:
             match(checkpoint)
             self._build(reconcile(self.params, config, source.prefix))
-            load_weights(self.model, source, Scheme.TF)
+            self.executor.load(source, Scheme.TF)
             self._load_state(source, step)
 
     def _begin(self, init_from: Path, weights_only: bool) -> None:
         with open_checkpoint(init_from) as checkpoint:
             match(checkpoint)
             self._build(reconcile(self.params, checkpoint.config, init_from))
-            load_weights(self.model, checkpoint.source, checkpoint.scheme)
-            step = 0 if weights_only else stored_step(checkpoint.source)
-            if step:
-                self._load_state(checkpoint.source, step)
-        self._keep_config(checkpoint.config)
-        for path in checkpoint.companions:
-            write_whole(self.model_dir / path.name, path.read_bytes())
+            self._keep_config(checkpoint.config)
+            for path in checkpoint.companions:
+                write_whole(self.model_dir / path.name, path.read_bytes())
+            self.executor.load(checkpoint.source, checkpoint.scheme)
+            if not weights_only:
+                self._load_state(checkpoint.source, stored_step(checkpoint.source))
 
     def _keep_config(self, config: GPTJConfig) -> None:
         self.model_dir.mkdir(parents=True, exist_ok=True)
@@ -145,21 +142,19 @@ class Run:
         write_whole(self.model_dir / CONFIG_FILE, text)
 
     def _load_state(self, source: TensorSource, step: int) -> None:
-        if self.adapter and not self.adapter.load(source):
-            self._warn(
-                f"the checkpoint of step {step} has no such adapter: it begins anew, at step 0"
-            )
+        if not step:
             return
-        if not self.optimizer.load(source, step):
-            self._warn(
-                f"the checkpoint of step {step} has no slots of "
-                f"{self.params.optimizer.optimizer_type}: they begin anew, at step 0"
-            )
+        if missing := self.executor.load_state(source, step):
+            self._warn(f"the checkpoint of step {step} has {missing}, at step 0")
             return
         self.scale.load(source)
         self.step = step
         if SKIPPED_STEPS in source.tensors:
             self.skipped = int(read_tensor(source, SKIPPED_STEPS))
+
+
+#: By the YAML's name.
+EXECUTORS = {"resident": ResidentExecutor, "streaming": StreamedExecutor}
 
 
 def stored_step(source: TensorSource) -> int:
@@ -232,15 +227,12 @@ class _Training:
         self._rate = learning_rate(
             params.optimizer.learning_rate, reset=not params.optimizer.disable_lr_steps_reset
         )
-        self._compute = TrainStep(run.model, run.optimizer, self._group)
-        self._evaluator = ResidentEvaluator(run.model) if evaluate else None
+        self._evaluator = run.executor.evaluator() if evaluate else None
         self._evaluated_at = -math.inf
-        self._saved_step = run.step
+        self._saved_step = self._told_step = run.step
         length = params.train_input.max_sequence_length
         tokens = params.train_input.batch_size * length * self._group
-        self._meter = Meter(
-            run.config, tokens=tokens, length=length, trained=list(run.optimizer.weights)
-        )
+        self._meter = Meter(run.config, tokens=tokens, length=length, trained=run.executor.trained)
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
         run = self._run
@@ -259,17 +251,15 @@ class _Training:
             yield from self._step(group)
             if stopped():
                 break
-        if run.step > self._saved_step:
+        if run.step > self._told_step:
             yield self._save()
         if self._evaluator and not stopped():
             yield from self._evaluation(self._evaluator)
 
     def _step(self, group: list[Batch]) -> Iterator[Event]:
         run = self._run
-        # Dropout draws from a state that the position in the data alone determines.
-        run.model.seeds.state.assign([run.seed, (run.step + run.skipped + 1) << 12])
         rate = self._rate(run.step)
-        found = self._compute(group, run.scale.value, rate)
+        found = run.executor.step(group, run.draw, run.scale.value, rate)
         finite = math.isfinite(found.norm)
         if not finite:
             self._refuse_to_diverge(found)
@@ -278,7 +268,7 @@ class _Training:
             yield Skipped(run.step, run.scale.value)
             return
         run.scale.update(True)
-        run.optimizer.advance()
+        run.executor.advance()
         run.step += 1
         self._meter.end()
         if run.step % self._params.log_steps == 0:
@@ -295,11 +285,13 @@ class _Training:
             yield event
         runconfig = self._params.runconfig
         if self._params.optimizer.log_hists and run.step % runconfig.save_summary_steps == 0:
-            self._logs.histograms(run.step, variables(run.model))
+            self._logs.histograms(run.step, run.executor.weights())
         if run.step % runconfig.save_checkpoints_steps == 0 and run.step < self._max_steps:
             yield self._save()
             if self._evaluator and time.monotonic() - self._evaluated_at >= runconfig.throttle_secs:
                 yield from self._evaluation(self._evaluator)
+        elif run.executor.saves_every_step:
+            self._keep(stays=False)
 
     def _refuse_to_diverge(self, found: StepResult) -> None:
         run = self._run
@@ -319,8 +311,13 @@ class _Training:
             )
 
     def _save(self) -> Saved:
+        saved = self._keep(stays=True)
+        self._told_step = saved.step
+        return saved
+
+    def _keep(self, *, stays: bool) -> Saved:
         self._logs.flush()
-        saved = self._run.save()
+        saved = self._run.save(stays=stays)
         self._saved_step = saved.step
         return saved
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,7 +77,10 @@ def _train(output: Output, job: Job, params: Params, begin: Path | None) -> dict
 
     find_records(params.train_input.data_dir)  # before the model is loaded
     stop = _StopSignals()
-    with locked(job.model_dir), stop, tf.device(params.runconfig.device):
+    with ExitStack() as stack:
+        stack.enter_context(locked(job.model_dir))
+        stack.enter_context(stop)
+        stack.enter_context(tf.device(params.runconfig.device))
         run = training.Run(
             params,
             job.model_dir,
@@ -85,6 +89,7 @@ def _train(output: Output, job: Job, params: Params, begin: Path | None) -> dict
             strict=job.strict,
             warn=_warner(output),
         )
+        stack.enter_context(run)
         write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
         if (job.init_from or begin) and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
