@@ -15,6 +15,7 @@ from gptj_model.tensors import Scheme, table
 from gptj_model.weights import load_weights, variables
 from runner import checkpoints
 from runner.data.input_fn import Batch
+from runner.distribution import Workers
 from runner.evaluate import Evaluator, ResidentEvaluator
 from runner.executor import StepResult
 from runner.initialize import initialize
@@ -31,6 +32,7 @@ class ResidentExecutor:
         config: of the model.
         params: of the run.
         model_dir: the run's folder.
+        workers: that train the same model; the first writes its checkpoints.
 
     Raises:
         ConfigError: see `trained_rows`.
@@ -38,14 +40,19 @@ class ResidentExecutor:
 
     saves_every_step = False
 
-    def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
+    def __init__(
+        self, config: GPTJConfig, params: Params, model_dir: Path, workers: Workers
+    ) -> None:
         self._config = config
         self._params = params
         self._model_dir = model_dir
+        self._workers = workers
         self.model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
         self._adapter, weights = trained_weights(self.model, params)
         self._optimizer = Optimizer(params.optimizer, weights)
-        self._compute = TrainStep(self.model, self._optimizer, params.optimizer.grad_accum_steps)
+        self._compute = TrainStep(
+            self.model, self._optimizer, params.optimizer.grad_accum_steps, workers
+        )
         self.trained = list(weights)
 
     def load(self, source: TensorSource, scheme: Scheme) -> None:
@@ -77,6 +84,8 @@ class ResidentExecutor:
 
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
         """See `Executor`."""
+        if self._workers.index:
+            return checkpoints.prefix(self._model_dir, step)
         found = variables(self.model)
         tensors = {t.tf: found[t.hf] for t in table(self._config)} | self._optimizer.slots
         tensors |= self._optimizer.scalars()

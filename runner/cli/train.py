@@ -25,6 +25,12 @@ from runner.cs_target import Target
 @click.option("--steps", type=click.IntRange(min=0), help="Train so many steps more.")
 @click.option("--eval-steps", type=click.IntRange(min=0), help="Batches to evaluate; 0 means all.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Train in so many processes of this machine, which share each batch.  "
+    "[one a GPU if runconfig.enable_distributed]",
+)
 @click.option("--strict", is_flag=True, help="A damaged newest checkpoint is an error.")
 @click.option("--validate-only", is_flag=True, help="Check parameters, records and headers; stop.")
 @click.option("--compile-only", is_flag=True, help="That, and compile the step; stop.")
@@ -48,6 +54,7 @@ def train(
     steps: int | None,
     eval_steps: int | None,
     settings: tuple[str, ...],
+    workers: int | None,
     strict: bool,
     validate_only: bool,
     compile_only: bool,
@@ -98,6 +105,7 @@ def train(
         steps=steps,
         settings=parsed,
         strict=strict,
+        workers=workers,
         only="validate" if validate_only else "compile" if compile_only else None,
     )
     return run_job(output, job)
