@@ -1,8 +1,8 @@
-"""Several processes that train one model: each holds a copy of it and computes its share of a batch.
+"""Several processes that train one model: each holds a copy and computes its share of a batch.
 
-A few counts are exchanged before a step, so that the loss is the mean over the whole batch's tokens,
-and the gradients after it. The exchange is TensorFlow's: NCCL between GPUs, a ring over gRPC
-between processors. Who takes part is said by TF_CONFIG, as TensorFlow defines it:
+A few counts are exchanged before a step, so that the loss is the mean over the tokens of the whole
+batch, and the gradients after it. The exchange is TensorFlow's: NCCL between GPUs, a ring over
+gRPC between processors. Who takes part is said by TF_CONFIG, as TensorFlow defines it:
 
     {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}
 """

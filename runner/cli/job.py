@@ -16,8 +16,8 @@ from runner.cli.errors import Exit
 from runner.cli.output import Output
 
 if TYPE_CHECKING:
-    from runner.events import Event
     from runner.distribution import Cluster, Workers
+    from runner.events import Event
     from runner.params import Params
     from runner.train import Run
 

@@ -1,4 +1,4 @@
-"""Several workers on this machine: the same command once for each, as the workers of one cluster."""
+"""Several workers on this machine: the same command once for each, as one cluster."""
 
 from __future__ import annotations
 
