@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from runner import evaluate
+from runner.cli.output import printable
+from tests.conftest import make_checkpoint
 
 
 @pytest.mark.parametrize("golden_run", ["adamw", "shared_embedding"], indirect=True)
@@ -43,3 +46,34 @@ def test_streamed_text_is_the_resident_one(sampling: tuple, small_hf: Path, gptj
     ]  # fmt: skip
     assert made[0] == made[1]
     assert len(made[0]) > 4
+
+
+def test_prompts_of_a_file(workdir: Path, gptj):
+    hf = make_checkpoint(workdir / "hf", vocab_size=50400)
+    model = ("--model", hf, "--max-new-tokens", 9, "--temperature", 1)
+    texts = ["Once", "a longer prompt, with é and 你", "x"]
+    Path("prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    many = ("generate", *model, "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
+    found = gptj(*many, "--json").json["continuations"]
+    assert [c["prompt"] for c in found] == texts
+    assert [json.loads(line) for line in gptj(*many).stdout.splitlines()] == found
+    for n, (text, made) in enumerate(zip(texts, found, strict=True)):
+        alone = gptj("generate", *model, "--prompt", text, "--seed", 5 + n, "--json").json
+        assert alone["ids"] == made["ids"]
+        assert alone["text"] == made["text"]
+        assert made["text"].startswith(text)
+        printed = gptj("generate", *model, "--prompt", text, "--seed", 5 + n).stdout
+        assert printed == printable(made["text"]) + "\n"
+    Path("prompts.txt").write_text("a\n\nb\n")
+    done = gptj(*many)
+    assert done.code == 1
+    assert "prompts.txt:2: is empty" in done.stderr
+
+
+def test_a_penalty_for_repetition(small_hf: Path, gptj):
+    model = ("--model", small_hf, "--ids", "5,7", "--max-new-tokens", 60, "--json")
+    plain, penalised = (
+        gptj("generate", *model, *more).json["ids"] for more in ((), ("--repetition-penalty", 50))
+    )
+    assert len(set(penalised)) == len(penalised)
+    assert len(set(plain)) < len(plain)

@@ -35,8 +35,8 @@ OPTIONS = {
         "--summaries",
     },
     "generate": {
-        "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
-        "--seed", "--execution",
+        "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--max-new-tokens",
+        "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--execution",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
@@ -44,7 +44,7 @@ OPTIONS = {
     "runs": {"--html"},
     "train": {
         "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
-        "--steps", "--eval-steps", "--set", "--strict", "--validate-only", "--compile-only",
+        "--steps", "--eval-steps", "--set", "--workers", "--strict", "--validate-only", "--compile-only",
         "--cs-ip", "--target", "--run-py", "--dry-run",
     },
     "verify": {
