@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from runner.cli.command import PATH, command
-from runner.cli.model_choice import EXECUTIONS, default_model
+from runner.cli.model_choice import EXECUTIONS, default_model, stated_execution
 from runner.cli.output import Output
 
 
@@ -30,9 +30,8 @@ from runner.cli.output import Output
 @click.option(
     "--execution",
     type=click.Choice(EXECUTIONS),
-    default=EXECUTIONS[0],
-    show_default=True,
-    help="The whole model in memory, or one block at a time, read anew for every token.",
+    help="The whole model in memory, or one block at a time, read anew for every token.  [that of "
+    "the YAML beside the model]",
 )
 def generate(
     output: Output,
@@ -44,7 +43,7 @@ def generate(
     top_k: int,
     top_p: float,
     seed: int,
-    execution: str,
+    execution: str | None,
 ) -> dict[str, Any]:
     """Continue a prompt, given as text or as token ids."""
     if (prompt is None) == (ids is None):
@@ -61,6 +60,7 @@ def generate(
     tokenizer = load_tokenizer(folder) if prompt is not None else _tokenizer_if_any(folder)
     begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
     sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    execution = execution or stated_execution(folder)
     with opened_model(path, streamed=execution == EXECUTIONS[1]) as loaded:
         end = loaded.config.eos_token_id
         made = list(generation.generate(loaded, begun, max_new_tokens, sampling, stop_at=end))
