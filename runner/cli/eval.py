@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--execution",
     type=click.Choice(EXECUTIONS),
-    default=EXECUTIONS[0],
-    show_default=True,
-    help="The whole model in memory, or one block at a time.",
+    help="The whole model in memory, or one block at a time.  [the YAML's]",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
 @click.option(
@@ -65,7 +63,7 @@ def evaluate(
     model: Path | None,
     params_file: Path | None,
     eval_steps: int | None,
-    execution: str,
+    execution: str | None,
     settings: tuple[str, ...],
     task: str,
     **generation: Any,
@@ -88,18 +86,17 @@ def evaluate(
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
+    if execution is not None:
+        parsed["runconfig.execution"] = execution
     with open_checkpoint(model) as checkpoint:
         params = params_for(model, params_file, parsed, checkpoint.config)
-    streamed = execution == EXECUTIONS[1]
-    return {"metrics": evaluate_model(output, model, params, streamed=streamed)}
+    return {"metrics": evaluate_model(output, model, params)}
 
 
 evaluate.name = "eval"
 
 
-def evaluate_model(
-    output: Output, model: Path, params: Params, *, streamed: bool = False
-) -> dict[str, float]:
+def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, float]:
     """Load a model, evaluate it, print the metrics line and return the metrics."""
     from gptj_convert.checkpoint import open_checkpoint
     from runner.evaluate import evaluate as run
@@ -111,6 +108,7 @@ def evaluate_model(
         progress(output, "evaluating", in_bytes=False) as report,
     ):
         config = reconcile(params, checkpoint.config, model)
+        streamed = params.runconfig.execution == EXECUTIONS[1]
         evaluator = _streamed(checkpoint) if streamed else _resident(model, config)
         metrics = run(
             evaluator,

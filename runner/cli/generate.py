@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.command import PATH, command
-from runner.cli.model_choice import EXECUTIONS, default_model
+from runner.cli.model_choice import EXECUTIONS, default_model, stated_execution
 from runner.cli.output import Output
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ if TYPE_CHECKING:
 @click.option(
     "--execution",
     type=click.Choice(EXECUTIONS),
-    default=EXECUTIONS[0],
-    show_default=True,
-    help="The whole model in memory, or one block at a time, read anew for every token.",
+    help="The whole model in memory, or one block at a time, read anew for every token.  [that of "
+    "the YAML beside the model]",
 )
 def generate(
     output: Output,
@@ -79,7 +78,7 @@ def generate(
     top_p: float,
     repetition_penalty: float,
     seed: int,
-    execution: str,
+    execution: str | None,
 ) -> dict[str, Any]:
     """Continue a prompt, given as text or as token ids; or every line of a file."""
     if sum(given is not None for given in (prompt, ids, prompts_file)) != 1:
@@ -94,6 +93,7 @@ def generate(
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
+<<<<<<< HEAD
     tokenizer = _tokenizer_if_any(folder) if ids is not None else load_tokenizer(folder)
     sampling = Sampling(
         temperature=temperature,
@@ -102,6 +102,12 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+=======
+    tokenizer = load_tokenizer(folder) if prompt is not None else _tokenizer_if_any(folder)
+    begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
+    sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    execution = execution or stated_execution(folder)
+>>>>>>> streaming
     with opened_model(path, streamed=execution == EXECUTIONS[1]) as loaded:
         generator = Generator(loaded, sampling, stop_at=loaded.config.eos_token_id)
         if texts is not None:

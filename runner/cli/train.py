@@ -10,7 +10,7 @@ import rich_click as click
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.cs_job import run_on_cs
 from runner.cli.job import MODES, Job, run_job
-from runner.cli.model_choice import DEFAULT_MODEL_DIR
+from runner.cli.model_choice import DEFAULT_MODEL_DIR, EXECUTIONS
 from runner.cli.output import Output
 from runner.cs_target import Target
 
@@ -24,6 +24,11 @@ from runner.cs_target import Target
 @click.option("--max-steps", type=click.IntRange(min=0), help="Train up to this step.")
 @click.option("--steps", type=click.IntRange(min=0), help="Train so many steps more.")
 @click.option("--eval-steps", type=click.IntRange(min=0), help="Batches to evaluate; 0 means all.")
+@click.option(
+    "--execution",
+    type=click.Choice(EXECUTIONS),
+    help="Weights in memory, or on the disk and brought one block at a time.  [the YAML's]",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
 @click.option(
     "--workers",
@@ -53,6 +58,7 @@ def train(
     max_steps: int | None,
     steps: int | None,
     eval_steps: int | None,
+    execution: str | None,
     settings: tuple[str, ...],
     workers: int | None,
     strict: bool,
@@ -95,6 +101,8 @@ def train(
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
+    if execution is not None:
+        parsed["runconfig.execution"] = execution
     job = Job(
         model_dir=model_dir,
         mode=mode,

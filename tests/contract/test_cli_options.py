@@ -44,8 +44,8 @@ OPTIONS = {
     "runs": {"--html"},
     "train": {
         "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
-        "--steps", "--eval-steps", "--set", "--workers", "--strict", "--validate-only", "--compile-only",
-        "--cs-ip", "--target", "--run-py", "--dry-run",
+        "--steps", "--eval-steps", "--execution", "--set", "--workers", "--strict",
+        "--validate-only", "--compile-only", "--cs-ip", "--target", "--run-py", "--dry-run",
     },
     "verify": {
         "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",
