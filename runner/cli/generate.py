@@ -93,7 +93,6 @@ def generate(
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
-<<<<<<< HEAD
     tokenizer = _tokenizer_if_any(folder) if ids is not None else load_tokenizer(folder)
     sampling = Sampling(
         temperature=temperature,
@@ -102,12 +101,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-=======
-    tokenizer = load_tokenizer(folder) if prompt is not None else _tokenizer_if_any(folder)
-    begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
-    sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     execution = execution or stated_execution(folder)
->>>>>>> streaming
     with opened_model(path, streamed=execution == EXECUTIONS[1]) as loaded:
         generator = Generator(loaded, sampling, stop_at=loaded.config.eos_token_id)
         if texts is not None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import GPTJForCausalLM
 
 from runner import evaluate
 from runner.cli.output import printable
+from runner.data.tokenizer import load_tokenizer
 from tests.conftest import make_checkpoint
 
 
@@ -77,3 +81,57 @@ def test_a_penalty_for_repetition(small_hf: Path, gptj):
     )
     assert len(set(penalised)) == len(penalised)
     assert len(set(plain)) < len(plain)
+
+
+TEXT = "Once upon a time, in a caf\u00e9, \u4f60 said: read on. " * 9
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has the tokenizer's vocabulary, and a short context."""
+    return make_checkpoint(tmp_path_factory.mktemp("reader") / "hf", vocab_size=50400)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 5), (16, 16), (7, 1), (64, 32)])
+def test_a_text_scored_in_windows(reader: Path, window: int, stride: int, workdir: Path, gptj):
+    Path("a.txt").write_text(TEXT, encoding="utf-8")
+    text = ("eval", "--model", reader, "--task", "text", "--data", "a.txt", "--json")
+    found = gptj(*text, "--window", window, "--stride", stride, "--batch-size", 3).json
+    tokens = [50256, *load_tokenizer(reader).encode(TEXT, add_special_tokens=False).ids]
+    with torch.no_grad():
+        model, losses = GPTJForCausalLM.from_pretrained(reader), []
+        last = len(tokens) - 1
+        for start in range(0, last, stride):
+            stop = min(start + window, last)
+            begin = stop - min(window, last)
+            logits = model(torch.tensor([tokens[begin:stop]])).logits[0]
+            new = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(tokens[begin + 1 : stop + 1]), reduction="none"
+            )
+            losses += new[len(losses) - begin :].tolist()
+            if stop == last:
+                break
+    assert found["tokens"] == len(losses) == last
+    assert found["bytes"] == len(TEXT.encode())
+    metrics = found["metrics"]
+    assert metrics["loss"] == pytest.approx(sum(losses) / last, rel=1e-6)
+    assert metrics["eval/lm_perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    bits = sum(losses) / math.log(2) / found["bytes"]
+    assert metrics["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_texts_that_cannot_be_scored(reader: Path, workdir: Path, gptj):
+    text = ("eval", "--model", reader, "--task", "text")
+    Path("bad.txt").write_bytes(b"one\ntwo \xff")
+    Path("empty.txt").write_bytes(b"")
+    for more, code, words in (
+        ((), 2, "needs a text"),
+        (("--data", "bad.txt"), 1, "bad.txt:2: byte 0xff"),
+        (("--data", "empty.txt"), 1, "empty.txt: is empty"),
+        (("--data", "missing.txt"), 1, "missing.txt"),
+        (("--data", "bad.txt", "--window", 9, "--stride", 10), 2, "the next 10 further on"),
+        (("--data", "bad.txt", "--window", 65), 2, "expected at most 64"),
+    ):
+        done = gptj(*text, *more)
+        assert done.code == code, done.stderr
+        assert words in done.stderr

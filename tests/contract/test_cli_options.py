@@ -31,6 +31,7 @@ OPTIONS = {
     "download": {"--revision", "--out"},
     "eval": {
         "--model", "--params", "--eval-steps", "--execution", "--set", "--task", "--data",
+        "--window", "--stride", "--batch-size",
         "--beams", "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article",
         "--summaries",
     },
