@@ -130,7 +130,7 @@ def test_texts_that_cannot_be_scored(reader: Path, workdir: Path, gptj):
         (("--data", "empty.txt"), 1, "empty.txt: is empty"),
         (("--data", "missing.txt"), 1, "missing.txt"),
         (("--data", "bad.txt", "--window", 9, "--stride", 10), 2, "the next 10 further on"),
-        (("--data", "bad.txt", "--window", 65), 2, "expected at most 64"),
+        (("--data", "bad.txt", "--window", 5000), 2, "expected at most"),
     ):
         done = gptj(*text, *more)
         assert done.code == code, done.stderr
