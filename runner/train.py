@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.formats.tf import STATE_FILE
+from gptj_convert.optimizer_state import StateInTf, find_state
 from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -128,16 +129,27 @@ class Run:
             self._load_state(source, step)
 
     def _begin(self, init_from: Path, weights_only: bool) -> None:
-        with open_checkpoint(init_from) as checkpoint:
+        with open_checkpoint(init_from, with_optimizer=not weights_only) as checkpoint:
             match(checkpoint)
             self._build(reconcile(self.params, checkpoint.config, init_from))
             load_weights(self.model, checkpoint.source, checkpoint.scheme)
-            step = 0 if weights_only else stored_step(checkpoint.source)
-            if step:
-                self._load_state(checkpoint.source, step)
+            if not weights_only:
+                self._begin_with_state(checkpoint)
         self._keep_config(checkpoint.config)
         for path in checkpoint.companions:
             write_whole(self.model_dir / path.name, path.read_bytes())
+
+    def _begin_with_state(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.scheme is Scheme.TF:
+            source: TensorSource = checkpoint.source
+        elif state := find_state(checkpoint):
+            source = StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
+        else:
+            if checkpoint.scheme is not Scheme.HF:  # a published model has none
+                self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
+            return
+        if step := stored_step(source):
+            self._load_state(source, step)
 
     def _keep_config(self, config: GPTJConfig) -> None:
         self.model_dir.mkdir(parents=True, exist_ok=True)
