@@ -70,7 +70,7 @@ def test_there_and_back(run: Path, way: list[str], groups: str, small_pieces: No
 
 def test_what_the_client_keeps_comes_back_to_it(workdir: Path, gptj):
     import h5py
-    import hdf5plugin  # noqa: F401: the client compresses
+    import hdf5plugin  # noqa: F401  what the client compresses with
 
     shutil.copyfile(GOLDEN_RUNS / "cs" / "trainer.yaml", "trainer.yaml")
     shutil.copyfile(CLIENTS, "checkpoint_20.mdl")
