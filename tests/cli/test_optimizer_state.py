@@ -178,3 +178,118 @@ def test_one_further_step_is_pytorchs(run: Path, through: str, groups: str, gptj
     for name, values in model.state_dict().items():
         delta = (values - after[name]).abs().max().item()
         assert delta <= 1e-6, (name, delta)  # of a step of 1e-3
+
+
+def _momentum(prefix: Path) -> None:
+    tensors = {n.replace("/AdamW_1", "/SGDM"): v for n, v in _bundle(prefix).items()}
+    _rewrite(prefix, {n: v for n, v in tensors.items() if not n.endswith("/AdamW")})
+
+
+def _without(*endings: str) -> Any:
+    def change(prefix: Path) -> None:
+        _rewrite(prefix, {n: v for n, v in _bundle(prefix).items() if not n.endswith(endings)})
+
+    return change
+
+
+def _rewrite(prefix: Path, tensors: dict[str, np.ndarray]) -> None:
+    for path in prefix.parent.glob(f"{prefix.name}.*"):
+        path.unlink()
+    write_bundle(prefix, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_without("/AdamW", "/AdamW_1"), "holds no optimizer state, expected slots …/AdamW"),
+        (_without("/ln_1/beta/AdamW_1"), "3 problem(s)"),
+        (_without("k_proj/kernel/AdamW"), "k_proj/kernel/AdamW', a moment of"),
+        (_without("beta2_power"), "'beta2_power' is missing"),
+        (_without("global_step"), "'global_step' is missing"),
+        (_momentum, "holds slots of momentum, expected of adamw or adam"),
+    ],
+    ids=["none", "some", "a moment", "a power", "the step", "another optimizer"],
+)
+def test_state_that_is_not_whole_is_refused(change: Any, words: str, run: Path, gptj):
+    change(run)
+    done = gptj("convert", run, "--to", "cs", "--optimizer-state")
+    assert done.code == 1
+    assert words in done.stderr
+    assert "without --optimizer-state" in done.stderr
+    assert not Path("converted-cs").exists()
+    assert gptj("convert", run, "--to", "cs").code == 0
+
+
+def _state_dict(folder: str, change: Any) -> None:
+    import torch
+
+    path = Path(folder) / "optimizer.pt"
+    values = torch.load(path, weights_only=True)
+    change(values)
+    torch.save(values, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["state"].pop(7), "is missing"),
+        (lambda d: d["state"][3].update(momentum_buffer=None), "keeps 'momentum_buffer'"),
+        (lambda d: d["state"][3].update(exp_avg=d["state"][0]["exp_avg"]), "has shape"),
+        (lambda d: d["state"][3]["step"].fill_(21), "is 21.0, expected 20.0 as the first"),
+        (lambda d: [s["step"].fill_(0.5) for s in d["state"].values()], "a whole number"),
+        (lambda d: d["param_groups"][0]["params"].pop(), "groups of 34 parameters, expected one"),
+        (lambda d: d["param_groups"][0].pop("betas"), "are not those of Adam"),
+        (lambda d: d.pop("state"), "is not an optimizer's state dict"),
+        (lambda d: d["param_groups"][0].update(lr=Path), "is not allowed"),
+    ],
+    ids=["parameter", "kind", "shape", "steps", "step", "groups", "settings", "keys", "class"],
+)
+def test_an_optimizer_pt_of_another_kind_is_refused(change: Any, words: str, run: Path, gptj):
+    _convert(gptj, run, "hf", "torch")
+    _state_dict("torch", change)
+    done = gptj("convert", "torch", "--to", "tf", "--optimizer-state")
+    assert done.code == 1
+    assert words in done.stderr
+    assert gptj("convert", "torch", "--to", "tf").code == 0
+
+
+def test_pytorchs_own_state_after_more_steps(run: Path, gptj):
+    """Powers that went along count no more once PyTorch has gone on."""
+    _convert(gptj, run, "hf", "torch")
+    _state_dict("torch", lambda d: [s["step"].add_(5) for s in d["state"].values()])
+    _convert(gptj, "torch", "tf", "home")
+    found = _bundle("home/tf_model.ckpt")
+    assert found["global_step"] == 25
+    assert found["beta1_power"] == pytest.approx(0.9**26, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--to", "keras", "--optimizer-state"), "--to keras"),
+        (("--to", "hf", "--optimizer-state", "--share-embeddings"), "--share-embeddings"),
+        (("--to", "hf", "--param-groups", "decay"), "goes with --to hf --optimizer-state"),
+        (("--to", "cs", "--optimizer-state", "--param-groups", "one"), "goes with --to hf"),
+    ],
+)
+def test_what_has_no_place_for_it(options: tuple[str, ...], words: str, run: Path, gptj):
+    done = gptj("convert", run, *options)
+    assert done.code == 2
+    assert words in done.stderr
+
+
+def test_a_model_without_state(workdir: Path, gptj):
+    source = GOLDEN_RUNS / "adamw" / "hf"
+    done = gptj("convert", source, "--to", "tf", "--optimizer-state")
+    assert done.code == 1
+    assert "expected optimizer.pt beside the weights" in done.stderr
+    shutil.copyfile(GOLDEN_RUNS / "cs" / "model.mdl", "model.mdl")
+    shutil.copyfile(source / "config.json", "config.json")
+    done = gptj("convert", "model.mdl", "--to", "tf", "--optimizer-state")
+    assert done.code == 1
+    assert "optimizer.state.0.exp_avg" in done.stderr
+    params = ("--params", GOLDEN_RUNS / "adamw" / "params.yaml", "--max-steps", 1)
+    records = f"train_input.data_dir={GOLDEN_RUNS / 'adamw' / 'records'}"
+    done = gptj("train", "--init-from", "model.mdl", *params, "--set", records)
+    assert done.code == 0
+    assert "warning: model.mdl holds no optimizer state: the run begins at step 0" in done.stderr
