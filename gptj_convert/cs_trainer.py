@@ -65,7 +65,7 @@ def trainer_from_params(
     config: GPTJConfig,
     params: Mapping[str, Any],
     *,
-    checkpoint: str,
+    checkpoint: str | None,
     data: Sequence[str],
     backend: str = "CSX",
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def trainer_from_params(
     Args:
         config: of the model.
         params: the content of a params.yaml.
-        checkpoint: path of the `.mdl` to begin with.
+        checkpoint: path of the `.mdl` to begin with; None: random weights, or the run's own.
         data: folders of HDF5 records.
         backend: "CSX" or "CPU".
 
@@ -108,15 +108,16 @@ def trainer_from_params(
     schedule = optimizer["learning_rate"]
     if not isinstance(schedule, int | float):
         init["schedulers"] = [_schedulers(schedule if isinstance(schedule, list) else [schedule])]
+    begin = {"ckpt_path": checkpoint} if checkpoint else {}
     return {
         "trainer": {
             "init": init,
-            "fit": {
-                "ckpt_path": checkpoint,
+            "fit": begin
+            | {
                 "train_dataloader": loader | {"shuffle": bool(inputs.get("shuffle", True))},
             },
-            "validate": {
-                "ckpt_path": checkpoint,
+            "validate": begin
+            | {
                 "val_dataloader": loader | {"shuffle": False},
             },
         }

@@ -217,8 +217,13 @@ def find_weights(path: Path) -> Path | None:
         return path if path.suffix == SUFFIX else None
     if (path / MODEL_FILE).is_file():
         return path / MODEL_FILE
-    if not path.is_dir():
+    return newest(path)
+
+
+def newest(folder: Path) -> Path | None:
+    """A run's checkpoint of the highest step; None when there is none."""
+    if not folder.is_dir():
         return None
-    matches = ((_RUN_FILE.fullmatch(p.name), p) for p in path.iterdir())
+    matches = ((_RUN_FILE.fullmatch(p.name), p) for p in folder.iterdir())
     steps = {int(m[1]): p for m, p in matches if m}
     return steps[max(steps)] if steps else None
