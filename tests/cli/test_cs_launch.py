@@ -54,7 +54,8 @@ LEGACY_CHECKS = """
 assert sys.argv[1] == "python-ws" and pathlib.Path(sys.argv[2]).is_file()
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 assert pathlib.Path(options["--params"]).is_file()
-assert pathlib.Path(options["--checkpoint_path"] + ".index").is_file()
+if "--checkpoint_path" in options:
+    assert pathlib.Path(options["--checkpoint_path"] + ".index").is_file()
 """
 
 
