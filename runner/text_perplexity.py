@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 
 from gptj_model.errors import DataFault
 from runner.data.input_fn import Batch
@@ -100,5 +101,5 @@ def _batches(ids_N: np.ndarray, window: Window) -> Iterator[Batch]:
     nothing = rows[0][0], np.ones(T, np.float32), rows[0][2]
     rows += [nothing] * (-len(rows) % B)
     for at in range(0, len(rows), B):
-        ids, ignored, labels_ = (np.stack(part) for part in zip(*rows[at : at + B], strict=True))
-        yield ids.astype(np.int32), ignored, labels_.astype(np.int32)
+        ids_BT, ignored_BT, labels_BT = map(np.stack, zip(*rows[at : at + B], strict=True))
+        yield tf.constant(ids_BT), tf.constant(ignored_BT), tf.constant(labels_BT)
