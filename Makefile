@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full test-cs docs clean
+.PHONY: setup demo check test test-full test-cs docs site clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,7 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
 
 # Two at a time: what XLA compiles, and what waits for signals, leaves a core idle.
 test: setup
@@ -43,6 +44,10 @@ test-cs: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# The documentation as pages: build/site/index.html.
+site: docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
 
 clean:
 	rm -rf $(VENV) $(CS_VENV) demo-output build dist *.egg-info
