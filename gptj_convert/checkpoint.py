@@ -10,6 +10,8 @@ from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.cs_trainer import config_beside as config_beside_model
 from gptj_convert.formats import cs, hf, keras, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
+from gptj_convert.joined_source import JoinedSource
 from gptj_convert.reference_yaml import PARAMS_FILE
 from gptj_convert.reference_yaml import config_beside as config_beside_bundle
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -31,6 +33,13 @@ class Checkpoint:
     """The files that hold its tensors, and their index."""
     vocab_choice: str | None = None
     """Where its vocab_size is from: one of `options.VOCAB_SIZES`; None: both must agree."""
+    optimizer: OptimizerSource | None = None
+    """A file with an optimizer's state beside the weights, if it was asked for and is there."""
+
+    @property
+    def everything(self) -> TensorSource:
+        """Weights and state, by names that are none of both."""
+        return JoinedSource(self.source, self.optimizer) if self.optimizer else self.source
 
     @property
     def folder(self) -> Path:
@@ -48,6 +57,8 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.source.close()
+        if self.optimizer:
+            self.optimizer.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,11 @@ class Location:
 
 
 def open_checkpoint(
-    path: Path, *, config_file: Path | None = None, vocab_choice: str | None = None
+    path: Path,
+    *,
+    config_file: Path | None = None,
+    vocab_choice: str | None = None,
+    with_optimizer: bool = False,
 ) -> Checkpoint:
     """Find and open the GPT-J checkpoint that `path` is or holds.
 
@@ -70,6 +85,7 @@ def open_checkpoint(
         path: a folder, a weight file, an index of shards, or a bundle's prefix.
         config_file: a config.json to use instead of the one beside the weights.
         vocab_choice: see `Checkpoint`.
+        with_optimizer: open an optimizer.pt beside Hugging Face's weights, too.
 
     Raises:
         ConfigError: no config, or one that is not a GPT-J.
@@ -80,7 +96,12 @@ def open_checkpoint(
     config = read_config(location, config_file)
     source, files = open_source(location)
     config = vocabulary.settle(config, location.scheme, source.tensors, vocab_choice)
-    return Checkpoint(path, location.scheme, config, source, files, vocab_choice)
+    state = location.weights.with_name(OPTIMIZER_FILE)
+    if not (with_optimizer and location.scheme is Scheme.HF and state.is_file()):
+        return Checkpoint(path, location.scheme, config, source, files, vocab_choice)
+    return Checkpoint(
+        path, location.scheme, config, source, (*files, state), vocab_choice, OptimizerSource(state)
+    )
 
 
 def locate(path: Path) -> Location:

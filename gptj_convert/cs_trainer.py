@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptj_convert.formats.cs import MODEL_FILE
-from gptj_convert.reference_yaml import MODEL_KEYS, continued_pretraining, read_yaml
+from gptj_convert.reference_yaml import EPSILON, MIXED_EPSILON, MODEL_KEYS, read_yaml
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
+from gptj_model.moments import ADAMS
 
 TRAINER_FILE = "trainer.yaml"
 
@@ -39,14 +42,22 @@ _TRAINING_KEYS: dict[str, Any] = {
     "loss_weight": 1.0,
 }
 
+#: Keys of `trainer.init.precision` that the reference has in its section `optimizer`.
+_SCALING_KEYS = (
+    "loss_scaling_factor",
+    "initial_loss_scale",
+    "steps_per_increase",
+    "min_loss_scale",
+    "max_loss_scale",
+)
+
 #: Where the records for the client are, as `gptj data … --format hdf5` makes them.
 _DATA = "data"
 _PROCESSOR = "GptHDF5MapDataProcessor"
 
 
-def trainer(config: GPTJConfig) -> dict[str, Any]:
-    """A whole `cszoo fit` configuration: continued pre-training of `model.mdl` beside it."""
-    params = continued_pretraining(config)
+def trainer(config: GPTJConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole `cszoo fit` configuration that goes on with `model.mdl` beside it."""
     return trainer_from_params(config, params, checkpoint=MODEL_FILE, data=[_DATA])
 
 
@@ -54,7 +65,7 @@ def trainer_from_params(
     config: GPTJConfig,
     params: Mapping[str, Any],
     *,
-    checkpoint: str,
+    checkpoint: str | None,
     data: Sequence[str],
     backend: str = "CSX",
 ) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def trainer_from_params(
     Args:
         config: of the model.
         params: the content of a params.yaml.
-        checkpoint: path of the `.mdl` to begin with.
+        checkpoint: path of the `.mdl` to begin with; None: random weights, or the run's own.
         data: folders of HDF5 records.
         backend: "CSX" or "CPU".
 
@@ -71,6 +82,7 @@ def trainer_from_params(
         ConfigError: the client has no such optimizer or schedule.
     """
     optimizer, run = params["optimizer"], params.get("runconfig", {})
+    mixed = bool(params.get("model", {}).get("mixed_precision"))
     inputs = params["train_input"]
     loader = {
         "data_processor": _PROCESSOR,
@@ -83,10 +95,11 @@ def trainer_from_params(
         "seed": run.get("tf_random_seed") or 1,
         "model_dir": "model_dir",
         "model": _model(config),
-        "optimizer": _optimizer(optimizer),
+        "optimizer": _optimizer(optimizer, MIXED_EPSILON if mixed else EPSILON),
         "precision": {
-            "enabled": bool(params.get("model", {}).get("mixed_precision")),
-            "max_gradient_norm": optimizer.get("max_gradient_norm"),
+            "enabled": mixed,
+            "max_gradient_norm": optimizer.get("max_gradient_norm") or None,
+            **{key: optimizer[key] for key in _SCALING_KEYS if key in optimizer},
         },
         "loop": {"max_steps": run.get("max_steps", 100)},
         "checkpoint": {"steps": run.get("save_checkpoints_steps", 1000)},
@@ -95,15 +108,16 @@ def trainer_from_params(
     schedule = optimizer["learning_rate"]
     if not isinstance(schedule, int | float):
         init["schedulers"] = [_schedulers(schedule if isinstance(schedule, list) else [schedule])]
+    begin = {"ckpt_path": checkpoint} if checkpoint else {}
     return {
         "trainer": {
             "init": init,
-            "fit": {
-                "ckpt_path": checkpoint,
+            "fit": begin
+            | {
                 "train_dataloader": loader | {"shuffle": bool(inputs.get("shuffle", True))},
             },
-            "validate": {
-                "ckpt_path": checkpoint,
+            "validate": begin
+            | {
                 "val_dataloader": loader | {"shuffle": False},
             },
         }
@@ -115,22 +129,49 @@ def _model(config: GPTJConfig) -> dict[str, Any]:
     return _FIXED_KEYS | values | {"filter_size": config.ffn_dim} | _TRAINING_KEYS
 
 
-def _optimizer(values: Mapping[str, Any]) -> dict[str, Any]:
-    if values["optimizer_type"] != "adamw":
+def _optimizer(values: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+    kind = values["optimizer_type"]
+    if kind not in ADAMS:
         raise ConfigError(
-            f"optimizer.optimizer_type is {values['optimizer_type']!r}, expected 'adamw': other "
+            f"optimizer.optimizer_type is {kind!r}, expected 'adamw' or 'adam': other "
             "optimizers of the client are not those of the reference"
         )
-    rate = values["learning_rate"]
+    rate, is_adam = values["learning_rate"], kind == "adam"
     return {
+        # Without decay, and corrected, it is the reference's adam.
         "adamw": {
             "learning_rate": rate if isinstance(rate, int | float) else 0.0,
             "betas": [values.get("beta1", 0.9), values.get("beta2", 0.999)],
-            "eps": values.get("epsilon", 1e-8),
-            "weight_decay": values.get("weight_decay_rate", 0.0),
-            "correct_bias": values.get("use_bias_correction", False),
+            "eps": values.get("epsilon", epsilon),
+            "weight_decay": 0.0 if is_adam else values.get("weight_decay_rate", 0.0),
+            "correct_bias": is_adam or values.get("use_bias_correction", False),
         }
     }
+
+
+def scheduler_states(params: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+    """What the client's schedulers of such parameters keep after so many steps: their count."""
+    schedule = params["optimizer"]["learning_rate"]
+    if isinstance(schedule, int | float):
+        return []
+    members = schedule if isinstance(schedule, list) else [schedule]
+    states, begin = [], 0
+    for member in members:
+        states.append(_scheduler_state(member, max(0, step - begin)))
+        begin += member.get("steps") or member.get("decay_steps") or 0
+    return states if len(states) == 1 else [_counted(step) | {"_schedulers": states}]
+
+
+def _scheduler_state(values: Mapping[str, Any], step: int) -> dict[str, Any]:
+    if values["scheduler"] != "PiecewiseConstant":
+        return _counted(step)
+    begins = (0, *(boundary + 1 for boundary in values["boundaries"]))
+    members = [_counted(max(0, step - begin)) for begin in begins]
+    return _counted(step) | {"_schedulers": members}
+
+
+def _counted(step: int) -> dict[str, Any]:
+    return {"last_epoch": np.asarray(step, np.int64)}
 
 
 def _schedulers(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

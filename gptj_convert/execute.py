@@ -41,7 +41,7 @@ from gptj_model.config import CONFIG_FILE
 from gptj_model.dtypes import count_nonfinite, count_overflows, largest, saturate
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import raw_bytes
-from gptj_model.tensors import GLOBAL_STEP, Op, Scheme
+from gptj_model.tensors import Op, Scheme
 
 #: Files that are made to be changed, and so not hashed.
 _EDITED = (PARAMS_FILE, TRAINER_FILE)
@@ -228,6 +228,7 @@ class _Reader:
         self, plan: Plan, checkpoint: Checkpoint, pipeline: Pipeline, start: Start
     ) -> None:
         self._saturate = plan.saturate
+        self._values = plan.values
         self._where = str(checkpoint.path)
         self._moves = {m.target_name: m for m in plan.moves}
         self._nonfinite: dict[str, int] = {}
@@ -237,14 +238,14 @@ class _Reader:
         names = plan.layout.tensors_from(start.file, start.offset)
         moves = [self._moves[name] for name in names if name in self._moves]
         wanted = [Wanted(m.source_name, m.op, partial(self._look, m)) for m in moves]
-        self._ahead = ReadAhead(checkpoint.source, wanted, pipeline, STRIPS)
+        self._ahead = ReadAhead(checkpoint.everything, wanted, pipeline, STRIPS)
 
     def strips(self, name: str) -> Iterator[Strip]:
         """The strips of a tensor of the target; tensors must be asked for in order."""
-        if name == GLOBAL_STEP:
-            step = np.zeros(1, np.int64)
-            self.facts[name] = Moved(name, crc32c(raw_bytes(step)), 0)
-            yield Strip(step, Op.COPY)
+        if name in self._values:
+            values = self._values[name].reshape(-1)
+            self.facts[name] = Moved(name, crc32c(raw_bytes(values)), 0)
+            yield Strip(values, Op.COPY)
             return
         dtype = self._moves[name].target.dtype
         for strip in self._ahead.strips():
@@ -289,11 +290,13 @@ def _check_unchanged(checkpoint: Checkpoint, journal: Journal[Moved]) -> None:
 def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None:
     config = json.dumps(plan.config.to_hf(dtype=plan.dtype), indent=2) + "\n"
     (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
+    params = plan.continuation and plan.continuation.params
+    params = params or continued_pretraining(plan.config)
     if plan.scheme is Scheme.TF:
-        params = yaml_text(continued_pretraining(plan.config))
-        (staging / PARAMS_FILE).write_text(params, encoding="utf-8")
+        (staging / PARAMS_FILE).write_text(yaml_text(params), encoding="utf-8")
     if plan.scheme is Scheme.CS:
-        (staging / TRAINER_FILE).write_text(yaml_text(trainer(plan.config)), encoding="utf-8")
+        text = yaml_text(trainer(plan.config, params))
+        (staging / TRAINER_FILE).write_text(text, encoding="utf-8")
     if plan.scheme is Scheme.KERAS:
         write_model(staging, plan.config, plan.dtype)
     for path in checkpoint.companions:
@@ -321,6 +324,6 @@ def _manifest(
                 "source_crc32c": f"{moved[m.target_name].source_crc32c:08x}",
                 "crc32c": f"{moved[m.target_name].crc32c:08x}",
             }
-            for m in plan.moves
+            for m in plan.weights
         },
     )

@@ -96,12 +96,15 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def describe_target(plan: Plan) -> dict[str, Any]:
     """The manifest's word on the output."""
-    return {
+    target: dict[str, Any] = {
         "format": plan.scheme.value,
         "dtype": plan.dtype,
         "share_embeddings": plan.shares_embeddings,
         "saturate": plan.saturate,
     }
+    if plan.continuation:
+        target["optimizer_step"] = plan.continuation.state.step
+    return target
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -26,6 +26,9 @@ DEFAULT_OUT = {
 PEFT = "peft"
 PEFT_OUT = Path("converted-peft")
 
+#: How PyTorch's optimizer was, or will be, given the parameters: `gptj_model.moments.Grouping`.
+GROUPINGS = ("one", "decay")
+
 #: Where the number of tokens comes from if config.json and tensors disagree.
 FROM_TENSORS = "from-tensors"
 FROM_CONFIG = "from-config"

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from gptj_convert import vocabulary
 from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.cs_trainer import scheduler_states
 from gptj_convert.formats.cs import cs_layout
 from gptj_convert.formats.hf import hf_layout
 from gptj_convert.formats.keras import keras_layout
 from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.tf import tf_layout
+from gptj_convert.formats.torch_optimizer import optimizer_file
+from gptj_convert.optimizer_state import DTYPE
+from gptj_convert.optimizer_target import Continuation, cs_tree, torch_state
 from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
 from gptj_convert.survey import hint, same_bits, settle_copies, survey
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import TensorFault, UsageError
+from gptj_model.moments import ADAMS, Grouping, named_moments, numbered_moments
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import EMBEDDING, GLOBAL_STEP, HEAD_WEIGHT, Op, Scheme, Tensor, table
 
@@ -31,11 +39,13 @@ class Move:
     target_name: str
     target: TensorInfo
     op: Op
+    is_moment: bool = False
+    """Of the optimizer: a moment of the weight `tensor`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every move of a conversion, in the order of the table."""
+    """Every move of a conversion, in the order of the table; moments after the weights."""
 
     source_config: GPTJConfig
     config: GPTJConfig
@@ -47,6 +57,15 @@ class Plan:
     """Of the target."""
     saturate: bool = False
     """Values beyond the target's range become its largest, instead of an error."""
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Small tensors of the target that no tensor of the source becomes, by name."""
+    continuation: Continuation | None = None
+    """Optimizer state that is carried over."""
+
+    @property
+    def weights(self) -> list[Move]:
+        """The moves that are no moments."""
+        return [m for m in self.moves if not m.is_moment]
 
     @property
     def in_file_order(self) -> list[Move]:
@@ -76,8 +95,8 @@ class Plan:
 
     @property
     def dtype(self) -> str:
-        """The target's dtype, or the widest of them."""
-        widths = {m.target.dtype: FLOATS[m.target.dtype].itemsize for m in self.moves}
+        """The weights' dtype in the target, or the widest of them."""
+        widths = {m.target.dtype: FLOATS[m.target.dtype].itemsize for m in self.weights}
         return max(widths, key=lambda name: widths[name])
 
 
@@ -112,6 +131,7 @@ def make_plan(
     max_shard_bytes: int | None = None,
     share_embeddings: bool = False,
     saturate: bool = False,
+    continuation: Continuation | None = None,
 ) -> Plan:
     """Plan the conversion of an open checkpoint.
 
@@ -122,15 +142,24 @@ def make_plan(
         max_shard_bytes: of the tensors of one file of weights, for `Scheme.HF`; None: one file.
         share_embeddings: leave out a head that is the embedding once more.
         saturate: see `Plan`.
+        continuation: optimizer state of the checkpoint to carry over.
 
     Raises:
         TensorFault: see `match`.
-        UsageError: the format has no shards, or there would be too many; or the head is another.
+        UsageError: the format has no shards, or there would be too many; or the head is another;
+            or the format has no place for the state.
+        ConfigError: the state's optimizer or schedule has no counterpart there.
     """
     if max_shard_bytes is not None and target is not Scheme.HF:
         raise UsageError(
             f"--max-shard-size does not go with --to {target.value}, whose weights are one file",
             hint="leave it out, or choose --to hf",
+        )
+    if continuation and (target is Scheme.KERAS or share_embeddings):
+        raise UsageError(
+            "--optimizer-state does not go with "
+            + ("--share-embeddings" if share_embeddings else "--to keras")
+            + ", which has no place for all of it"
         )
     found = {tensor.hf: (name, info) for tensor, name, info in match(checkpoint)}
     config = checkpoint.config
@@ -149,9 +178,38 @@ def make_plan(
         op = tensor.op(checkpoint.scheme, target)
         for target_name in (tensor.name(target), *tensor.copies(target)):
             moves.append(Move(tensor, name, info, target_name, stored, op))
-    tensors = {m.target_name: m.target for m in moves}
-    layout = _layout(target, tensors, max_shard_bytes)
-    return Plan(checkpoint.config, config, target, tuple(moves), layout, saturate)
+    if continuation:
+        moves += _moments(checkpoint, target, continuation)
+    layout, values = _layout(target, config, moves, max_shard_bytes, continuation)
+    return Plan(
+        checkpoint.config, config, target, tuple(moves), layout, saturate, values, continuation
+    )
+
+
+def _moments(checkpoint: Checkpoint, target: Scheme, continuation: Continuation) -> list[Move]:
+    """Both moments of every weight, which move as it does."""
+    config, sources = checkpoint.config, continuation.state.moments
+    names = (
+        named_moments(config, ADAMS[0])
+        if target is Scheme.TF
+        else numbered_moments(
+            config, target, continuation.grouping if target is Scheme.HF else Grouping.DECAY
+        )
+    )
+    infos = checkpoint.everything.tensors
+    return [
+        Move(
+            tensor,
+            name,
+            infos[name],
+            target_name,
+            TensorInfo(DTYPE, tensor.shape_in(target)),
+            tensor.op(checkpoint.scheme, target),
+            is_moment=True,
+        )
+        for tensor in table(config)
+        for name, target_name in zip(sources[tensor.hf], names[tensor.hf], strict=True)
+    ]
 
 
 def head_is_embedding(checkpoint: Checkpoint) -> bool:
@@ -165,11 +223,33 @@ def head_is_embedding(checkpoint: Checkpoint) -> bool:
     return same_bits(*sides)
 
 
-def _layout(target: Scheme, tensors: dict[str, TensorInfo], max_shard_bytes: int | None) -> Layout:
+def _layout(
+    target: Scheme,
+    config: GPTJConfig,
+    moves: Sequence[Move],
+    max_shard_bytes: int | None,
+    continuation: Continuation | None,
+) -> tuple[Layout, dict[str, np.ndarray]]:
+    """The files, and the small tensors in them."""
+    weights = {m.target_name: m.target for m in moves if not m.is_moment}
+    moments = {m.target_name: m.target for m in moves if m.is_moment}
     if target is Scheme.TF:
-        return tf_layout(tensors | {GLOBAL_STEP: TensorInfo("int64", ())})
+        values = {GLOBAL_STEP: np.asarray(0, np.int64)}
+        if continuation:
+            values = continuation.state.scalars
+        small = {name: TensorInfo(v.dtype.name, v.shape) for name, v in values.items()}
+        return tf_layout(weights | moments | small), values
     if target is Scheme.KERAS:
-        return keras_layout(tensors)
+        return keras_layout(weights), {}
     if target is Scheme.CS:
-        return cs_layout(tensors)
-    return hf_layout(tensors, max_shard_bytes)
+        if not continuation:
+            return cs_layout(weights), {}
+        schedulers = scheduler_states(continuation.params, continuation.state.step)
+        tree, values = cs_tree(config, continuation.state, continuation.settings, schedulers)
+        return cs_layout(weights, tree), values
+    layout = hf_layout(weights, max_shard_bytes)
+    if not continuation:
+        return layout, {}
+    parts = torch_state(config, continuation.state, continuation.settings, continuation.grouping)
+    file = optimizer_file(*parts, moments)
+    return replace(layout, tensors=weights | moments, files=(*layout.files, file)), {}

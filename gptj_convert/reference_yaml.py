@@ -57,6 +57,9 @@ FIXED_MODEL_KEYS: dict[str, Any] = {
     "nonlinearity": NONLINEARITY,
 }
 
+#: Of adam and adamw when none is given, in 32 bits and with mixed_precision.
+EPSILON, MIXED_EPSILON = 1e-8, 1e-5
+
 #: The reference's defaults for keys that its files leave out.
 MODEL_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 1,
@@ -180,23 +183,28 @@ def model_section(config: GPTJConfig) -> dict[str, Any]:
 
 def config_beside(checkpoint: Path) -> GPTJConfig | None:
     """The config that a params.yaml in the checkpoint's folder, or one folder up, describes."""
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        path = folder / PARAMS_FILE
-        if path.is_file():
-            values = read_yaml(path)
-            section = values.get("model")
-            if not isinstance(section, dict):
-                raise ConfigError(f"{path}: has no section `model`")
-            vocab = next(
-                (
-                    values[s]["vocab_size"]
-                    for s in ("train_input", "eval_input")
-                    if isinstance(values.get(s), dict) and "vocab_size" in values[s]
-                ),
-                None,
-            )
-            return config_from_model_section(section, vocab_size=vocab, where=str(path))
-    return None
+    path = params_beside(checkpoint)
+    if path is None:
+        return None
+    values = read_yaml(path)
+    section = values.get("model")
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: has no section `model`")
+    vocab = next(
+        (
+            values[s]["vocab_size"]
+            for s in ("train_input", "eval_input")
+            if isinstance(values.get(s), dict) and "vocab_size" in values[s]
+        ),
+        None,
+    )
+    return config_from_model_section(section, vocab_size=vocab, where=str(path))
+
+
+def params_beside(checkpoint: Path) -> Path | None:
+    """The params.yaml in the checkpoint's folder, or one folder up."""
+    folders = (checkpoint.parent, checkpoint.parent.parent)
+    return next((f / PARAMS_FILE for f in folders if (f / PARAMS_FILE).is_file()), None)
 
 
 def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:

@@ -249,7 +249,15 @@ def slot_name(tf_name: str, slot: str) -> str:
 
 
 #: Top-level parts of what the CS client saves beside the model.
-_CS_TRAINING_STATE = ("optimizer", "global_step", "dataloader", "__metadata__", "grad_scaler")
+_CS_TRAINING_STATE = (
+    "optimizer",
+    "global_step",
+    "dataloader",
+    "__metadata__",
+    "grad_scaler",
+    "schedulers",
+    "lr_scheduler",
+)
 
 
 def is_training_state(name: str, scheme: Scheme) -> bool:

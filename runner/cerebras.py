@@ -17,13 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.checkpoint import locate, read_config
 from gptj_convert.cs_trainer import TRAINER_FILE, trainer_from_params
 from gptj_convert.formats import cs, tf
-from gptj_convert.reference_yaml import PARAMS_FILE, read_yaml, yaml_text
+from gptj_convert.reference_yaml import (
+    PARAMS_FILE,
+    config_from_model_section,
+    read_yaml,
+    yaml_text,
+)
 from gptj_convert.whole_file import write_whole
-from gptj_model.config import CONFIG_FILE, GPTJConfig
+from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
 from runner.cs_target import Target
+from runner.params_file import load_params
 
 #: Port of a system's address when none is given.
 PORT = 9000
@@ -61,6 +68,7 @@ class CsJob:
     model_dir: Path
     mode: str
     init_from: Path | None
+    """None: random weights, or the run's own."""
     params_file: Path | None = None
     """trainer.yaml for csx, the reference's for legacy; None: beside the checkpoint."""
     max_steps: int | None = None
@@ -102,28 +110,26 @@ def prepare(job: CsJob) -> Launch:
         raise UsageError(
             "mode eval on a CS system needs a number of batches", hint="add --eval-steps N"
         )
-    if job.init_from is None:
-        raise UsageError(
-            "a run on a CS system begins with a checkpoint",
-            hint="name it: `--init-from DIR`, or in run.py `--checkpoint_path PATH`",
-        )
     return _csx(job) if job.target is Target.CSX else _legacy(job)
 
 
 def _csx(job: CsJob) -> Launch:
-    assert job.init_from is not None
-    checkpoint = cs.find_weights(job.init_from)
-    if checkpoint is None:
-        raise FileFault(
-            f"{job.init_from}: holds no {cs.MODEL_FILE}, which the client begins with",
-            hint=f"make it: `gptj convert {job.init_from} --to cs`, and --init-from what it makes",
+    named = None if job.init_from is None else _weights(job.init_from)
+    # The client looks for its last checkpoint by itself only when it is given none.
+    last = cs.newest(job.model_dir)
+    checkpoint = (last or named) if job.mode == "train" else (named or last)
+    if checkpoint is None and (job.mode == "eval" or job.params_file is None):
+        raise UsageError(
+            f"{job.model_dir}: holds no checkpoint to go on with",
+            hint="name one: `--init-from DIR`, in run.py `--checkpoint_path PATH`; or train from "
+            "random weights: `--params FILE`",
         )
-    path = job.params_file or _beside(checkpoint, TRAINER_FILE)
+    path = job.params_file or _beside(named or last, TRAINER_FILE)
     values = read_yaml(path)
     if "trainer" not in values:
-        values = trainer_from_params(
-            _config(checkpoint), values, checkpoint=str(checkpoint), data=_data_folders(values)
-        )
+        load_params(path)  # for its errors
+        config = _config(values, path) if checkpoint is None else _config_of(checkpoint)
+        values = trainer_from_params(config, values, checkpoint=None, data=_data_folders(values))
     section = values["trainer"]
     init, fit, validate = (section.get(key) or {} for key in ("init", "fit", "validate"))
     init["model_dir"] = str(job.model_dir)
@@ -135,7 +141,10 @@ def _csx(job: CsJob) -> Launch:
         init.setdefault("loop", {})["max_steps"] = job.max_steps
     if job.eval_steps:
         init.setdefault("loop", {})["eval_steps"] = job.eval_steps
-    fit["ckpt_path"] = validate["ckpt_path"] = str(checkpoint.absolute())
+    for part in (fit, validate):
+        part.pop("ckpt_path", None)
+        if checkpoint:
+            part["ckpt_path"] = str(checkpoint.absolute())
     loader = fit.get("train_dataloader") if job.mode == "train" else validate.get("val_dataloader")
     folders = loader.get("data_dir", []) if isinstance(loader, dict) else []
     folders = folders if isinstance(folders, list) else [folders]
@@ -147,12 +156,21 @@ def _csx(job: CsJob) -> Launch:
     )
 
 
+def _weights(path: Path) -> Path:
+    found = cs.find_weights(path)
+    if found is None:
+        raise FileFault(
+            f"{path}: holds no {cs.MODEL_FILE}, which the client begins with",
+            hint=f"make it: `gptj convert {path} --to cs`, and --init-from what it makes",
+        )
+    return found
+
+
 def _trainer(init: Any, fit: Any, validate: Any) -> dict[str, Any]:
     return {"init": init, "fit": fit, "validate": validate}
 
 
 def _legacy(job: CsJob) -> Launch:
-    assert job.init_from is not None
     if job.run_py is None:
         raise UsageError(
             "the legacy client runs the reference's own program",
@@ -162,12 +180,7 @@ def _legacy(job: CsJob) -> Launch:
         raise UsageError("the legacy client needs the system's address", hint="add --cs-ip IP")
     if not job.run_py.is_file():
         raise FileFault(f"{job.run_py}: not found, expected the reference's run.py")
-    prefix = tf.find_bundle(job.init_from)
-    if prefix is None:
-        raise FileFault(
-            f"{job.init_from}: holds no TensorFlow checkpoint, which the reference begins with",
-            hint=f"make it: `gptj convert {job.init_from} --to tf`",
-        )
+    prefix = None if job.init_from is None else _bundle(job.init_from)
     params_file = job.params_file or _beside(prefix, PARAMS_FILE)
     values = read_yaml(params_file)
     steps = job.max_steps or (values.get("runconfig") or {}).get("max_steps")
@@ -178,7 +191,9 @@ def _legacy(job: CsJob) -> Launch:
         command += ["--eval_steps", str(job.eval_steps)]
     elif steps:
         command += ["--max_steps", str(steps)]
-    command += ["--cs_ip", with_port(job.cs_ip), "--checkpoint_path", str(prefix)]
+    command += ["--cs_ip", with_port(job.cs_ip)]
+    if prefix:
+        command += ["--checkpoint_path", str(prefix)]
     records = "train_input" if job.mode == "train" else "eval_input"
     return Launch(
         command=tuple(command),
@@ -195,7 +210,12 @@ def with_port(address: str) -> str:
     return address if re.search(r":\d+$", address) else f"{address}:{PORT}"
 
 
-def _beside(checkpoint: Path, name: str) -> Path:
+def _beside(checkpoint: Path | None, name: str) -> Path:
+    if checkpoint is None:
+        raise UsageError(
+            f"no checkpoint is named, beside which {name} may be",
+            hint="name one with --init-from, or the parameters with --params",
+        )
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / name).is_file():
             return folder / name
@@ -204,8 +224,23 @@ def _beside(checkpoint: Path, name: str) -> Path:
     )
 
 
-def _config(checkpoint: Path) -> GPTJConfig:
-    return GPTJConfig.from_file(checkpoint.parent / CONFIG_FILE)
+def _bundle(path: Path) -> Path:
+    found = tf.find_bundle(path)
+    if found is None:
+        raise FileFault(
+            f"{path}: holds no TensorFlow checkpoint, which the reference begins with",
+            hint=f"make it: `gptj convert {path} --to tf`",
+        )
+    return found
+
+
+def _config_of(checkpoint: Path) -> GPTJConfig:
+    return read_config(locate(checkpoint), None)
+
+
+def _config(values: Mapping[str, Any], path: Path) -> GPTJConfig:
+    vocab_size = values["train_input"].get("vocab_size")
+    return config_from_model_section(values["model"], vocab_size=vocab_size, where=str(path))
 
 
 def _data_folders(values: Mapping[str, Any], section: str = "train_input") -> list[str]:

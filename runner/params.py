@@ -12,15 +12,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gptj_convert.reference_yaml import FIXED_MODEL_KEYS, config_from_model_section, yaml_text
+from gptj_convert.reference_yaml import (
+    EPSILON,
+    FIXED_MODEL_KEYS,
+    MIXED_EPSILON,
+    config_from_model_section,
+    yaml_text,
+)
 from gptj_model.adapter import Lora, Target
 from gptj_model.config import GPTJConfig
 
 #: Tokens per byte of text, by data set, for bits per byte.
 TOKENS_PER_BYTE = {"pile": 0.29335, "openwebtext2": 0.2434}
-
-#: Of adam and adamw, when the model computes in 16 bits and the YAML names none.
-MIXED_EPSILON = 1e-5
 
 #: The largest float32, which no loss scale may exceed, and the smallest scale there may be.
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -314,7 +317,7 @@ class OptimizerParams(Section):
     """Of adam and adamw: decay of the mean gradient."""
     beta2: Fraction = 0.999
     """Of adam and adamw: decay of the mean square."""
-    epsilon: Rate = 1e-8
+    epsilon: Rate = EPSILON
     """Of adam and adamw; with mixed_precision 1e-5 unless it is set."""
     rmsprop_decay: Fraction = 0.9
     """Of rmsprop: decay of the mean square."""

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.formats.tf import STATE_FILE
+from gptj_convert.optimizer_state import StateInTf, find_state
 from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -129,7 +130,7 @@ class Run:
             self._load_state(source, step)
 
     def _begin(self, init_from: Path, weights_only: bool) -> None:
-        with open_checkpoint(init_from) as checkpoint:
+        with open_checkpoint(init_from, with_optimizer=not weights_only) as checkpoint:
             match(checkpoint)
             self._build(reconcile(self.params, checkpoint.config, init_from))
             self._keep_config(checkpoint.config)
@@ -137,7 +138,19 @@ class Run:
                 write_whole(self.model_dir / path.name, path.read_bytes())
             self.executor.load(checkpoint.source, checkpoint.scheme)
             if not weights_only:
-                self._load_state(checkpoint.source, stored_step(checkpoint.source))
+                self._begin_with_state(checkpoint)
+
+    def _begin_with_state(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.scheme is Scheme.TF:
+            source: TensorSource = checkpoint.source
+        elif state := find_state(checkpoint):
+            source = StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
+        else:
+            if checkpoint.scheme is not Scheme.HF:  # a published model has none
+                self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
+            return
+        if step := stored_step(source):
+            self._load_state(source, step)
 
     def _keep_config(self, config: GPTJConfig) -> None:
         if self.workers.index:

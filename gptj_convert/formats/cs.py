@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from gptj_convert.formats.layout import Layout
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
-from gptj_model.source import TensorInfo
+from gptj_model.source import TensorInfo, read_tensor
 
 MODEL_FILE = "model.mdl"
 SUFFIX = ".mdl"
@@ -30,69 +30,103 @@ _MODEL = "model"
 _CLIENT_VERSION = "2.10.0"
 _FORMAT_VERSION = 0.5
 _SUCCESS = "__SUCCESS__"
+#: What the name of the attribute on a leaf ends with.
+_METADATA = ".__metadata__"
 _SERIALIZER = "TorchTensorSerializer"
 
+#: The client stores an object that occurs twice once, and leads to it from elsewhere.
+_MAX_LINKS = 8
+
 #: Numbers of element types in the client's protocol, by canonical dtype.
-_RTFX = {"float16": 10, "bfloat16": 15, "float32": 11, "float64": 12}
+_RTFX = {"float16": 10, "bfloat16": 15, "float32": 11, "float64": 12, "int64": 5}
 #: How the client stores bfloat16: its bits, as integers.
 _BFLOAT16 = np.dtype(np.int16)
 
+Tree = Mapping[str, Any]
 
-def cs_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
-    """The file; its tensors go by the table's CS names."""
+
+def cs_layout(tensors: Mapping[str, TensorInfo], state: Tree | None = None) -> Layout:
+    """The file.
+
+    Args:
+        tensors: of the model, by the table's CS names.
+        state: what the client keeps beside the model, by top-level key: dicts, lists and tuples
+            whose leaves are tensors and numbers. Tensors are called by the path to them.
+    """
     from gptj_convert.formats.hdf5 import make_skeleton, skeleton_layout
 
+    tree = {_MODEL: dict(tensors), **(state or {})}
+    leaves = dict(_leaves(tree))
+    paths = {f"{_MODEL}.{name}": name for name in tensors}
+    infos = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TensorInfo)}
     datasets = {
-        f"{_MODEL}.{name}": (info, _BFLOAT16 if info.dtype == "bfloat16" else NUMPY[info.dtype])
-        for name, info in tensors.items()
+        path: (info, _BFLOAT16 if info.dtype == "bfloat16" else NUMPY[info.dtype])
+        for path, info in infos.items()
     }
     of_file: dict[str, Any] = {
-        "__spec__": _dump(_spec({_MODEL: list(tensors)})),
+        "__spec__": _dump(_spec(tree)),
         "__version__": _FORMAT_VERSION,
         "__cstorch_version__": _CLIENT_VERSION,
         _SUCCESS: True,
     }
+    of_file |= {f"{path}{_METADATA}": _dump(_leaf(path, leaf)) for path, leaf in leaves.items()}
     attributes: dict[str, Mapping[str, Any]] = {"": of_file}
-    for path, (info, _) in datasets.items():
-        of_file[f"{path}.__metadata__"] = _dump(_leaf(path, info))
-        attributes[path] = _stored(info)
+    attributes |= {path: _stored(info) for path, info in infos.items()}
 
     def make(path: str) -> dict[str, int]:
         offsets = make_skeleton(path, datasets, attributes)
-        return {name.removeprefix(f"{_MODEL}."): offset for name, offset in offsets.items()}
+        return {paths.get(name, name): offset for name, offset in offsets.items()}
 
-    return skeleton_layout(MODEL_FILE, tensors, make)
+    return skeleton_layout(MODEL_FILE, {paths.get(n, n): i for n, i in infos.items()}, make)
 
 
 def _dump(values: Any) -> str:
     return json.dumps(values, indent=4)
 
 
-def _spec(tree: Mapping[str, Sequence[str]]) -> list[Any]:
-    """A dictionary of dictionaries of leaves, and the same as torch's pytree writes it."""
-    leaf = {"type": None, "context": None, "children_spec": []}
-
-    def node(keys: Sequence[str], children: list[Any]) -> dict[str, Any]:
-        return {
-            "type": "builtins.dict",
-            "context": json.dumps(list(keys)),
-            "children_spec": children,
-        }
-
-    inner = [node(names, [leaf] * len(names)) for names in tree.values()]
-    stars = {key: dict.fromkeys(names, "*") for key, names in tree.items()}
-    return [stars, json.dumps([1, node(list(tree), inner)])]
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf with the path to it."""
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
 
 
-def _leaf(path: str, info: TensorInfo) -> dict[str, Any]:
-    """The client's word on one leaf of the tree."""
-    leaf = {"type": None, "context": None, "children_spec": []}
-    spec = {"type": "builtins.dict", "context": json.dumps([path]), "children_spec": [leaf]}
+def _spec(tree: Tree) -> list[Any]:
+    """The tree with a star a leaf, and the same as torch's pytree writes it."""
+    return [_stars(tree), json.dumps([1, _node(tree)])]
+
+
+def _stars(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _stars(value) for key, value in tree.items()}
+    return [_stars(value) for value in tree] if isinstance(tree, list | tuple) else "*"
+
+
+def _node(tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, dict | list | tuple):
+        return {"type": None, "context": None, "children_spec": []}
+    keys = list(tree) if isinstance(tree, dict) else None
     return {
-        "__spec__": [{path: "*"}, json.dumps([1, spec])],
-        "__objects__": [path],
-        f"{path}.__metadata__": _stored(info),
+        "type": f"builtins.{type(tree).__name__}",
+        "context": json.dumps(keys),
+        "children_spec": [_node(v) for v in (tree.values() if isinstance(tree, dict) else tree)],
     }
+
+
+def _leaf(path: str, leaf: TensorInfo | float) -> dict[str, Any]:
+    """The client's word on one leaf of the tree."""
+    stored = _stored(leaf) if isinstance(leaf, TensorInfo) else _number(leaf)
+    return {
+        "__spec__": _spec({path: leaf}),
+        "__objects__": [path],
+        f"{path}{_METADATA}": stored,
+    }
+
+
+def _number(value: float) -> dict[str, Any]:
+    return {"scalar_value": value, "__TYPE__": "ScalarSerializer", "__NONE__": True}
 
 
 def _stored(info: TensorInfo) -> dict[str, Any]:
@@ -134,6 +168,28 @@ class CsSource:
         """See `TensorSource.read_into`."""
         self._file.read_into(self._paths[name], offset, buffer)
 
+    def number(self, path: str) -> float | None:
+        """A number of the tree, whether it is stored as one or as a tensor; None: it is not there.
+
+        Raises:
+            FileFault: what is there is no number.
+        """
+        for _ in range(_MAX_LINKS):
+            if path in self._file.tensors:
+                return read_tensor(self._file, path).item()
+            text = self._file.text(f"{path}{_METADATA}")
+            if text is None:
+                return None
+            try:
+                stored = json.loads(text)[f"{path}{_METADATA}"]
+                if stored.get("__LINKED__"):
+                    path = str(stored["key"])
+                    continue
+                return float(stored["scalar_value"])
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                break
+        raise FileFault(f"{self._file.path}: {path!r} is no number, expected one")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -161,8 +217,13 @@ def find_weights(path: Path) -> Path | None:
         return path if path.suffix == SUFFIX else None
     if (path / MODEL_FILE).is_file():
         return path / MODEL_FILE
-    if not path.is_dir():
+    return newest(path)
+
+
+def newest(folder: Path) -> Path | None:
+    """A run's checkpoint of the highest step; None when there is none."""
+    if not folder.is_dir():
         return None
-    matches = ((_RUN_FILE.fullmatch(p.name), p) for p in path.iterdir())
+    matches = ((_RUN_FILE.fullmatch(p.name), p) for p in folder.iterdir())
     steps = {int(m[1]): p for m, p in matches if m}
     return steps[max(steps)] if steps else None

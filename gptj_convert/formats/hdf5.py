@@ -85,6 +85,28 @@ class Hdf5Source:
         """A number that is an attribute of the file itself; None: there is none."""
         return self._attributes.get(name)
 
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self._file.path
+
+    def text(self, name: str) -> str | None:
+        """A text that is an attribute of the file itself; None: there is none.
+
+        Raises:
+            FileFault: it cannot be read.
+        """
+        try:
+            self._opened = self._opened or h5py.File(self._file.path, "r")
+            found = self._opened.attrs.get(name)
+        except (OSError, RuntimeError, ValueError, TypeError) as e:
+            raise FileFault(
+                f"{self._file.path}: attribute {name!r} cannot be read: "
+                f"{str(e).splitlines()[0][:200]}",
+                hint=DOWNLOAD_HINT,
+            ) from None
+        return found if isinstance(found, str) else None
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

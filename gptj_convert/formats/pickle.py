@@ -7,7 +7,7 @@ torch.save (from 1.6 on) writes a zip archive (see `torch_zip`) with one `data.p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class PickleSource:
             the member, the tensor or the byte of data.pkl, and what was expected.
     """
 
+    #: What a dict's keys may be.
+    _keys: tuple[type, ...] = (str,)
+
     def __init__(self, path: Path) -> None:
         self._file = RangedFile(path)
         try:
@@ -54,7 +57,8 @@ class PickleSource:
             self.checksummed = self._zip.checksummed
             self.tensors: dict[str, TensorInfo] = {}
             self._places: dict[str, tuple[Member, int]] = {}
-            for name, value in read_pickle(self._zip.pickle(MAX_PICKLE_BYTES), path).items():
+            values = read_pickle(self._zip.pickle(MAX_PICKLE_BYTES), path, self._keys)
+            for name, value in self._named(values).items():
                 self._add(name, value)
         except BaseException:
             self._file.close()
@@ -91,6 +95,10 @@ class PickleSource:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:
+        """The tensors by name, of what the pickle describes."""
+        return values
 
     def _add(self, name: str, value: Any) -> None:
         where = f"{self._file.path}: tensor {name!r}"

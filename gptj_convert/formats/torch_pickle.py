@@ -27,17 +27,18 @@ MAX_STRING_BYTES = 1024
 STATE_DICT_HINT = "save only the model's state dict: torch.save(model.state_dict(), FILE)"
 
 
-def read_pickle(data: bytes, path: Path) -> dict[str, Any]:
+def read_pickle(data: bytes, path: Path, keys: tuple[type, ...] = (str,)) -> dict[str, Any]:
     """The dict that a data.pkl describes; its tensors are `PickledTensor`, their claims unproven.
 
     Args:
         data: the content.
         path: the archive, for messages.
+        keys: what a dict's keys may be.
 
     Raises:
         FileFault: it describes something else, or asks for what is not in its format.
     """
-    return _Machine(data, path).run()
+    return _Machine(data, path, keys).run()
 
 
 def kind_of(value: Any) -> str:
@@ -107,9 +108,10 @@ class _Machine:
     """Runs one data.pkl. Values are only built, never compared, hashed or shown: a few bytes
     suffice to describe a tuple that cannot be walked through in a lifetime."""
 
-    def __init__(self, data: bytes, path: Path) -> None:
+    def __init__(self, data: bytes, path: Path, keys: tuple[type, ...]) -> None:
         self._data = data
         self._path = path
+        self._keys = keys
         self._next = 0
         self._op_at = 0
         self._stack: list[Any] = []
@@ -231,7 +233,7 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise self._fault(f"sets {len(items)} keys and values in a {kind_of(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:
+            if type(key) not in self._keys:
                 raise self._fault(
                     f"a dict's key is of type {kind_of(key)}, expected a tensor's name",
                     hint=STATE_DICT_HINT,

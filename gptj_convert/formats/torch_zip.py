@@ -12,6 +12,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
@@ -33,6 +34,18 @@ PICKLE = "data.pkl"
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL_MAGIC = b"PK\x03\x04"
+_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_END64 = struct.Struct("<4sQHHIIQQQQ")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_END = struct.Struct("<4sHHHHIIH")
+_EXTRA = struct.Struct("<HH")
+_ZIP64_ID = 1
+#: In a field of four bytes: the value is elsewhere, in eight.
+_NO_SIZE = 0xFFFFFFFF
+#: What PyTorch pads with.
+_PADDING_ID = int.from_bytes(b"FB", "little")
+#: 1 January 1980, the first that there is.
+_DATE = 0x21
 #: Encrypted, strongly encrypted, masked headers, patch data.
 _UNREADABLE_FLAGS = 0x1 | 0x40 | 0x2000 | 0x20
 _UTF8_FLAG = 0x800
@@ -221,6 +234,52 @@ def _entry_fault(entry: zipfile.ZipInfo, seen: set[str]) -> str | None:
     if entry.compress_size != entry.file_size:
         return f"is stored in {entry.compress_size} bytes, but its size is {entry.file_size}"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class ZipEntry:
+    """A member of an archive that is to be written, stored and without a CRC32."""
+
+    name: str
+    size: int
+    header_at: int
+    """Where its local header begins."""
+
+
+def local_header(entry: ZipEntry, *, alignment: int) -> bytes:
+    """What stands before a member's data, which then begins at a multiple of `alignment`."""
+    name = entry.name.encode()
+    begin = entry.header_at + _LOCAL.size + len(name) + _EXTRA.size
+    padding = -begin % alignment
+    sizes = (0, entry.size, entry.size, len(name), _EXTRA.size + padding)
+    header = _LOCAL.pack(_LOCAL_MAGIC, 20, _UTF8_FLAG, zipfile.ZIP_STORED, 0, _DATE, *sizes)
+    return header + name + _EXTRA.pack(_PADDING_ID, padding) + b"Z" * padding
+
+
+def end_of_zip(entries: Sequence[ZipEntry], begin: int) -> bytes:
+    """The central directory, which begins at `begin`, and what points to it."""
+    directory = b"".join(map(_directory_entry, entries))
+    count, size = len(entries), len(directory)
+    if begin < _NO_SIZE:
+        return directory + _END.pack(b"PK\5\6", 0, 0, count, count, size, begin, 0)
+    return (
+        directory
+        + _END64.pack(b"PK\6\6", _END64.size - 12, 45, 45, 0, 0, count, count, size, begin)
+        + _LOCATOR64.pack(b"PK\6\7", 0, begin + size, 1)
+        + _END.pack(b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, _NO_SIZE, _NO_SIZE, 0)
+    )
+
+
+def _directory_entry(entry: ZipEntry) -> bytes:
+    name = entry.name.encode()
+    at, extra = entry.header_at, b""
+    # Only where it must be: what reads archives in PyTorch 2.4 takes it for damage elsewhere.
+    if at >= _NO_SIZE:
+        at, extra = _NO_SIZE, _EXTRA.pack(_ZIP64_ID, 8) + struct.pack("<Q", at)
+    version = 45 if extra else 20
+    sizes = (0, entry.size, entry.size, len(name), len(extra))
+    fields = (b"PK\1\2", version, version, _UTF8_FLAG, zipfile.ZIP_STORED, 0, _DATE, *sizes)
+    return _CENTRAL.pack(*fields, 0, 0, 0, 0, at) + name + extra
 
 
 class _DirectoryReader:

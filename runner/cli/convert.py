@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -14,6 +14,7 @@ from gptj_convert.options import (
     DEFAULT_OUT,
     DEFAULT_SOURCE,
     DTYPES,
+    GROUPINGS,
     KEEP,
     PEFT,
     PEFT_OUT,
@@ -23,6 +24,10 @@ from runner.cli.command import PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
 from runner.cli.output import Output
 from runner.cli.progress import progress
+
+if TYPE_CHECKING:
+    from gptj_convert.checkpoint import Checkpoint
+    from gptj_convert.optimizer_target import Continuation
 
 #: OWNER/NAME[@REVISION], as no file is likely to be called.
 _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -52,6 +57,17 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
 @click.option(
     "--share-embeddings", is_flag=True, help="Leave out a head that equals the embedding."
 )
+@click.option(
+    "--optimizer-state",
+    is_flag=True,
+    help="Carry over what AdamW keeps: moments, step, beta powers, loss scale.",
+)
+@click.option(
+    "--param-groups",
+    type=click.Choice(GROUPINGS),
+    help="Of optimizer.pt: model.parameters(), or those with weight decay first, as "
+    "transformers' Trainer has them.  [default: one]",
+)
 @click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--saturate", is_flag=True, help="Values too large for the dtype become its largest.")
@@ -66,6 +82,8 @@ def convert(
     max_shard_bytes: int | None,
     vocab_choice: str | None,
     share_embeddings: bool,
+    optimizer_state: bool,
+    param_groups: str | None,
     config_file: Path | None,
     dry_run: bool,
     saturate: bool,
@@ -93,14 +111,23 @@ def convert(
     if resume and force:
         raise click.UsageError("--resume goes on, --force begins anew: give one of them")
     source = _on_the_disk(output, source or DEFAULT_SOURCE)
+    if param_groups and not (optimizer_state and target == Scheme.HF.value):
+        raise click.UsageError("--param-groups goes with --to hf --optimizer-state")
     if target == PEFT:
-        if any((dtype, max_shard_bytes, vocab_choice, share_embeddings, dry_run, saturate, resume)):
+        others = (dtype, max_shard_bytes, vocab_choice, share_embeddings, optimizer_state)
+        if any((*others, dry_run, saturate, resume)):
             raise click.UsageError("--to peft takes no options but --out, --config and --force")
         return _adapter(output, source, out or PEFT_OUT, config_file, force=force)
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    with open_checkpoint(source, config_file=config_file, vocab_choice=vocab_choice) as checkpoint:
+    with open_checkpoint(
+        source,
+        config_file=config_file,
+        vocab_choice=vocab_choice,
+        with_optimizer=optimizer_state,
+    ) as checkpoint:
         refuse_overlap(out, checkpoint.path, checkpoint.files)
+        carried = _carried(checkpoint, param_groups) if optimizer_state else None
         plan = make_plan(
             checkpoint,
             scheme,
@@ -108,20 +135,24 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             share_embeddings=share_embeddings,
             saturate=saturate,
+            continuation=carried,
         )
         last_id, vocab_size = last_token_id(checkpoint.companions), plan.config.vocab_size
         figures = {
             "output": str(out),
-            "tensors": len(plan.moves),
+            "tensors": len(plan.weights),
             "source_bytes": plan.source_bytes,
             "target_bytes": plan.target_bytes,
             "disk_bytes": plan.disk_bytes,
             "planned_rss_bytes": conversion_memory(plan),
         }
         output.note(
-            f"{checkpoint.path} → {out}: {len(plan.moves)} tensors, "
+            f"{checkpoint.path} → {out}: {len(plan.weights)} tensors, "
             f"{plan.source_bytes / 1e9:.2f} GB → {plan.target_bytes / 1e9:.2f} GB {plan.dtype}"
         )
+        if carried:
+            figures["optimizer_step"] = carried.state.step
+            output.note(f"with the optimizer's state after step {carried.state.step}")
         if has_adapter(checkpoint):
             output.note("note: a run with LoRA: its kernels are written with the adapter merged")
         if last_id is not None and last_id >= vocab_size:
@@ -172,6 +203,15 @@ def convert(
         "nonfinite": result.nonfinite,
         "saturated": result.saturated,
     }
+
+
+def _carried(checkpoint: Checkpoint, param_groups: str | None) -> Continuation:
+    from gptj_convert.optimizer_state import read_state
+    from gptj_model.moments import Grouping
+    from runner.continuation import continuation
+
+    grouping = Grouping(param_groups) if param_groups else Grouping.ONE
+    return continuation(checkpoint, read_state(checkpoint), grouping)
 
 
 def _adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,8 +42,9 @@ from ruamel.yaml import YAML
 assert sys.argv[1] in ("fit", "validate")
 trainer = YAML(typ="safe").load(pathlib.Path(sys.argv[2]).read_text())["trainer"]
 section = trainer["fit" if sys.argv[1] == "fit" else "validate"]
-with h5py.File(section["ckpt_path"]) as file:
-    assert file.attrs["__SUCCESS__"]
+if "ckpt_path" in section:
+    with h5py.File(section["ckpt_path"]) as file:
+        assert file.attrs["__SUCCESS__"]
 loader = section["train_dataloader" if sys.argv[1] == "fit" else "val_dataloader"]
 for folder in loader["data_dir"]:
     assert list(pathlib.Path(folder).glob("*.h5")), folder
@@ -52,7 +54,8 @@ LEGACY_CHECKS = """
 assert sys.argv[1] == "python-ws" and pathlib.Path(sys.argv[2]).is_file()
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 assert pathlib.Path(options["--params"]).is_file()
-assert pathlib.Path(options["--checkpoint_path"] + ".index").is_file()
+if "--checkpoint_path" in options:
+    assert pathlib.Path(options["--checkpoint_path"] + ".index").is_file()
 """
 
 
@@ -217,3 +220,50 @@ def test_what_is_missing_is_said_before_anything_is_called(for_cs: Path, gptj, m
     assert done.code == 1
     assert "*.h5" in done.stderr
     assert not Path("called.json").exists()
+
+
+def test_random_weights(client: Path, gptj):
+    """From the reference's parameters alone; the same command then goes on with the run's own."""
+    params = GOLDEN_RUNS / "adamw" / "params.yaml"
+    Path("records").mkdir()
+    Path("records/data-0.h5").touch()
+    command = ("train", "--target", "csx", "--params", params, "--max-steps", 5)
+    assert gptj(*command).code == 0
+    assert _called() == ["fit", "model_dir/trainer.yaml"]
+    trainer = _trainer()
+    assert "ckpt_path" not in trainer["fit"]
+    assert trainer["init"]["model"]["vocab_size"] == 512
+    assert trainer["init"]["model"]["num_hidden_layers"] == 3
+    assert trainer["init"]["loop"]["max_steps"] == 5
+
+    shutil.copyfile(GOLDEN_RUNS / "cs" / "checkpoint_20.mdl", "model_dir/checkpoint_20.mdl")
+    assert gptj(*command).code == 0
+    assert _trainer()["fit"]["ckpt_path"].endswith("model_dir/checkpoint_20.mdl")
+    assert gptj("convert", "model_dir", "--to", "hf", "--quiet").code == 0
+    assert gptj("train", "--target", "csx", "--mode", "eval", "--eval-steps", 2).code == 0
+    assert _called() == ["validate", "model_dir/trainer.yaml"]
+
+
+def test_a_run_goes_on_with_its_last_checkpoint(for_cs: Path, gptj):
+    command = ("train", "--init-from", for_cs, "--target", "csx")
+    assert gptj(*command).code == 0
+    assert _trainer()["fit"]["ckpt_path"].endswith("converted-cs/model.mdl")
+    for step in (9, 20):
+        shutil.copyfile(
+            GOLDEN_RUNS / "cs" / "checkpoint_20.mdl", f"model_dir/checkpoint_{step}.mdl"
+        )
+    assert gptj(*command).code == 0
+    assert _trainer()["fit"]["ckpt_path"].endswith("model_dir/checkpoint_20.mdl")
+
+
+def test_neither_a_checkpoint_nor_parameters(client: Path, gptj):
+    done = gptj("train", "--target", "csx")
+    assert done.code == 2
+    assert "--init-from DIR" in done.stderr
+    legacy = ("train", "--target", "legacy", "--cs-ip", "10.1.2.3", "--run-py", "run.py")
+    assert gptj(*legacy).code == 2
+    params = GOLDEN_RUNS / "adamw" / "params.yaml"
+    Path("records").mkdir()
+    Path("records/data.tfrecord").touch()
+    assert gptj(*legacy, "--params", params).code == 0
+    assert "--checkpoint_path" not in _called()

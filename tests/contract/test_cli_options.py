@@ -19,7 +19,8 @@ DOWNLOADING = {"--download", "--repository", "--part"}
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
-        "--config", "--dry-run", "--saturate", "--resume", "--force",
+        "--optimizer-state", "--param-groups", "--config", "--dry-run", "--saturate", "--resume",
+        "--force",
     },
     "data inspect": {"--tokenizer", "--samples", "--html"},
     "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},

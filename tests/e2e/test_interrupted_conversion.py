@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_checkpoint
+from tests.conftest import GOLDEN_RUNS, make_checkpoint
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
@@ -112,6 +112,23 @@ def test_killed_at_every_call(whole: dict[str, bytes]):
 
 def test_killed_while_replacing(whole: dict[str, bytes]):
     _kill_everywhere(whole, 8, "--force")
+
+
+def test_killed_while_moments_are_written(workdir: Path):
+    shutil.copytree(GOLDEN_RUNS / "adamw" / "ckpt", "hf")
+    for name in ("params.yaml", "hf/config.json"):
+        shutil.copy(GOLDEN_RUNS / "adamw" / name, "hf")
+    Path("hf/checkpoint").write_text('model_checkpoint_path: "model.ckpt-20"\n')
+    options = ("--to", "hf", "--out", "converted", "--optimizer-state")
+    assert _traced("", *options).returncode == 0
+    whole, writes = _content("converted"), _calls().count("pwrite64")
+    for n in (writes // 2, writes - 2):
+        shutil.rmtree("converted", ignore_errors=True)
+        _traced(f"pwrite64:signal=KILL:when={n}", *options)
+        assert not Path("converted").exists()
+        resumed = subprocess.run([*CONVERT, *options, "--resume"], capture_output=True)
+        assert resumed.returncode == 0, resumed.stderr
+        assert _content("converted") == whole
 
 
 def test_what_was_done_is_not_done_again(whole: dict[str, bytes]):

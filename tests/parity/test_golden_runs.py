@@ -13,6 +13,7 @@ import pytest
 from golden.tolerances import TRAINING
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.source import read_tensor
+from tests.conftest import GOLDEN_RUNS
 
 both = pytest.mark.parametrize("golden_run", ["adamw", "shared_embedding"], indirect=True)
 sources = pytest.mark.parametrize("source", ["hf", "tf_model.ckpt"])
@@ -96,3 +97,30 @@ def test_the_references_summaries_are_written(golden_run: Path, gptj):
     events.Reload()
     recorded = {t for t in _recorded(golden_run)["summaries"] if t != "global_step/sec"}
     assert set(events.Tags()["tensors"]) == recorded
+
+
+#: What the CS client's recorded run has that `adamw/params.yaml` has not: its norms are not
+#: decayed, its rate is one number.
+CLIENTS = {
+    "learning_rate": 1e-3,
+    "exclude_from_weight_decay": ["ln_1", "layer_norm", "bias"],
+}
+
+
+@pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+def test_the_clients_run_and_its_checkpoint(golden_run: Path, gptj):
+    """Its twenty steps end on our weights and moments, and we go on from them as from our own."""
+    common = ["--params", "params.yaml", "--max-steps", 21, "--quiet"]
+    for key, value in CLIENTS.items():
+        common += ["--set", f"optimizer.{key}={json.dumps(value)}"]
+    common += ["--set", "runconfig.save_checkpoints_steps=20"]
+    theirs = GOLDEN_RUNS / "cs"
+    assert gptj("train", "--init-from", theirs, "--model-dir", "ours", *common).code == 0
+    home = ("convert", theirs / "checkpoint_20.mdl", "--to", "tf", "--out", "home", "--quiet")
+    assert gptj(*home, "--optimizer-state").code == 0
+    _assert_same_weights(Path("ours/model.ckpt-20"), Path("home/tf_model.ckpt"))
+
+    done = gptj("train", "--init-from", theirs / "checkpoint_20.mdl", *common)
+    assert done.code == 0, done.stderr
+    assert [row["step"] for row in _rows(Path("model_dir"))] == [21]
+    _assert_same_weights(Path("ours/model.ckpt-21"), Path("model_dir/model.ckpt-21"))

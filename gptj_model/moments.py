@@ -1,0 +1,84 @@
+"""The optimizer's rows: the two moments of Adam that go with every row of the table.
+
+A moment has its weight's shape and moves by its weight's op. TensorFlow's checkpoints name it
+after the weight; PyTorch and the CS client number the parameters, each in an order of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from itertools import chain
+
+from gptj_model.config import GPTJConfig
+from gptj_model.tensors import FINAL_NORM, SLOTS, Scheme, Tensor, slot_name, table
+
+#: First and second moment, as PyTorch and the CS client call them.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+#: What the names of numbered state begin with, before the parameter's number.
+STATE = "optimizer.state."
+
+#: The reference's optimizers that keep these two moments, the one for a new checkpoint first.
+ADAMS = ("adamw", "adam")
+
+#: Which projection GPTJForCausalLM.parameters() has in the place of one of the table.
+_HF_INSTEAD = {"q_proj": "k_proj", "k_proj": "v_proj", "v_proj": "q_proj"}
+
+
+class Grouping(Enum):
+    """How an optimizer was given the parameters, which numbers them."""
+
+    ONE = "one"
+    """In one group, as torch.optim.AdamW(model.parameters())."""
+    DECAY = "decay"
+    """First those with weight decay, the matrices: transformers' Trainer, and the CS client."""
+
+
+#: How the numbers of each scheme's optimizers may come about.
+GROUPINGS: dict[Scheme, tuple[Grouping, ...]] = {
+    Scheme.HF: (Grouping.ONE, Grouping.DECAY),
+    Scheme.CS: (Grouping.DECAY,),
+}
+
+
+def parameter_groups(
+    config: GPTJConfig, scheme: Scheme, grouping: Grouping
+) -> list[tuple[Tensor, ...]]:
+    """The rows in the order of their numbers, by group of the optimizer."""
+    rows = table(config)
+    if scheme is Scheme.HF:
+        rows = _in_hf_order(rows)
+    if grouping is Grouping.ONE:
+        return [tuple(rows)]
+    matrices = tuple(t for t in rows if len(t.shape) > 1)
+    others = [t for t in rows if len(t.shape) == 1]
+    if scheme is Scheme.CS:
+        final = {spec.hf for spec in FINAL_NORM}
+        others.sort(key=lambda t: t.hf not in final)
+    return [matrices, tuple(others)]
+
+
+def numbered_moments(
+    config: GPTJConfig, scheme: Scheme, grouping: Grouping
+) -> dict[str, tuple[str, str]]:
+    """What both moments of every row, by its HF name, are called where parameters are numbered."""
+    rows = chain(*parameter_groups(config, scheme, grouping))
+    first, second = MOMENTS
+    return {t.hf: (f"{STATE}{n}.{first}", f"{STATE}{n}.{second}") for n, t in enumerate(rows)}
+
+
+def named_moments(config: GPTJConfig, optimizer_type: str) -> Mapping[str, tuple[str, str]]:
+    """The same in TensorFlow's checkpoints, for one of `ADAMS`."""
+    first, second = SLOTS[optimizer_type]
+    return {t.hf: (slot_name(t.tf, first), slot_name(t.tf, second)) for t in table(config)}
+
+
+def _in_hf_order(rows: list[Tensor]) -> list[Tensor]:
+    by_name = {t.hf: t for t in rows}
+
+    def instead(hf: str) -> str:
+        layer = hf.split(".")[-2]
+        return hf.replace(layer, _HF_INSTEAD.get(layer, layer))
+
+    return [by_name[instead(t.hf)] for t in rows]
