@@ -37,10 +37,10 @@ from runner.data.tokenizer import load_tokenizer
 from pathlib import Path
 tokenizer = load_tokenizer(Path(sys.argv[2]))
 texts = [json.loads(line)["text"] for line in zstd.open(sys.argv[1])]
-together = int(sys.argv[3]) or len(texts)
+encode, together = getattr(tokenizer, sys.argv[3]), int(sys.argv[4]) or len(texts)
 begun, busy = time.monotonic(), time.process_time()
 for at in range(0, len(texts), together):
-    tokenizer.encode_batch_fast(texts[at : at + together], add_special_tokens=False)
+    encode(texts[at : at + together], add_special_tokens=False)
 print(time.monotonic() - begun, time.process_time() - busy)
 """
 
@@ -108,9 +108,9 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def bare(source: Path, tokenizer: Path, together: int) -> tuple[float, float]:
+def bare(source: Path, tokenizer: Path, call: str, together: int) -> tuple[float, float]:
     """Seconds of the library alone, and those of its processors, in a process of its own."""
-    command = [sys.executable, "-c", BARE, source, tokenizer, together]
+    command = [sys.executable, "-c", BARE, source, tokenizer, call, together]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, check=True, env=environment
@@ -162,8 +162,10 @@ def main() -> None:
         best[name] = (min(seconds, before[0]), min(busy, before[1]))
 
     for _ in range(options.rounds):
-        note("tokenizers.encode_batch_fast, one call", *bare(source, folder, 0))
-        note("tokenizers.encode_batch_fast, 256 documents a call", *bare(source, folder, 256))
+        for call in ("encode_batch", "encode_batch_fast"):
+            for together, size_of_call in ((256, "256 documents a call"), (0, "one call")):
+                name = f"tokenizers.{call}, {size_of_call}"
+                note(name, *bare(source, folder, call, together))
         seconds, busy, peak = ours(source, folder / "out", folder)
         note("gptj data pile", seconds, busy)
         memory = max(memory, peak)

@@ -1,13 +1,13 @@
-"""Continuing a prompt: cached decoding, greedy or sampled.
+"""Continuing prompts: cached decoding of several at once, greedy or sampled.
 
-Shape suffixes: B batch, T time, V vocabulary.
+Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -28,114 +28,193 @@ class Sampling:
     """Sample among so many most likely tokens; 0 among all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that are there already are divided by it if positive, else multiplied."""
     seed: int = 0
+    """Of the first prompt; each other one's is one more than the last."""
 
 
 class Decoder(Protocol):
     """A model that has read some tokens, and is given more."""
 
-    def __call__(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Read on by these tokens, B = 1; logits (V,) of the one that follows."""
+    def __call__(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
+    ) -> np.ndarray:
+        """Read on by these tokens.
+
+        Args:
+            ids_BT: int32 token ids.
+            positions_BT: int32, theirs.
+            visible_BS: False at what no token may see.
+
+        Returns:
+            Logits (B, V) of the tokens that follow.
+        """
         ...
 
 
 class ResidentDecoder:
-    """A model in memory.
+    """A model in memory. See `Decoder`.
 
     Args:
-        model: with its weights loaded.
-        length: tokens that are read and written, at most.
+        step: what `compiled` gave for the model.
+        caches: empty ones.
     """
 
-    def __init__(self, model: GPTJ, length: int) -> None:
-        self._step = _compiled(model)
-        self._caches = model.empty_caches(1, length)
+    def __init__(self, step: Any, caches: Any) -> None:
+        self._step = step
+        self._caches = caches
         self._start = 0
 
-    def __call__(self, ids_BT: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
+    ) -> np.ndarray:
         """See `Decoder`."""
         start = ops.convert_to_tensor(self._start, dtype="int32")
-        logits_V, self._caches = self._step(ops.convert_to_tensor(ids_BT), self._caches, start)
+        given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
+        logits_BV, self._caches = self._step(*given, self._caches, start)
         self._start += ids_BT.shape[1]
-        return np.asarray(logits_V)
+        return np.asarray(logits_BV)
 
 
 class StreamedDecoder:
-    """A model that is read once a token, block by block; only the caches stay in memory.
+    """A model that is read once for every token, block by block; only the caches stay in memory.
+    See `Decoder`.
 
     Args:
         model: see `StreamedModel`.
-        length: tokens that are read and written, at most.
+        batch: number of prompts.
+        length: tokens of each that are read and written, at most.
     """
 
-    def __init__(self, model: StreamedModel, length: int) -> None:
+    def __init__(self, model: StreamedModel, batch: int, length: int) -> None:
         self._model = model
-        self._caches = [model.empty_cache(1, length) for _ in range(model.config.n_layer)]
+        self._caches = [model.empty_cache(batch, length) for _ in range(model.config.n_layer)]
         self._start = 0
 
-    def __call__(self, ids_BT: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
+    ) -> np.ndarray:
         """See `Decoder`."""
-        T = ids_BT.shape[1]
-        positions_BT = np.arange(self._start, self._start + T, dtype=np.int32)[None]
         x_BTD = self._model.embed(ids_BT)
         for i, cache in enumerate(self._caches):
             self._model.load_block(i)
             x_BTD, self._caches[i] = self._model.run_block_cached(
-                x_BTD, positions_BT, cache, self._start
+                x_BTD, positions_BT, cache, self._start, visible_BS
             )
-        self._start += T
+        self._start += ids_BT.shape[1]
         (logits_BTV,) = self._model.logits(self._model.final_norm([x_BTD[:, -1:]]))
-        return logits_BTV[0, 0]
+        return logits_BTV[:, 0]
 
 
-def generate(
-    model: GPTJ | StreamedModel,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    stop_at: int | None = None,
-) -> Iterator[int]:
-    """Yield the tokens that follow a prompt, one by one.
+class Generator:
+    """Continues prompts with one model, compiled once.
 
     Args:
         model: with its weights loaded, or read for every token.
-        prompt: token ids, at least one.
-        max_new_tokens: how many to yield at most.
-        sampling: how each is chosen.
-        stop_at: a token id that ends the text and is not yielded, such as end-of-text.
-
-    Raises:
-        UsageError: an id outside the vocabulary, or prompt and continuation too long together.
+        sampling: how each token is chosen.
+        stop_at: a token id that ends a text and is not part of it, such as end-of-text.
     """
-    config = model.config
-    length = len(prompt) + max_new_tokens
-    if not prompt:
-        raise UsageError("the prompt is empty, expected at least one token")
-    outside = [i for i in prompt if not 0 <= i < config.vocab_size]
-    if outside:
-        raise UsageError(
-            f"the prompt holds the id {outside[0]}, expected 0 to {config.vocab_size - 1}"
-        )
-    if length > config.n_positions:
-        raise UsageError(
-            f"prompt and continuation are {length} tokens, "
-            f"expected at most the model's {config.n_positions}"
-        )
-    decoder = StreamedDecoder if isinstance(model, StreamedModel) else ResidentDecoder
-    read: Decoder = decoder(model, length)  # pyright: ignore[reportArgumentType]
-    random = np.random.default_rng(sampling.seed)
-    ids_BT = np.asarray([prompt], np.int32)
-    for _ in range(max_new_tokens):
-        token = choose(read(ids_BT), sampling, random)
-        if token == stop_at:
-            return
-        yield token
-        ids_BT = np.asarray([[token]], np.int32)
+
+    def __init__(
+        self, model: GPTJ | StreamedModel, sampling: Sampling, *, stop_at: int | None = None
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._stop_at = stop_at
+        self._step = None if isinstance(model, StreamedModel) else _compiled(model)
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, first: int = 0
+    ) -> list[list[int]]:
+        """What follows each prompt; see `stream`."""
+        found: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, first=first):
+            for made, token in zip(found, tokens, strict=True):
+                if token is not None:
+                    made.append(token)
+        return found
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, first: int = 0
+    ) -> Iterator[list[int | None]]:
+        """Yield the next token of every prompt, again and again; None once its text has ended.
+
+        The prompts are computed together, and do not see one another: the shorter are padded on
+        the left.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_new_tokens: how many to add at most.
+            first: number of the first prompt, if there were others before, for its seed.
+
+        Raises:
+            UsageError: an id outside the vocabulary, or prompt and continuation too long together.
+        """
+        T = max(map(len, prompts))
+        for prompt in prompts:
+            self._check(prompt, max_new_tokens)
+        B, S = len(prompts), T + max_new_tokens
+        padding_B1 = np.array([[T - len(prompt)] for prompt in prompts])
+        visible_BS = np.arange(S)[None] >= padding_B1
+        ids_BT = np.zeros((B, T), np.int32)
+        for row, prompt in zip(ids_BT, prompts, strict=True):
+            row[T - len(prompt) :] = prompt
+        read = self._decoder(B, S)
+        seeds = (self._sampling.seed + first + n for n in range(B))
+        randoms = [np.random.default_rng(seed) for seed in seeds]
+        seen = [set(prompt) for prompt in prompts]
+        ended = [False] * B
+        start = 0
+        for _ in range(max_new_tokens):
+            columns = np.arange(start, start + ids_BT.shape[1])
+            positions_BT = np.maximum(columns[None] - padding_B1, 0).astype(np.int32)
+            logits_BV = read(ids_BT, positions_BT, visible_BS)
+            start += ids_BT.shape[1]
+            ids_BT = np.zeros((B, 1), np.int32)
+            for n, logits_V in enumerate(logits_BV):
+                if ended[n]:
+                    continue
+                ids_BT[n] = choose(logits_V, self._sampling, randoms[n], seen[n])
+                seen[n].add(int(ids_BT[n, 0]))
+                ended[n] = ids_BT[n, 0] == self._stop_at
+            if all(ended):
+                return
+            yield [None if end else int(i) for end, i in zip(ended, ids_BT[:, 0], strict=True)]
+
+    def _decoder(self, batch: int, length: int) -> Decoder:
+        if isinstance(self._model, StreamedModel):
+            return StreamedDecoder(self._model, batch, length)
+        return ResidentDecoder(self._step, self._model.empty_caches(batch, length))
+
+    def _check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        config = self._model.config
+        if not prompt:
+            raise UsageError("the prompt is empty, expected at least one token")
+        outside = [i for i in prompt if not 0 <= i < config.vocab_size]
+        if outside:
+            raise UsageError(
+                f"the prompt holds the id {outside[0]}, expected 0 to {config.vocab_size - 1}"
+            )
+        if (length := len(prompt) + max_new_tokens) > config.n_positions:
+            raise UsageError(
+                f"prompt and continuation are {length} tokens, "
+                f"expected at most the model's {config.n_positions}"
+            )
 
 
-def choose(logits_V: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """One token id from float logits of shape (V,)."""
+def choose(
+    logits_V: np.ndarray,
+    sampling: Sampling,
+    random: np.random.Generator,
+    seen: Collection[int] = (),
+) -> int:
+    """One token id from float logits of shape (V,), after the tokens `seen`."""
+    if sampling.repetition_penalty != 1 and seen:
+        logits_V, there = logits_V.copy(), np.fromiter(seen, np.int64)
+        values = logits_V[there]
+        penalty = np.float32(sampling.repetition_penalty)
+        logits_V[there] = np.where(values > 0, values / penalty, values * penalty)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     scaled = logits_V.astype(np.float64) / sampling.temperature
@@ -151,11 +230,13 @@ def choose(logits_V: np.ndarray, sampling: Sampling, random: np.random.Generator
 
 
 def _compiled(model: GPTJ):
-    """One decoding step, compiled where the backend is TensorFlow: logits of the last token."""
+    """One decoding step, compiled on TensorFlow: logits (B, V) of the last token, caches."""
 
-    def step(ids_BT, caches, start):
-        logits_BTV, caches = model.call_cached(ids_BT, caches, start, last=True)
-        return logits_BTV[0, 0], caches
+    def step(ids_BT, positions_BT, visible_BS, caches, start):
+        logits_BTV, caches = model.call_cached(
+            ids_BT, caches, start, positions_BT, visible_BS, last=True
+        )
+        return logits_BTV[:, 0], caches
 
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -76,7 +76,12 @@ class StreamedModel:
         return np.asarray(self._run(ops.convert_to_tensor(x_BTD), context))
 
     def run_block_cached(
-        self, x_BTD: np.ndarray, positions_BT: np.ndarray, cache: Cache, start: int
+        self,
+        x_BTD: np.ndarray,
+        positions_BT: np.ndarray,
+        cache: Cache,
+        start: int,
+        visible_BS: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Cache]:
         """The resident block applied to tokens start … start + T of sequences.
 
@@ -85,9 +90,10 @@ class StreamedModel:
             positions_BT: int32, theirs.
             cache: what `empty_cache` or the last call for this block and these sequences gave.
             start: number of tokens already in the cache.
+            visible_BS: False at what no token may see, S the cache's length; None: all may.
         """
         T, S = x_BTD.shape[1], cache[0].shape[2]
-        context = make_context(self.config, T, S, positions_BT, start=start)
+        context = make_context(self.config, T, S, positions_BT, visible_BS, start)
         out_BTD, cache = self._block(ops.convert_to_tensor(x_BTD), context, cache)
         return np.asarray(out_BTD), cache
 

@@ -7,14 +7,21 @@ deleted before that, and nothing that is not listed here is ever deleted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
-from gptj_convert.formats.bundle import BundleSource, data_path, index_path, masked, write_tensors
+from gptj_convert.formats.bundle import (
+    BundleSource,
+    BundleWriter,
+    data_path,
+    index_path,
+    masked,
+)
 from gptj_convert.formats.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
 from gptj_convert.staging import sync
 from gptj_convert.whole_file import PARTIAL, write_whole
@@ -48,28 +55,91 @@ def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are as they were.
     """
-    final = prefix(model_dir, step)
-    partial = model_dir / f"{PARTIAL}{final.name}"
-    _remove(partial)
-    try:
-        stored = {**tensors, GLOBAL_STEP: np.asarray(step, np.int64)}
-        infos = {name: _info(value) for name, value in stored.items()}
-        write_tensors(partial, infos, lambda name: np.asarray(stored[name]))
-        data_path(partial).rename(data_path(final))
-        sync(model_dir)  # a power cut must not leave the index alone
-        index_path(partial).rename(index_path(final))
-    except BaseException:
-        _remove(partial)
-        raise
-    sync(model_dir)
-    known = steps(model_dir)
+    infos = {name: _info(value) for name, value in tensors.items()}
+    with closing(Draft(model_dir, infos)) as draft:
+        for name in infos:
+            draft.append(name, np.asarray(tensors[name]))
+        final = draft.publish(step)
+    retain(model_dir, keep=keep)
+    return final
+
+
+class Draft:
+    """A checkpoint in the making, which nobody sees before it is published.
+
+    Args:
+        model_dir: the run's folder.
+        tensors: what it will hold, but for what `publish` adds.
+
+    Raises:
+        FileFault: the disk is full or not writable.
+    """
+
+    def __init__(self, model_dir: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self._model_dir = model_dir
+        self._partial = model_dir / f"{PARTIAL}{RUN_PREFIX}"
+        _remove(self._partial)
+        with self._kept_whole():
+            self._writer = BundleWriter(self._partial, tensors)
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Write what follows of a tensor; see `BundleWriter.append`.
+
+        Raises:
+            FileFault: the disk is full or not writable.
+        """
+        with self._kept_whole():
+            self._writer.append(name, values)
+
+    def publish(self, step: int, more: Mapping[str, np.ndarray] | None = None) -> Path:
+        """Make it durable as the checkpoint of a step; returns its prefix.
+
+        Args:
+            step: is stored too.
+            more: small tensors that were not known before.
+
+        Raises:
+            OSError: the disk is full or not writable; earlier checkpoints are as they were.
+        """
+        final = prefix(self._model_dir, step)
+        with self._kept_whole():
+            self._writer.finish({**(more or {}), GLOBAL_STEP: np.asarray(step, np.int64)})
+            data_path(self._partial).rename(data_path(final))
+            sync(self._model_dir)  # a power cut must not leave the index alone
+            index_path(self._partial).rename(index_path(final))
+        sync(self._model_dir)
+        return final
+
+    def close(self) -> None:
+        """Give up what was not published; closing twice is harmless."""
+        self._writer.close()
+        _remove(self._partial)
+
+    @contextmanager
+    def _kept_whole(self) -> Iterator[None]:
+        """Nothing is left of a draft that fails."""
+        try:
+            yield
+        except BaseException:
+            _remove(self._partial)
+            raise
+
+
+def retain(model_dir: Path, *, keep: int, superseded: int | None = None) -> None:
+    """Drop the oldest checkpoints beyond `keep` (0: none), and name the others in the state file.
+
+    Args:
+        model_dir: the run's folder, with at least one checkpoint.
+        keep: how many.
+        superseded: a step whose checkpoint goes in any case.
+    """
+    known = [step for step in steps(model_dir) if step != superseded]
     kept = known[-keep:] if keep else known
     _write_state(model_dir, kept)
     # Of what was being written or removed when a run was killed, data are left without an index.
-    for old in _numbers(model_dir, _FILE_NAME) if keep else ():
-        if old < kept[0]:
+    for old in _numbers(model_dir, _FILE_NAME):
+        if old == superseded or (keep and old < kept[0]):
             _remove(prefix(model_dir, old))
-    return final
 
 
 def open_newest(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
+from gptj_model.config import GPTJConfig
 from gptj_model.model import GPTJ
 from gptj_model.tensors import Scheme, Tensor, table
 from gptj_model.weights import variables
@@ -20,20 +23,26 @@ _DEFAULTS = {
 
 
 def initialize(model: GPTJ, params: Params) -> None:
-    """Give every weight its first values: matrices by their initializer, gains 1, biases 0.
+    """Give every weight its first values."""
+    found = variables(model)
+    for tensor, values in first_values(model.config, params):
+        found[tensor.hf].assign(values)
+
+
+def first_values(config: GPTJConfig, params: Params) -> Iterator[tuple[Tensor, Any]]:
+    """Matrices by their initializer, gains 1, biases 0; float32, in Keras' layout.
 
     The values are a function of the seed and the tensor's place in the table.
     """
     seed = initialization_seed(params)
-    found = variables(model)
-    for n, tensor in enumerate(table(model.config)):
-        variable = found[tensor.hf]
-        if len(tensor.shape) == 1:
+    for n, tensor in enumerate(table(config)):
+        shape = tensor.shape_in(Scheme.KERAS)
+        if len(shape) == 1:
             gain = tensor.tf.endswith("gamma")
-            variable.assign(keras.ops.full(variable.shape, 1.0 if gain else 0.0))
+            yield tensor, keras.ops.full(shape, 1.0 if gain else 0.0, "float32")
             continue
         values = _initializer(_spec(tensor, params), params, (seed * 10_007 + n) % 2**31)
-        variable.assign(values(tensor.shape_in(Scheme.KERAS)))
+        yield tensor, values(shape)
 
 
 def initialization_seed(params: Params) -> int:

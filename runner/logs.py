@@ -91,6 +91,25 @@ class Logs:
                 tf.summary.scalar(tag, value, step=step)
 
 
+class NoLogs:
+    """For a worker that is not the first: another one writes. See `Logs`."""
+
+    def step(self, event: StepDone) -> None:
+        """Nothing is written."""
+
+    def histograms(self, step: int, weights: Mapping[str, Any]) -> None:
+        """Nothing is written."""
+
+    def evaluation(self, event: Evaluated) -> None:
+        """Nothing is written."""
+
+    def flush(self) -> None:
+        """Nothing is written."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 

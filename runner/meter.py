@@ -24,14 +24,21 @@ class Meter:
         tokens: of one update.
         length: of a sequence, in tokens.
         trained: rows of what is trained.
+        workers: that compute together, each as fast as this one.
     """
 
     def __init__(
-        self, config: GPTJConfig, *, tokens: int, length: int, trained: Sequence[Tensor]
+        self,
+        config: GPTJConfig,
+        *,
+        tokens: int,
+        length: int,
+        trained: Sequence[Tensor],
+        workers: int = 1,
     ) -> None:
         self._tokens = tokens
         self._flops = tokens * capacity.token_flops(config, length, trained)
-        self._peak = multiplication_rate()
+        self._peak = multiplication_rate() * workers
         self._busy = 0.0
         self._steps = 0
         self._compiled = False

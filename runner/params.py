@@ -87,7 +87,7 @@ class InputParams(Section):
     n_parallel_reads: Positive = 4
     """Files that are read in turns."""
     use_multiple_workers: bool = False
-    """A share of the records for each worker; there is one worker."""
+    """No effect: several workers always share each batch, so that batch_size is global."""
     skip_steps: Natural = 0
     """Batches to leave out at the beginning."""
     mixed_precision: bool = False
@@ -381,13 +381,16 @@ class RunConfig(Section):
     tf_random_seed: Natural | None = None
     """The seed of what has none of its own."""
     enable_distributed: bool = False
-    """Several devices; here one is used."""
+    """Several workers share each batch: those of TF_CONFIG, else one a GPU of this machine."""
     multiple_workers: bool = False
-    """Several machines; here one is used."""
+    """They are on several machines: TF_CONFIG must say which."""
     cs_ip: str | None = None
     """Address of a CS system."""
     checkpoint_path: str | None = None
     """Weights to begin with; the step and the slots begin anew."""
+    execution: Literal["resident", "streaming"] = "resident"
+    """Where the weights are: in memory, or on the disk, brought one block at a time. Not a key of
+    the reference."""
     num_wgt_servers: Natural | None = None
     """Of the CS client. No effect."""
     disable_standard_logs: bool | None = None

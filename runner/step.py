@@ -6,22 +6,15 @@ Shape suffixes: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
 from gptj_model.model import GPTJ
 from runner.data.input_fn import Batch
+from runner.distribution import Workers
+from runner.executor import StepResult
 from runner.optimizer import Optimizer
-
-
-class StepResult(NamedTuple):
-    """What one step found; nothing was updated if the norm is not finite."""
-
-    loss: float
-    """Mean over the batches of each batch's token mean, before the update."""
-    norm: float
-    """Global norm of the gradients, unscaled and before clipping."""
 
 
 class TrainStep:
@@ -31,14 +24,18 @@ class TrainStep:
         model: its weights are those of the optimizer.
         optimizer: see there.
         accumulate: batches of one update.
+        workers: that compute a share of each batch.
     """
 
-    def __init__(self, model: GPTJ, optimizer: Optimizer, accumulate: int) -> None:
+    def __init__(
+        self, model: GPTJ, optimizer: Optimizer, accumulate: int, workers: Workers
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._accumulate = accumulate
+        self._workers = workers
         self._sums: list[tf.Variable] = []
-        if accumulate > 1:
+        if accumulate > 1 or workers.count > 1:
             # One array a weight, whatever the number of batches.
             shapes = [w.shape for w in optimizer.weights.values()]
             self._sums = [tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes]
@@ -53,19 +50,22 @@ class TrainStep:
         """Update the weights once; the optimizer counts it only if the norm is finite.
 
         Args:
-            group: as many batches as are accumulated.
+            group: as many batches as are accumulated; of each, this worker's share.
             scale: what the loss is multiplied by for the gradients.
             rate: of learning.
         """
         factor = tf.constant(scale, tf.float32)
         learning_rate, correction = self._optimizer.arguments(rate)
-        if self._accumulate == 1:
+        if not self._sums:
             loss, norm = self._whole(*group[0], factor, learning_rate)
             loss = float(loss)
         else:
-            first = [tf.constant(n == 0) for n in range(len(group))]
-            losses = [self._add(*b, factor, f) for b, f in zip(group, first, strict=True)]
-            loss = sum(map(float, losses)) / len(group)
+            losses = []
+            for n, (batch, share) in enumerate(zip(group, self._shares(group), strict=True)):
+                weight = tf.constant(share, tf.float32)
+                losses.append(share * float(self._add(*batch, factor, weight, tf.constant(n == 0))))
+            loss = float(self._workers.total([sum(losses) / len(group)])[0])
+            self._workers.add_up(self._sums)
             norm = self._take(learning_rate)
         self._move(norm, learning_rate, correction)
         return StepResult(loss, float(norm))
@@ -73,16 +73,24 @@ class TrainStep:
     def compiled(self, batch: Batch) -> str:
         """The compiled program of one batch, as text; nothing is run."""
         one = tf.constant(1.0)
-        if self._accumulate == 1:
+        if not self._sums:
             return program_text(self._whole, *batch, one, one)
-        return program_text(self._add, *batch, one, tf.constant(True))
+        return program_text(self._add, *batch, one, one, tf.constant(True))
+
+    def _shares(self, group: Sequence[Batch]) -> list[float]:
+        """Of each batch's tokens that count, what part is with this worker."""
+        if self._workers.count == 1:
+            return [1.0] * len(group)
+        counts = [float(tf.reduce_sum(1.0 - ignored_BT)) for _, ignored_BT, _ in group]
+        totals = self._workers.total(counts)
+        return [count / max(total, 1.0) for count, total in zip(counts, totals, strict=True)]
 
     def _run_whole(self, ids_BT, ignored_BT, labels_BT, scale, rate):
         loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
         return loss, self._optimizer.take(gradients, rate)
 
-    def _run_add(self, ids_BT, ignored_BT, labels_BT, scale, is_first):
-        loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
+    def _run_add(self, ids_BT, ignored_BT, labels_BT, scale, share, is_first):
+        loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale, share)
         for total, gradient in zip(self._sums, gradients, strict=True):
             total.assign(tf.where(is_first, gradient, total + gradient))
         return loss
@@ -90,12 +98,12 @@ class TrainStep:
     def _run_take(self, rate):
         return self._optimizer.take([s.value() for s in self._sums], rate)
 
-    def _gradients(self, ids_BT, ignored_BT, labels_BT, scale):
+    def _gradients(self, ids_BT, ignored_BT, labels_BT, scale, share=1.0):
         """Loss, and its share in the update's gradients in float32, unscaled."""
         weights = [w.value for w in self._optimizer.weights.values()]
         with tf.GradientTape() as tape:
             loss = self._model.token_loss(ids_BT, labels_BT, ignored_BT, training=True).mean
-            scaled = loss * (scale / self._accumulate)
+            scaled = loss * (scale * share / self._accumulate)
         gradients = tape.gradient(scaled, weights)
         # The embedding's gradient comes as rows; the norm is that of the whole matrix.
         dense = [tf.convert_to_tensor(g) for g in gradients]

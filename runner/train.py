@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,29 +18,27 @@ from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
-from gptj_model.model import GPTJ
 from gptj_model.source import TensorSource, read_tensor
-from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme, table
-from gptj_model.weights import load_weights, variables
+from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
 from runner.data.input_fn import Batch, batches
-from runner.evaluate import Evaluator, ResidentEvaluator
+from runner.distribution import Alone, Workers, check_same
+from runner.evaluate import Evaluator
 from runner.evaluate import evaluate as metrics_of
 from runner.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
-from runner.initialize import initialize
-from runner.logs import Logs
-from runner.lora import trained_weights
+from runner.executor import Executor, StepResult
+from runner.logs import Logs, NoLogs
 from runner.loss_scale import loss_scale
 from runner.meter import Meter
-from runner.optimizer import Optimizer
 from runner.params import Params
 from runner.params_file import reconcile
+from runner.resident_executor import ResidentExecutor
 from runner.schedules import learning_rate
-from runner.step import StepResult, TrainStep
+from runner.streamed_executor import StreamedExecutor
 
 
 class Run:
-    """One model_dir: model, optimizer, loss scale and step, restored from the newest checkpoint
+    """One model_dir: executor, loss scale and step, restored from the newest checkpoint
     there, or begun from `init_from`, or from random weights.
 
     Args:
@@ -51,10 +48,11 @@ class Run:
             slots, if there are any. None: random weights.
         weights_only: take nothing but the weights from there.
         strict: a damaged newest checkpoint is an error.
+        workers: that train the same model; the first one alone writes to the folder.
         warn: takes what a person should know.
 
     Raises:
-        ConfigError: parameters and checkpoint disagree.
+        ConfigError: parameters and checkpoint disagree, or this is not for several workers.
         TrainingFault: no checkpoint is whole.
     """
 
@@ -66,54 +64,57 @@ class Run:
         init_from: Path | None,
         weights_only: bool = False,
         strict: bool = False,
+        workers: Workers | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.params = params
         self.model_dir = model_dir
+        self.workers: Workers = workers or Alone()
         self.step = 0
         self.skipped = 0
         """Steps that gave no update: the data are further on than `step` by so many."""
         self._warn = warn
         model = params.model
         self.seed = model.dropout_seed or params.runconfig.tf_random_seed or 0
-        refuse_many_workers(params)
+        refuse_cs_system(params)
         self.continued = bool(checkpoints.steps(model_dir))
         """Whether the folder's own checkpoints were gone on from."""
         if self.continued or (model_dir / STATE_FILE).exists():
             self._continue(strict)
         elif init_from is None:
             self._build(params.config)
-            initialize(self.model, params)
             self._keep_config(params.config)
+            self.executor.initialize()
         else:
             self._begin(init_from, weights_only)
 
-    def save(self) -> Saved:
-        """Write a checkpoint of the present step.
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.executor.close()
+
+    def save(self, *, stays: bool = True) -> Saved:
+        """Write a checkpoint of the present step; see `Executor.save`.
 
         Raises:
-            OSError: see `checkpoints.save`.
+            OSError: see there.
         """
-        found = variables(self.model)
-        tensors = {t.tf: found[t.hf] for t in table(self.config)} | self.optimizer.slots
-        tensors |= self.optimizer.scalars() | self.scale.tensors()
-        if self.adapter:
-            tensors |= self.adapter.tensors()
+        state = self.scale.tensors()
         if self.scale.is_dynamic:
-            tensors[SKIPPED_STEPS] = np.asarray(self.skipped, np.int64)
-        keep = self.params.runconfig.keep_checkpoint_max or 0
-        return Saved(self.step, checkpoints.save(self.model_dir, self.step, tensors, keep=keep))
+            state |= {SKIPPED_STEPS: np.asarray(self.skipped, np.int64)}
+        return Saved(self.step, self.executor.save(self.step, state, stays=stays))
+
+    @property
+    def draw(self) -> tuple[int, int]:
+        """Seed and counter of the next step's dropout masks: a function of the position in the
+        data and of the worker alone."""
+        seed = self.seed + self.workers.index * _SEED_OF_WORKER
+        return seed, (self.step + self.skipped + 1) << 12
 
     def _build(self, config: GPTJConfig) -> None:
         self.config = config
-        self.model = GPTJ(
-            config,
-            dtype=self.params.dtype_policy,
-            seed=self.seed,
-            recompute=self.params.model.recompute,
-        )
-        self.adapter, weights = trained_weights(self.model, self.params)
-        self.optimizer = Optimizer(self.params.optimizer, weights)
+        self.executor = _executor(config, self.params, self.model_dir, self.workers)
         self.scale = loss_scale(self.params.optimizer)
 
     def _continue(self, strict: bool) -> None:
@@ -125,19 +126,19 @@ class Run:
         with found as checkpoint:
             match(checkpoint)
             self._build(reconcile(self.params, config, source.prefix))
-            load_weights(self.model, source, Scheme.TF)
+            self.executor.load(source, Scheme.TF)
             self._load_state(source, step)
 
     def _begin(self, init_from: Path, weights_only: bool) -> None:
         with open_checkpoint(init_from, with_optimizer=not weights_only) as checkpoint:
             match(checkpoint)
             self._build(reconcile(self.params, checkpoint.config, init_from))
-            load_weights(self.model, checkpoint.source, checkpoint.scheme)
+            self._keep_config(checkpoint.config)
+            for path in () if self.workers.index else checkpoint.companions:
+                write_whole(self.model_dir / path.name, path.read_bytes())
+            self.executor.load(checkpoint.source, checkpoint.scheme)
             if not weights_only:
                 self._begin_with_state(checkpoint)
-        self._keep_config(checkpoint.config)
-        for path in checkpoint.companions:
-            write_whole(self.model_dir / path.name, path.read_bytes())
 
     def _begin_with_state(self, checkpoint: Checkpoint) -> None:
         if checkpoint.scheme is Scheme.TF:
@@ -152,26 +153,39 @@ class Run:
             self._load_state(source, step)
 
     def _keep_config(self, config: GPTJConfig) -> None:
+        if self.workers.index:
+            return
         self.model_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_hf(dtype="float32"), indent=2) + "\n"
         write_whole(self.model_dir / CONFIG_FILE, text)
 
     def _load_state(self, source: TensorSource, step: int) -> None:
-        if self.adapter and not self.adapter.load(source):
-            self._warn(
-                f"the checkpoint of step {step} has no such adapter: it begins anew, at step 0"
-            )
+        if not step:
             return
-        if not self.optimizer.load(source, step):
-            self._warn(
-                f"the checkpoint of step {step} has no slots of "
-                f"{self.params.optimizer.optimizer_type}: they begin anew, at step 0"
-            )
+        if missing := self.executor.load_state(source, step):
+            self._warn(f"the checkpoint of step {step} has {missing}, at step 0")
             return
         self.scale.load(source)
         self.step = step
         if SKIPPED_STEPS in source.tensors:
             self.skipped = int(read_tensor(source, SKIPPED_STEPS))
+
+
+#: From the seed of one worker's dropout masks to that of the next.
+_SEED_OF_WORKER = 1_000_003
+
+
+def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
+    """What the YAML asks for."""
+    if params.runconfig.execution == "resident":
+        return ResidentExecutor(config, params, model_dir, workers)
+    if workers.count > 1:
+        raise ConfigError(
+            f"runconfig.execution is streaming, and there are {workers.count} workers, expected 1",
+            hint="several workers hold the whole model each: "
+            "--set runconfig.execution=resident, or start one",
+        )
+    return StreamedExecutor(config, params, model_dir)
 
 
 def stored_step(source: TensorSource) -> int:
@@ -181,29 +195,17 @@ def stored_step(source: TensorSource) -> int:
     return int(read_tensor(source, GLOBAL_STEP))
 
 
-def refuse_many_workers(params: Params) -> None:
-    """One device computes: with more, say so rather than leave them idle.
+def refuse_cs_system(params: Params) -> None:
+    """Say that the computing is not done there.
 
     Raises:
-        ConfigError: several are asked for and there.
+        ConfigError: the YAML names a CS system.
     """
-    runconfig = params.runconfig
-    if runconfig.cs_ip:
+    if params.runconfig.cs_ip:
         raise ConfigError(
-            f"runconfig.cs_ip is {runconfig.cs_ip!r}, and this program trains on this machine",
+            f"runconfig.cs_ip is {params.runconfig.cs_ip!r}, and this program trains on this "
+            "machine",
             hint="leave it out to train here",
-        )
-    if not runconfig.enable_distributed:
-        return
-    if runconfig.multiple_workers:
-        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
-        count, what = len(cluster.get("worker", ())), "workers in TF_CONFIG"
-    else:
-        count, what = len(tf.config.list_physical_devices("GPU")), "GPUs"
-    if count > 1:
-        raise ConfigError(
-            f"runconfig.enable_distributed: there are {count} {what}, and one is supported",
-            hint="--set runconfig.enable_distributed=false trains on one",
         )
 
 
@@ -224,7 +226,7 @@ def train(
         OSError: a checkpoint or a log cannot be written.
     """
     if run.step < max_steps:
-        logs = Logs(run.model_dir, run.step, run.params)
+        logs = NoLogs() if run.workers.index else Logs(run.model_dir, run.step, run.params)
         try:
             yield from _Training(run, max_steps, logs, evaluate).events(stopped)
         finally:
@@ -234,7 +236,7 @@ def train(
 class _Training:
     """The loop of `train`, and what it keeps in mind."""
 
-    def __init__(self, run: Run, max_steps: int, logs: Logs, evaluate: bool) -> None:
+    def __init__(self, run: Run, max_steps: int, logs: Logs | NoLogs, evaluate: bool) -> None:
         params = run.params
         self._run = run
         self._params = params
@@ -244,23 +246,30 @@ class _Training:
         self._rate = learning_rate(
             params.optimizer.learning_rate, reset=not params.optimizer.disable_lr_steps_reset
         )
-        self._compute = TrainStep(run.model, run.optimizer, self._group)
-        self._evaluator = ResidentEvaluator(run.model) if evaluate else None
+        evaluate = evaluate and not run.workers.index
+        self._evaluator = run.executor.evaluator() if evaluate else None
         self._evaluated_at = -math.inf
-        self._saved_step = run.step
+        self._saved_step = self._told_step = run.step
         length = params.train_input.max_sequence_length
         tokens = params.train_input.batch_size * length * self._group
         self._meter = Meter(
-            run.config, tokens=tokens, length=length, trained=list(run.optimizer.weights)
+            run.config,
+            tokens=tokens,
+            length=length,
+            trained=run.executor.trained,
+            workers=run.workers.count,
         )
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
-        run = self._run
+        run, workers = self._run, self._run.workers
+        self._agree()
         data = batches(
             self._params.train_input,
             vocab_size=run.config.vocab_size,
             training=True,
             skip=(run.step + run.skipped) * self._group,
+            worker=workers.index,
+            workers=workers.count,
         )
         while run.step < self._max_steps:
             self._meter.begin()
@@ -269,19 +278,35 @@ class _Training:
                 yield Warning(f"the training records end after step {run.step}")
                 break
             yield from self._step(group)
-            if stopped():
+            if workers.total([stopped()])[0]:  # one that stops alone would leave the others waiting
                 break
-        if run.step > self._saved_step:
+        if run.step > self._told_step:
             yield self._save()
         if self._evaluator and not stopped():
             yield from self._evaluation(self._evaluator)
 
+    def _agree(self) -> None:
+        """See that all workers begin at the same place.
+
+        Raises:
+            TrainingFault: they do not.
+        """
+        run = self._run
+        if run.workers.count == 1:
+            return
+        sums = [float(tf.reduce_sum(v)) for v in run.executor.weights().values()]
+        if not check_same(run.workers, [run.step, run.skipped, *sums]):
+            raise TrainingFault(
+                f"worker {run.workers.index} begins at step {run.step}, and not all have the same "
+                "step and weights",
+                hint="give all of them the same model directory on a shared disk, the same weights "
+                "to begin with, and the same parameters",
+            )
+
     def _step(self, group: list[Batch]) -> Iterator[Event]:
         run = self._run
-        # Dropout draws from a state that the position in the data alone determines.
-        run.model.seeds.state.assign([run.seed, (run.step + run.skipped + 1) << 12])
         rate = self._rate(run.step)
-        found = self._compute(group, run.scale.value, rate)
+        found = run.executor.step(group, run.draw, run.scale.value, rate)
         finite = math.isfinite(found.norm)
         if not finite:
             self._refuse_to_diverge(found)
@@ -290,7 +315,7 @@ class _Training:
             yield Skipped(run.step, run.scale.value)
             return
         run.scale.update(True)
-        run.optimizer.advance()
+        run.executor.advance()
         run.step += 1
         self._meter.end()
         if run.step % self._params.log_steps == 0:
@@ -307,11 +332,13 @@ class _Training:
             yield event
         runconfig = self._params.runconfig
         if self._params.optimizer.log_hists and run.step % runconfig.save_summary_steps == 0:
-            self._logs.histograms(run.step, variables(run.model))
+            self._logs.histograms(run.step, run.executor.weights())
         if run.step % runconfig.save_checkpoints_steps == 0 and run.step < self._max_steps:
             yield self._save()
             if self._evaluator and time.monotonic() - self._evaluated_at >= runconfig.throttle_secs:
                 yield from self._evaluation(self._evaluator)
+        elif run.executor.saves_every_step:
+            self._keep(stays=False)
 
     def _refuse_to_diverge(self, found: StepResult) -> None:
         run = self._run
@@ -331,8 +358,13 @@ class _Training:
             )
 
     def _save(self) -> Saved:
+        saved = self._keep(stays=True)
+        self._told_step = saved.step
+        return saved
+
+    def _keep(self, *, stays: bool) -> Saved:
         self._logs.flush()
-        saved = self._run.save()
+        saved = self._run.save(stays=stays)
         self._saved_step = saved.step
         return saved
 

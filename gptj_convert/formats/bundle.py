@@ -176,19 +176,67 @@ def write_tensors(
     Raises:
         FileFault: the files exist, or the disk is full.
     """
-    layout = bundle_layout(prefix.name, tensors)
-    (data,) = layout.files
-    checksums = {}
-    with closing(OutputFile(prefix.with_name(data.name), layout.size(data))) as output:
-        for name, begin, _ in layout.spans(data):
-            raw = raw_bytes(np.ascontiguousarray(read(str(name))))
-            checksums[str(name)] = crc32c(raw)
-            output.write(begin, raw)
-        output.sync()
-    for name, content in layout.index(checksums).items():
-        with closing(OutputFile(prefix.with_name(name), len(content))) as output:
+    with closing(BundleWriter(prefix, tensors)) as writer:
+        for name in writer.tensors:
+            writer.append(name, read(name))
+        writer.finish()
+
+
+class BundleWriter:
+    """A bundle while it is written: its tensors in any order, the parts of each one in order.
+
+    Args:
+        prefix: of the files.
+        tensors: what it will hold.
+
+    Raises:
+        FileFault: the files exist, or the disk is full.
+    """
+
+    def __init__(self, prefix: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self._prefix = prefix
+        layout = bundle_layout(prefix.name, tensors)
+        (data,) = layout.files
+        self.tensors = dict(layout.tensors)
+        """What it will hold, in the order of the file."""
+        self._begins = {str(name): begin for name, begin, _ in layout.spans(data)}
+        self._written = dict.fromkeys(self._begins, 0)
+        self._checksums = dict.fromkeys(self._begins, 0)
+        self._end = layout.size(data)
+        self._output = OutputFile(prefix.with_name(data.name), self._end)
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Write what follows of a tensor: any number of its elements, in its dtype."""
+        raw = raw_bytes(np.ascontiguousarray(values))
+        self._output.write(self._begins[name] + self._written[name], raw)
+        self._checksums[name] = crc32c(raw, self._checksums[name])
+        self._written[name] += len(raw)
+
+    def finish(self, more: Mapping[str, np.ndarray] | None = None) -> None:
+        """Make the data durable, then write the index, durably.
+
+        Args:
+            more: small tensors that were not known before; they go behind the others.
+        """
+        for name, values in (more or {}).items():
+            self.tensors[name] = TensorInfo(values.dtype.name, values.shape)
+            self._begins[name], self._written[name], self._checksums[name] = self._end, 0, 0
+            self.append(name, values)
+            self._end += values.nbytes
+        assert self._written == {name: info.nbytes for name, info in self.tensors.items()}
+        self._output.sync()
+        entries = {
+            name: Entry(info, 0, self._begins[name], masked(self._checksums[name]))
+            for name, info in sorted(self.tensors.items(), key=lambda t: t[0].encode())
+        }
+        content = _index_bytes(entries)
+        with closing(OutputFile(index_path(self._prefix), len(content))) as output:
             output.write(0, memoryview(content))
             output.sync()
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        self._output.close()
 
 
 # The index: protocol buffers inside a LevelDB table.

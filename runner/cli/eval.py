@@ -26,24 +26,41 @@ if TYPE_CHECKING:
 @click.option(
     "--execution",
     type=click.Choice(EXECUTIONS),
-    default=EXECUTIONS[0],
-    show_default=True,
-    help="The whole model in memory, or one block at a time.",
+    help="The whole model in memory, or one block at a time.  [the YAML's]",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
 @click.option(
     "--task",
-    type=click.Choice(["records", "summarization"]),
+    type=click.Choice(["records", "text", "summarization"]),
     default="records",
     show_default=True,
-    help="summarization generates summaries of --data and scores them by ROUGE.",
+    help="text scores the texts of --data; summarization generates summaries of --data and scores "
+    "them by ROUGE.",
 )
 @click.option(
     "--data",
     "sources",
     type=PATH,
     multiple=True,
-    help="Test set with articles and summaries, as for `gptj data summarization`; may be repeated.",
+    help="A text in UTF-8; or a test set with articles and summaries, as for `gptj data "
+    "summarization`. May be repeated.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    help="Of a text, tokens that are read together.  [as many as the model can]",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens from one window to the next; the others are context.  [half a window]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Windows that are computed together.",
 )
 @click.option(
     "--beams",
@@ -65,15 +82,20 @@ def evaluate(
     model: Path | None,
     params_file: Path | None,
     eval_steps: int | None,
-    execution: str,
+    execution: str | None,
     settings: tuple[str, ...],
     task: str,
+    sources: tuple[Path, ...],
+    window: int | None,
+    stride: int | None,
+    batch_size: int,
     **generation: Any,
 ) -> dict[str, Any]:
     """Print loss, accuracy, perplexity and bits per byte on the records of eval_input.
 
-    With --task summarization, the mean ROUGE-1, -2 and -L of generated summaries; options from
-    --data on are of that task.
+    With --task text the same of the texts in --data, read in windows that overlap, every token
+    scored once; with --task summarization the mean ROUGE-1, -2 and -L of generated summaries.
+    Options from --window to --batch-size are of the first, those from --beams on of the second.
     """
     from runner.cli import tensorflow
 
@@ -84,22 +106,60 @@ def evaluate(
     if task == "summarization":
         from runner.cli.eval_summaries import evaluate_summaries
 
-        return evaluate_summaries(output, model, **generation)
+        return evaluate_summaries(output, model, sources, **generation)
+    if task == "text":
+        streamed = execution == EXECUTIONS[1]
+        return _evaluate_text(output, model, sources, window, stride, batch_size, streamed)
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
+    if execution is not None:
+        parsed["runconfig.execution"] = execution
     with open_checkpoint(model) as checkpoint:
         params = params_for(model, params_file, parsed, checkpoint.config)
-    streamed = execution == EXECUTIONS[1]
-    return {"metrics": evaluate_model(output, model, params, streamed=streamed)}
+    return {"metrics": evaluate_model(output, model, params)}
 
 
 evaluate.name = "eval"
 
 
-def evaluate_model(
-    output: Output, model: Path, params: Params, *, streamed: bool = False
-) -> dict[str, float]:
+def _evaluate_text(
+    output: Output,
+    model: Path,
+    sources: tuple[Path, ...],
+    length: int | None,
+    stride: int | None,
+    batch_size: int,
+    streamed: bool,
+) -> dict[str, Any]:
+    from gptj_convert.checkpoint import open_checkpoint
+    from runner.text_perplexity import Window, evaluate_text, read_text
+
+    if not sources:
+        raise click.UsageError("--task text needs a text: --data FILE")
+    with (
+        open_checkpoint(model) as checkpoint,
+        progress(output, "evaluating", in_bytes=False) as report,
+    ):
+        config = checkpoint.config
+        length = length or config.n_positions
+        stride = stride or -(-length // 2)
+        if length > config.n_positions or stride > length:
+            raise click.UsageError(
+                f"a window is {length} tokens and the next {stride} further on, expected at most "
+                f"{config.n_positions} and {length}"
+            )
+        ids_N, size = read_text(sources, model if model.is_dir() else model.parent)
+        evaluator = _streamed(checkpoint) if streamed else _resident(model, config)
+        window = Window(length=length, stride=stride, batch_size=batch_size)
+        metrics = evaluate_text(
+            evaluator, ids_N, size, window, lambda n, all: report(n, all, "batches")
+        )
+    output.data(metrics_line(metrics))
+    return {"metrics": metrics, "tokens": len(ids_N) - 1, "bytes": size}
+
+
+def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, float]:
     """Load a model, evaluate it, print the metrics line and return the metrics."""
     from gptj_convert.checkpoint import open_checkpoint
     from runner.evaluate import evaluate as run
@@ -111,6 +171,7 @@ def evaluate_model(
         progress(output, "evaluating", in_bytes=False) as report,
     ):
         config = reconcile(params, checkpoint.config, model)
+        streamed = params.runconfig.execution == EXECUTIONS[1]
         evaluator = _streamed(checkpoint) if streamed else _resident(model, config)
         metrics = run(
             evaluator,

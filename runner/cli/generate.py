@@ -1,21 +1,40 @@
-"""`gptj generate`: continue a prompt."""
+"""`gptj generate`: continue a prompt, or many."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from runner.cli.command import PATH, command
-from runner.cli.model_choice import EXECUTIONS, default_model
+from runner.cli.model_choice import EXECUTIONS, default_model, stated_execution
 from runner.cli.output import Output
+
+if TYPE_CHECKING:
+    from gptj_model.generation import Generator
 
 
 @command
 @click.option("--model", type=PATH, help="Any checkpoint.  [default: model_dir, or converted]")
 @click.option("--prompt", help="Text to continue.")
 @click.option("--ids", help="Token ids to continue, such as 464,3290.")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=PATH,
+    metavar="FILE",
+    help="Texts to continue, one a line; prints one JSON object a line.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Of --prompts, how many are continued together.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--temperature",
@@ -26,47 +45,124 @@ from runner.cli.output import Output
 )
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 means all.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Makes tokens that are there already less likely, if above 1.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the first prompt; each further one has the next.",
+)
 @click.option(
     "--execution",
     type=click.Choice(EXECUTIONS),
-    default=EXECUTIONS[0],
-    show_default=True,
-    help="The whole model in memory, or one block at a time, read anew for every token.",
+    help="The whole model in memory, or one block at a time, read anew for every token.  [that of "
+    "the YAML beside the model]",
 )
 def generate(
     output: Output,
     model: Path | None,
     prompt: str | None,
     ids: str | None,
+    prompts_file: Path | None,
+    batch_size: int,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
+    repetition_penalty: float,
     seed: int,
-    execution: str,
+    execution: str | None,
 ) -> dict[str, Any]:
-    """Continue a prompt, given as text or as token ids."""
-    if (prompt is None) == (ids is None):
-        raise click.UsageError("give one of --prompt and --ids")
+    """Continue a prompt, given as text or as token ids; or every line of a file."""
+    if sum(given is not None for given in (prompt, ids, prompts_file)) != 1:
+        raise click.UsageError("give one of --prompt, --ids and --prompts")
+    texts = _read_lines(prompts_file) if prompts_file else None
     from runner.cli import tensorflow
 
     tensorflow.prepare()
-    from gptj_model import generation
+    from gptj_model.generation import Generator, Sampling
     from runner.data.tokenizer import load_tokenizer
     from runner.restore import opened_model
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
-    tokenizer = load_tokenizer(folder) if prompt is not None else _tokenizer_if_any(folder)
-    begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
-    sampling = generation.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    tokenizer = _tokenizer_if_any(folder) if ids is not None else load_tokenizer(folder)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    execution = execution or stated_execution(folder)
     with opened_model(path, streamed=execution == EXECUTIONS[1]) as loaded:
-        end = loaded.config.eos_token_id
-        made = list(generation.generate(loaded, begun, max_new_tokens, sampling, stop_at=end))
-    text = tokenizer.decode([*begun, *made]) if tokenizer else None
-    output.data(text if text is not None else " ".join(map(str, [*begun, *made])))
-    return {"ids": [*begun, *made], "text": text}
+        generator = Generator(loaded, sampling, stop_at=loaded.config.eos_token_id)
+        if texts is not None:
+            found = []
+            for result in _continue_lines(generator, tokenizer, texts, batch_size, max_new_tokens):
+                output.data(json.dumps(result, ensure_ascii=False))
+                found.append(result)
+            return {"continuations": found}
+        begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
+        return _continue(output, generator, tokenizer, begun, max_new_tokens)
+
+
+def _continue(
+    output: Output, generator: Generator, tokenizer: Any, begun: list[int], max_new_tokens: int
+) -> dict[str, Any]:
+    """Print a text while it is made, or the ids at the end if there is no tokenizer."""
+    ids, shown = list(begun), ""
+    for (token,) in generator.stream([begun], max_new_tokens):
+        assert token is not None, "it would have ended"
+        ids.append(token)
+        text = tokenizer.decode(ids) if tokenizer else ""
+        # The bytes of a character may come in several tokens.
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            output.part(text[len(shown) :])
+            shown = text
+    text = tokenizer.decode(ids) if tokenizer else None
+    if text is None:
+        output.data(" ".join(map(str, ids)))
+    else:
+        output.data(text.removeprefix(shown))
+    return {"ids": ids, "text": text}
+
+
+def _continue_lines(
+    generator: Generator, tokenizer: Any, texts: Sequence[str], batch_size: int, most: int
+) -> Iterator[dict[str, Any]]:
+    for at in range(0, len(texts), batch_size):
+        group = texts[at : at + batch_size]
+        prompts = [tokenizer.encode(text).ids for text in group]
+        made = generator(prompts, most, first=at)
+        for text, prompt, new in zip(group, prompts, made, strict=True):
+            ids = [*prompt, *new]
+            yield {"prompt": text, "text": tokenizer.decode(ids), "ids": ids}
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The prompts of a file.
+
+    Raises:
+        DataFault: there is none, one is empty, or it is not UTF-8; with the line.
+    """
+    from gptj_model.errors import DataFault
+
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as e:
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise DataFault(f"{path}:{line}: is not UTF-8") from None
+    if "" in lines:
+        raise DataFault(f"{path}:{lines.index('') + 1}: is empty, expected a prompt on every line")
+    return lines
 
 
 def _tokenizer_if_any(folder: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from runner.cli.errors import Exit
 from runner.cli.output import Output
 
 if TYPE_CHECKING:
+    from runner.distribution import Cluster, Workers
     from runner.events import Event
     from runner.params import Params
     from runner.train import Run
@@ -37,6 +39,8 @@ class Job:
     steps: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
+    workers: int | None = None
+    """Processes of this machine that train together; None: as the parameters say."""
     only: Literal["validate", "compile"] | None = None
     """Stop before the first step."""
 
@@ -50,22 +54,59 @@ class Job:
 def run_job(output: Output, job: Job) -> dict[str, Any]:
     """Do it; returns the fields of the command's JSON object."""
     from runner.cli import tensorflow
+    from runner.distribution import join
 
-    tensorflow.prepare()
     params = _params(job)
+    cluster = _cluster(job, params)
+    tensorflow.prepare()
     begin = job.checkpoint_path or _path(params.runconfig.checkpoint_path)
     if job.only:
         return _rehearse(output, job, params, begin)
     if job.mode in ("eval", "eval_all"):
         return _evaluate(output, job, params, begin)
-    return _train(output, job, params, begin)
+    workers = join(cluster, output.note)
+    if workers.index:
+        output.note(f"worker {workers.index} of {workers.count}: the first one tells how it goes")
+        output = Output(json=output.json, quiet=True)
+    return _train(output, job, params, begin, workers)
+
+
+def _cluster(job: Job, params: Params) -> Cluster | None:
+    """Who trains together, if not this process alone.
+
+    Raises:
+        click.exceptions.Exit: it was done, by processes that were started here.
+        ConfigError: the parameters speak of other machines, and nothing says which.
+    """
+    from gptj_model.errors import ConfigError
+    from runner.cli.local_workers import run_workers, visible_gpus
+    from runner.distribution import TF_CONFIG, cluster_here
+
+    runconfig = params.runconfig
+    if not job.only and (job.workers or runconfig.enable_distributed):
+        if job.mode in ("eval", "eval_all"):
+            return None
+        if cluster := cluster_here():
+            return cluster
+        if runconfig.multiple_workers and not job.workers:
+            raise ConfigError(
+                f"runconfig.multiple_workers is true, and {TF_CONFIG} does not say who they are",
+                hint="set it on each of them, or train on this machine with "
+                "--set runconfig.multiple_workers=false",
+            )
+        count = job.workers or len(visible_gpus())
+        if count > 1:
+            raise click.exceptions.Exit(run_workers(count))
+    return None
 
 
 def _path(name: str | None) -> Path | None:
     return Path(name) if name else None
 
 
-def _train(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
+def _train(
+    output: Output, job: Job, params: Params, begin: Path | None, workers: Workers
+) -> dict[str, Any]:
     import tensorflow as tf
 
     from gptj_convert.reference_yaml import PARAMS_FILE
@@ -76,16 +117,23 @@ def _train(output: Output, job: Job, params: Params, begin: Path | None) -> dict
 
     find_records(params.train_input.data_dir)  # before the model is loaded
     stop = _StopSignals()
-    with locked(job.model_dir), stop, tf.device(params.runconfig.device):
+    with ExitStack() as stack:
+        if not workers.index:
+            stack.enter_context(locked(job.model_dir))
+        stack.enter_context(stop)
+        stack.enter_context(tf.device(params.runconfig.device))
         run = training.Run(
             params,
             job.model_dir,
             init_from=job.init_from or begin,
             weights_only=job.init_from is None,
             strict=job.strict,
+            workers=workers,
             warn=_warner(output),
         )
-        write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
+        stack.enter_context(run)
+        if not workers.index:
+            write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
         if (job.init_from or begin) and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
         target = _target(job, params, run.step)
@@ -222,6 +270,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
 
 def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
     from gptj_model.model import GPTJ
+    from runner.distribution import Alone
     from runner.evaluate import ResidentEvaluator
     from runner.lora import trained_weights
     from runner.optimizer import Optimizer
@@ -236,7 +285,8 @@ def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> di
     if job.mode == "train":
         _, weights = trained_weights(model, params)
         optimizer = Optimizer(params.optimizer, weights)
-        program = TrainStep(model, optimizer, params.optimizer.grad_accum_steps).compiled(batch)
+        accumulate = params.optimizer.grad_accum_steps
+        program = TrainStep(model, optimizer, accumulate, Alone()).compiled(batch)
     else:
         program = ResidentEvaluator(model).compiled(batch)
     seconds = time.monotonic() - begun

@@ -24,6 +24,15 @@ def default_model() -> Path:
     return DEFAULT_MODEL_DIR if checkpoints.steps(DEFAULT_MODEL_DIR) else CONVERTED
 
 
+def stated_execution(folder: Path) -> str:
+    """How the params.yaml in a folder runs the model; resident if there is none."""
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from runner.params_file import load_params
+
+    path = folder / PARAMS_FILE
+    return load_params(path).runconfig.execution if path.is_file() else EXECUTIONS[0]
+
+
 def params_for(
     model: Path, params_file: Path | None, settings: dict[str, Any], config: GPTJConfig
 ) -> Params:

@@ -29,6 +29,11 @@ class Output:
         if not self.json:
             print(printable(text), flush=True)
 
+    def part(self, text: str) -> None:
+        """Some of a line of what was asked for; `data` ends it."""
+        if not self.json:
+            print(printable(text), end="", flush=True)
+
     def coloured(self, text: Text) -> None:
         """The same with colours, on a terminal that has them."""
         if not self.json:

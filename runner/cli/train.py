@@ -10,7 +10,7 @@ import rich_click as click
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.cs_job import run_on_cs
 from runner.cli.job import MODES, Job, run_job
-from runner.cli.model_choice import DEFAULT_MODEL_DIR
+from runner.cli.model_choice import DEFAULT_MODEL_DIR, EXECUTIONS
 from runner.cli.output import Output
 from runner.cs_target import Target
 
@@ -24,7 +24,18 @@ from runner.cs_target import Target
 @click.option("--max-steps", type=click.IntRange(min=0), help="Train up to this step.")
 @click.option("--steps", type=click.IntRange(min=0), help="Train so many steps more.")
 @click.option("--eval-steps", type=click.IntRange(min=0), help="Batches to evaluate; 0 means all.")
+@click.option(
+    "--execution",
+    type=click.Choice(EXECUTIONS),
+    help="Weights in memory, or on the disk and brought one block at a time.  [the YAML's]",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Train in so many processes of this machine, which share each batch.  "
+    "[one a GPU if runconfig.enable_distributed]",
+)
 @click.option("--strict", is_flag=True, help="A damaged newest checkpoint is an error.")
 @click.option("--validate-only", is_flag=True, help="Check parameters, records and headers; stop.")
 @click.option("--compile-only", is_flag=True, help="That, and compile the step; stop.")
@@ -47,7 +58,9 @@ def train(
     max_steps: int | None,
     steps: int | None,
     eval_steps: int | None,
+    execution: str | None,
     settings: tuple[str, ...],
+    workers: int | None,
     strict: bool,
     validate_only: bool,
     compile_only: bool,
@@ -88,6 +101,8 @@ def train(
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
+    if execution is not None:
+        parsed["runconfig.execution"] = execution
     job = Job(
         model_dir=model_dir,
         mode=mode,
@@ -98,6 +113,7 @@ def train(
         steps=steps,
         settings=parsed,
         strict=strict,
+        workers=workers,
         only="validate" if validate_only else "compile" if compile_only else None,
     )
     return run_job(output, job)

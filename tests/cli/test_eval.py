@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import GPTJForCausalLM
 
 from runner import evaluate
+from runner.cli.output import printable
+from runner.data.tokenizer import load_tokenizer
+from tests.conftest import make_checkpoint
 
 
 @pytest.mark.parametrize("golden_run", ["adamw", "shared_embedding"], indirect=True)
@@ -43,3 +50,88 @@ def test_streamed_text_is_the_resident_one(sampling: tuple, small_hf: Path, gptj
     ]  # fmt: skip
     assert made[0] == made[1]
     assert len(made[0]) > 4
+
+
+def test_prompts_of_a_file(workdir: Path, gptj):
+    hf = make_checkpoint(workdir / "hf", vocab_size=50400)
+    model = ("--model", hf, "--max-new-tokens", 9, "--temperature", 1)
+    texts = ["Once", "a longer prompt, with é and 你", "x"]
+    Path("prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    many = ("generate", *model, "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
+    found = gptj(*many, "--json").json["continuations"]
+    assert [c["prompt"] for c in found] == texts
+    assert [json.loads(line) for line in gptj(*many).stdout.splitlines()] == found
+    for n, (text, made) in enumerate(zip(texts, found, strict=True)):
+        alone = gptj("generate", *model, "--prompt", text, "--seed", 5 + n, "--json").json
+        assert alone["ids"] == made["ids"]
+        assert alone["text"] == made["text"]
+        assert made["text"].startswith(text)
+        printed = gptj("generate", *model, "--prompt", text, "--seed", 5 + n).stdout
+        assert printed == printable(made["text"]) + "\n"
+    Path("prompts.txt").write_text("a\n\nb\n")
+    done = gptj(*many)
+    assert done.code == 1
+    assert "prompts.txt:2: is empty" in done.stderr
+
+
+def test_a_penalty_for_repetition(small_hf: Path, gptj):
+    model = ("--model", small_hf, "--ids", "5,7", "--max-new-tokens", 60, "--json")
+    plain, penalised = (
+        gptj("generate", *model, *more).json["ids"] for more in ((), ("--repetition-penalty", 50))
+    )
+    assert len(set(penalised)) == len(penalised)
+    assert len(set(plain)) < len(plain)
+
+
+TEXT = "Once upon a time, in a caf\u00e9, \u4f60 said: read on. " * 9
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has the tokenizer's vocabulary, and a short context."""
+    return make_checkpoint(tmp_path_factory.mktemp("reader") / "hf", vocab_size=50400)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 5), (16, 16), (7, 1), (64, 32)])
+def test_a_text_scored_in_windows(reader: Path, window: int, stride: int, workdir: Path, gptj):
+    Path("a.txt").write_text(TEXT, encoding="utf-8")
+    text = ("eval", "--model", reader, "--task", "text", "--data", "a.txt", "--json")
+    found = gptj(*text, "--window", window, "--stride", stride, "--batch-size", 3).json
+    tokens = [50256, *load_tokenizer(reader).encode(TEXT, add_special_tokens=False).ids]
+    with torch.no_grad():
+        model, losses = GPTJForCausalLM.from_pretrained(reader), []
+        last = len(tokens) - 1
+        for start in range(0, last, stride):
+            stop = min(start + window, last)
+            begin = stop - min(window, last)
+            logits = model(torch.tensor([tokens[begin:stop]])).logits[0]
+            new = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(tokens[begin + 1 : stop + 1]), reduction="none"
+            )
+            losses += new[len(losses) - begin :].tolist()
+            if stop == last:
+                break
+    assert found["tokens"] == len(losses) == last
+    assert found["bytes"] == len(TEXT.encode())
+    metrics = found["metrics"]
+    assert metrics["loss"] == pytest.approx(sum(losses) / last, rel=1e-6)
+    assert metrics["eval/lm_perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    bits = sum(losses) / math.log(2) / found["bytes"]
+    assert metrics["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_texts_that_cannot_be_scored(reader: Path, workdir: Path, gptj):
+    text = ("eval", "--model", reader, "--task", "text")
+    Path("bad.txt").write_bytes(b"one\ntwo \xff")
+    Path("empty.txt").write_bytes(b"")
+    for more, code, words in (
+        ((), 2, "needs a text"),
+        (("--data", "bad.txt"), 1, "bad.txt:2: byte 0xff"),
+        (("--data", "empty.txt"), 1, "empty.txt: is empty"),
+        (("--data", "missing.txt"), 1, "missing.txt"),
+        (("--data", "bad.txt", "--window", 9, "--stride", 10), 2, "the next 10 further on"),
+        (("--data", "bad.txt", "--window", 5000), 2, "expected at most"),
+    ):
+        done = gptj(*text, *more)
+        assert done.code == code, done.stderr
+        assert words in done.stderr

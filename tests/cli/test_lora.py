@@ -156,8 +156,9 @@ def test_what_is_frozen_stays_bit_for_bit(golden_run, gptj):
 
 
 def test_a_full_run_begins_with_the_merged_weights(lora_run, gptj):
-    done = gptj("train", "--checkpoint-path", "model_dir", "--params", "params.yaml", "--quiet",
-                "--set", "optimizer.learning_rate=0", "--max-steps", 1, "--model-dir", "next")  # fmt: skip
+    begin = ("train", "--checkpoint-path", "model_dir", "--params", "params.yaml", "--quiet")
+    still = ("--set", "optimizer.learning_rate=0", "--max-steps", 1)
+    done = gptj(*begin, *still, "--model-dir", "next")
     assert done.code == 0
     before, after = _tensors(3), _tensors(1, "next")
     assert not any(ADDED.search(name) for name in after)

@@ -32,12 +32,13 @@ OPTIONS = {
     "download": {"--revision", "--out"},
     "eval": {
         "--model", "--params", "--eval-steps", "--execution", "--set", "--task", "--data",
+        "--window", "--stride", "--batch-size",
         "--beams", "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article",
         "--summaries",
     },
     "generate": {
-        "--model", "--prompt", "--ids", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
-        "--seed", "--execution",
+        "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--max-new-tokens",
+        "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--execution",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
@@ -45,8 +46,8 @@ OPTIONS = {
     "runs": {"--html"},
     "train": {
         "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
-        "--steps", "--eval-steps", "--set", "--strict", "--validate-only", "--compile-only",
-        "--cs-ip", "--target", "--run-py", "--dry-run",
+        "--steps", "--eval-steps", "--execution", "--set", "--workers", "--strict",
+        "--validate-only", "--compile-only", "--cs-ip", "--target", "--run-py", "--dry-run",
     },
     "verify": {
         "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",

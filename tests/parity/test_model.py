@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from gptj_model.beam_search import Beam, BeamSearch
-from gptj_model.generation import Sampling, generate
+from gptj_model.generation import Generator, Sampling
 from gptj_model.loss import token_loss
 from gptj_model.tensors import Scheme, table
 from gptj_model.weights import variables
@@ -130,8 +130,39 @@ def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Pa
             eos_token_id=None,
             pad_token_id=0,
         )
-    found = list(generate(load_model(small_hf), prompt, 40, Sampling()))
+    (found,) = Generator(load_model(small_hf), Sampling())([prompt], 40)
     assert prompt + found == expected[0].tolist()
+
+
+def test_prompts_of_several_lengths_do_not_see_one_another(small_hf: Path):
+    prompts = [[5], list(range(40, 57)), [9, 8, 7]]
+    model, sampling = load_model(small_hf), Sampling(temperature=0.8, seed=3)
+    together = Generator(model, sampling)(prompts, 30)
+    for n, prompt in enumerate(prompts):
+        alone = Generator(model, Sampling(temperature=0.8, seed=3 + n))
+        assert alone([prompt], 30) == [together[n]]
+
+
+def test_a_penalty_for_repetition_is_transformers_own(small_hf: Path):
+    prompt = [5, 17, 3, 99]
+    with torch.no_grad():
+        expected = _hf(small_hf).generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, 4, dtype=torch.int64),
+            max_new_tokens=30, do_sample=False, repetition_penalty=1.3, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+    model = load_model(small_hf)
+    (found,) = Generator(model, Sampling(repetition_penalty=1.3))([prompt], 30)
+    assert prompt + found == expected[0].tolist()
+    assert found != Generator(model, Sampling())([prompt], 30)[0]
+
+
+def test_a_text_that_has_ended_does_not_end_the_others(small_hf: Path):
+    model, prompts = load_model(small_hf), [[5], [9, 8, 7]]
+    whole = Generator(model, Sampling())(prompts, 20)
+    end = next(i for i in whole[0][3:] if i not in whole[1])
+    at = whole[0].index(end)
+    assert Generator(model, Sampling(), stop_at=end)(prompts, 20) == [whole[0][:at], whole[1]]
 
 
 @pytest.mark.parametrize(("width", "least"), [(1, 0), (4, 0), (4, 6)])
@@ -164,10 +195,10 @@ def test_cached_decoding_equals_the_full_pass(small_hf: Path):
 def test_a_seed_repeats_what_it_sampled(small_hf: Path):
     model = load_model(small_hf)
     sampling = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=4)
-    first = list(generate(model, [1, 2, 3], 30, sampling))
-    assert first == list(generate(model, [1, 2, 3], 30, sampling))
+    first = Generator(model, sampling)([[1, 2, 3]], 30)
+    assert first == Generator(model, sampling)([[1, 2, 3]], 30)
     other = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=5)
-    assert first != list(generate(model, [1, 2, 3], 30, other))
+    assert first != Generator(model, other)([[1, 2, 3]], 30)
 
 
 def test_dropout_is_the_steps_alone(tmp_path: Path):

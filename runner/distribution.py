@@ -1,0 +1,239 @@
+"""Several processes that train one model: each holds a copy and computes its share of a batch.
+
+A few counts are exchanged before a step, so that the loss is the mean over the tokens of the whole
+batch, and the gradients after it. The exchange is TensorFlow's: NCCL between GPUs, a ring over
+gRPC between processors. Who takes part is said by TF_CONFIG, as TensorFlow defines it:
+
+    {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptj_model.errors import ConfigError, TrainingFault
+
+TF_CONFIG = "TF_CONFIG"
+_CHIEF, _WORKER = "chief", "worker"
+#: Seconds that workers wait for one another at the start.
+PATIENCE = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Who takes part, and which of them this process is."""
+
+    addresses: tuple[str, ...]
+    index: int
+
+    @property
+    def count(self) -> int:
+        """How many take part."""
+        return len(self.addresses)
+
+
+def cluster_here() -> Cluster | None:
+    """What TF_CONFIG says; None: there is no such variable.
+
+    Raises:
+        ConfigError: it is not as TensorFlow defines it, or names parameter servers.
+    """
+    text = os.environ.get(TF_CONFIG)
+    if not text:
+        return None
+    try:
+        values = json.loads(text)
+        groups = {str(name): list(map(str, a)) for name, a in values["cluster"].items()}
+        kind, index = str(values["task"]["type"]), int(values["task"]["index"])
+        addresses = (*groups.pop(_CHIEF, ()), *groups.pop(_WORKER, ()))
+        if groups or kind not in (_CHIEF, _WORKER) or index < 0:
+            raise ValueError
+        at = index + (len(values["cluster"].get(_CHIEF, ())) if kind == _WORKER else 0)
+        addresses[at]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise ConfigError(
+            f"{TF_CONFIG} is {text[:200]!r}, expected the addresses of the workers, and which of "
+            "them this is",
+            hint="such as "
+            '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, '
+            '"task": {"type": "worker", "index": 0}}',
+        ) from None
+    return Cluster(addresses, at)
+
+
+class Workers(Protocol):
+    """Those that train one model together."""
+
+    @property
+    def index(self) -> int:
+        """Which one this is; 0 writes checkpoints and logs."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def total(self, values: Sequence[float]) -> np.ndarray:
+        """The sum over all workers of each number, float64.
+
+        Raises:
+            TrainingFault: a worker is gone.
+        """
+        ...
+
+    def add_up(self, variables: Sequence[Any]) -> None:
+        """Make each variable the sum of those of all workers.
+
+        Raises:
+            TrainingFault: a worker is gone.
+        """
+        ...
+
+
+class Alone:
+    """One process, which has nobody to exchange with. See `Workers`."""
+
+    index = 0
+    count = 1
+
+    def total(self, values: Sequence[float]) -> np.ndarray:
+        """The numbers."""
+        return np.asarray(values, np.float64)
+
+    def add_up(self, variables: Sequence[Any]) -> None:
+        """Nothing changes."""
+
+
+class Together:
+    """One of several processes. See `Workers`.
+
+    Args:
+        cluster: of more than one.
+        strategy: that knows the others.
+    """
+
+    def __init__(self, cluster: Cluster, strategy: Any) -> None:
+        import tensorflow as tf
+
+        self.index, self.count = cluster.index, cluster.count
+        self._total = tf.function(lambda values: self._sums(strategy, [values])[0], autograph=False)
+        self._add_up: Any = None
+        self._strategy = strategy
+
+    def total(self, values: Sequence[float]) -> np.ndarray:
+        """See `Workers`."""
+        import tensorflow as tf
+
+        with _losses_are_faults():
+            return self._total(tf.constant(np.asarray(values, np.float64))).numpy()
+
+    def add_up(self, variables: Sequence[Any]) -> None:
+        """See `Workers`; always the same variables."""
+        import tensorflow as tf
+
+        if self._add_up is None:
+
+            @tf.function(autograph=False)
+            def add_up() -> None:
+                sums = self._sums(self._strategy, variables)
+                for variable, value in zip(variables, sums, strict=True):
+                    variable.assign(value)
+
+            self._add_up = add_up
+        with _losses_are_faults():
+            self._add_up()
+
+    @staticmethod
+    def _sums(strategy: Any, values: Sequence[Any]) -> Any:
+        import tensorflow as tf
+
+        def exchange() -> Any:
+            context: Any = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, [tf.identity(v) for v in values])
+
+        return strategy.run(exchange)
+
+
+def join(cluster: Cluster | None, waiting: Callable[[str], None]) -> Workers:
+    """Meet the other workers; call it before TensorFlow computes anything.
+
+    Args:
+        cluster: None, or of one: this process is alone.
+        waiting: is told for whom, if that takes long.
+
+    Raises:
+        TrainingFault: they do not come within `PATIENCE`.
+    """
+    if cluster is None or cluster.count == 1:
+        return Alone()
+    found: list[Any] = []
+
+    def meet() -> None:
+        import tensorflow as tf
+
+        try:
+            found.append(tf.distribute.MultiWorkerMirroredStrategy())
+        except Exception as e:  # it is raised again where it is waited for
+            found.append(e)
+
+    # TensorFlow waits without a limit, and not even an interruption ends it.
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    begun, told = time.monotonic(), False
+    while thread.is_alive():
+        thread.join(1)
+        passed = time.monotonic() - begun
+        if passed > 10 and not told:
+            told = True
+            waiting(f"waiting for the other workers: {', '.join(cluster.addresses)}")
+        if passed > PATIENCE:
+            raise TrainingFault(
+                f"worker {cluster.index} has waited {PATIENCE:.0f} s for the others of "
+                f"{', '.join(cluster.addresses)}",
+                hint="start gptj train on each of them, with the same cluster in TF_CONFIG",
+            )
+    if isinstance(found[0], Exception):
+        raise TrainingFault(
+            f"worker {cluster.index} cannot join {', '.join(cluster.addresses)}: {found[0]}",
+            hint="see that the addresses are right, and that their ports are free",
+        )
+    return Together(cluster, found[0])
+
+
+def check_same(workers: Workers, values: Sequence[float]) -> bool:
+    """Whether all workers hold the same numbers; each learns it."""
+    first = workers.total([v if workers.index == 0 else 0.0 for v in values])
+    differs = not np.array_equal(first, np.asarray(values, np.float64))
+    return not workers.total([differs])[0]
+
+
+@contextmanager
+def _losses_are_faults() -> Iterator[None]:
+    import tensorflow as tf
+
+    lost = (
+        tf.errors.UnavailableError,
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.InternalError,
+        tf.errors.UnknownError,
+    )
+    try:
+        yield
+    except lost as e:
+        reason = next(iter(str(e.message).strip().splitlines()), "")
+        raise TrainingFault(
+            f"another worker is gone: {reason}",
+            hint="start all of them again: the run goes on from its last checkpoint",
+        ) from None

@@ -1,0 +1,146 @@
+"""Several workers on this machine: one run's numbers, its signals, and the death of one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptj_model.errors import ConfigError, TrainingFault
+from runner import checkpoints
+from runner.distribution import TF_CONFIG, Alone, Cluster, cluster_here, join
+from runner.params_file import load_params
+from runner.train import Run
+from tests.cli.test_train import BEGIN, _tensors
+
+GPTJ = (sys.executable, "-m", "runner.cli.root")
+adamw = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+
+
+def _start(*arguments: object) -> subprocess.Popen[str]:
+    command = [*GPTJ, *map(str, (*BEGIN, "--workers", 2, *arguments))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _rows(folder: str) -> list[dict]:
+    path = Path(folder, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    while not (rows := _rows("model_dir")) or rows[-1]["step"] < step:
+        assert process.poll() is None, process.communicate()
+
+
+def _assert_same(found: str, expected: str, step: int) -> None:
+    """Up to a step: losses, norms, and the weights there."""
+    for row, other in zip(_rows(found)[:step], _rows(expected)[:step], strict=True):
+        for key in ("step", "loss", "learning_rate", "unclipped_grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
+    ours, theirs = (_tensors(f"{d}/model.ckpt-{step}") for d in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-4, atol=3e-6, err_msg=name)
+
+
+@adamw
+def test_two_workers_are_one_with_the_whole_batch(golden_run: Path, gptj):
+    more = ("--set", "optimizer.grad_accum_steps=2", "--max-steps", 6)
+    assert gptj(*BEGIN, *more, "--model-dir", "alone", "--quiet").code == 0
+    process = _start(*more, "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads(out)["step"] == 6
+    assert err.count("step      6/6") == 1
+    _assert_same("model_dir", "alone", 6)
+
+
+@adamw
+def test_a_run_goes_on_after_a_worker_was_killed_and_after_a_signal(golden_run: Path, gptj):
+    with _start("--max-steps", 10**6) as process:
+        _wait_for_step(process, 11)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: another worker is gone" in err
+    assert "hint: start all of them again" in err
+    assert "Traceback" not in err
+    reached = _rows("model_dir")[-1]["step"]
+    with _start("--max-steps", 10**6) as process:
+        _wait_for_step(process, reached + 1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    last = checkpoints.steps(Path("model_dir"))[-1]
+    assert f"stopped after step {last}, which is saved" in err
+    assert last > reached
+    assert gptj(*BEGIN, "--max-steps", last, "--model-dir", "alone", "--quiet").code == 0
+    _assert_same("model_dir", "alone", last)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"cluster": {"worker": ["a:1", "b:1"]}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
+        '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}',
+    ],
+)
+def test_a_cluster_that_makes_no_sense(text: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(TF_CONFIG, text)
+    with pytest.raises(ConfigError, match="TF_CONFIG is"):
+        cluster_here()
+
+
+def test_the_chief_is_the_first_worker(monkeypatch: pytest.MonkeyPatch):
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
+    for kind, index, at in (("chief", 0, 0), ("worker", 1, 2)):
+        task = {"type": kind, "index": index}
+        monkeypatch.setenv(TF_CONFIG, json.dumps({"cluster": cluster, "task": task}))
+        assert cluster_here() == Cluster(("a:1", "b:1", "c:1"), at)
+
+
+@adamw
+def test_several_machines_without_their_names(golden_run: Path, gptj, monkeypatch):
+    monkeypatch.delenv(TF_CONFIG, raising=False)
+    several = ("runconfig.enable_distributed=true", "runconfig.multiple_workers=true")
+    done = gptj(*BEGIN, *(word for value in several for word in ("--set", value)))
+    assert done.code == 2
+    assert "TF_CONFIG does not say who they are" in done.stderr
+    one = {"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv(TF_CONFIG, json.dumps(one))
+    assert isinstance(join(cluster_here(), print), Alone)
+
+
+class _Second(Alone):
+    """One of two workers, the first of which is at the next step."""
+
+    index, count = 1, 2
+
+    def total(self, values):
+        return np.add(values, 1)
+
+
+@adamw
+def test_workers_that_do_not_begin_at_the_same_place(golden_run: Path):
+    from runner.train import train
+
+    params = load_params(Path("params.yaml"), {})
+    run = Run(params, Path("model_dir"), init_from=Path("hf"), workers=_Second())
+    with pytest.raises(TrainingFault, match="not all have the same step and weights"):
+        list(train(run, 1, stopped=lambda: False))
+    assert not Path("model_dir").exists()
+    streaming = load_params(Path("params.yaml"), {"runconfig.execution": "streaming"})
+    with pytest.raises(ConfigError, match="there are 2 workers, expected 1"):
+        Run(streaming, Path("model_dir"), init_from=Path("hf"), workers=_Second())
