@@ -293,3 +293,17 @@ def test_a_model_without_state(workdir: Path, gptj):
     done = gptj("train", "--init-from", "model.mdl", *params, "--set", records)
     assert done.code == 0
     assert "warning: model.mdl holds no optimizer state: the run begins at step 0" in done.stderr
+
+
+def test_streaming_begins_with_state_in_tensorflows_format(run: Path, gptj):
+    _convert(gptj, run, "hf", "torch")
+    params = ("--params", run.with_name("params.yaml"), "--max-steps", 21, "--quiet")
+    streamed = (*params, "--set", f"train_input.data_dir={run.parent.parent / 'records'}",
+                "--execution", "streaming")  # fmt: skip
+    done = gptj("train", "--init-from", "torch", *streamed)
+    assert done.code == 2
+    assert "gptj convert torch --to tf --optimizer-state" in done.stderr
+    assert not Path("model_dir/checkpoint").exists()
+    _convert(gptj, "torch", "tf", "home")
+    assert gptj("train", "--init-from", "home", *streamed).code == 0
+    assert _bundle("model_dir/model.ckpt-21")["global_step"] == 21
