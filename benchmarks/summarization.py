@@ -59,9 +59,7 @@ def first_words(rows: list[dict[str, str]]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(METRICS, use_stemmer=True)
-    found = [
-        scorer.score(row["highlights"], " ".join(row["article"].split()[:10])) for row in rows
-    ]
+    found = [scorer.score(row["highlights"], " ".join(row["article"].split()[:10])) for row in rows]
     return {m: 100 * sum(s[m].fmeasure for s in found) / len(found) for m in METRICS}
 
 

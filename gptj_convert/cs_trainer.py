@@ -43,7 +43,8 @@ _TRAINING_KEYS: dict[str, Any] = {
 }
 
 #: Keys of `trainer.init.precision` that the reference has in its section `optimizer`.
-_SCALING_KEYS = (
+_PRECISION_KEYS = (
+    "max_gradient_value",
     "loss_scaling_factor",
     "initial_loss_scale",
     "steps_per_increase",
@@ -87,7 +88,8 @@ def trainer_from_params(
     loader = {
         "data_processor": _PROCESSOR,
         "data_dir": list(data),
-        "batch_size": inputs["batch_size"],
+        # A step of the reference takes so many batches.
+        "batch_size": inputs["batch_size"] * (optimizer.get("grad_accum_steps") or 1),
         "num_workers": 0,
     }
     init: dict[str, Any] = {
@@ -99,22 +101,24 @@ def trainer_from_params(
         "precision": {
             "enabled": mixed,
             "max_gradient_norm": optimizer.get("max_gradient_norm") or None,
-            **{key: optimizer[key] for key in _SCALING_KEYS if key in optimizer},
+            **{key: optimizer[key] for key in _PRECISION_KEYS if optimizer.get(key)},
         },
-        "loop": {"max_steps": run.get("max_steps", 100)},
+        "loop": {"max_steps": run.get("max_steps", 100)} | _if_set(run, "eval_steps"),
         "checkpoint": {"steps": run.get("save_checkpoints_steps", 1000)},
         "logging": {"log_steps": run.get("log_step_count_steps") or 100},
     }
     schedule = optimizer["learning_rate"]
     if not isinstance(schedule, int | float):
-        init["schedulers"] = [_schedulers(schedule if isinstance(schedule, list) else [schedule])]
+        init["schedulers"] = [_schedulers(_members(optimizer))]
     begin = {"ckpt_path": checkpoint} if checkpoint else {}
     return {
         "trainer": {
             "init": init,
             "fit": begin
             | {
-                "train_dataloader": loader | {"shuffle": bool(inputs.get("shuffle", True))},
+                "train_dataloader": loader
+                | {"shuffle": inputs.get("shuffle") is not False}
+                | _if_set(inputs, "shuffle_seed"),
             },
             "validate": begin
             | {
@@ -142,11 +146,33 @@ def _optimizer(values: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
         "adamw": {
             "learning_rate": rate if isinstance(rate, int | float) else 0.0,
             "betas": [values.get("beta1", 0.9), values.get("beta2", 0.999)],
-            "eps": values.get("epsilon", epsilon),
+            "eps": epsilon if values.get("epsilon") is None else values["epsilon"],
             "weight_decay": 0.0 if is_adam else values.get("weight_decay_rate", 0.0),
             "correct_bias": is_adam or values.get("use_bias_correction", False),
         }
     }
+
+
+def _if_set(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {key: values[key]} if values.get(key) else {}
+
+
+def _members(optimizer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The schedules that run one after the other.
+
+    Raises:
+        ConfigError: one does not count from its own beginning, as the client's do.
+    """
+    schedule = optimizer["learning_rate"]
+    members = schedule if isinstance(schedule, list) else [schedule]
+    key = "disable_lr_steps_reset"
+    if len(members) > 1 and any(values.get(key) for values in (optimizer, *members)):
+        raise ConfigError(
+            f"optimizer.learning_rate: {key} is set, and the CS client's schedules each count "
+            "from their own beginning",
+            hint="give one schedule, or leave it out",
+        )
+    return members
 
 
 def scheduler_states(params: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
@@ -154,9 +180,8 @@ def scheduler_states(params: Mapping[str, Any], step: int) -> list[dict[str, Any
     schedule = params["optimizer"]["learning_rate"]
     if isinstance(schedule, int | float):
         return []
-    members = schedule if isinstance(schedule, list) else [schedule]
     states, begin = [], 0
-    for member in members:
+    for member in _members(params["optimizer"]):
         states.append(_scheduler_state(member, max(0, step - begin)))
         begin += member.get("steps") or member.get("decay_steps") or 0
     return states if len(states) == 1 else [_counted(step) | {"_schedulers": states}]

@@ -172,7 +172,8 @@ def _faulty_moments(checkpoint: Checkpoint, state: OptimizerState) -> Iterator[s
 class StateInTf:
     """Optimizer state of any checkpoint, by the names and in the layout of TensorFlow's.
 
-    A `TensorSource` of slots and scalars, to begin a run with: a moment is read whole.
+    A `TensorSource` of slots and scalars, to begin a run with: a moment is read whole, and kept
+    until another is asked for.
 
     Args:
         checkpoint: open, with its optimizer's state.
@@ -184,6 +185,7 @@ class StateInTf:
         self._source = checkpoint.everything
         self._scalars = state.scalars
         self._moments: dict[str, tuple[str, Op]] = {}
+        self._last: tuple[str, np.ndarray] | None = None
         self.tensors = {n: TensorInfo(v.dtype.name, v.shape) for n, v in self._scalars.items()}
         if optimizer_type not in ADAMS:
             return
@@ -197,12 +199,16 @@ class StateInTf:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `TensorSource.read_into`."""
-        if name in self._scalars:
-            values = self._scalars[name]
-        else:
-            stored, op = self._moments[name]
-            values = np.ascontiguousarray(op(read_tensor(self._source, stored)), DTYPE)
+        values = self._scalars[name] if name in self._scalars else self._moment(name)
         buffer[:] = raw_bytes(values)[offset : offset + len(buffer)]
+
+    def _moment(self, name: str) -> np.ndarray:
+        if self._last is None or self._last[0] != name:
+            stored, op = self._moments[name]
+            self._last = None  # not two of them at once
+            values = np.ascontiguousarray(op(read_tensor(self._source, stored)), DTYPE)
+            self._last = name, values
+        return self._last[1]
 
     def close(self) -> None:
         """The checkpoint is closed by whoever has opened it."""

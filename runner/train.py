@@ -132,25 +132,31 @@ class Run:
     def _begin(self, init_from: Path, weights_only: bool) -> None:
         with open_checkpoint(init_from, with_optimizer=not weights_only) as checkpoint:
             match(checkpoint)
+            state = None if weights_only else self._state_in(checkpoint)
             self._build(reconcile(self.params, checkpoint.config, init_from))
             self._keep_config(checkpoint.config)
             for path in () if self.workers.index else checkpoint.companions:
                 write_whole(self.model_dir / path.name, path.read_bytes())
             self.executor.load(checkpoint.source, checkpoint.scheme)
-            if not weights_only:
-                self._begin_with_state(checkpoint)
+            if state:
+                self._load_state(state, stored_step(state))
 
-    def _begin_with_state(self, checkpoint: Checkpoint) -> None:
+    def _state_in(self, checkpoint: Checkpoint) -> TensorSource | None:
+        """What else than weights a checkpoint holds, by TensorFlow's names."""
         if checkpoint.scheme is Scheme.TF:
-            source: TensorSource = checkpoint.source
-        elif state := find_state(checkpoint):
-            source = StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
-        else:
-            if checkpoint.scheme is not Scheme.HF:  # a published model has none
-                self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
-            return
-        if step := stored_step(source):
-            self._load_state(source, step)
+            return checkpoint.source
+        if state := find_state(checkpoint):
+            if self.params.runconfig.execution != "resident":
+                raise ConfigError(
+                    f"{checkpoint.path}: holds the state of an optimizer, which streaming goes on "
+                    "with only from a TensorFlow checkpoint",
+                    hint=f"make one: `gptj convert {checkpoint.path} --to tf --optimizer-state`; "
+                    "or take the weights alone, with --checkpoint-path",
+                )
+            return StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
+        if checkpoint.scheme is not Scheme.HF:  # a published model has none
+            self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
+        return None
 
     def _keep_config(self, config: GPTJConfig) -> None:
         if self.workers.index:

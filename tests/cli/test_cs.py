@@ -191,3 +191,45 @@ def test_every_tensor_has_a_name_of_its_own():
         tensors = table(GPTJConfig.preset("tiny", tie_word_embeddings=tied))
         names = [n for t in tensors for n in (t.name(Scheme.CS), *t.copies(Scheme.CS))]
         assert len(set(names)) == len(names)
+
+
+def _trainer(**changes: dict[str, Any]) -> dict[str, Any]:
+    params = YAML(typ="safe", pure=True).load(GOLDEN_RUNS / "adamw" / "params.yaml")
+    for section, values in changes.items():
+        params[section] |= values
+    config = GPTJConfig.preset("tiny")
+    return trainer_from_params(config, params, checkpoint=None, data=["d"])["trainer"]
+
+
+def test_what_the_reference_keeps_elsewhere_is_translated():
+    scale = {"loss_scaling_factor": "dynamic", "initial_loss_scale": 1024.0}
+    scale |= {"steps_per_increase": 50, "grad_accum_steps": 3}
+    trainer = _trainer(
+        optimizer=scale,
+        train_input={"shuffle": True, "shuffle_seed": 5},
+        runconfig={"eval_steps": 7},
+    )
+    precision = trainer["init"]["precision"]
+    assert {k: precision[k] for k in scale if k != "grad_accum_steps"}.items() <= scale.items()
+    assert precision["max_gradient_norm"] == 1.0
+    loader = trainer["fit"]["train_dataloader"]
+    assert (loader["batch_size"], loader["shuffle"], loader["shuffle_seed"]) == (12, True, 5)
+    assert trainer["init"]["loop"] == {"max_steps": 20, "eval_steps": 7}
+
+
+def test_adam_is_adamw_without_decay():
+    options = {"optimizer_type": "adam", "weight_decay_rate": 0.1, "use_bias_correction": False}
+    found = _trainer(optimizer=options)["init"]["optimizer"]["adamw"]
+    assert (found["weight_decay"], found["correct_bias"]) == (0.0, True)
+
+
+def test_epsilon_in_16_bits_is_the_references():
+    params = {"optimizer": {"epsilon": None}, "model": {"mixed_precision": True}}
+    assert _trainer(**params)["init"]["optimizer"]["adamw"]["eps"] == 1e-5
+
+
+def test_schedules_that_do_not_begin_anew_are_refused():
+    from gptj_model.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="disable_lr_steps_reset"):
+        _trainer(optimizer={"disable_lr_steps_reset": True})

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from gptj_convert.formats.bundle import BundleSource, write_bundle
 from gptj_model.source import read_tensor
-from tests.conftest import GOLDEN_RUNS
+from tests.conftest import GOLDEN_RUNS, make_checkpoint
 
 CLIENTS = GOLDEN_RUNS / "cs" / "checkpoint_20.mdl"
 
@@ -293,3 +295,54 @@ def test_a_model_without_state(workdir: Path, gptj):
     done = gptj("train", "--init-from", "model.mdl", *params, "--set", records)
     assert done.code == 0
     assert "warning: model.mdl holds no optimizer state: the run begins at step 0" in done.stderr
+
+
+def test_streaming_begins_with_state_in_tensorflows_format(run: Path, gptj):
+    _convert(gptj, run, "hf", "torch")
+    params = ("--params", run.with_name("params.yaml"), "--max-steps", 21, "--quiet")
+    streamed = (*params, "--set", f"train_input.data_dir={run.parent.parent / 'records'}",
+                "--execution", "streaming")  # fmt: skip
+    done = gptj("train", "--init-from", "torch", *streamed)
+    assert done.code == 2
+    assert "gptj convert torch --to tf --optimizer-state" in done.stderr
+    assert not Path("model_dir/checkpoint").exists()
+    _convert(gptj, "torch", "tf", "home")
+    assert gptj("train", "--init-from", "home", *streamed).code == 0
+    assert _bundle("model_dir/model.ckpt-21")["global_step"] == 21
+
+
+MOMENTS = st.floats(width=32)
+#: Powers of a run whose state did not begin where PyTorch's would, too.
+POWERS = st.floats(0, 1, width=32)
+
+
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    tied=st.booleans(),
+    way=st.lists(st.sampled_from(["cs", "hf", "hf decay", "tf"]), min_size=1, max_size=3),
+    step=st.integers(0, 2**24),
+    powers=st.none() | st.tuples(POWERS, POWERS),
+    moments=st.lists(MOMENTS, min_size=1, max_size=9),
+)
+def test_any_state_there_and_back(
+    tied: bool, way: list[str], step: int, powers: Any, moments: list[float], workdir: Path, gptj
+):
+    """NaN, infinities and subnormal numbers included."""
+    shutil.rmtree(workdir / "any", ignore_errors=True)
+    hf = make_checkpoint(workdir / "any" / "hf", tie_word_embeddings=tied)
+    assert gptj("convert", hf, "--to", "tf", "--out", "any/0", "--quiet").code == 0
+    tensors = _bundle("any/0/tf_model.ckpt")
+    for name, values in [(n, v) for n, v in tensors.items() if n != "global_step"]:
+        for slot in ("AdamW", "AdamW_1"):
+            moments = [*moments[1:], moments[0]]
+            tensors[f"{name}/{slot}"] = np.resize(np.asarray(moments, np.float32), values.shape)
+    tensors["global_step"] = np.asarray(step, np.int64)
+    for name, power in zip(("beta1_power", "beta2_power"), powers or (), strict=False):
+        tensors[name] = np.asarray(power, np.float32)
+    _rewrite(Path("any/0/tf_model.ckpt"), tensors)
+    for n, to in enumerate([*way, "tf"]):
+        options = ["--param-groups", "decay"] if to == "hf decay" else []
+        _convert(gptj, f"any/{n}", to.split()[0], f"any/{n + 1}", "--quiet", *options)
+    _assert_same(f"any/{len(way) + 1}/tf_model.ckpt", "any/0/tf_model.ckpt")
