@@ -3,4 +3,4 @@
 Importing this package imports no Keras; `gptj_model.model` does.
 """
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

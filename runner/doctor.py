@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 
 from gptj_convert import machine
+from runner.extras import PACKAGES, install_command
 
 
 class State(Enum):
@@ -37,25 +37,6 @@ class Fact:
     """Whether every command needs it."""
 
 
-#: Distributions (any of a row will do), what needs them, and the extra that installs them;
-#: without an extra every command needs them.
-_PACKAGES: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("numpy",), "every command", ""),
-    (("ml-dtypes",), "every command", ""),
-    (("crc32c",), "every command", ""),
-    (("ruamel.yaml",), "every command", ""),
-    (("tokenizers",), "new, data", ""),
-    (("huggingface_hub",), "download", ""),
-    (("h5py",), "checkpoints of Keras", "tf"),
-    (
-        ("tensorflow-cpu", "tensorflow"),
-        "verify's level logits, train, eval, generate, data",
-        "tf",
-    ),
-    (("keras",), "verify's level logits, train, eval, generate", "tf"),
-    (("torch",), "verify's level logits", "hf"),
-    (("transformers",), "verify's level logits", "hf"),
-)
 _OLDEST_PYTHON = (3, 11)
 #: The processor's features by Linux's names, and what they speed up.
 _FEATURES = (
@@ -79,18 +60,12 @@ def _software() -> Iterator[Fact]:
         oldest = ".".join(map(str, _OLDEST_PYTHON))
         fix = f"install Python {oldest} or newer"
         yield Fact("Python", version, State.MISSING, "every command", fix, core=True)
-    for names, needed_for, extra in _PACKAGES:
-        found = next(filter(None, map(_version, names)), None)
+    for package in PACKAGES:
+        found = package.installed
         state = State.OK if found else State.MISSING
-        fix = f"pip install 'gptj-tf{f'[{extra}]' * bool(extra)}'"
-        yield Fact(names[-1], found or "", state, needed_for, fix, core=not extra)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+        fix, core = install_command(package.extra), not package.extra
+        name = package.distributions[-1]
+        yield Fact(name, found or "", state, package.needed_for, fix, core=core)
 
 
 def _hardware() -> Iterator[Fact]:

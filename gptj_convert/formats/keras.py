@@ -6,7 +6,6 @@ tells every dataset's place, and the conversion streams the values there.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import zipfile
@@ -51,6 +50,8 @@ _HEAD_KERNEL = HEAD_WEIGHT.keras
 _BFLOAT16 = np.dtype("V2")
 _DTYPE = "dtype"
 
+#: Whose layout this is. Keras itself is not needed to write it.
+_VERSION = "3.15.1"
 #: Bytes that are copied at once.
 _PIECE = 8 * 2**20
 
@@ -119,7 +120,7 @@ def write_model(folder: Path, config: GPTJConfig, dtype: str) -> None:
         "registered_name": "gptj>GPTJ",
     }
     # No date: the same source gives the same bytes.
-    metadata = {"keras_version": importlib.metadata.version("keras")}
+    metadata = {"keras_version": _VERSION}
     with (
         zipfile.ZipFile(folder / MODEL_FILE, "w", zipfile.ZIP_STORED) as archive,
         (folder / WEIGHTS_FILE).open("rb", buffering=0) as weights,

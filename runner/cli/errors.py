@@ -8,6 +8,7 @@ import click
 
 from gptj_convert.formats.output_file import FULL
 from gptj_model.errors import ConfigError, FileFault, GptjError, MemoryFault, UsageError
+from runner.extras import extra_of, install_command
 
 
 class Exit(IntEnum):
@@ -55,7 +56,7 @@ def _as_fault(error: BaseException) -> GptjError | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return FileFault(
             f"the Python package {error.name!r} is not installed",
-            hint="install this program with all its parts: `pip install 'gptj-tf[all]'`",
+            hint=f"install it with `{install_command(extra_of(error.name))}`",
         )
     if isinstance(error, MemoryError):
         hint = "end other programs; in training, use a smaller batch or sequence length"

@@ -25,10 +25,28 @@ from runner.cli.output import Output, abandon_stdout
 from runner.cli.runs import runs
 from runner.cli.train import train
 from runner.cli.verify import verify
+from runner.extras import installed_versions
+
+
+def _show_version(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    output = Output()
+    output.data(f"gptj, version {__version__}")
+    for name, version in installed_versions():
+        output.data(f"{name} {version or 'is not installed'}")
+    context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="gptj")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version, and those of the libraries, and exit.",
+)
 def root() -> None:
     """GPT-J in TensorFlow: download, convert, prove, train on."""
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib import metadata
+
 import click
 
+from gptj_model import __version__
 from runner.cli.root import root
 
 COMMON = {"--json", "--quiet"}
@@ -74,3 +80,19 @@ def test_commands_and_options_are_the_published_ones():
 def test_every_option_is_explained():
     for command in (c for c in root.commands.values() if not isinstance(c, click.Group)):
         assert command.help, command.name
+
+
+def test_version_lists_the_libraries(gptj):
+    lines = gptj("--version").stdout.splitlines()
+    assert lines[0] == f"gptj, version {__version__}"
+    assert f"numpy {metadata.version('numpy')}" in lines
+    assert f"tensorflow {metadata.version('tensorflow-cpu')}" in lines
+
+
+def test_a_shell_completes_commands():
+    words = {"_GPTJ_COMPLETE": "bash_complete", "COMP_WORDS": "gptj ver", "COMP_CWORD": "1"}
+    program = "import sys; from runner.cli.root import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | words, capture_output=True, text=True
+    )
+    assert done.stdout == "plain,verify\n"
