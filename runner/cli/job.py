@@ -14,10 +14,10 @@ import rich_click as click
 
 from runner.cli.errors import Exit
 from runner.cli.output import Output
+from runner.cli.training_display import training_display
 
 if TYPE_CHECKING:
     from runner.distribution import Cluster, Workers
-    from runner.events import Event
     from runner.params import Params
     from runner.train import Run
 
@@ -138,10 +138,10 @@ def _train(
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
         target = _target(job, params, run.step)
         _announce(output, run, target, job.init_from or begin)
-        for event in training.train(
-            run, target, stopped=stop.asked, evaluate=job.mode == "train_and_eval"
-        ):
-            _show(output, event, target)
+        show = stack.enter_context(training_display(output, target))
+        evaluate = job.mode == "train_and_eval"
+        for event in training.train(run, target, stopped=stop.asked, evaluate=evaluate):
+            show(event)
     if stop.code is not None:
         output.note(f"stopped after step {run.step}, which is saved; the same command goes on")
     fields = {"output": str(job.model_dir), "step": run.step}
@@ -316,43 +316,3 @@ def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None
 
 def _warner(output: Output):
     return lambda text: output.note(f"warning: {text}")
-
-
-def _show(output: Output, event: Event, target: int) -> None:
-    from runner.cli.eval import metrics_line
-    from runner.events import Evaluated, Saved, Skipped, StepDone
-
-    match event:
-        case StepDone():
-            output.note(step_line(event, target))
-        case Skipped():
-            output.note(
-                f"warning: gradients overflowed after step {event.step}: nothing was updated; "
-                f"the loss scale is {event.loss_scale:g}"
-            )
-        case Saved():
-            output.note(f"saved {event.path}")
-        case Evaluated():
-            output.data(metrics_line(event.metrics | {"global_step": event.step}))
-        case _:
-            output.note(f"warning: {event.text}")
-
-
-def step_line(event: Any, target: int) -> str:
-    """A step as a line for people."""
-    line = (
-        f"step {event.step:>6}/{target}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
-        f"grad norm {event.unclipped_grad_norm:.3g}"
-    )
-    if event.loss_scale is not None:
-        line += f"  scale {event.loss_scale:g}"
-    has = event.resources
-    if has.get("tokens_per_second"):
-        line += f"  {has['tokens_per_second']:,.0f} tokens/s"
-        line += f"  {100 * has['model_flops_utilization']:.0f} % MFU"
-    if has.get("peak_rss_bytes"):
-        line += f"  {has['peak_rss_bytes'] / 1e9:.1f} GB"
-    if (seconds := has.get("seconds_left")) is None:
-        return line
-    left = round(seconds)
-    return line + f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} to go"
