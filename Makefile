@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full test-cs docs site clean
+.PHONY: setup demo check test test-full test-cs docs site bench clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ docs: setup
 # The documentation as pages: build/site/index.html.
 site: docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
+
+# Every claim of speed and memory, beside its peer: about half an hour on an idle machine.
+bench: setup
+	$(BIN)/python benchmarks/claims.py build/bench
 
 clean:
 	rm -rf $(VENV) $(CS_VENV) demo-output build dist *.egg-info
