@@ -7,6 +7,7 @@ they are: what is read here says where. Everything else is a few numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from gptj_model.moments import (
     numbered_moments,
     parameter_groups,
 )
-from gptj_model.source import TensorInfo, raw_bytes, read_tensor
+from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_tensor
 from gptj_model.tensors import (
     BETA1_POWER,
     BETA2_POWER,
@@ -229,17 +230,16 @@ def _from_tf(checkpoint: Checkpoint) -> OptimizerState | None:
     )
     if LORA_ALPHA in source.tensors:
         _refuse(checkpoint, ["its moments are those of a LoRA adapter, not of the weights"])
-    if GLOBAL_STEP not in source.tensors:
-        _refuse(checkpoint, [f"{GLOBAL_STEP!r} is missing"])
     kind = next(kind for kind in ADAMS if kind in kinds)
-    read = {n: read_tensor(source, n) for n in (*BETAS, *_LOSS_SCALE) if n in source.tensors}
-    powers = {n: np.float32(read[n]) for n in BETAS if n in read}
-    if powers and len(powers) < len(BETAS):
-        _refuse(checkpoint, [f"{n!r} is missing" for n in BETAS if n not in powers])
+    names = (GLOBAL_STEP, *BETAS, *_LOSS_SCALE)
+    read = {name: _scalar(source, name) for name in names if name in source.tensors}
+    needed = (GLOBAL_STEP, *(BETAS if BETAS.keys() & read.keys() else ()))
+    _refuse(checkpoint, (f"{name!r} is missing" for name in needed if name not in read))
+    _refuse(checkpoint, (f"{name!r} is not one number" for name in read if read[name] is None))
     return OptimizerState(
-        step=_whole(checkpoint, read_tensor(source, GLOBAL_STEP).item()),
-        powers=powers,
-        loss_scale={n: read[n] for n in _LOSS_SCALE if n in read},
+        step=_whole(checkpoint, GLOBAL_STEP, read[GLOBAL_STEP]),
+        powers={name: np.float32(read[name]) for name in BETAS if name in read},
+        loss_scale=_loss_scale(checkpoint, read),
         moments=named_moments(checkpoint.config, kind),
         settings=None,
     )
@@ -264,10 +264,12 @@ def _from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
     }
     scale = {tf: source.number(f"{CS_SCALER}.{cs}") for tf, cs in CS_LOSS_SCALE.items()}
     return OptimizerState(
-        step=_whole(checkpoint, step),
+        step=_whole(checkpoint, "global_step", step),
         powers={name: np.float32(power) for name, power in powers.items()},
         # A scale that is fixed is a number, not a tensor.
-        loss_scale=_loss_scale(scale) if f"{CS_SCALER}.loss_scale" in source.tensors else {},
+        loss_scale=_loss_scale(checkpoint, scale)
+        if f"{CS_SCALER}.loss_scale" in source.tensors
+        else {},
         moments=numbered_moments(checkpoint.config, Scheme.CS, Grouping.DECAY),
         settings=_cs_settings(checkpoint, source),
     )
@@ -287,7 +289,7 @@ def _common(checkpoint: Checkpoint, values: Mapping[str, float | None]) -> float
     _refuse(
         checkpoint,
         (
-            f"{name!r} is {'missing' if value is None else value}, expected {first} as the first"
+            f"{name!r} is " + ("missing" if value is None else f"{value}, not {first} as the first")
             for name, value in values.items()
             if value is None or value != first
         ),
@@ -296,20 +298,33 @@ def _common(checkpoint: Checkpoint, values: Mapping[str, float | None]) -> float
     return first
 
 
-def _whole(checkpoint: Checkpoint, step: float | None) -> int:
-    if step is None or not 0 <= step < 2**63 or step != int(step):
+def _scalar(source: TensorSource, name: str) -> float | None:
+    """The one value of a tensor; None if it has another number of them."""
+    info = source.tensors[name]
+    return read_tensor(source, name).item() if math.prod(info.shape) == 1 else None
+
+
+def _whole(checkpoint: Checkpoint, name: str, value: float | None) -> int:
+    if value is None or not 0 <= value < 2**63 or value != int(value):
         raise TensorFault(
-            str(checkpoint.path), [f"its step is {step}, expected a whole number"], hint=_WITHOUT
+            str(checkpoint.path),
+            [f"{name!r} is {value}, expected a whole number"],
+            hint=_WITHOUT,
         )
-    return int(step)
+    return int(value)
 
 
-def _loss_scale(values: Mapping[str, float | None]) -> dict[str, np.ndarray]:
-    return {
-        name: np.asarray(value, np.float32 if name == CURRENT_LOSS_SCALE else np.int64)
-        for name, value in values.items()
-        if value is not None
-    }
+def _loss_scale(
+    checkpoint: Checkpoint, values: Mapping[str, float | None]
+) -> dict[str, np.ndarray]:
+    """Those of the values that are of a loss scale."""
+    found: dict[str, np.ndarray] = {}
+    for name in (n for n in _LOSS_SCALE if values.get(n) is not None):
+        if name == CURRENT_LOSS_SCALE:
+            found[name] = np.asarray(values[name], np.float32)
+        else:
+            found[name] = np.asarray(_whole(checkpoint, name, values[name]), np.int64)
+    return found
 
 
 def _cs_settings(checkpoint: Checkpoint, source: CsSource) -> AdamSettings | None:
@@ -349,7 +364,7 @@ def _from_torch(checkpoint: Checkpoint, source: OptimizerSource) -> OptimizerSta
     grouping = _grouping(checkpoint, source)
     moments = numbered_moments(config, Scheme.HF, grouping)
     steps = {f"{STATE}{n}.step": _torch_step(source, n) for n in range(len(moments))}
-    step = _whole(checkpoint, _common(checkpoint, steps))
+    step = _whole(checkpoint, "step", _common(checkpoint, steps))
     try:
         settings = _torch_settings(groups)
     except (KeyError, TypeError, ValueError, IndexError, StopIteration):
@@ -365,11 +380,11 @@ def _from_torch(checkpoint: Checkpoint, source: OptimizerSource) -> OptimizerSta
             else beta_power(getattr(settings, beta), step)
             for name, beta in BETAS.items()
         }
-    scale = {n: v for n, v in kept.items() if n in _LOSS_SCALE and type(v) in (int, float)}
+    scale = {n: v for n, v in kept.items() if type(v) in (int, float)}
     return OptimizerState(
         step=step,
         powers=powers,
-        loss_scale=_loss_scale(scale),
+        loss_scale=_loss_scale(checkpoint, scale),
         moments=moments,
         settings=settings,
     )
@@ -378,7 +393,8 @@ def _from_torch(checkpoint: Checkpoint, source: OptimizerSource) -> OptimizerSta
 def beta_power(beta: float, step: int) -> np.float32:
     """A beta's power after so many steps, rounded at each as the optimizers round it."""
     count = min(step + 1, _LONGEST)
-    return np.multiply.accumulate(np.full(count, beta, np.float32))[-1]
+    with np.errstate(all="ignore"):
+        return np.multiply.accumulate(np.full(count, beta, np.float32))[-1]
 
 
 def _grouping(checkpoint: Checkpoint, source: OptimizerSource) -> Grouping:
@@ -410,8 +426,7 @@ def _grouping(checkpoint: Checkpoint, source: OptimizerSource) -> Grouping:
 def _torch_step(source: OptimizerSource, number: int) -> float | None:
     name = f"{STATE}{number}.step"
     if name in source.tensors:
-        values = read_tensor(source, name) if source.tensors[name].nbytes <= 8 else None
-        return float(values.item()) if values is not None and values.size == 1 else None
+        return _scalar(source, name)
     value = source.plain.get(name)
     return float(value) if isinstance(value, int | float) else None
 

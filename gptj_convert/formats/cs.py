@@ -8,6 +8,7 @@ lay datasets out in chunks, and a run's prefix the model's names once more; both
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -176,6 +177,8 @@ class CsSource:
         """
         for _ in range(_MAX_LINKS):
             if path in self._file.tensors:
+                if math.prod(self._file.tensors[path].shape) != 1:
+                    break
                 return read_tensor(self._file, path).item()
             text = self._file.text(f"{path}{_METADATA}")
             if text is None:

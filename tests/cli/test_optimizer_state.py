@@ -237,7 +237,7 @@ def _state_dict(folder: str, change: Any) -> None:
         (lambda d: d["state"].pop(7), "is missing"),
         (lambda d: d["state"][3].update(momentum_buffer=None), "keeps 'momentum_buffer'"),
         (lambda d: d["state"][3].update(exp_avg=d["state"][0]["exp_avg"]), "has shape"),
-        (lambda d: d["state"][3]["step"].fill_(21), "is 21.0, expected 20.0 as the first"),
+        (lambda d: d["state"][3]["step"].fill_(21), "is 21.0, not 20.0 as the first"),
         (lambda d: [s["step"].fill_(0.5) for s in d["state"].values()], "a whole number"),
         (lambda d: d["param_groups"][0]["params"].pop(), "groups of 34 parameters, expected one"),
         (lambda d: d["param_groups"][0].pop("betas"), "are not those of Adam"),
@@ -346,3 +346,19 @@ def test_any_state_there_and_back(
         options = ["--param-groups", "decay"] if to == "hf decay" else []
         _convert(gptj, f"any/{n}", to.split()[0], f"any/{n + 1}", "--quiet", *options)
     _assert_same(f"any/{len(way) + 1}/tf_model.ckpt", "any/0/tf_model.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("global_step", np.zeros(3, np.int64)),
+        ("beta1_power", np.zeros(2, np.float32)),
+        ("global_step", np.asarray(-1, np.int64)),
+        ("good_steps", np.asarray(np.nan, np.float32)),
+    ],
+)
+def test_scalars_that_are_none_are_refused(name: str, value: np.ndarray, run: Path, gptj):
+    _rewrite(run, _bundle(run) | {name: value})
+    done = gptj("convert", run, "--to", "hf", "--optimizer-state")
+    assert done.code == 1
+    assert f"{name!r} is" in done.stderr
