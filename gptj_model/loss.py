@@ -10,6 +10,7 @@ Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V voca
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
 
         def add_chunk(n, carry):
             labels_C, counted_C = labels_nC[n], counted_nC[n]
-            new: Any = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
+            new: Any = chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
             summed = [a + b for a, b in zip(carry[:4], new[:4], strict=True)]
             placed = [ops.slice_update(d, (n, 0, 0), new[4][None]) for d in carry[4:]]
             return [*summed, *placed]
@@ -105,9 +106,12 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
     return TokenLoss(total=total, count=ops.sum(counted_N), correct=correct)
 
 
-def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
-    """Sum of losses and of hits; in training also what they add to the gradients of kernel and
-    bias; then the gradient of h, in float32."""
+def chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool) -> Any:
+    """Sum of losses and of hits of a chunk of tokens.
+
+    In training also what they add to the gradients of kernel and bias; then the gradient of h, in
+    float32. Arguments are those of `head_loss`, but that the kernel is in the dtype of h.
+    """
     logits_CV = ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V
     top_C1 = ops.max(logits_CV, axis=-1, keepdims=True)
     exp_CV = ops.exp(logits_CV - top_C1)
@@ -127,9 +131,15 @@ def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
     return *sums, d_kernel_DV, ops.sum(d_CV, axis=0), d_h_CD
 
 
-def _chunks(tokens: int, vocab_size: int) -> int:
+def token_chunks(tokens: int, vocab_size: int, logits: int) -> Iterator[slice]:
+    """Equal parts of the tokens, of at most so many logits each."""
+    size = tokens // _chunks(tokens, vocab_size, logits)
+    return (slice(n, n + size) for n in range(0, tokens, size))
+
+
+def _chunks(tokens: int, vocab_size: int, logits: int = _CHUNK_LOGITS) -> int:
     """The least number of equal parts of the tokens whose logits are few enough."""
-    least = max(1, tokens * vocab_size // _CHUNK_LOGITS)
+    least = max(1, tokens * vocab_size // logits)
     return next(n for n in range(least, tokens + 1) if tokens % n == 0)
 
 

@@ -3,15 +3,16 @@
 The layers and the loss are those of `GPTJ`; what differs is that a stage is given its weights
 before it runs, and that the gradients of a stage are asked for with those of what follows it.
 
-Shape suffixes: B batch, T time, N tokens, D hidden, V vocabulary.
+Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
 
 # keras.ops is annotated as if its functions returned None.
-# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import keras
@@ -20,24 +21,30 @@ import tensorflow as tf
 from keras import ops
 
 from gptj_model.config import GPTJConfig
-from gptj_model.layers import Block, Dropout, layer_norm
-from gptj_model.loss import head_loss
+from gptj_model.layers import Block, Context, Dropout, layer_norm
+from gptj_model.loss import chunk_loss, token_chunks
 from gptj_model.model import make_context
 from gptj_model.tensors import FINAL_NORM, block
 from gptj_model.weights import assigned_variables
+
+#: Logits that are held at once, at most: 256 MiB of float32.
+_LOGITS = 2**26
+#: Elements of a gradient that are added at once.
+_ADDED = 2**16
 
 Draw = tuple[int, int]
 """Seed and counter that the dropout masks of a batch begin with."""
 
 
-class HeadResult(NamedTuple):
-    """What the head gives for one batch."""
+class HeadWeights(NamedTuple):
+    """What follows the blocks; as weights, and as their gradients."""
 
-    loss: float
-    d_x_BTD: Any
-    """The gradient of the hidden states that it was given."""
-    gradients: list[np.ndarray]
-    """Of its weights, in their order, in float32 and without the loss scale."""
+    gain_D: np.ndarray
+    """Of the final norm."""
+    shift_D: np.ndarray
+    kernel: np.ndarray
+    """(D, V), or the embedding (V, D) that the head is tied to."""
+    bias_V: np.ndarray
 
 
 class StreamedTraining:
@@ -69,7 +76,10 @@ class StreamedTraining:
         self._embed_back = _compiled(self._run_embed_back)
         self._forward = _compiled(self._run_block)
         self._backward = _compiled(self._run_block_back)
-        self._head = _compiled(self._run_head)
+        self._normed = _compiled(self._norm)
+        self._normed_back = _compiled(self._run_norm_back)
+        self._chunk = _compiled(self._run_chunk)
+        self._context = lru_cache(maxsize=1)(partial(_context, config))
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
         """Make these weights the block's: those of `tensors.block`, in Keras' layout."""
@@ -88,32 +98,52 @@ class StreamedTraining:
 
     def forward(self, x_BTD: Any, i: int, batch: int, draw: Draw) -> Any:
         """Hidden states before block `i`, whose weights are loaded → after it."""
-        return self._forward(x_BTD, self._state(draw, batch, i + 1))
+        state = self._state(draw, batch, i + 1)
+        return self._forward(x_BTD, self._context(x_BTD.shape[1]), state)
 
     def head(
         self,
         x_BTD: Any,
-        weights: Sequence[np.ndarray],
-        labels_BT: Any,
-        ignored_BT: Any,
+        weights: HeadWeights,
+        sums: HeadWeights,
+        labels_BT: np.ndarray,
+        ignored_BT: np.ndarray,
         scale: float,
-    ) -> HeadResult:
-        """Loss and gradients of the hidden states after the last block.
+    ) -> tuple[float, Any]:
+        """Loss of a batch, and the gradient of its hidden states after the last block.
+
+        The logits of a chunk of tokens at a time are there, as in `head_loss`.
 
         Args:
             x_BTD: the states.
-            weights: gain and bias of the final norm, the head's kernel (D, V) or the embedding
-                (V, D) that it is tied to, the head's bias.
+            weights: of the head.
+            sums: their gradients are added to these, in place.
             labels_BT: int32 token ids.
             ignored_BT: 1 on tokens that do not count, 0 elsewhere.
             scale: of the loss, for the gradients.
         """
-        gain_D, shift_D, *head = weights
-        self._norm.gamma.assign(gain_D)
-        self._norm.beta.assign(shift_D)
-        factor = tf.constant(scale, tf.float32)
-        loss, d_x_BTD, gradients = self._head(x_BTD, *head, labels_BT, ignored_BT, factor)
-        return HeadResult(float(loss), d_x_BTD, [g.numpy() for g in gradients])
+        self._norm.gamma.assign(weights.gain_D)
+        self._norm.beta.assign(weights.shift_D)
+        h_ND = ops.reshape(self._normed(x_BTD), (-1, self._config.n_embd))
+        counted_N = 1 - np.asarray(ignored_BT, np.float32).reshape(-1)
+        labels_N = labels_BT.reshape(-1)
+        kernel, bias_V = map(ops.convert_to_tensor, (weights.kernel, weights.bias_V))
+        share = np.float32(scale) / self._accumulate / max(counted_N.sum(), 1)
+        total, d_h = 0.0, []
+        for part in token_chunks(labels_N.size, self._config.vocab_size, _LOGITS):
+            loss, *gradients, d_h_CD = self._chunk(
+                h_ND[part], labels_N[part], counted_N[part], kernel, bias_V, share
+            )
+            total += float(loss)
+            d_h.append(d_h_CD)
+            for so_far, gradient in zip(sums[2:], gradients, strict=True):
+                _add(so_far, gradient.numpy(), share / np.float32(scale))
+            del gradients
+        d_h_BTD = ops.reshape(ops.concatenate(d_h), x_BTD.shape)
+        d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, np.float32(scale))
+        for so_far, gradient in zip(sums[:2], of_norm, strict=True):
+            so_far += gradient.numpy()
+        return float(total / max(counted_N.sum(), 1)), d_x_BTD
 
     def backward(
         self, x_BTD: Any, d_out_BTD: Any, i: int, batch: int, draw: Draw, scale: float
@@ -121,7 +151,8 @@ class StreamedTraining:
         """From the gradient of what block `i` gave for `x_BTD`, that of `x_BTD`, and those of the
         block's weights in their order; computes the block once more."""
         state, factor = self._state(draw, batch, i + 1), tf.constant(scale, tf.float32)
-        d_x_BTD, gradients = self._backward(x_BTD, d_out_BTD, state, factor)
+        context = self._context(x_BTD.shape[1])
+        d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, factor)
         return d_x_BTD, [g.numpy() for g in gradients]
 
     def embed_backward(self, d_x_BTD: Any, batch: int, draw: Draw, scale: float) -> np.ndarray:
@@ -151,29 +182,46 @@ class StreamedTraining:
             x_BTD = self._run_embed(rows_BTD, state)
         return _unscaled(tape.gradient(x_BTD, rows_BTD, output_gradients=d_x_BTD), scale)
 
-    def _run_block(self, x_BTD, state):
+    def _run_block(self, x_BTD, context, state):
         self._seeds.state.assign(state)
-        T = x_BTD.shape[1]
-        return self._block(x_BTD, make_context(self._config, T, T), training=True)[0]
+        return self._block(x_BTD, context, training=True)[0]
 
-    def _run_block_back(self, x_BTD, d_out_BTD, state, scale):
+    def _run_block_back(self, x_BTD, context, d_out_BTD, state, scale):
         weights = [w.value for w in self._weights]
         with tf.GradientTape() as tape:
             tape.watch(x_BTD)
-            out_BTD = self._run_block(x_BTD, state)
+            out_BTD = self._run_block(x_BTD, context, state)
         d_x_BTD, *gradients = tape.gradient(out_BTD, [x_BTD, *weights], output_gradients=d_out_BTD)
         return d_x_BTD, [_unscaled(g, scale) for g in gradients]
 
-    def _run_head(self, x_BTD, weight, bias_V, labels_BT, ignored_BT, scale):
-        sources = [x_BTD, self._norm.gamma.value, self._norm.beta.value, weight, bias_V]
+    def _run_norm_back(self, x_BTD, d_h_BTD, scale):
+        sources = [x_BTD, self._norm.gamma.value, self._norm.beta.value]
         with tf.GradientTape() as tape:
-            tape.watch([x_BTD, weight, bias_V])
-            kernel_DV = ops.transpose(weight) if self._config.tie_word_embeddings else weight
+            tape.watch(x_BTD)
             h_BTD = self._norm(x_BTD)
-            loss = head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training=True).mean
-            scaled = loss * (scale / self._accumulate)
-        d_x_BTD, *gradients = tape.gradient(scaled, sources)
-        return loss, d_x_BTD, [_unscaled(g, scale) for g in gradients]
+        d_x_BTD, *gradients = tape.gradient(h_BTD, sources, output_gradients=d_h_BTD)
+        return d_x_BTD, *(_unscaled(g, scale) for g in gradients)
+
+    def _run_chunk(self, h_CD, labels_C, counted_C, weight, bias_V, share):
+        """The loss, its gradients of weight and bias, and `share` times that of h."""
+        tied = self._config.tie_word_embeddings
+        kernel_DV = ops.cast(ops.transpose(weight) if tied else weight, self._dtype)
+        loss, _, d_kernel_DV, d_bias_V, d_h_CD = chunk_loss(
+            h_CD, labels_C, counted_C, kernel_DV, bias_V, training=True
+        )
+        d_weight = ops.transpose(d_kernel_DV) if tied else d_kernel_DV
+        return loss, d_weight, d_bias_V, ops.cast(d_h_CD * share, self._dtype)
+
+
+def _context(config: GPTJConfig, T: int) -> Context:
+    return make_context(config, T, T)
+
+
+def _add(total: np.ndarray, gradient: np.ndarray, factor: np.float32) -> None:
+    """Add a multiple, in place and in pieces that stay in the cache."""
+    total, gradient = total.reshape(-1), gradient.reshape(-1)
+    for n in range(0, total.size, _ADDED):
+        total[n : n + _ADDED] += gradient[n : n + _ADDED] * factor
 
 
 def _unscaled(gradient: Any, scale: Any) -> Any:

@@ -1,0 +1,140 @@
+"""The passes of one training step over a model that is brought one block at a time.
+
+Forwards, each block's input is kept on the disk; backwards, each block is computed once more. In
+memory are one block, its gradients and what it computes, whatever the number of blocks and of
+batches, which share each block that is brought.
+
+Shape suffixes: B batch, T time, N tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gptj_model.config import GPTJConfig
+from gptj_model.streamed_training import Draw, HeadWeights, StreamedTraining
+from gptj_model.tensors import block, embedding, head
+from runner.disk_state import DiskState
+from runner.scratch import Scratch
+from runner.streamed_update import StreamedUpdate, TokenRows
+
+
+class StreamedStep:
+    """Loss and gradients of one step.
+
+    The hidden states of batch n before block i are kept as (n, i). Once the block's gradients are
+    known, the gradient of these states is kept in their place.
+
+    Args:
+        config: of the model.
+        passes: its compiled stages.
+        state: its weights.
+        scratch: where hidden states are kept.
+        update: takes every gradient.
+    """
+
+    def __init__(
+        self,
+        config: GPTJConfig,
+        passes: StreamedTraining,
+        state: DiskState,
+        scratch: Scratch,
+        update: StreamedUpdate,
+    ) -> None:
+        self._config = config
+        self._passes = passes
+        self._state = state
+        self._scratch = scratch
+        self._update = update
+
+    def run(self, batches: Sequence[tuple], draw: Draw, scale: float) -> float:
+        """The mean of the batches' losses.
+
+        Args:
+            batches: ids, 1 on tokens that do not count, and labels; each (B, T).
+            draw: see `Executor.step`.
+            scale: of the loss, for the gradients.
+        """
+        self._forward(batches, draw)
+        loss = self._head(batches, scale)
+        self._backward(batches, draw, scale)
+        self._embedding(batches, draw, scale)
+        return loss
+
+    def _forward(self, batches: Sequence[tuple], draw: Draw) -> None:
+        weight = embedding(self._config)
+        for n, (ids_BT, _, _) in enumerate(batches):
+            unique, where = np.unique(ids_BT, return_inverse=True)
+            rows = np.concatenate([self._state.rows(weight, int(i), int(i) + 1) for i in unique])
+            self._keep(n, 0, self._passes.embed(rows[where.reshape(ids_BT.shape)], n, draw))
+        for i in self._state.blocks(range(self._config.n_layer), self._passes.load):
+            for n in range(len(batches)):
+                x_BTD = self._passes.forward(self._scratch.get((n, i)), i, n, draw)
+                self._keep(n, i + 1, x_BTD)
+
+    def _head(self, batches: Sequence[tuple], scale: float) -> float:
+        config, rows = self._config, head(self._config)
+        if config.tie_word_embeddings:
+            rows.insert(HeadWeights._fields.index("kernel"), embedding(config))
+        weights = HeadWeights(*(self._state.rows(t) for t in rows))
+        sums = HeadWeights(*(np.zeros_like(w) for w in weights))
+        losses = []
+        for n, (_, ignored_BT, labels_BT) in enumerate(batches):
+            x_BTD = self._scratch.get((n, config.n_layer))
+            loss, d_x_BTD = self._passes.head(x_BTD, weights, sums, labels_BT, ignored_BT, scale)
+            losses.append(loss)
+            self._keep(n, config.n_layer, d_x_BTD)
+        self._update.take(dict(zip(rows, sums, strict=True)))
+        return math.fsum(losses) / len(losses)
+
+    def _backward(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
+        last = self._config.n_layer - 1
+        for i in self._state.blocks(range(last, -1, -1), self._passes.load):
+            total = _Total()
+            for n in range(len(batches)):
+                x_BTD, d_out_BTD = self._scratch.get((n, i)), self._scratch.get((n, i + 1))
+                d_x_BTD, gradients = self._passes.backward(x_BTD, d_out_BTD, i, n, draw, scale)
+                total.add(gradients)
+                self._keep(n, i, d_x_BTD)
+                del gradients
+            self._update.take(dict(zip(block(self._config, i), total.take(), strict=True)))
+
+    def _embedding(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
+        parts = [
+            self._passes.embed_backward(self._scratch.get((n, 0)), n, draw, scale)
+            for n in range(len(batches))
+        ]
+        d_ND = np.concatenate([d_BTD.reshape(-1, self._config.n_embd) for d_BTD in parts])
+        ids_N = np.concatenate([ids_BT.reshape(-1) for ids_BT, _, _ in batches])
+        self._update.take_embedding(embedding(self._config), TokenRows(ids_N, d_ND))
+
+    def _keep(self, n: int, i: int, x_BTD: Any) -> None:
+        self._scratch.put((n, i), np.asarray(x_BTD))
+
+
+class _Total:
+    """Gradients of several batches, summed in place."""
+
+    def __init__(self) -> None:
+        self._sums: list[np.ndarray] = []
+        self._own = False
+
+    def add(self, gradients: list[np.ndarray]) -> None:
+        """Add those of one more batch."""
+        if not self._sums:
+            self._sums = gradients
+            return
+        if not self._own:  # the first are TensorFlow's memory
+            self._sums = [g.copy() for g in self._sums]
+            self._own = True
+        for total, gradient in zip(self._sums, gradients, strict=True):
+            total += gradient
+
+    def take(self) -> list[np.ndarray]:
+        """The sums, which are not kept."""
+        sums, self._sums = self._sums, []
+        return sums
