@@ -10,7 +10,6 @@ Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V voca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +87,7 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
 
         def add_chunk(n, carry):
             labels_C, counted_C = labels_nC[n], counted_nC[n]
-            new: Any = chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
+            new: Any = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
             summed = [a + b for a, b in zip(carry[:4], new[:4], strict=True)]
             placed = [ops.slice_update(d, (n, 0, 0), new[4][None]) for d in carry[4:]]
             return [*summed, *placed]
@@ -106,12 +105,9 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
     return TokenLoss(total=total, count=ops.sum(counted_N), correct=correct)
 
 
-def chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool) -> Any:
-    """Sum of losses and of hits of a chunk of tokens.
-
-    In training also what they add to the gradients of kernel and bias; then the gradient of h, in
-    float32. Arguments are those of `head_loss`, but that the kernel is in the dtype of h.
-    """
+def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
+    """Sum of losses and of hits; in training also what they add to the gradients of kernel and
+    bias; then the gradient of h, in float32."""
     logits_CV = ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V
     top_C1 = ops.max(logits_CV, axis=-1, keepdims=True)
     exp_CV = ops.exp(logits_CV - top_C1)
@@ -131,15 +127,9 @@ def chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool) -> 
     return *sums, d_kernel_DV, ops.sum(d_CV, axis=0), d_h_CD
 
 
-def token_chunks(tokens: int, vocab_size: int, logits: int) -> Iterator[slice]:
-    """Equal parts of the tokens, of at most so many logits each."""
-    size = tokens // _chunks(tokens, vocab_size, logits)
-    return (slice(n, n + size) for n in range(0, tokens, size))
-
-
-def _chunks(tokens: int, vocab_size: int, logits: int = _CHUNK_LOGITS) -> int:
+def _chunks(tokens: int, vocab_size: int) -> int:
     """The least number of equal parts of the tokens whose logits are few enough."""
-    least = max(1, tokens * vocab_size // logits)
+    least = max(1, tokens * vocab_size // _CHUNK_LOGITS)
     return next(n for n in range(least, tokens + 1) if tokens % n == 0)
 
 
@@ -181,10 +171,15 @@ class RunningLoss:
         found_C = logits_CV[rows_C, np.where(inside_C, place_C, 0)]
         self._label_N[tokens] = np.where(inside_C, found_C, self._label_N[tokens])
 
+    @property
+    def log_sum_N(self) -> np.ndarray:
+        """Logarithm of the sum of the exponentials of each token's logits."""
+        return np.log(self._sum_N) + self._top_N
+
     def sums(self, ignored_N: np.ndarray) -> TokenLoss:
         """Of the tokens that count, once every part was added."""
         counted_N = 1.0 - ignored_N
-        losses_N = np.log(self._sum_N) + self._top_N - self._label_N
+        losses_N = self.log_sum_N - self._label_N
         hits_N = self._best_N == self._labels_N
         return TokenLoss(
             total=(losses_N * counted_N).sum(),

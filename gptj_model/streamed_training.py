@@ -3,7 +3,7 @@
 The layers and the loss are those of `GPTJ`; what differs is that a stage is given its weights
 before it runs, and that the gradients of a stage are asked for with those of what follows it.
 
-Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V vocabulary.
+Shape suffixes: B batch, T time, N tokens, C some of them, D hidden, V vocabulary, P part of it.
 """
 
 # keras.ops is annotated as if its functions returned None.
@@ -22,29 +22,32 @@ from keras import ops
 
 from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Context, Dropout, layer_norm
-from gptj_model.loss import chunk_loss, token_chunks
+from gptj_model.loss import RunningLoss
 from gptj_model.model import make_context
 from gptj_model.tensors import FINAL_NORM, block
+from gptj_model.vocabulary import parts
 from gptj_model.weights import assigned_variables
 
-#: Logits that are held at once, at most: 256 MiB of float32.
-_LOGITS = 2**26
-#: Elements of a gradient that are added at once.
-_ADDED = 2**16
+#: Logits that are held at once, at most: 512 MiB of float32.
+_LOGITS = 2**27
 
 Draw = tuple[int, int]
 """Seed and counter that the dropout masks of a batch begin with."""
 
 
-class HeadWeights(NamedTuple):
-    """What follows the blocks; as weights, and as their gradients."""
+class HeadGradients(NamedTuple):
+    """Of what follows the blocks; float32, in the order of `tensors.head`."""
 
     gain_D: np.ndarray
     """Of the final norm."""
     shift_D: np.ndarray
-    kernel: np.ndarray
-    """(D, V), or the embedding (V, D) that the head is tied to."""
+    weight: np.ndarray
+    """(D, V), or (V, D) of the embedding that the head is tied to."""
     bias_V: np.ndarray
+
+
+ReadHead = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+"""The head's weight, in its layout, and bias for tokens start:stop of the vocabulary."""
 
 
 class StreamedTraining:
@@ -78,7 +81,8 @@ class StreamedTraining:
         self._backward = _compiled(self._run_block_back)
         self._normed = _compiled(self._norm)
         self._normed_back = _compiled(self._run_norm_back)
-        self._chunk = _compiled(self._run_chunk)
+        self._logits = _compiled(self._run_logits)
+        self._logits_back = _compiled(self._run_logits_back)
         self._context = lru_cache(maxsize=1)(partial(_context, config))
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
@@ -101,49 +105,81 @@ class StreamedTraining:
         state = self._state(draw, batch, i + 1)
         return self._forward(x_BTD, self._context(x_BTD.shape[1]), state)
 
+    def load_norm(self, gain_D: np.ndarray, shift_D: np.ndarray) -> None:
+        """Make these weights the final norm's."""
+        self._norm.gamma.assign(gain_D)
+        self._norm.beta.assign(shift_D)
+
     def head(
         self,
         x_BTD: Any,
-        weights: HeadWeights,
-        sums: HeadWeights,
+        read: ReadHead,
+        sums: HeadGradients,
         labels_BT: np.ndarray,
         ignored_BT: np.ndarray,
         scale: float,
     ) -> tuple[float, Any]:
         """Loss of a batch, and the gradient of its hidden states after the last block.
 
-        The logits of a chunk of tokens at a time are there, as in `head_loss`.
+        The logits of some of the tokens are there at once, the head for a part of the vocabulary.
 
         Args:
-            x_BTD: the states.
-            weights: of the head.
-            sums: their gradients are added to these, in place.
+            x_BTD: the states; the final norm is loaded.
+            read: gives parts of the head.
+            sums: the gradients of norm and head are added to these, in place.
             labels_BT: int32 token ids.
             ignored_BT: 1 on tokens that do not count, 0 elsewhere.
             scale: of the loss, for the gradients.
         """
-        self._norm.gamma.assign(weights.gain_D)
-        self._norm.beta.assign(weights.shift_D)
         h_ND = ops.reshape(self._normed(x_BTD), (-1, self._config.n_embd))
-        counted_N = 1 - np.asarray(ignored_BT, np.float32).reshape(-1)
         labels_N = labels_BT.reshape(-1)
-        kernel, bias_V = map(ops.convert_to_tensor, (weights.kernel, weights.bias_V))
-        share = np.float32(scale) / self._accumulate / max(counted_N.sum(), 1)
+        ignored_N = np.asarray(ignored_BT, np.float32).reshape(-1)
+        count = max(float((1 - ignored_N).sum()), 1.0)
+        share = np.float32(scale) / self._accumulate / np.float32(count)
+        step = max(1, _LOGITS // self._config.vocab_size)
         total, d_h = 0.0, []
-        for part in token_chunks(labels_N.size, self._config.vocab_size, _LOGITS):
-            loss, *gradients, d_h_CD = self._chunk(
-                h_ND[part], labels_N[part], counted_N[part], kernel, bias_V, share
+        for first in range(0, labels_N.size, step):
+            part = slice(first, first + step)
+            loss, d_h_CD = self._head_chunk(
+                h_ND[part], read, sums, labels_N[part], ignored_N[part], share / np.float32(scale)
             )
-            total += float(loss)
-            d_h.append(d_h_CD)
-            for so_far, gradient in zip(sums[2:], gradients, strict=True):
-                _add(so_far, gradient.numpy(), share / np.float32(scale))
-            del gradients
+            total += loss
+            d_h.append(ops.cast(d_h_CD * share, self._dtype))
         d_h_BTD = ops.reshape(ops.concatenate(d_h), x_BTD.shape)
         d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, np.float32(scale))
         for so_far, gradient in zip(sums[:2], of_norm, strict=True):
             so_far += gradient.numpy()
-        return float(total / max(counted_N.sum(), 1)), d_x_BTD
+        return total / count, d_x_BTD
+
+    def _head_chunk(
+        self,
+        h_CD: Any,
+        read: ReadHead,
+        sums: HeadGradients,
+        labels_C: np.ndarray,
+        ignored_C: np.ndarray,
+        factor: np.float32,
+    ) -> tuple[float, np.ndarray]:
+        """The sum of the losses of some tokens, and its gradient of h; `factor` times those of
+        the head are added to `sums`."""
+        loss = RunningLoss(labels_C)
+        logits: list[Any] = []
+        for start, stop in parts(self._config):
+            logits.append(self._logits(h_CD, *read(start, stop)))
+            loss.add(logits[-1].numpy(), 0, start)
+        log_sum_C = loss.log_sum_N.astype(np.float32)
+        d_h_CD = np.zeros(h_CD.shape, np.float32)
+        for start, stop in parts(self._config):
+            weight, _ = read(start, stop)
+            d_weight, d_bias_P, d_more_CD = self._logits_back(
+                h_CD, logits.pop(0), log_sum_C, labels_C - start, 1 - ignored_C, weight
+            )
+            rows = slice(start, stop)
+            place = rows if self._config.tie_word_embeddings else (slice(None), rows)
+            sums.weight[place] += d_weight.numpy() * factor
+            sums.bias_V[rows] += d_bias_P.numpy() * factor
+            d_h_CD += d_more_CD.numpy()
+        return float(loss.sums(ignored_C).total), d_h_CD
 
     def backward(
         self, x_BTD: Any, d_out_BTD: Any, i: int, batch: int, draw: Draw, scale: float
@@ -202,26 +238,30 @@ class StreamedTraining:
         d_x_BTD, *gradients = tape.gradient(h_BTD, sources, output_gradients=d_h_BTD)
         return d_x_BTD, *(_unscaled(g, scale) for g in gradients)
 
-    def _run_chunk(self, h_CD, labels_C, counted_C, weight, bias_V, share):
-        """The loss, its gradients of weight and bias, and `share` times that of h."""
+    def _kernel(self, weight):
+        """A part of the head's kernel (D, P) in the compute dtype."""
         tied = self._config.tie_word_embeddings
-        kernel_DV = ops.cast(ops.transpose(weight) if tied else weight, self._dtype)
-        loss, _, d_kernel_DV, d_bias_V, d_h_CD = chunk_loss(
-            h_CD, labels_C, counted_C, kernel_DV, bias_V, training=True
-        )
-        d_weight = ops.transpose(d_kernel_DV) if tied else d_kernel_DV
-        return loss, d_weight, d_bias_V, ops.cast(d_h_CD * share, self._dtype)
+        return ops.cast(ops.transpose(weight) if tied else weight, self._dtype)
+
+    def _run_logits(self, h_CD, weight, bias_P):
+        return ops.cast(ops.matmul(h_CD, self._kernel(weight)), "float32") + bias_P
+
+    def _run_logits_back(self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight):
+        """Gradients of the summed loss: of a part of the head, and by that part of h."""
+        is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
+        share_CP = ops.exp(logits_CP - log_sum_C[:, None])
+        # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
+        d_CP = (share_CP - ops.cast(is_label_CP, "float32")) * counted_C[:, None]
+        narrow_CP = ops.cast(d_CP, self._dtype)
+        d_kernel_DP = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CP), "float32")
+        d_h_CD = ops.cast(ops.matmul(narrow_CP, ops.transpose(self._kernel(weight))), "float32")
+        tied = self._config.tie_word_embeddings
+        d_weight = ops.transpose(d_kernel_DP) if tied else d_kernel_DP
+        return d_weight, ops.sum(d_CP, axis=0), d_h_CD
 
 
 def _context(config: GPTJConfig, T: int) -> Context:
     return make_context(config, T, T)
-
-
-def _add(total: np.ndarray, gradient: np.ndarray, factor: np.float32) -> None:
-    """Add a multiple, in place and in pieces that stay in the cache."""
-    total, gradient = total.reshape(-1), gradient.reshape(-1)
-    for n in range(0, total.size, _ADDED):
-        total[n : n + _ADDED] += gradient[n : n + _ADDED] * factor
 
 
 def _unscaled(gradient: Any, scale: Any) -> Any:

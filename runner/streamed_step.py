@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from gptj_model.config import GPTJConfig
-from gptj_model.streamed_training import Draw, HeadWeights, StreamedTraining
-from gptj_model.tensors import block, embedding, head
+from gptj_model.streamed_training import Draw, HeadGradients, StreamedTraining
+from gptj_model.tensors import Scheme, block, embedding, head
+from gptj_model.vocabulary import read_head
 from runner.disk_state import DiskState
 from runner.scratch import Scratch
 from runner.streamed_update import StreamedUpdate, TokenRows
@@ -78,18 +79,25 @@ class StreamedStep:
 
     def _head(self, batches: Sequence[tuple], scale: float) -> float:
         config, rows = self._config, head(self._config)
+        self._passes.load_norm(*(self._state.rows(t) for t in rows[:2]))
         if config.tie_word_embeddings:
-            rows.insert(HeadWeights._fields.index("kernel"), embedding(config))
-        weights = HeadWeights(*(self._state.rows(t) for t in rows))
-        sums = HeadWeights(*(np.zeros_like(w) for w in weights))
+            rows.insert(HeadGradients._fields.index("weight"), embedding(config))
+        shapes = (t.shape_in(Scheme.KERAS) for t in rows)
+        sums = HeadGradients(*(np.zeros(shape, np.float32) for shape in shapes))
         losses = []
         for n, (_, ignored_BT, labels_BT) in enumerate(batches):
             x_BTD = self._scratch.get((n, config.n_layer))
-            loss, d_x_BTD = self._passes.head(x_BTD, weights, sums, labels_BT, ignored_BT, scale)
+            loss, d_x_BTD = self._passes.head(
+                x_BTD, self._read_head, sums, labels_BT, ignored_BT, scale
+            )
             losses.append(loss)
             self._keep(n, config.n_layer, d_x_BTD)
         self._update.take(dict(zip(rows, sums, strict=True)))
         return math.fsum(losses) / len(losses)
+
+    def _read_head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        weight_VD, bias_V = read_head(self._config, self._state.source, Scheme.TF, start, stop)
+        return weight_VD if self._config.tie_word_embeddings else weight_VD.T, bias_V
 
     def _backward(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
         last = self._config.n_layer - 1
