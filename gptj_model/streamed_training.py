@@ -11,7 +11,7 @@ Shape suffixes: B batch, T time, N tokens, C some of them, D hidden, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -20,13 +20,14 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from gptj_model.adapter import Lora
 from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Context, Dropout, layer_norm
 from gptj_model.loss import RunningLoss
 from gptj_model.model import make_context
 from gptj_model.tensors import FINAL_NORM, block
 from gptj_model.vocabulary import parts
-from gptj_model.weights import assigned_variables
+from gptj_model.weights import adapted_layer, assigned_variables
 
 #: Logits that are held at once, at most: 512 MiB of float32.
 _LOGITS = 2**27
@@ -60,9 +61,19 @@ class StreamedTraining:
         config: of the model.
         dtype: a Keras dtype or policy.
         accumulate: batches of one update, whose gradients are averaged.
+        lora: how the blocks are adapted; the gradients of a block are then those of its adapters.
+        head_rows: parts of the head's weight come as (P, D), one row a token.
     """
 
-    def __init__(self, config: GPTJConfig, *, dtype: str, accumulate: int) -> None:
+    def __init__(
+        self,
+        config: GPTJConfig,
+        *,
+        dtype: str,
+        accumulate: int,
+        lora: Lora | None = None,
+        head_rows: bool,
+    ) -> None:
         self._config = config
         self._accumulate = accumulate
         self._seeds = keras.random.SeedGenerator(0)
@@ -75,6 +86,11 @@ class StreamedTraining:
             layer.build((None, None, config.n_embd))
         rows = {t.hf: t for t in block(config, 0)}
         self._weights = list(assigned_variables(self._block, rows, prefix="").values())
+        self._trained = self._weights
+        if lora:
+            self._trained = list(_adapted(self._block, lora, config))
+            self._weights = [*self._weights, *self._trained]
+        self._head_rows = head_rows
         self._embed = _compiled(self._run_embed)
         self._embed_back = _compiled(self._run_embed_back)
         self._forward = _compiled(self._run_block)
@@ -86,7 +102,8 @@ class StreamedTraining:
         self._context = lru_cache(maxsize=1)(partial(_context, config))
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
-        """Make these weights the block's: those of `tensors.block`, in Keras' layout."""
+        """Make these weights the block's: those of `tensors.block`, in Keras' layout; then A and
+        B of each adapted kernel."""
         for variable, values in zip(self._weights, weights, strict=True):
             variable.assign(values)
 
@@ -114,7 +131,7 @@ class StreamedTraining:
         self,
         x_BTD: Any,
         read: ReadHead,
-        sums: HeadGradients,
+        sums: HeadGradients | None,
         labels_BT: np.ndarray,
         ignored_BT: np.ndarray,
         scale: float,
@@ -126,7 +143,8 @@ class StreamedTraining:
         Args:
             x_BTD: the states; the final norm is loaded.
             read: gives parts of the head.
-            sums: the gradients of norm and head are added to these, in place.
+            sums: the gradients of norm and head are added to these, in place; None: they are not
+                computed.
             labels_BT: int32 token ids.
             ignored_BT: 1 on tokens that do not count, 0 elsewhere.
             scale: of the loss, for the gradients.
@@ -147,7 +165,7 @@ class StreamedTraining:
             d_h.append(ops.cast(d_h_CD * share, self._dtype))
         d_h_BTD = ops.reshape(ops.concatenate(d_h), x_BTD.shape)
         d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, np.float32(scale))
-        for so_far, gradient in zip(sums[:2], of_norm, strict=True):
+        for so_far, gradient in zip(sums[:2] if sums else (), of_norm, strict=False):
             so_far += gradient.numpy()
         return total / count, d_x_BTD
 
@@ -155,13 +173,13 @@ class StreamedTraining:
         self,
         h_CD: Any,
         read: ReadHead,
-        sums: HeadGradients,
+        sums: HeadGradients | None,
         labels_C: np.ndarray,
         ignored_C: np.ndarray,
         factor: np.float32,
     ) -> tuple[float, np.ndarray]:
         """The sum of the losses of some tokens, and its gradient of h; `factor` times those of
-        the head are added to `sums`."""
+        the head are added to `sums`, if there are any."""
         loss = RunningLoss(labels_C)
         logits: list[Any] = []
         for start, stop in parts(self._config):
@@ -171,21 +189,28 @@ class StreamedTraining:
         d_h_CD = np.zeros(h_CD.shape, np.float32)
         for start, stop in parts(self._config):
             weight, _ = read(start, stop)
-            d_weight, d_bias_P, d_more_CD = self._logits_back(
-                h_CD, logits.pop(0), log_sum_C, labels_C - start, 1 - ignored_C, weight
+            d_more_CD, *of_head = self._logits_back(
+                h_CD,
+                logits.pop(0),
+                log_sum_C,
+                labels_C - start,
+                1 - ignored_C,
+                weight,
+                sums is not None,
             )
-            rows = slice(start, stop)
-            place = rows if self._config.tie_word_embeddings else (slice(None), rows)
-            sums.weight[place] += d_weight.numpy() * factor
-            sums.bias_V[rows] += d_bias_P.numpy() * factor
             d_h_CD += d_more_CD.numpy()
+            if sums:
+                rows = slice(start, stop)
+                place = rows if self._head_rows else (slice(None), rows)
+                sums.weight[place] += of_head[0].numpy() * factor
+                sums.bias_V[rows] += of_head[1].numpy() * factor
         return float(loss.sums(ignored_C).total), d_h_CD
 
     def backward(
         self, x_BTD: Any, d_out_BTD: Any, i: int, batch: int, draw: Draw, scale: float
     ) -> tuple[Any, list[np.ndarray]]:
         """From the gradient of what block `i` gave for `x_BTD`, that of `x_BTD`, and those of the
-        block's weights in their order; computes the block once more."""
+        block's weights (or adapters) in their order; computes the block once more."""
         state, factor = self._state(draw, batch, i + 1), tf.constant(scale, tf.float32)
         context = self._context(x_BTD.shape[1])
         d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, factor)
@@ -223,7 +248,7 @@ class StreamedTraining:
         return self._block(x_BTD, context, training=True)[0]
 
     def _run_block_back(self, x_BTD, context, d_out_BTD, state, scale):
-        weights = [w.value for w in self._weights]
+        weights = [w.value for w in self._trained]
         with tf.GradientTape() as tape:
             tape.watch(x_BTD)
             out_BTD = self._run_block(x_BTD, context, state)
@@ -240,24 +265,38 @@ class StreamedTraining:
 
     def _kernel(self, weight):
         """A part of the head's kernel (D, P) in the compute dtype."""
-        tied = self._config.tie_word_embeddings
-        return ops.cast(ops.transpose(weight) if tied else weight, self._dtype)
+        return ops.cast(ops.transpose(weight) if self._head_rows else weight, self._dtype)
 
     def _run_logits(self, h_CD, weight, bias_P):
+        weight, bias_P = (ops.cast(x, "float32") for x in (weight, bias_P))
         return ops.cast(ops.matmul(h_CD, self._kernel(weight)), "float32") + bias_P
 
-    def _run_logits_back(self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight):
-        """Gradients of the summed loss: of a part of the head, and by that part of h."""
+    def _run_logits_back(
+        self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight, of_head: bool
+    ):
+        """Gradients of the summed loss: by a part of the head of h, and of that part."""
         is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
         share_CP = ops.exp(logits_CP - log_sum_C[:, None])
         # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
         d_CP = (share_CP - ops.cast(is_label_CP, "float32")) * counted_C[:, None]
         narrow_CP = ops.cast(d_CP, self._dtype)
+        kernel_PD = ops.transpose(self._kernel(ops.cast(weight, "float32")))
+        d_h_CD = ops.cast(ops.matmul(narrow_CP, kernel_PD), "float32")
+        if not of_head:
+            return (d_h_CD,)
         d_kernel_DP = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CP), "float32")
-        d_h_CD = ops.cast(ops.matmul(narrow_CP, ops.transpose(self._kernel(weight))), "float32")
-        tied = self._config.tie_word_embeddings
-        d_weight = ops.transpose(d_kernel_DP) if tied else d_kernel_DP
-        return d_weight, ops.sum(d_CP, axis=0), d_h_CD
+        d_weight = ops.transpose(d_kernel_DP) if self._head_rows else d_kernel_DP
+        return d_h_CD, d_weight, ops.sum(d_CP, axis=0)
+
+
+def _adapted(layers: Block, lora: Lora, config: GPTJConfig) -> Iterator[Any]:
+    """A and B of each kernel of a block that is adapted, in the table's order."""
+    for kernel in lora.rows(config):
+        if kernel.block == 0:
+            layer = adapted_layer(layers, kernel)
+            layer.enable_lora(lora.rank, lora.alpha)
+            yield layer.lora_kernel_a
+            yield layer.lora_kernel_b
 
 
 def _context(config: GPTJConfig, T: int) -> Context:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,9 @@ from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_model.config import GPTJConfig
 from gptj_model.source import TensorInfo, raw_bytes, read_rows
 from gptj_model.tensors import Scheme, Tensor, block, table
+from gptj_model.vocabulary import read_head
 from runner import checkpoints
+from runner.block_weights import read_ahead
 from runner.update_rule import UpdateRule
 
 #: Elements that are updated at once: 8 MiB of each of weight, gradient and slots.
@@ -118,28 +119,23 @@ class DiskState:
         self._superseded = 0
 
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start:stop (None: to the end) of a weight, in Keras' layout, float32."""
+        """Rows start:stop (None: to the end) of any weight; see `BlockWeights`."""
         return read_rows(self.source, tensor.tf, start, stop)
+
+    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `BlockWeights`."""
+        weight_VD, bias_V = read_head(self._config, self.source, Scheme.TF, start, stop)
+        return weight_VD if self._config.tie_word_embeddings else weight_VD.T, bias_V
 
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
-        """Numbers of blocks whose weights were loaded; the next one's are read meanwhile.
+        """See `BlockWeights`."""
+        return read_ahead(lambda i: [self.rows(t) for t in self.of_block(i)], order, load)
 
-        Args:
-            order: of the blocks.
-            load: takes the weights of one, and does not keep the arrays.
-        """
-        numbers = list(order)
-        with ThreadPoolExecutor(1, "read") as reader:
-            coming = [reader.submit(self._block, i) for i in numbers[:1]]
-            for n, i in enumerate(numbers, start=1):
-                load(coming.pop().result())
-                coming += [reader.submit(self._block, j) for j in numbers[n : n + 1]]
-                yield i
-
-    def _block(self, i: int) -> list[np.ndarray]:
-        return [self.rows(t) for t in block(self._config, i)]
+    def of_block(self, i: int) -> Sequence[Tensor]:
+        """See `BlockWeights`."""
+        return block(self._config, i)
 
     def update(
         self,

@@ -28,10 +28,15 @@ class StepResult(NamedTuple):
 class Executor(Protocol):
     """Weights, slots, and the step that changes both."""
 
-    trained: Sequence[Tensor]
-    """Rows of what it updates."""
-    saves_every_step: bool
-    """Whether its state is on the disk, so that every step ends with a checkpoint."""
+    @property
+    def trained(self) -> Sequence[Tensor]:
+        """Rows of what it updates."""
+        ...
+
+    @property
+    def saves_every_step(self) -> bool:
+        """Whether its state is on the disk, so that every step ends with a checkpoint."""
+        ...
 
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         """Take the weights of a checkpoint whose tensors are those of the table."""

@@ -24,7 +24,7 @@ from runner.executor import StepResult
 from runner.initialize import first_values
 from runner.params import Params
 from runner.scratch import Scratch
-from runner.streamed_step import StreamedStep
+from runner.streamed_step import StreamedStep, states_bytes
 from runner.streamed_update import StreamedUpdate
 from runner.trained import trained_rows
 from runner.update_rule import BetaPowers, UpdateRule
@@ -53,7 +53,10 @@ class StreamedExecutor:
         self._powers = BetaPowers(params.optimizer)
         self._state = DiskState(config, self._rule, self.trained, model_dir)
         self._passes = StreamedTraining(
-            config, dtype=params.dtype_policy, accumulate=params.optimizer.grad_accum_steps
+            config,
+            dtype=params.dtype_policy,
+            accumulate=params.optimizer.grad_accum_steps,
+            head_rows=config.tie_word_embeddings,
         )
         self._scratch: Scratch | None = None
         self._worker = ThreadPoolExecutor(1, "update")
@@ -87,11 +90,14 @@ class StreamedExecutor:
         """See `Executor`."""
         batches = [tuple(map(np.asarray, batch)) for batch in group]
         if self._scratch is None:
-            self._scratch = Scratch(self._model_dir, list(self._kept_sizes(batches)))
+            kept = [*states_bytes(self._config, batches), *self._gradients_bytes()]
+            self._scratch = Scratch(self._model_dir, kept)
         update = StreamedUpdate(
             self._state, self._rule, self._scratch, self._worker, rate, self._powers.correction
         )
-        step = StreamedStep(self._config, self._passes, self._state, self._scratch, update)
+        step = StreamedStep(
+            self._config, self._passes, self._state, self._scratch, update, self.trained
+        )
         try:
             loss = step.run(batches, draw, scale)
             return StepResult(loss, update.finish())
@@ -100,11 +106,8 @@ class StreamedExecutor:
             self._state.discard()
             raise
 
-    def _kept_sizes(self, batches: Sequence[tuple]) -> Iterator[int]:
-        """Bytes of every array that a step keeps on the disk: hidden states, and gradients."""
-        for ids_BT, _, _ in batches:
-            for _ in range(self._config.n_layer + 1):
-                yield 4 * ids_BT.size * self._config.n_embd
+    def _gradients_bytes(self) -> Iterator[int]:
+        """Of every gradient that waits on the disk for the norm of all, or for its other part."""
         for tensor in self.trained:
             if tensor == embedding(self._config):
                 kept = self._config.tie_word_embeddings

@@ -10,18 +10,32 @@ Shape suffixes: B batch, T time, N tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.streamed_training import Draw, HeadGradients, StreamedTraining
-from gptj_model.tensors import Scheme, block, embedding, head
-from gptj_model.vocabulary import read_head
-from runner.disk_state import DiskState
+from gptj_model.tensors import Scheme, Tensor, embedding, head
+from runner.block_weights import BlockWeights
 from runner.scratch import Scratch
-from runner.streamed_update import StreamedUpdate, TokenRows
+from runner.token_rows import TokenRows
+
+
+class Update(Protocol):
+    """Takes gradients: float32, in Keras' layout, unscaled."""
+
+    def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
+        """Take whole gradients. The mapping may be emptied.
+
+        That of the embedding, which a tied head has, waits for the tokens' own.
+        """
+        ...
+
+    def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+        """Take the gradient of the embedding by its tokens, the last one of a step."""
+        ...
 
 
 class StreamedStep:
@@ -36,21 +50,24 @@ class StreamedStep:
         state: its weights.
         scratch: where hidden states are kept.
         update: takes every gradient.
+        trained: rows of what is trained, of the table or of an adapter.
     """
 
     def __init__(
         self,
         config: GPTJConfig,
         passes: StreamedTraining,
-        state: DiskState,
+        state: BlockWeights,
         scratch: Scratch,
-        update: StreamedUpdate,
+        update: Update,
+        trained: Sequence[Tensor],
     ) -> None:
         self._config = config
         self._passes = passes
         self._state = state
         self._scratch = scratch
         self._update = update
+        self._trained = frozenset(trained)
 
     def run(self, batches: Sequence[tuple], draw: Draw, scale: float) -> float:
         """The mean of the batches' losses.
@@ -82,22 +99,21 @@ class StreamedStep:
         self._passes.load_norm(*(self._state.rows(t) for t in rows[:2]))
         if config.tie_word_embeddings:
             rows.insert(HeadGradients._fields.index("weight"), embedding(config))
-        shapes = (t.shape_in(Scheme.KERAS) for t in rows)
-        sums = HeadGradients(*(np.zeros(shape, np.float32) for shape in shapes))
+        sums = None
+        if any(t in self._trained for t in rows):
+            shapes = (t.shape_in(Scheme.KERAS) for t in rows)
+            sums = HeadGradients(*(np.zeros(shape, np.float32) for shape in shapes))
         losses = []
         for n, (_, ignored_BT, labels_BT) in enumerate(batches):
             x_BTD = self._scratch.get((n, config.n_layer))
             loss, d_x_BTD = self._passes.head(
-                x_BTD, self._read_head, sums, labels_BT, ignored_BT, scale
+                x_BTD, self._state.head, sums, labels_BT, ignored_BT, scale
             )
             losses.append(loss)
             self._keep(n, config.n_layer, d_x_BTD)
-        self._update.take(dict(zip(rows, sums, strict=True)))
+        if sums:
+            self._update.take(dict(zip(rows, sums, strict=True)))
         return math.fsum(losses) / len(losses)
-
-    def _read_head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        weight_VD, bias_V = read_head(self._config, self._state.source, Scheme.TF, start, stop)
-        return weight_VD if self._config.tie_word_embeddings else weight_VD.T, bias_V
 
     def _backward(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
         last = self._config.n_layer - 1
@@ -109,9 +125,11 @@ class StreamedStep:
                 total.add(gradients)
                 self._keep(n, i, d_x_BTD)
                 del gradients
-            self._update.take(dict(zip(block(self._config, i), total.take(), strict=True)))
+            self._update.take(dict(zip(self._state.of_block(i), total.take(), strict=True)))
 
     def _embedding(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
+        if embedding(self._config) not in self._trained:
+            return
         parts = [
             self._passes.embed_backward(self._scratch.get((n, 0)), n, draw, scale)
             for n in range(len(batches))
@@ -146,3 +164,10 @@ class _Total:
         """The sums, which are not kept."""
         sums, self._sums = self._sums, []
         return sums
+
+
+def states_bytes(config: GPTJConfig, batches: Sequence[tuple]) -> Iterator[int]:
+    """Of all hidden states that a step keeps."""
+    for ids_BT, _, _ in batches:
+        for _ in range(config.n_layer + 1):
+            yield 4 * ids_BT.size * config.n_embd

@@ -1,7 +1,4 @@
-"""Gradients on their way into the next state of a run that is on the disk.
-
-Shape suffixes: N tokens, U different tokens, D hidden.
-"""
+"""Gradients on their way into the next state of a run that is on the disk."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import numpy as np
 from gptj_model.tensors import Tensor
 from runner.disk_state import DiskState, Gradient, pieces
 from runner.scratch import Scratch
+from runner.token_rows import TokenRows
 from runner.update_rule import UpdateRule
 
 #: Elements whose squares are summed in float32 before they are in float64.
@@ -56,14 +54,11 @@ class StreamedUpdate:
         self._running: Future[None] | None = None
 
     def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
-        """Take whole gradients, once those before are done with. The mapping is emptied.
-
-        That of the embedding, which a tied head has, waits for the tokens' own.
-        """
+        """See `Update`; returns once those before are done with."""
         self._submit(self._run, gradients)
 
     def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
-        """Take the gradient of the embedding by its tokens, the last one of a step."""
+        """See `Update`."""
         self._submit(self._run_embedding, tensor, rows)
 
     def wait(self) -> None:
@@ -123,31 +118,6 @@ class StreamedUpdate:
     def _write(self, tensor: Tensor, gradient: Gradient) -> None:
         self._state.update([(tensor, gradient)], 0.0, *self._arguments)
         self._written.add(tensor)
-
-
-class TokenRows:
-    """The gradient of the embedding from those of the rows that were looked up.
-
-    Args:
-        ids_N: token ids.
-        d_ND: of each, float32.
-    """
-
-    def __init__(self, ids_N: np.ndarray, d_ND: np.ndarray) -> None:
-        self._unique_U, where_N = np.unique(ids_N, return_inverse=True)
-        self._sums_UD = np.zeros((len(self._unique_U), d_ND.shape[1]), np.float32)
-        np.add.at(self._sums_UD, where_N.reshape(-1), d_ND)
-
-    def fill(self, start: int, values: np.ndarray) -> None:
-        """See `Gradient`."""
-        values[:] = 0
-        width = self._sums_UD.shape[1]
-        stop = start + values.size
-        first, last = np.searchsorted(self._unique_U, (start // width, -(-stop // width)))
-        for token, row in zip(self._unique_U[first:last], self._sums_UD[first:last], strict=True):
-            begin = int(token) * width
-            inside = slice(max(begin, start) - begin, min(begin + width, stop) - begin)
-            values[begin + inside.start - start : begin + inside.stop - start] = row[inside]
 
 
 def _fill(flat: np.ndarray, start: int, values: np.ndarray) -> None:

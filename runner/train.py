@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from runner.params import Params
 from runner.params_file import reconcile
 from runner.resident_executor import ResidentExecutor
 from runner.schedules import learning_rate
+from runner.streamed_adapter import StreamedAdapterExecutor
 from runner.streamed_executor import StreamedExecutor
 
 
@@ -70,6 +72,7 @@ class Run:
         self.skipped = 0
         """Steps that gave no update: the data are further on than `step` by so many."""
         self._warn = warn
+        self._files = ExitStack()
         model = params.model
         self.seed = model.dropout_seed or params.runconfig.tf_random_seed or 0
         refuse_many_workers(params)
@@ -88,7 +91,7 @@ class Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.executor.close()
+        self._files.close()
 
     def save(self, *, stays: bool = True) -> Saved:
         """Write a checkpoint of the present step; see `Executor.save`.
@@ -109,8 +112,8 @@ class Run:
 
     def _build(self, config: GPTJConfig) -> None:
         self.config = config
-        execution = EXECUTORS[self.params.runconfig.execution]
-        self.executor: Executor = execution(config, self.params, self.model_dir)
+        self.executor = _executor(config, self.params, self.model_dir)
+        self._files.callback(self.executor.close)
         self.scale = loss_scale(self.params.optimizer)
 
     def _continue(self, strict: bool) -> None:
@@ -119,22 +122,23 @@ class Run:
         # A run of the reference has only its params.yaml.
         config = GPTJConfig.from_file(path) if path.is_file() else self.params.config
         found = Checkpoint(source.prefix, Scheme.TF, config, source, tuple(source.files))
-        with found as checkpoint:
-            match(checkpoint)
-            self._build(reconcile(self.params, config, source.prefix))
-            self.executor.load(source, Scheme.TF)
-            self._load_state(source, step)
+        checkpoint = self._files.enter_context(found)
+        match(checkpoint)
+        self._build(reconcile(self.params, config, source.prefix))
+        self.executor.load(source, Scheme.TF)
+        self._load_state(source, step)
 
     def _begin(self, init_from: Path, weights_only: bool) -> None:
-        with open_checkpoint(init_from) as checkpoint:
-            match(checkpoint)
-            self._build(reconcile(self.params, checkpoint.config, init_from))
-            self._keep_config(checkpoint.config)
-            for path in checkpoint.companions:
-                write_whole(self.model_dir / path.name, path.read_bytes())
-            self.executor.load(checkpoint.source, checkpoint.scheme)
-            if not weights_only:
-                self._load_state(checkpoint.source, stored_step(checkpoint.source))
+        # A streamed model may be read from there as long as the run goes on.
+        checkpoint = self._files.enter_context(open_checkpoint(init_from))
+        match(checkpoint)
+        self._build(reconcile(self.params, checkpoint.config, init_from))
+        self._keep_config(checkpoint.config)
+        for path in checkpoint.companions:
+            write_whole(self.model_dir / path.name, path.read_bytes())
+        self.executor.load(checkpoint.source, checkpoint.scheme)
+        if not weights_only:
+            self._load_state(checkpoint.source, stored_step(checkpoint.source))
 
     def _keep_config(self, config: GPTJConfig) -> None:
         self.model_dir.mkdir(parents=True, exist_ok=True)
@@ -153,8 +157,12 @@ class Run:
             self.skipped = int(read_tensor(source, SKIPPED_STEPS))
 
 
-#: By the YAML's name.
-EXECUTORS = {"resident": ResidentExecutor, "streaming": StreamedExecutor}
+def _executor(config: GPTJConfig, params: Params, model_dir: Path) -> Executor:
+    if params.runconfig.execution == "resident":
+        return ResidentExecutor(config, params, model_dir)
+    if params.model.lora:
+        return StreamedAdapterExecutor(config, params, model_dir)
+    return StreamedExecutor(config, params, model_dir)
 
 
 def stored_step(source: TensorSource) -> int:

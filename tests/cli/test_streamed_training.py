@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from gptj_convert import machine
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.source import read_tensor
 from tests.cli.test_train import MEASURED
+from tests.conftest import load_tensors, save_tensors
 
 adamw = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 BEGIN = ("train", "--init-from", "hf", "--params", "params.yaml", "--quiet")
@@ -79,6 +81,27 @@ def test_it_is_the_resident_run(golden_run: Path, settings, gptj):
     done = gptj(*common, *STREAMING)
     assert done.code == 0, done.stderr
     _assert_same_run("model_dir", "resident", 3)
+
+
+@pytest.mark.parametrize("source", ["half", pytest.param("tf_model.ckpt", marks=full)])
+@adamw
+def test_an_adapter_of_a_model_that_is_read_only(golden_run: Path, source: str, gptj):
+    """As stored: the resident run of the same weights, and it goes on bit for bit."""
+    half = {k: v.astype(np.float16) for k, v in load_tensors(Path("hf/model.safetensors")).items()}
+    shutil.copytree("hf", "half")
+    save_tensors(Path("half/model.safetensors"), half)
+    lora = _settings("model.lora.rank=4", "model.lora.targets=[q_proj, fc_out]", DROPOUT[0],
+                     "optimizer.grad_accum_steps=2", "optimizer.learning_rate=0.01",
+                     "train_input.shuffle=true")  # fmt: skip
+    begin = ("train", "--init-from", source, "--params", "params.yaml", "--quiet", *lora)
+    assert gptj(*begin, "--max-steps", 4, "--model-dir", "resident").code == 0
+    assert gptj(*begin, "--max-steps", 4, "--model-dir", "whole", *STREAMING).code == 0
+    assert gptj(*begin, "--max-steps", 2, *STREAMING).code == 0
+    assert gptj("train", "--max-steps", 4, "--quiet").code == 0
+    _assert_same_run("whole", "resident", 4)
+    assert _rows("model_dir") == _rows("whole")
+    found, expected = _tensors("model_dir/model.ckpt-4"), _tensors("whole/model.ckpt-4")
+    assert all(np.array_equal(found[name], expected[name]) for name in found | expected)
 
 
 @pytest.mark.parametrize("golden_run", ["shared_embedding"], indirect=True)
