@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
 from gptj_convert.formats.ranged_file import ALIGNMENT, bounce_memory
 from gptj_model.errors import FileFault
 
@@ -101,4 +99,6 @@ class OutputFile:
 
 
 def _address(data: memoryview) -> int:
+    import numpy as np  # not where this module is read for its constants
+
     return np.frombuffer(data, np.uint8).ctypes.data
