@@ -74,7 +74,7 @@ class DiskState:
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
         self._superseded: int | None = None
-        self._programs: dict[float, Any] = {}
+        self._programs: dict[tuple[int, float], Any] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -221,14 +221,16 @@ class DiskState:
         *old, gradient = piece.parts
         if len(old) < len(piece.names):
             return piece
-        new = self._program(self._rule.decay(piece.tensor))(gradient, old, *scalars)
+        program = self._program(gradient.size, self._rule.decay(piece.tensor))
+        new = program(gradient, old, *scalars)
         for part, values in zip(old, new, strict=True):
             np.copyto(part, values.numpy())
         return piece
 
-    def _program(self, decay: float) -> Any:
-        """The update of one piece, compiled: gradient, weight and slots → weight and slots."""
-        if decay not in self._programs:
+    def _program(self, size: int, decay: float) -> Any:
+        """The update of a piece of a size, compiled: gradient, weight and slots → weight and
+        slots."""
+        if (size, decay) not in self._programs:
 
             def run(gradient, arrays, norm, rate, correction):
                 w, *slots = arrays
@@ -238,8 +240,8 @@ class DiskState:
                 new = self._rule.take(gradient, slots, rate)
                 return [self._rule.move(w, new, rate, correction, decay), *new]
 
-            self._programs[decay] = tf.function(run, jit_compile=True, autograph=False)
-        return self._programs[decay]
+            self._programs[size, decay] = tf.function(run, jit_compile=True, autograph=False)
+        return self._programs[size, decay]
 
 
 def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:

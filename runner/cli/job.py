@@ -267,7 +267,10 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     from runner.data.records import check_records, find_records
     from runner.params_file import reconcile
     from runner.trained import trained_rows
+    from runner.training_plan import plan_training
 
+    if job.only == "compile" and params.runconfig.execution == EXECUTIONS[1]:
+        raise click.UsageError("--compile-only compiles the step of a resident run")
     config = params.config
     section = params.train_input if job.mode == "train" else params.eval_input
     if section is None:
@@ -288,7 +291,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
         "parameters": capacity.parameters(config),
         "trained_parameters": sum(t.size for t in trained),
         "flops_per_batch": round(flops),
-        "planned_rss_bytes": capacity.training_memory(config, section.batch_size, trained),
+        "planned_rss_bytes": plan_training(config, params).memory,
     }
     if job.only == "compile":
         fields |= _compile(output, job, params, begin)
