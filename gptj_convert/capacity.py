@@ -137,6 +137,39 @@ def training_disk(config: GPTJConfig) -> int:
     return (KEPT_CHECKPOINTS + 1) * 12 * parameters(config)
 
 
+def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int:
+    """Peak of `gptj train --execution streaming`, which the number of blocks does not change.
+
+    While a block's gradients are computed, its weights are there, those of the next one, and its
+    gradients twice, the last ones on their way to the disk; and what the block computes. Less is
+    there for the head: its gradient, and logits of a part of the tokens.
+
+    Args:
+        config: of the model.
+        batch: sequences of one forward pass; how many are accumulated does not matter.
+        length: of a sequence, in tokens.
+    """
+    one_block = 4 * sum(t.size for t in block(config, 0))
+    per_token = 34 * config.n_embd + 8 * config.ffn_dim + 12 * config.n_head * length
+    # What is computed backwards: the factor is measured at the 6B's width.
+    backwards = 4 * one_block + round(1.4 * batch * length * per_token)
+    vocabulary = 4 * config.vocab_size * config.n_embd
+    logits = 2 * 4 * min(batch * length * config.vocab_size, 2**27)
+    headwards = one_block + vocabulary + logits + 3 * 4 * PART * config.n_embd
+    return _TENSORFLOW + _COMPILER + max(backwards, headwards)
+
+
+def streamed_scratch(config: GPTJConfig, tokens: int, kept: int) -> int:
+    """Bytes of disk that a streamed step needs beside its states.
+
+    Args:
+        config: of the model.
+        tokens: of the step, whose hidden states are kept before each block and after the last.
+        kept: elements of the gradients that wait for the norm of all.
+    """
+    return 4 * tokens * config.n_embd * (config.n_layer + 1) + 4 * kept
+
+
 def parameters(config: GPTJConfig) -> int:
     """Number of the model's weights."""
     return sum(t.size for t in table(config))

@@ -171,10 +171,15 @@ class RunningLoss:
         found_C = logits_CV[rows_C, np.where(inside_C, place_C, 0)]
         self._label_N[tokens] = np.where(inside_C, found_C, self._label_N[tokens])
 
+    @property
+    def log_sum_N(self) -> np.ndarray:
+        """Logarithm of the sum of the exponentials of each token's logits."""
+        return np.log(self._sum_N) + self._top_N
+
     def sums(self, ignored_N: np.ndarray) -> TokenLoss:
         """Of the tokens that count, once every part was added."""
         counted_N = 1.0 - ignored_N
-        losses_N = np.log(self._sum_N) + self._top_N - self._label_N
+        losses_N = self.log_sum_N - self._label_N
         hits_N = self._best_N == self._labels_N
         return TokenLoss(
             total=(losses_N * counted_N).sum(),

@@ -3,15 +3,16 @@
 The layers and the loss are those of `GPTJ`; what differs is that a stage is given its weights
 before it runs, and that the gradients of a stage are asked for with those of what follows it.
 
-Shape suffixes: B batch, T time, N tokens, D hidden, V vocabulary.
+Shape suffixes: B batch, T time, N tokens, C some of them, D hidden, V vocabulary, P part of it.
 """
 
 # keras.ops is annotated as if its functions returned None.
-# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import keras
@@ -19,25 +20,35 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from gptj_model.adapter import Lora
 from gptj_model.config import GPTJConfig
-from gptj_model.layers import Block, Dropout, layer_norm
-from gptj_model.loss import head_loss
+from gptj_model.layers import Block, Context, Dropout, layer_norm
+from gptj_model.loss import RunningLoss
 from gptj_model.model import make_context
 from gptj_model.tensors import FINAL_NORM, block
-from gptj_model.weights import assigned_variables
+from gptj_model.vocabulary import parts
+from gptj_model.weights import adapted_layer, assigned_variables
+
+#: Logits that are held at once, at most: 512 MiB of float32.
+_LOGITS = 2**27
 
 Draw = tuple[int, int]
 """Seed and counter that the dropout masks of a batch begin with."""
 
 
-class HeadResult(NamedTuple):
-    """What the head gives for one batch."""
+class HeadGradients(NamedTuple):
+    """Of what follows the blocks; float32, in the order of `tensors.head`."""
 
-    loss: float
-    d_x_BTD: Any
-    """The gradient of the hidden states that it was given."""
-    gradients: list[np.ndarray]
-    """Of its weights, in their order, in float32 and without the loss scale."""
+    gain_D: np.ndarray
+    """Of the final norm."""
+    shift_D: np.ndarray
+    weight: np.ndarray
+    """(D, V), or (V, D) of the embedding that the head is tied to."""
+    bias_V: np.ndarray
+
+
+ReadHead = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+"""The head's weight, in its layout, and bias for tokens start:stop of the vocabulary."""
 
 
 class StreamedTraining:
@@ -50,9 +61,19 @@ class StreamedTraining:
         config: of the model.
         dtype: a Keras dtype or policy.
         accumulate: batches of one update, whose gradients are averaged.
+        lora: how the blocks are adapted; the gradients of a block are then those of its adapters.
+        head_rows: parts of the head's weight come as (P, D), one row a token.
     """
 
-    def __init__(self, config: GPTJConfig, *, dtype: str, accumulate: int) -> None:
+    def __init__(
+        self,
+        config: GPTJConfig,
+        *,
+        dtype: str,
+        accumulate: int,
+        lora: Lora | None = None,
+        head_rows: bool,
+    ) -> None:
         self._config = config
         self._accumulate = accumulate
         self._seeds = keras.random.SeedGenerator(0)
@@ -65,14 +86,24 @@ class StreamedTraining:
             layer.build((None, None, config.n_embd))
         rows = {t.hf: t for t in block(config, 0)}
         self._weights = list(assigned_variables(self._block, rows, prefix="").values())
+        self._trained = self._weights
+        if lora:
+            self._trained = list(_adapted(self._block, lora, config))
+            self._weights = [*self._weights, *self._trained]
+        self._head_rows = head_rows
         self._embed = _compiled(self._run_embed)
         self._embed_back = _compiled(self._run_embed_back)
         self._forward = _compiled(self._run_block)
         self._backward = _compiled(self._run_block_back)
-        self._head = _compiled(self._run_head)
+        self._normed = _compiled(self._norm)
+        self._normed_back = _compiled(self._run_norm_back)
+        self._logits = _compiled(self._run_logits)
+        self._logits_back = _compiled(self._run_logits_back)
+        self._context = lru_cache(maxsize=1)(partial(_context, config))
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
-        """Make these weights the block's: those of `tensors.block`, in Keras' layout."""
+        """Make these weights the block's: those of `tensors.block`, in Keras' layout; then A and
+        B of each adapted kernel."""
         for variable, values in zip(self._weights, weights, strict=True):
             variable.assign(values)
 
@@ -88,40 +119,101 @@ class StreamedTraining:
 
     def forward(self, x_BTD: Any, i: int, batch: int, draw: Draw) -> Any:
         """Hidden states before block `i`, whose weights are loaded → after it."""
-        return self._forward(x_BTD, self._state(draw, batch, i + 1))
+        state = self._state(draw, batch, i + 1)
+        return self._forward(x_BTD, self._context(x_BTD.shape[1]), state)
+
+    def load_norm(self, gain_D: np.ndarray, shift_D: np.ndarray) -> None:
+        """Make these weights the final norm's."""
+        self._norm.gamma.assign(gain_D)
+        self._norm.beta.assign(shift_D)
 
     def head(
         self,
         x_BTD: Any,
-        weights: Sequence[np.ndarray],
-        labels_BT: Any,
-        ignored_BT: Any,
+        read: ReadHead,
+        sums: HeadGradients | None,
+        labels_BT: np.ndarray,
+        ignored_BT: np.ndarray,
         scale: float,
-    ) -> HeadResult:
-        """Loss and gradients of the hidden states after the last block.
+    ) -> tuple[float, Any]:
+        """Loss of a batch, and the gradient of its hidden states after the last block.
+
+        The logits of some of the tokens are there at once, the head for a part of the vocabulary.
 
         Args:
-            x_BTD: the states.
-            weights: gain and bias of the final norm, the head's kernel (D, V) or the embedding
-                (V, D) that it is tied to, the head's bias.
+            x_BTD: the states; the final norm is loaded.
+            read: gives parts of the head.
+            sums: the gradients of norm and head are added to these, in place; None: they are not
+                computed.
             labels_BT: int32 token ids.
             ignored_BT: 1 on tokens that do not count, 0 elsewhere.
             scale: of the loss, for the gradients.
         """
-        gain_D, shift_D, *head = weights
-        self._norm.gamma.assign(gain_D)
-        self._norm.beta.assign(shift_D)
-        factor = tf.constant(scale, tf.float32)
-        loss, d_x_BTD, gradients = self._head(x_BTD, *head, labels_BT, ignored_BT, factor)
-        return HeadResult(float(loss), d_x_BTD, [g.numpy() for g in gradients])
+        h_ND = ops.reshape(self._normed(x_BTD), (-1, self._config.n_embd))
+        labels_N = labels_BT.reshape(-1)
+        ignored_N = np.asarray(ignored_BT, np.float32).reshape(-1)
+        count = max(float((1 - ignored_N).sum()), 1.0)
+        share = np.float32(scale) / self._accumulate / np.float32(count)
+        step = max(1, _LOGITS // self._config.vocab_size)
+        total, d_h = 0.0, []
+        for first in range(0, labels_N.size, step):
+            part = slice(first, first + step)
+            loss, d_h_CD = self._head_chunk(
+                h_ND[part], read, sums, labels_N[part], ignored_N[part], share / np.float32(scale)
+            )
+            total += loss
+            d_h.append(ops.cast(d_h_CD * share, self._dtype))
+        d_h_BTD = ops.reshape(ops.concatenate(d_h), x_BTD.shape)
+        d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, np.float32(scale))
+        for so_far, gradient in zip(sums[:2] if sums else (), of_norm, strict=False):
+            so_far += gradient.numpy()
+        return total / count, d_x_BTD
+
+    def _head_chunk(
+        self,
+        h_CD: Any,
+        read: ReadHead,
+        sums: HeadGradients | None,
+        labels_C: np.ndarray,
+        ignored_C: np.ndarray,
+        factor: np.float32,
+    ) -> tuple[float, np.ndarray]:
+        """The sum of the losses of some tokens, and its gradient of h; `factor` times those of
+        the head are added to `sums`, if there are any."""
+        loss = RunningLoss(labels_C)
+        logits: list[Any] = []
+        for start, stop in parts(self._config):
+            logits.append(self._logits(h_CD, *read(start, stop)))
+            loss.add(logits[-1].numpy(), 0, start)
+        log_sum_C = loss.log_sum_N.astype(np.float32)
+        d_h_CD = np.zeros(h_CD.shape, np.float32)
+        for start, stop in parts(self._config):
+            weight, _ = read(start, stop)
+            d_more_CD, *of_head = self._logits_back(
+                h_CD,
+                logits.pop(0),
+                log_sum_C,
+                labels_C - start,
+                1 - ignored_C,
+                weight,
+                sums is not None,
+            )
+            d_h_CD += d_more_CD.numpy()
+            if sums:
+                rows = slice(start, stop)
+                place = rows if self._head_rows else (slice(None), rows)
+                sums.weight[place] += of_head[0].numpy() * factor
+                sums.bias_V[rows] += of_head[1].numpy() * factor
+        return float(loss.sums(ignored_C).total), d_h_CD
 
     def backward(
         self, x_BTD: Any, d_out_BTD: Any, i: int, batch: int, draw: Draw, scale: float
     ) -> tuple[Any, list[np.ndarray]]:
         """From the gradient of what block `i` gave for `x_BTD`, that of `x_BTD`, and those of the
-        block's weights in their order; computes the block once more."""
+        block's weights (or adapters) in their order; computes the block once more."""
         state, factor = self._state(draw, batch, i + 1), tf.constant(scale, tf.float32)
-        d_x_BTD, gradients = self._backward(x_BTD, d_out_BTD, state, factor)
+        context = self._context(x_BTD.shape[1])
+        d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, factor)
         return d_x_BTD, [g.numpy() for g in gradients]
 
     def embed_backward(self, d_x_BTD: Any, batch: int, draw: Draw, scale: float) -> np.ndarray:
@@ -151,29 +243,64 @@ class StreamedTraining:
             x_BTD = self._run_embed(rows_BTD, state)
         return _unscaled(tape.gradient(x_BTD, rows_BTD, output_gradients=d_x_BTD), scale)
 
-    def _run_block(self, x_BTD, state):
+    def _run_block(self, x_BTD, context, state):
         self._seeds.state.assign(state)
-        T = x_BTD.shape[1]
-        return self._block(x_BTD, make_context(self._config, T, T), training=True)[0]
+        return self._block(x_BTD, context, training=True)[0]
 
-    def _run_block_back(self, x_BTD, d_out_BTD, state, scale):
-        weights = [w.value for w in self._weights]
+    def _run_block_back(self, x_BTD, context, d_out_BTD, state, scale):
+        weights = [w.value for w in self._trained]
         with tf.GradientTape() as tape:
             tape.watch(x_BTD)
-            out_BTD = self._run_block(x_BTD, state)
+            out_BTD = self._run_block(x_BTD, context, state)
         d_x_BTD, *gradients = tape.gradient(out_BTD, [x_BTD, *weights], output_gradients=d_out_BTD)
         return d_x_BTD, [_unscaled(g, scale) for g in gradients]
 
-    def _run_head(self, x_BTD, weight, bias_V, labels_BT, ignored_BT, scale):
-        sources = [x_BTD, self._norm.gamma.value, self._norm.beta.value, weight, bias_V]
+    def _run_norm_back(self, x_BTD, d_h_BTD, scale):
+        sources = [x_BTD, self._norm.gamma.value, self._norm.beta.value]
         with tf.GradientTape() as tape:
-            tape.watch([x_BTD, weight, bias_V])
-            kernel_DV = ops.transpose(weight) if self._config.tie_word_embeddings else weight
+            tape.watch(x_BTD)
             h_BTD = self._norm(x_BTD)
-            loss = head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training=True).mean
-            scaled = loss * (scale / self._accumulate)
-        d_x_BTD, *gradients = tape.gradient(scaled, sources)
-        return loss, d_x_BTD, [_unscaled(g, scale) for g in gradients]
+        d_x_BTD, *gradients = tape.gradient(h_BTD, sources, output_gradients=d_h_BTD)
+        return d_x_BTD, *(_unscaled(g, scale) for g in gradients)
+
+    def _kernel(self, weight):
+        """A part of the head's kernel (D, P) in the compute dtype."""
+        return ops.cast(ops.transpose(weight) if self._head_rows else weight, self._dtype)
+
+    def _run_logits(self, h_CD, weight, bias_P):
+        weight, bias_P = (ops.cast(x, "float32") for x in (weight, bias_P))
+        return ops.cast(ops.matmul(h_CD, self._kernel(weight)), "float32") + bias_P
+
+    def _run_logits_back(
+        self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight, of_head: bool
+    ):
+        """Gradients of the summed loss: by a part of the head of h, and of that part."""
+        is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
+        share_CP = ops.exp(logits_CP - log_sum_C[:, None])
+        # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
+        d_CP = (share_CP - ops.cast(is_label_CP, "float32")) * counted_C[:, None]
+        narrow_CP = ops.cast(d_CP, self._dtype)
+        kernel_PD = ops.transpose(self._kernel(ops.cast(weight, "float32")))
+        d_h_CD = ops.cast(ops.matmul(narrow_CP, kernel_PD), "float32")
+        if not of_head:
+            return (d_h_CD,)
+        d_kernel_DP = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CP), "float32")
+        d_weight = ops.transpose(d_kernel_DP) if self._head_rows else d_kernel_DP
+        return d_h_CD, d_weight, ops.sum(d_CP, axis=0)
+
+
+def _adapted(layers: Block, lora: Lora, config: GPTJConfig) -> Iterator[Any]:
+    """A and B of each kernel of a block that is adapted, in the table's order."""
+    for kernel in lora.rows(config):
+        if kernel.block == 0:
+            layer = adapted_layer(layers, kernel)
+            layer.enable_lora(lora.rank, lora.alpha)
+            yield layer.lora_kernel_a
+            yield layer.lora_kernel_b
+
+
+def _context(config: GPTJConfig, T: int) -> Context:
+    return make_context(config, T, T)
 
 
 def _unscaled(gradient: Any, scale: Any) -> Any:

@@ -50,13 +50,21 @@ def enable_lora(model: GPTJ, lora: Lora, seed: int) -> dict[Tensor, Any]:
     found: dict[Tensor, Any] = {}
     for n, (kernel, (a, b)) in enumerate(lora.rows(model.config).items()):
         assert kernel.block is not None, "only layers of blocks are adapted"
-        block = model.blocks[kernel.block]
-        *_, part, layer_name, _ = kernel.hf.split(".")
-        layer = getattr(getattr(block, part), layer_name)
-        first = keras.initializers.HeUniform(seed=(seed * 10_007 + n) % 2**31)
-        layer.enable_lora(lora.rank, lora.alpha, a_initializer=first)
+        layer = adapted_layer(model.blocks[kernel.block], kernel)
+        layer.enable_lora(lora.rank, lora.alpha, a_initializer=first_a(seed, n))
         found |= {a: layer.lora_kernel_a, b: layer.lora_kernel_b}
     return found
+
+
+def adapted_layer(block: Any, kernel: Tensor) -> Any:
+    """The dense layer of a block that has this kernel."""
+    *_, part, layer_name, _ = kernel.hf.split(".")
+    return getattr(getattr(block, part), layer_name)
+
+
+def first_a(seed: int, n: int) -> keras.Initializer:
+    """What A of the n-th adapted kernel begins with."""
+    return keras.initializers.HeUniform(seed=(seed * 10_007 + n) % 2**31)
 
 
 def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:

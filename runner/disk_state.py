@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +18,39 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.pipeline import Pipeline
+from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_model.config import GPTJConfig
-from gptj_model.source import TensorInfo, read_rows
+from gptj_model.source import TensorInfo, raw_bytes, read_rows
 from gptj_model.tensors import Scheme, Tensor, block, table
+from gptj_model.vocabulary import read_head
 from runner import checkpoints
+from runner.block_weights import read_ahead
 from runner.update_rule import UpdateRule
 
-#: Elements that are updated at once, but for a longer row: 8 MiB of each of weight, gradient and
-#: slots.
+#: Elements that are updated at once: 8 MiB of each of weight, gradient and slots.
 PIECE = 2**21
 #: The least size that a program of the update is compiled for; others are powers of two.
 _LEAST = 2**10
+#: Pieces that go around: one each is read, updated and written.
+_SLABS = 3
 
-Rows = Callable[[int, int], np.ndarray]
-"""Rows start:stop of an array in Keras' layout (elements, of a vector), float32."""
+Gradient = Callable[[int, np.ndarray], None]
+"""Fills a flat float32 array with consecutive elements of a gradient, in Keras' layout, from an
+element on."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows of one tensor that are updated at once."""
+    """Consecutive elements of one tensor that are updated at once."""
 
     tensor: Tensor
-    old: list[np.ndarray]
-    """Of the weight, then of its slots."""
-    gradient: np.ndarray | None
-    """None: the weight stays."""
+    size: int
+    memory: np.ndarray
+    parts: list[np.ndarray]
+    """Of the memory, float32: weight, slots and, if there is one, gradient; longer than the piece
+    where no program is compiled for its size."""
+    names: list[str]
+    """Of weight and slots."""
 
 
 class DiskState:
@@ -68,7 +74,7 @@ class DiskState:
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
         self._superseded: int | None = None
-        self._programs: dict[float, Any] = {}
+        self._programs: dict[tuple[int, float], Any] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -113,31 +119,30 @@ class DiskState:
         self._superseded = 0
 
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a weight; see `Rows`."""
+        """Rows start:stop (None: to the end) of any weight; see `BlockWeights`."""
         return read_rows(self.source, tensor.tf, start, stop)
+
+    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `BlockWeights`."""
+        weight_VD, bias_V = read_head(self._config, self.source, Scheme.TF, start, stop)
+        return weight_VD if self._config.tie_word_embeddings else weight_VD.T, bias_V
 
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
-        """Numbers of blocks whose weights were loaded; the next one's are read meanwhile.
+        """See `BlockWeights`."""
+        return read_ahead(lambda i: [self.rows(t) for t in self.of_block(i)], order, load)
 
-        Args:
-            order: of the blocks.
-            load: takes the weights of one, and does not keep the arrays.
-        """
-        numbers = list(order)
-        with ThreadPoolExecutor(1, "read") as reader:
-            coming = [reader.submit(self._block, i) for i in numbers[:1]]
-            for n, i in enumerate(numbers, start=1):
-                load(coming.pop().result())
-                coming += [reader.submit(self._block, j) for j in numbers[n : n + 1]]
-                yield i
-
-    def _block(self, i: int) -> list[np.ndarray]:
-        return [self.rows(t) for t in block(self._config, i)]
+    def of_block(self, i: int) -> Sequence[Tensor]:
+        """See `BlockWeights`."""
+        return block(self._config, i)
 
     def update(
-        self, work: Iterable[tuple[Tensor, Rows | None]], norm: float, rate: float, correction: Any
+        self,
+        work: Iterable[tuple[Tensor, Gradient | None]],
+        norm: float,
+        rate: float,
+        correction: Any,
     ) -> None:
         """Write tensors and their slots into the draft of the next state.
 
@@ -153,11 +158,14 @@ class DiskState:
             self._draft = checkpoints.Draft(self._model_dir, infos)
         scalars = [tf.constant(x, tf.float32) for x in (norm, rate, correction)]
         with Pipeline() as pipeline:
-            read = pipeline.ahead(self._read(work), depth=1)
+            parts = 2 + max((len(names) for names in self._slots.values()), default=0)
+            buffers = Buffers(pipeline, _SLABS, parts * PIECE * 4)
+            read = pipeline.ahead(self._read(work, buffers), depth=1)
             new = pipeline.ahead((self._updated(piece, scalars) for piece in read), depth=1)
-            for names, arrays in new:
-                for name, values in zip(names, arrays, strict=True):
-                    self._draft.append(name, values)
+            for piece in new:
+                for name, part in zip(piece.names, piece.parts, strict=False):
+                    self._draft.append(name, part[: piece.size])
+                buffers.give(piece.memory)
 
     def discard(self) -> None:
         """The update is not to be: the present state stays."""
@@ -187,59 +195,64 @@ class DiskState:
             self._source.close()
         self._source = None
 
-    def _read(self, work: Iterable[tuple[Tensor, Rows | None]]) -> Iterator[_Piece]:
+    def _read(
+        self, work: Iterable[tuple[Tensor, Gradient | None]], buffers: Buffers
+    ) -> Iterator[_Piece]:
         for tensor, gradient in work:
-            for start, stop in pieces(tensor):
-                old = [self.rows(tensor, start, stop)]
-                for name, fill in self._slots.get(tensor, {}).items():
-                    if self._has_slots:
-                        old.append(read_rows(self.source, name, start, stop))
+            slots = self._slots.get(tensor, {})
+            names = [tensor.tf, *slots]
+            for start, size in pieces(tensor):
+                memory = buffers.take()
+                lanes = memory.view(np.float32).reshape(-1, PIECE)
+                parts = [lane[: _compiled_size(size)] for lane in lanes[: len(names) + 1]]
+                for name, part in zip(names, parts, strict=False):
+                    if name == tensor.tf or self._has_slots:
+                        self.source.read_into(name, 4 * start, raw_bytes(part[:size]))
                     else:
-                        old.append(np.full(old[0].shape, fill, np.float32))
-                yield _Piece(tensor, old, gradient and gradient(start, stop))
+                        part[:] = slots[name]
+                if gradient:
+                    gradient(start, parts[-1][:size])
+                else:
+                    del parts[-1]
+                yield _Piece(tensor, size, memory, parts, names)
 
-    def _updated(self, piece: _Piece, scalars: list) -> tuple[list[str], list[np.ndarray]]:
-        """Names and new parts of a weight and its slots."""
-        names = [piece.tensor.tf, *self._slots.get(piece.tensor, ())]
-        if piece.gradient is None:
-            return names, piece.old
-        size = piece.gradient.size
-        arrays = [_padded(x) for x in (piece.gradient, *piece.old)]
-        new = self._program(self._rule.decay(piece.tensor))(arrays, *scalars)
-        return names, [x.numpy()[:size] for x in new]
+    def _updated(self, piece: _Piece, scalars: list) -> _Piece:
+        """The piece, its weight and slots being the new ones."""
+        *old, gradient = piece.parts
+        if len(old) < len(piece.names):
+            return piece
+        program = self._program(gradient.size, self._rule.decay(piece.tensor))
+        new = program(gradient, old, *scalars)
+        for part, values in zip(old, new, strict=True):
+            np.copyto(part, values.numpy())
+        return piece
 
-    def _program(self, decay: float) -> Any:
-        """The update of one piece, compiled: gradient, weight and slots → weight and slots."""
-        if decay not in self._programs:
+    def _program(self, size: int, decay: float) -> Any:
+        """The update of a piece of a size, compiled: gradient, weight and slots → weight and
+        slots."""
+        if (size, decay) not in self._programs:
 
-            def run(arrays, norm, rate, correction):
-                gradient, w, *slots = arrays
+            def run(gradient, arrays, norm, rate, correction):
+                w, *slots = arrays
                 gradient = self._rule.clipped(gradient, norm)
                 if not slots:
                     return self._rule.take(gradient, [w], rate)
                 new = self._rule.take(gradient, slots, rate)
                 return [self._rule.move(w, new, rate, correction, decay), *new]
 
-            self._programs[decay] = tf.function(run, jit_compile=True, autograph=False)
-        return self._programs[decay]
+            self._programs[size, decay] = tf.function(run, jit_compile=True, autograph=False)
+        return self._programs[size, decay]
 
 
 def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """First row and the one after the last of each part of a tensor that is updated at once."""
-    rows, *rest = tensor.shape_in(Scheme.KERAS)
-    step = max(1, PIECE // math.prod(rest))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    """First element and number of each part of a tensor that is updated at once."""
+    for start in range(0, tensor.size, PIECE):
+        yield start, min(PIECE, tensor.size - start)
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
-    """Flat, of one of the few sizes that programs are compiled for."""
-    size = max(_LEAST, 2 ** math.ceil(math.log2(values.size)))
-    if size == values.size:
-        return values.reshape(-1)
-    flat = np.zeros(size, np.float32)
-    flat[: values.size] = values.reshape(-1)
-    return flat
+def _compiled_size(size: int) -> int:
+    """The least that is not smaller, of the few sizes that programs are compiled for."""
+    return min(PIECE, max(_LEAST, 2 ** math.ceil(math.log2(size))))
 
 
 def _info(tensor: Tensor) -> TensorInfo:

@@ -6,11 +6,12 @@ them what the run needs to go on: the kernels it began with, and the adapter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gptj_model.adapter import Lora
+from gptj_model.adapter import Lora, adapter_rows
 from gptj_model.model import GPTJ
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Tensor
@@ -27,57 +28,59 @@ def trained_weights(model: GPTJ, params: Params) -> tuple[Adapter | None, dict[T
         ConfigError: see `trained_rows`.
     """
     rows = trained_rows(model.config, params)
-    lora = params.model.lora
-    if lora is None:
-        found = variables(model)
+    found = variables(model)
+    if params.model.lora is None:
         return None, {t: found[t.hf] for t in rows}
-    adapter = Adapter(model, lora.lora, params)
-    return adapter, {t: adapter.variables[t] for t in rows}
+    lora = params.model.lora.lora
+    added = enable_lora(model, lora, initialization_seed(params))
+    adapter = Adapter(lora, {k: found[k.hf] for k in lora.rows(model.config)}, added)
+    return adapter, {t: added[t] for t in rows}
 
 
 class Adapter:
-    """The LoRA of a model, which it enables.
+    """A LoRA beside the kernels that it adapts, which may be anything that becomes an array.
 
     Args:
-        model: without one so far.
-        lora: which layers, and how.
-        params: of the run, for the seed.
+        lora: how they are adapted.
+        kernels: those that the run began with, by their rows.
+        variables: A and B by their rows.
     """
 
-    def __init__(self, model: GPTJ, lora: Lora, params: Params) -> None:
-        self._model = model
+    def __init__(
+        self, lora: Lora, kernels: Mapping[Tensor, Any], variables: Mapping[Tensor, Any]
+    ) -> None:
         self._lora = lora
         self._alpha = np.asarray(lora.alpha, np.float32)
-        self._rows = lora.rows(model.config)
-        self.variables = enable_lora(model, lora, initialization_seed(params))
-        """A and B by their rows."""
+        self._kernels = kernels
+        self._variables = variables
 
     def tensors(self) -> dict[str, Any]:
         """Merged kernels and all that is needed to go on, by TF name."""
-        kernels = variables(self._model)
         found: dict[str, Any] = {LORA_ALPHA: self._alpha}
-        for kernel, (a, b) in self._rows.items():
-            base, left, right = kernels[kernel.hf], self.variables[a], self.variables[b]
+        for kernel, base in self._kernels.items():
+            a, b = adapter_rows(kernel, self._lora.rank)
+            left, right = self._variables[a], self._variables[b]
             found[kernel.tf] = _Merged(self._lora, base, left, right)
-            found |= {_base_name(kernel): base, a.tf: left, b.tf: right}
+            found |= {base_name(kernel): base, a.tf: left, b.tf: right}
         return found
 
     def load(self, source: TensorSource) -> bool:
-        """Take base kernels and adapter from a checkpoint; False if it has no such adapter."""
-        kernels = variables(self._model)
-        wanted = self.variables | {k: kernels[k.hf] for k in self._rows}
-        names = {row: row.tf for row in self.variables} | {k: _base_name(k) for k in self._rows}
+        """Take A and B from a checkpoint; False if it has no such adapter, or not all of it."""
+        wanted = {row.tf: tuple(v.shape) for row, v in self._variables.items()}
+        wanted |= {base_name(k): tuple(v.shape) for k, v in self._kernels.items()}
         found = source.tensors
         if LORA_ALPHA not in found or read_tensor(source, LORA_ALPHA) != self._alpha:
             return False
-        if any(
-            names[row] not in found or found[names[row]].shape != tuple(variable.shape)
-            for row, variable in wanted.items()
-        ):
+        if any(n not in found or found[n].shape != shape for n, shape in wanted.items()):
             return False
-        for row, variable in wanted.items():
-            variable.assign(read_tensor(source, names[row]))
+        for row, variable in self._variables.items():
+            variable.assign(read_tensor(source, row.tf))
         return True
+
+    def load_kernels(self, source: TensorSource) -> None:
+        """Take the kernels that the run began with, which are variables here."""
+        for kernel, variable in self._kernels.items():
+            variable.assign(read_tensor(source, base_name(kernel)))
 
 
 class _Merged:
@@ -93,5 +96,6 @@ class _Merged:
         return self._merge()
 
 
-def _base_name(kernel: Tensor) -> str:
+def base_name(kernel: Tensor) -> str:
+    """What a checkpoint calls the kernel that a run began with."""
     return f"{kernel.tf}/{LORA_BASE}"

@@ -178,13 +178,14 @@ def plan_commands(sources: Sequence[Source], has: Machine, rates: Rates) -> Outl
     config = chosen.plan.config
     weights, logits = _verifications(chosen, has, rates)
     training, batch = _training(config, has, rates, taken=chosen.disk)
-    outlook.steps += [weights, logits, training]
-    outlook.advice = list(_advice(ways, chosen, weights, logits, training, has, batch))
+    streaming = _streaming(config, has, rates, taken=chosen.disk)
+    outlook.steps += [weights, logits, training, streaming]
+    outlook.advice = list(_advice(ways, chosen, weights, logits, training, streaming, has, batch))
     outlook.commands = [step.command for step in chosen.steps]
     outlook.commands += [s.command for s in (logits, weights) if s.fits][:1]
-    if "memory" not in training.short_of:
-        elsewhere = "" if training.fits else " --model-dir /on/another/disk/model_dir"
-        outlook.commands.append(training.command + elsewhere)
+    for step in [s for s in (training, streaming) if "memory" not in s.short_of][:1]:
+        elsewhere = "" if step.fits else " --model-dir /on/another/disk/model_dir"
+        outlook.commands.append(step.command + elsewhere)
     return outlook
 
 
@@ -241,6 +242,22 @@ def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> 
     return _judged(step, has, taken=taken), batch
 
 
+def _streaming(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> Step:
+    """Training with one block in memory, one sequence a step."""
+    length = config.n_positions
+    scratch = capacity.streamed_scratch(config, length, capacity.parameters(config))
+    step = Step(
+        f"gptj train --init-from {_CONVERTED}/ --execution streaming "
+        "--set train_input.batch_size=1",
+        capacity.streamed_training_memory(config, 1, length),
+        capacity.training_disk(config) + scratch,
+        # Every block is computed once more.
+        capacity.step_seconds(config, 1, rates) * 4 / 3,
+        per="a step",
+    )
+    return _judged(step, has, taken=taken)
+
+
 def _judged(step: Step, has: Machine, *, taken: int = 0) -> Step:
     """The step with what it is short of, on a disk where earlier steps take their space first."""
     short = []
@@ -257,6 +274,7 @@ def _advice(
     weights: Step,
     logits: Step,
     training: Step,
+    streaming: Step,
     has: Machine,
     batch: int,
 ) -> Iterator[str]:
@@ -283,13 +301,18 @@ def _advice(
     if not logits.fits:
         then = "only the weights are compared" if weights.fits else "verify on another machine"
         yield f"verify needs {logits.memory / 1e9:.1f} GB of memory, {memory}: {then}"
+    last = training
     if "memory" in training.short_of:
+        last = streaming
+        instead = f"with --execution streaming {streaming.memory / 1e9:.1f} GB are enough"
+        if "memory" in streaming.short_of:
+            instead = f"it takes another machine; {instead}"
         yield (
             f"training needs {training.memory / 1e9:.1f} GB of memory with a batch of {batch}, "
-            f"{memory}: it takes another machine"
+            f"{memory}: {instead}"
         )
-    if "disk" in training.short_of:
+    if "disk" in last.short_of:
         yield (
-            f"checkpoints of training take {training.disk / 1e9:.1f} GB of disk, {disk}, some of "
+            f"checkpoints of training take {last.disk / 1e9:.1f} GB of disk, {disk}, some of "
             "it needed before: put --model-dir on another disk"
         )

@@ -65,8 +65,10 @@ class ResidentExecutor:
 
     def load_state(self, source: TensorSource, step: int) -> str | None:
         """See `Executor`."""
-        if self._adapter and not self._adapter.load(source):
-            return "no such adapter: it begins anew"
+        if self._adapter:
+            if not self._adapter.load(source):
+                return "no such adapter: it begins anew"
+            self._adapter.load_kernels(source)
         if not self._optimizer.load(source, step):
             return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
         return None

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from runner.params import Params
 from runner.params_file import reconcile
 from runner.resident_executor import ResidentExecutor
 from runner.schedules import learning_rate
+from runner.streamed_adapter import StreamedAdapterExecutor
 from runner.streamed_executor import StreamedExecutor
 
 
@@ -74,6 +76,7 @@ class Run:
         self.skipped = 0
         """Steps that gave no update: the data are further on than `step` by so many."""
         self._warn = warn
+        self._files = ExitStack()
         model = params.model
         self.seed = model.dropout_seed or params.runconfig.tf_random_seed or 0
         refuse_cs_system(params)
@@ -92,7 +95,7 @@ class Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.executor.close()
+        self._files.close()
 
     def save(self, *, stays: bool = True) -> Saved:
         """Write a checkpoint of the present step; see `Executor.save`.
@@ -115,6 +118,7 @@ class Run:
     def _build(self, config: GPTJConfig) -> None:
         self.config = config
         self.executor = _executor(config, self.params, self.model_dir, self.workers)
+        self._files.callback(self.executor.close)
         self.scale = loss_scale(self.params.optimizer)
 
     def _continue(self, strict: bool) -> None:
@@ -123,23 +127,25 @@ class Run:
         # A run of the reference has only its params.yaml.
         config = GPTJConfig.from_file(path) if path.is_file() else self.params.config
         found = Checkpoint(source.prefix, Scheme.TF, config, source, tuple(source.files))
-        with found as checkpoint:
-            match(checkpoint)
-            self._build(reconcile(self.params, config, source.prefix))
-            self.executor.load(source, Scheme.TF)
-            self._load_state(source, step)
+        checkpoint = self._files.enter_context(found)
+        match(checkpoint)
+        self._build(reconcile(self.params, config, source.prefix))
+        self.executor.load(source, Scheme.TF)
+        self._load_state(source, step)
 
     def _begin(self, init_from: Path, weights_only: bool) -> None:
-        with open_checkpoint(init_from, with_optimizer=not weights_only) as checkpoint:
-            match(checkpoint)
-            state = None if weights_only else self._state_in(checkpoint)
-            self._build(reconcile(self.params, checkpoint.config, init_from))
-            self._keep_config(checkpoint.config)
-            for path in () if self.workers.index else checkpoint.companions:
-                write_whole(self.model_dir / path.name, path.read_bytes())
-            self.executor.load(checkpoint.source, checkpoint.scheme)
-            if state:
-                self._load_state(state, stored_step(state))
+        # A streamed model may be read from there as long as the run goes on.
+        found = open_checkpoint(init_from, with_optimizer=not weights_only)
+        checkpoint = self._files.enter_context(found)
+        match(checkpoint)
+        state = None if weights_only else self._state_in(checkpoint)
+        self._build(reconcile(self.params, checkpoint.config, init_from))
+        self._keep_config(checkpoint.config)
+        for path in () if self.workers.index else checkpoint.companions:
+            write_whole(self.model_dir / path.name, path.read_bytes())
+        self.executor.load(checkpoint.source, checkpoint.scheme)
+        if state:
+            self._load_state(state, stored_step(state))
 
     def _state_in(self, checkpoint: Checkpoint) -> TensorSource | None:
         """What else than weights a checkpoint holds, by TensorFlow's names."""
@@ -191,6 +197,8 @@ def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Work
             hint="several workers hold the whole model each: "
             "--set runconfig.execution=resident, or start one",
         )
+    if params.model.lora:
+        return StreamedAdapterExecutor(config, params, model_dir)
     return StreamedExecutor(config, params, model_dir)
 
 

@@ -195,15 +195,14 @@ class BundleWriter:
 
     def __init__(self, prefix: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._prefix = prefix
-        layout = bundle_layout(prefix.name, tensors)
-        (data,) = layout.files
-        self.tensors = dict(layout.tensors)
+        # Large ones first: they begin where a device takes them directly.
+        self.tensors = dict(sorted(tensors.items(), key=lambda t: -t[1].nbytes))
         """What it will hold, in the order of the file."""
-        self._begins = {str(name): begin for name, begin, _ in layout.spans(data)}
-        self._written = dict.fromkeys(self._begins, 0)
-        self._checksums = dict.fromkeys(self._begins, 0)
-        self._end = layout.size(data)
-        self._output = OutputFile(prefix.with_name(data.name), self._end)
+        *begins, self._end = accumulate((t.nbytes for t in self.tensors.values()), initial=0)
+        self._begins = dict(zip(self.tensors, begins, strict=True))
+        self._written = dict.fromkeys(self.tensors, 0)
+        self._checksums = dict.fromkeys(self.tensors, 0)
+        self._output = OutputFile(data_path(prefix), self._end)
 
     def append(self, name: str, values: np.ndarray) -> None:
         """Write what follows of a tensor: any number of its elements, in its dtype."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gptj_convert.formats.ranged_file import ALIGNMENT
+from gptj_convert.formats.ranged_file import ALIGNMENT, bounce_memory
 from gptj_model.errors import FileFault
 
 #: Errors that mean: no more space, on the disk, in the quota, or under a limit.
@@ -54,17 +54,23 @@ class OutputFile:
     def _write_directly(self, offset: int, data: memoryview) -> int:
         """Write what may go directly; returns how many bytes did."""
         whole = len(data) // ALIGNMENT * ALIGNMENT
-        if self._direct < 0 or offset % ALIGNMENT:
+        if self._direct < 0 or offset % ALIGNMENT or not whole:
             return 0
+        # Copying to aligned memory costs a tenth of what the page cache does.
+        bounce = None if _address(data) % ALIGNMENT == 0 else bounce_memory()
         done = 0
         try:
             while done < whole:
-                written = os.pwrite(self._direct, data[done:whole], offset + done)
+                part = data[done:whole]
+                if bounce:
+                    part = bounce[: min(len(bounce), len(part))]
+                    part[:] = data[done : done + len(part)]
+                written = os.pwrite(self._direct, part, offset + done)
                 done += written
                 if written % ALIGNMENT:
                     break
         except OSError as e:
-            if e.errno != errno.EINVAL:  # memory that is not aligned, or a stricter device
+            if e.errno != errno.EINVAL:  # a device that wants a stricter alignment
                 raise
         return done
 
@@ -90,3 +96,9 @@ class OutputFile:
                 f"{self.path}: cannot be written: {e.strerror}",
                 hint="free some space and run it again" if e.errno in FULL else None,
             ) from None
+
+
+def _address(data: memoryview) -> int:
+    import numpy as np  # not where this module is read for its constants
+
+    return np.frombuffer(data, np.uint8).ctypes.data

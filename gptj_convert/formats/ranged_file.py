@@ -101,7 +101,7 @@ class RangedFile:
         """
         if self._direct < 0 or len(buffer) < _DIRECT_FROM:
             return os.preadv(self._fd, [buffer], offset)
-        bounce = _bounce_memory()
+        bounce = bounce_memory()
         skip = offset % ALIGNMENT
         try:
             got = os.preadv(self._direct, [bounce], offset - skip) - skip
@@ -147,8 +147,8 @@ def _is_resident(mincore: Any, fd: int, offset: int) -> bool:
     return bool(failed) or bool(answer.value & 1)
 
 
-def _bounce_memory() -> memoryview:
-    """Aligned memory of this thread, to read into directly."""
+def bounce_memory() -> memoryview:
+    """Aligned memory of this thread, for what goes to or from a device directly."""
     if not hasattr(_of_thread, "bounce"):
         _of_thread.bounce = memoryview(mmap.mmap(-1, _DIRECT_BYTES))
     return _of_thread.bounce

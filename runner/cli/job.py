@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import rich_click as click
 
 from runner.cli.errors import Exit
+from runner.cli.model_choice import EXECUTIONS
 from runner.cli.output import Output
 from runner.cli.training_display import training_display
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from runner.distribution import Cluster, Workers
     from runner.params import Params
     from runner.train import Run
+    from runner.training_plan import TrainingPlan
 
 MODES = ("train", "eval", "eval_all", "train_and_eval")
 
@@ -100,6 +102,77 @@ def _cluster(job: Job, params: Params) -> Cluster | None:
     return None
 
 
+def plan_job(output: Output, job: Job) -> dict[str, Any]:
+    """Say what training takes; nothing is loaded or written but a measurement's moment."""
+    from gptj_convert import machine
+    from gptj_convert.rates import measure
+    from runner import checkpoints
+
+    params = _params(job)
+    plan = _plan(job, params)
+    here = next(p for p in (job.model_dir, *job.model_dir.resolve().parents) if p.is_dir())
+    rates = measure(here)
+    missing = plan.missing_disk(len(checkpoints.steps(job.model_dir)))
+    seconds, free = plan.seconds(rates), machine.disk_free(here)
+    available = machine.memory_available()
+    output.data(f"execution  {plan.execution}")
+    output.data(f"memory     {plan.memory / 1e9:.2f} GB, {available / 1e9:.1f} GB available")
+    output.data(
+        f"disk       {plan.disk / 1e9:.2f} GB: {plan.states} × {plan.state / 1e9:.2f} GB of "
+        f"checkpoints, {plan.scratch / 1e9:.2f} GB while a step goes on; {free / 1e9:.1f} GB free"
+    )
+    output.data(
+        f"a step     {plan.read / 1e9:.2f} GB read, {plan.written / 1e9:.2f} GB written, "
+        f"{plan.flops / 1e12:.3g} TFLOP, about {seconds:.0f} s"
+    )
+    return {
+        "execution": plan.execution,
+        "planned_rss_bytes": plan.memory,
+        "disk_bytes": plan.disk,
+        "read_bytes": plan.read,
+        "written_bytes": plan.written,
+        "flops": round(plan.flops),
+        "seconds_per_step": round(seconds, 3),
+        "fits": plan.memory <= available and missing <= free,
+    }
+
+
+def _plan(job: Job, params: Params) -> TrainingPlan:
+    from gptj_convert.checkpoint import open_checkpoint
+    from runner import checkpoints
+    from runner.params_file import reconcile
+    from runner.training_plan import plan_training
+
+    steps = checkpoints.steps(job.model_dir)
+    begin = checkpoints.prefix(job.model_dir, steps[-1]) if steps else None
+    begin = begin or job.init_from or job.checkpoint_path or _path(params.runconfig.checkpoint_path)
+    if begin is None:
+        return plan_training(params.config, params)
+    with open_checkpoint(begin) as checkpoint:
+        return plan_training(reconcile(params, checkpoint.config, begin), params)
+
+
+def _refuse_a_full_disk(job: Job, params: Params) -> None:
+    """Before hours of work rather than after.
+
+    Raises:
+        FileFault: the disk lacks space for what the run keeps there.
+    """
+    from gptj_convert import machine
+    from gptj_model.errors import FileFault
+    from runner import checkpoints
+
+    plan = _plan(job, params)
+    needed = plan.missing_disk(len(checkpoints.steps(job.model_dir)))
+    if needed > (free := machine.disk_free(job.model_dir)):
+        raise FileFault(
+            f"{job.model_dir}: the run needs {needed / 1e9:.2f} GB of disk for {plan.states} "
+            f"checkpoints and what a step keeps, {free / 1e9:.2f} GB are free",
+            hint="name a --model-dir on another disk, or keep fewer with "
+            "`--set runconfig.keep_checkpoint_max=1`",
+        )
+
+
 def _path(name: str | None) -> Path | None:
     return Path(name) if name else None
 
@@ -120,6 +193,8 @@ def _train(
     with ExitStack() as stack:
         if not workers.index:
             stack.enter_context(locked(job.model_dir))
+        if params.runconfig.execution == EXECUTIONS[1]:
+            _refuse_a_full_disk(job, params)
         stack.enter_context(stop)
         stack.enter_context(tf.device(params.runconfig.device))
         run = training.Run(
@@ -235,7 +310,10 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     from runner.data.records import check_records, find_records
     from runner.params_file import reconcile
     from runner.trained import trained_rows
+    from runner.training_plan import plan_training
 
+    if job.only == "compile" and params.runconfig.execution == EXECUTIONS[1]:
+        raise click.UsageError("--compile-only compiles the step of a resident run")
     config = params.config
     section = params.train_input if job.mode == "train" else params.eval_input
     if section is None:
@@ -256,7 +334,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
         "parameters": capacity.parameters(config),
         "trained_parameters": sum(t.size for t in trained),
         "flops_per_batch": round(flops),
-        "planned_rss_bytes": capacity.training_memory(config, section.batch_size, trained),
+        "planned_rss_bytes": plan_training(config, params).memory,
     }
     if job.only == "compile":
         fields |= _compile(output, job, params, begin)

@@ -9,7 +9,7 @@ import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.cs_job import run_on_cs
-from runner.cli.job import MODES, Job, run_job
+from runner.cli.job import MODES, Job, plan_job, run_job
 from runner.cli.model_choice import DEFAULT_MODEL_DIR, EXECUTIONS
 from runner.cli.output import Output
 from runner.cs_target import Target
@@ -47,7 +47,12 @@ from runner.cs_target import Target
     "[csx if an address is given]",
 )
 @click.option("--run-py", type=PATH, help="The reference's run.py, for --target legacy.")
-@click.option("--dry-run", is_flag=True, help="Only say what a CS system's client is called with.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only say what memory, disk and time it takes; or what a CS system's client is called "
+    "with.",
+)
 def train(
     output: Output,
     init_from: Path | None,
@@ -96,8 +101,10 @@ def train(
             ),
             dry_run=dry_run,
         )
-    if dry_run or run_py:
-        raise click.UsageError("--dry-run and --run-py go with --cs-ip or --target")
+    if run_py:
+        raise click.UsageError("--run-py goes with --cs-ip or --target")
+    if dry_run and (validate_only or compile_only):
+        raise click.UsageError("--dry-run, --validate-only and --compile-only exclude each other")
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
@@ -116,4 +123,4 @@ def train(
         workers=workers,
         only="validate" if validate_only else "compile" if compile_only else None,
     )
-    return run_job(output, job)
+    return plan_job(output, job) if dry_run else run_job(output, job)

@@ -136,20 +136,42 @@ def _state() -> tuple[list[dict], dict[str, bytes]]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows], tensors
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_a_run_killed_at_every_call_ends_as_if_it_had_not_been(golden_run: Path):
-    program = ["-m", "runner.cli.root", *TRAIN]
+def _kill_and_go_on(program: list[str], count: int, lost: int) -> None:
+    """A run killed at some of its calls, each time from the beginning, ends as if it had not been.
+
+    Args:
+        program: of the run.
+        count: of calls.
+        lost: steps that a kill may undo, at most.
+    """
     assert _traced(program).returncode == 0  # what it compiles is there from now on
     shutil.rmtree("model_dir")
     assert _traced(program).returncode == 0
     whole, names = _state(), set(_content())
-    for kind, n in _calls():
+    calls = _calls()
+    for kind, n in calls[len(calls) // (count + 1) :: max(1, len(calls) // (count + 1))][:count]:
         shutil.rmtree("model_dir")
         done = _traced(program, f"{kind}:signal=KILL:when={n}")
+        logged = Path("model_dir/metrics.jsonl")
+        steps = len(logged.read_text().splitlines()) if logged.exists() else 0
+        kept = max(checkpoints.steps(Path("model_dir")), default=0)
+        assert steps - kept <= lost, f"{kind} {n}"
         again = subprocess.run([sys.executable, "-B", *program], capture_output=True, text=True)
         assert again.returncode == 0, f"{kind} {n}: {done.stderr} {again.stderr}"
         assert _state() == whole, f"{kind} {n}"
         assert {x for x in _content() if "tfevents" not in x} == {
             x for x in names if "tfevents" not in x
         }, f"{kind} {n}"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+def test_a_run_killed_at_every_call_ends_as_if_it_had_not_been(golden_run: Path):
+    _kill_and_go_on(["-m", "runner.cli.root", *TRAIN], 10**9, lost=2)
+
+
+@pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+@pytest.mark.parametrize("count", [1, pytest.param(60, marks=pytest.mark.full)])
+def test_a_streamed_run_that_is_killed_loses_a_step_at_most(golden_run: Path, count: int):
+    streamed = ("--execution", "streaming")
+    _kill_and_go_on(["-m", "runner.cli.root", *TRAIN, *streamed], count, lost=1)

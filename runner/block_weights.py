@@ -1,0 +1,53 @@
+"""Where a streamed step takes its weights from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from gptj_model.tensors import Tensor
+
+
+class BlockWeights(Protocol):
+    """Weights that are read when they are needed, in Keras' layout."""
+
+    def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start:stop (None: to the end) of the embedding, or a vector, in float32."""
+        ...
+
+    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `ReadHead`."""
+        ...
+
+    def blocks(
+        self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
+    ) -> Iterator[int]:
+        """Numbers of blocks whose weights were loaded; the next one's are read meanwhile.
+
+        Args:
+            order: of the blocks.
+            load: takes the weights of one, and does not keep the arrays.
+        """
+        ...
+
+    def of_block(self, i: int) -> Sequence[Tensor]:
+        """Rows of what the gradients of a block are of."""
+        ...
+
+
+def read_ahead(
+    read: Callable[[int], Sequence[np.ndarray]],
+    order: Iterable[int],
+    load: Callable[[Sequence[np.ndarray]], None],
+) -> Iterator[int]:
+    """See `BlockWeights.blocks`; `read` gives the weights of a block, in a thread."""
+    numbers = list(order)
+    with ThreadPoolExecutor(1, "read") as reader:
+        coming = [reader.submit(read, i) for i in numbers[:1]]
+        for n, i in enumerate(numbers, start=1):
+            load(coming.pop().result())
+            coming += [reader.submit(read, j) for j in numbers[n : n + 1]]
+            yield i

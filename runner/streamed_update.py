@@ -1,0 +1,138 @@
+"""Gradients on their way into the next state of a run that is on the disk."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gptj_model.tensors import Tensor
+from runner.disk_state import DiskState, Gradient, pieces
+from runner.scratch import Scratch
+from runner.token_rows import TokenRows
+from runner.update_rule import UpdateRule
+
+#: Elements whose squares are summed in float32 before they are in float64.
+_SUMMED = 2**16
+
+
+class StreamedUpdate:
+    """One update, by gradients that come a few tensors at a time; taken in a thread of its own.
+
+    Without clipping by norm they go into the next state at once, which counts only if their norm
+    turns out finite; with it they are kept on the disk until the norm is known.
+
+    Args:
+        state: the present one.
+        rule: of the update.
+        scratch: where gradients wait.
+        worker: of one thread.
+        rate: of learning.
+        correction: see `BetaPowers`.
+    """
+
+    def __init__(
+        self,
+        state: DiskState,
+        rule: UpdateRule,
+        scratch: Scratch,
+        worker: ThreadPoolExecutor,
+        rate: float,
+        correction: Any,
+    ) -> None:
+        self._state = state
+        self._rule = rule
+        self._scratch = scratch
+        self._worker = worker
+        self._arguments = rate, correction
+        self._kept: dict[Tensor, Gradient] = {}
+        self._written: set[Tensor] = set()
+        self._squares = 0.0
+        self._running: Future[None] | None = None
+
+    def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
+        """See `Update`; returns once those before are done with."""
+        self._submit(self._run, gradients)
+
+    def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+        """See `Update`."""
+        self._submit(self._run_embedding, tensor, rows)
+
+    def wait(self) -> None:
+        """Return once what was taken is done with."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+    def finish(self) -> float:
+        """Write what is missing of the next state, if the norm is finite; returns the norm."""
+        self.wait()
+        with np.errstate(over="ignore"):
+            norm = float(np.sqrt(np.float32(self._squares)))
+        if not math.isfinite(norm):
+            self._state.discard()
+            return norm
+        rows = [t for t in self._state.tensors if t not in self._written]
+        self._state.update(((t, self._kept.get(t)) for t in rows), norm, *self._arguments)
+        return norm
+
+    def _submit(self, run: Any, *arguments: Any) -> None:
+        self.wait()
+        self._running = self._worker.submit(run, *arguments)
+
+    def _run(self, gradients: dict[Tensor, np.ndarray]) -> None:
+        while gradients:
+            tensor, gradient = gradients.popitem()
+            if tensor not in self._state.trained:
+                continue
+            if tensor == self._state.tensors[0]:
+                self._keep(tensor, gradient)
+                continue
+            self._squares += _squares(gradient)
+            if self._rule.clips_by_norm:
+                self._keep(tensor, gradient)
+            else:
+                self._write(tensor, partial(_fill, gradient.reshape(-1)))
+
+    def _run_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+        if tensor not in self._state.trained:
+            return
+        of_head = self._kept.get(tensor)
+        gradient = partial(_fill_sum, of_head, rows.fill) if of_head else rows.fill
+        for start, size in pieces(tensor):
+            values = np.empty(size, np.float32)
+            gradient(start, values)
+            self._squares += _squares(values)
+        if self._rule.clips_by_norm:
+            self._kept[tensor] = gradient
+        else:
+            self._write(tensor, gradient)
+
+    def _keep(self, tensor: Tensor, gradient: np.ndarray) -> None:
+        self._scratch.put(tensor.tf, gradient)
+        self._kept[tensor] = partial(self._scratch.fill, tensor.tf)
+
+    def _write(self, tensor: Tensor, gradient: Gradient) -> None:
+        self._state.update([(tensor, gradient)], 0.0, *self._arguments)
+        self._written.add(tensor)
+
+
+def _fill(flat: np.ndarray, start: int, values: np.ndarray) -> None:
+    values[:] = flat[start : start + values.size]
+
+
+def _fill_sum(one: Gradient, other: Gradient, start: int, values: np.ndarray) -> None:
+    one(start, values)
+    more = np.empty_like(values)
+    other(start, more)
+    values += more
+
+
+def _squares(values: np.ndarray) -> float:
+    """The sum of their squares; infinite or not a number if one of them is."""
+    flat = values.reshape(-1)
+    parts = (flat[n : n + _SUMMED] for n in range(0, flat.size, _SUMMED))
+    return sum(float(np.vdot(part, part)) for part in parts)
