@@ -115,21 +115,28 @@ def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) 
     return 4 * held + 16 * sum(t.size for t in trained) + 2 * 4 * max(t.size for t in rows)
 
 
-def sequence_activations(config: GPTJConfig) -> int:
-    """What one sequence of full length keeps for the gradients, in float32.
+def sequence_activations(config: GPTJConfig, length: int | None = None) -> int:
+    """What one sequence keeps for the gradients, in float32; None: one of full length.
 
     A block keeps 8.5 arrays of T × D and 2 of T × F, three of H × T × T (scores, their softmax,
     its product with dropout); the head three of T × V (logits, their softmax, the gradient).
     """
-    T = config.n_positions
+    T = length or config.n_positions
     per_block = T * (34 * config.n_embd + 8 * config.ffn_dim) + 12 * config.n_head * T * T
     return config.n_layer * per_block + 12 * T * config.vocab_size
 
 
-def training_memory(config: GPTJConfig, batch: int, trained: Sequence[Tensor] | None = None) -> int:
-    """Peak of `gptj train` with so many sequences a step; see `training_state`."""
+def training_memory(
+    config: GPTJConfig,
+    batch: int,
+    trained: Sequence[Tensor] | None = None,
+    *,
+    length: int | None = None,
+) -> int:
+    """Peak of `gptj train` with so many sequences a step, of so many tokens or of full length; see
+    `training_state`."""
     state = training_state(config, trained)
-    return _TENSORFLOW + _COMPILER + state + batch * sequence_activations(config)
+    return _TENSORFLOW + _COMPILER + state + batch * sequence_activations(config, length)
 
 
 def training_disk(config: GPTJConfig) -> int:

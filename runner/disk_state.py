@@ -221,15 +221,15 @@ class DiskState:
         *old, gradient = piece.parts
         if len(old) < len(piece.names):
             return piece
-        program = self._program(gradient.size, self._rule.decay(piece.tensor))
+        program = self._program(gradient.size, self._rule.decay(piece.tensor), len(old))
         new = program(gradient, old, *scalars)
         for part, values in zip(old, new, strict=True):
             np.copyto(part, values.numpy())
         return piece
 
-    def _program(self, size: int, decay: float) -> Any:
-        """The update of a piece of a size, compiled: gradient, weight and slots → weight and
-        slots."""
+    def _program(self, size: int, decay: float, arrays: int) -> Any:
+        """The update of a piece of a size, compiled: gradient, weight and slots, of which there
+        are so many → weight and slots."""
         if (size, decay) not in self._programs:
 
             def run(gradient, arrays, norm, rate, correction):
@@ -240,7 +240,11 @@ class DiskState:
                 new = self._rule.take(gradient, slots, rate)
                 return [self._rule.move(w, new, rate, correction, decay), *new]
 
-            self._programs[size, decay] = tf.function(run, jit_compile=True, autograph=False)
+            values, scalar = tf.TensorSpec([size]), tf.TensorSpec([])
+            function: Any = tf.function(run, jit_compile=True, autograph=False)
+            self._programs[size, decay] = function.get_concrete_function(
+                values, [values] * arrays, scalar, scalar, scalar
+            )
         return self._programs[size, decay]
 
 

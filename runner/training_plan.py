@@ -70,7 +70,7 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
     if params.runconfig.execution == "resident":
         return TrainingPlan(
             execution="resident",
-            memory=capacity.training_memory(config, batch, rows),
+            memory=capacity.training_memory(config, batch, rows, length=length),
             state=state,
             states=keep + 1,
             scratch=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -25,8 +26,10 @@ def _run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    source = shutil.copytree(REPOSITORY, out / "source", ignore=ignored)
     build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out)
-    done = _run(*build, REPOSITORY, cwd=out)
+    done = _run(*build, source, cwd=out)
     assert done.returncode == 0, done.stderr
     (found,) = out.glob("*.whl")
     return found
