@@ -22,6 +22,7 @@ from gptj_convert.options import (
 )
 from runner.cli.command import PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
+from runner.cli.errors import Terminated
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
@@ -183,7 +184,8 @@ def convert(
                     if not isinstance(event, Result):
                         report(event.done, event.total, event.what)
         except BaseException as e:
-            if event and is_resumable(out):
+            stopped = isinstance(e, KeyboardInterrupt | Terminated)
+            if (event or stopped) and is_resumable(out):
                 e.add_note("what is done is kept: the same command with --resume goes on")
             raise
     assert isinstance(event, Result), "the last event"

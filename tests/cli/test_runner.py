@@ -102,8 +102,8 @@ def test_rehearsals_read_everything_and_train_nothing(golden_run: Path, run_py):
 def test_refusals(golden_run: Path, run_py):
     assert run_py("--mode", "train").code == 2
     done = run_py(*TRAIN, "md", "--cs_ip", "10.0.0.1")
-    assert done.code == 2
-    assert "--checkpoint_path" in done.stderr
+    assert done.code == 1
+    assert "cszoo is not on PATH" in done.stderr
 
 
 def test_it_runs_as_a_file_and_as_a_module():

@@ -105,18 +105,23 @@ def test_is_read_back_by_itself_and_by_tensorflow(tmp_path, content):
 
 @settings(on_one_path, max_examples=50)
 @given(contents)
-def test_a_streamed_bundle_is_the_one_written_from_memory(tmp_path, content):
-    prefix = remove(tmp_path / "m.ckpt")
-    write_bundle(prefix, content)
+def test_a_streamed_bundle_is_read_back_by_itself_and_by_tensorflow(tmp_path, content):
+    prefix = remove(tmp_path / "s.ckpt")
+    write_streamed(prefix, content)
+    assert_reads(prefix, content)
+    assert_tensorflow_reads(prefix, content)
+    names = sorted(content, key=str.encode)
+    assert data_path(prefix).read_bytes() == b"".join(content[n].tobytes() for n in names)
+
+
+def write_streamed(prefix: Path, content: Mapping[str, np.ndarray]) -> None:
+    """Write as a conversion does, in the order of TensorFlow."""
     layout = bundle_layout(
-        "s.ckpt", {n: TensorInfo(a.dtype.name, a.shape) for n, a in content.items()}
+        prefix.name, {n: TensorInfo(a.dtype.name, a.shape) for n, a in content.items()}
     )
-    remove(tmp_path / "s.ckpt")
-    checksums = write(layout, tmp_path, content)
-    (file,) = layout.files
-    assert (tmp_path / file.name).read_bytes() == data_path(prefix).read_bytes()
-    (index,) = layout.index(checksums).values()
-    assert index == index_path(prefix).read_bytes()
+    checksums = write(layout, prefix.parent, content)
+    for name, data in layout.index(checksums).items():
+        prefix.with_name(name).write_bytes(data)
 
 
 @on_one_path
@@ -160,7 +165,7 @@ def test_an_index_of_several_blocks(tmp_path, count):
 
 def test_a_block_of_the_index_is_the_one_tensorflow_writes(tmp_path):
     content = {n: a for n, a in many(60).items() if a.size}
-    write_bundle(tmp_path / "ours", content)
+    write_streamed(tmp_path / "ours", content)
     save_by_tensorflow(tmp_path / "theirs", content)
     ours, theirs = (index_path(tmp_path / n).read_bytes() for n in ("ours", "theirs"))
     restarts = struct.pack("<I", 3) + b"\0"  # Of 46 entries; a checksum follows.
