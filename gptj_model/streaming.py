@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Head, layer_norm
 from gptj_model.loss import RunningLoss, TokenLoss
@@ -21,7 +22,7 @@ from gptj_model.observation import observing
 from gptj_model.source import TensorSource, read_rows
 from gptj_model.tensors import Scheme, block, embedding, head
 from gptj_model.vocabulary import parts, read_head
-from gptj_model.weights import assign, assigned_variables
+from gptj_model.weights import assign, assigned_variables, read_values
 
 Cache = tuple[Any, Any]
 """Keys and values of one block, (B, H, S, K) each."""
@@ -30,8 +31,8 @@ Cache = tuple[Any, Any]
 class StreamedModel:
     """The stages of a forward pass in float32, each with numpy arrays in and out.
 
-    Call `embed` for every input, then for each block `load_block` once and `run_block` for every
-    state, `drop_block`, then `final_norm` and `logits` once for all states.
+    Call `embed` for every input, then for each of `blocks` `run_block` for every state,
+    `drop_block`, then `final_norm` and `logits` once for all states.
     """
 
     def __init__(self, config: GPTJConfig, source: TensorSource, scheme: Scheme) -> None:
@@ -50,11 +51,23 @@ class StreamedModel:
         rows = [read_rows(self.source, name, int(i), int(i) + 1)[0] for i in unique]
         return np.stack(rows).astype(np.float32)[where.reshape(ids_BT.shape)]
 
+    def blocks(self) -> Iterator[int]:
+        """Make each block in turn the resident one; the next one is read meanwhile."""
+        return blocks_ahead(self._read_block, range(self.config.n_layer), self._load)
+
     def load_block(self, i: int) -> None:
         """Make block `i` the resident one."""
-        self._resident = i
-        for name, tensor in zip(self._variables, block(self.config, i), strict=True):
-            assign(self._variables[name], tensor, self.source, self._scheme)
+        self._load(self._read_block(i))
+
+    def _read_block(self, i: int) -> tuple[int, list[np.ndarray]]:
+        """Its number, and its weights as they are computed with."""
+        rows = block(self.config, i)
+        return i, [read_values(t, self.source, self._scheme, "float32") for t in rows]
+
+    def _load(self, weights: tuple[int, list[np.ndarray]]) -> None:
+        self._resident, values = weights
+        for variable, value in zip(self._variables.values(), values, strict=True):
+            variable.assign(value)
 
     @property
     def _variables(self) -> dict[str, Any]:

@@ -90,8 +90,7 @@ class StreamedEvaluator:
         states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
         B, T = states[0].shape[:2]
         positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        for i in range(model.config.n_layer):
-            model.load_block(i)
+        for _ in model.blocks():
             states = [model.run_block(x, positions_BT[: len(x)]) for x in states]
         model.drop_block()
         return model.losses(model.final_norm(states), [batch[1:] for batch in group])
