@@ -13,6 +13,7 @@ from gptj_convert.panels import CONVERTED_STRIPS, PANEL_BYTES, STRIPS, strip_siz
 from gptj_convert.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
+from gptj_model.kept import NOTHING_KEPT, Kept
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import EMBEDDING, Op, Tensor, block, table
 from gptj_model.vocabulary import PART
@@ -122,8 +123,12 @@ def sequence_activations(config: GPTJConfig, length: int | None = None) -> int:
     its product with dropout); the head three of T × V (logits, their softmax, the gradient).
     """
     T = length or config.n_positions
-    per_block = T * (34 * config.n_embd + 8 * config.ffn_dim) + 12 * config.n_head * T * T
-    return config.n_layer * per_block + 12 * T * config.vocab_size
+    return T * (config.n_layer * _activations(config, T) + 12 * config.vocab_size)
+
+
+def _activations(config: GPTJConfig, length: int) -> int:
+    """What a block computes for one token of a sequence of this length, in float32."""
+    return 34 * config.n_embd + 8 * config.ffn_dim + 12 * config.n_head * length
 
 
 def training_memory(
@@ -157,13 +162,60 @@ def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int
         length: of a sequence, in tokens.
     """
     one_block = 4 * sum(t.size for t in block(config, 0))
-    per_token = 34 * config.n_embd + 8 * config.ffn_dim + 12 * config.n_head * length
     # What is computed backwards: the factor is measured at the 6B's width.
-    backwards = 4 * one_block + round(1.4 * batch * length * per_token)
+    backwards = 4 * one_block + round(1.4 * batch * length * _activations(config, length))
     vocabulary = 4 * config.vocab_size * config.n_embd
     logits = 2 * 4 * min(batch * length * config.vocab_size, 2**27)
     headwards = one_block + vocabulary + logits + 3 * 4 * PART * config.n_embd
     return _TENSORFLOW + _COMPILER + max(backwards, headwards)
+
+
+def streamed_memory(
+    config: GPTJConfig, *, batch: int, length: int, states: int, kept: Kept = NOTHING_KEPT
+) -> int:
+    """Peak of a forward pass that brings blocks from the disk, which their number alone does not
+    change.
+
+    While a block computes its weights are there, and those of the next one, which are read and
+    laid out; or a part of the head. The factors are measured at the 6B's width.
+
+    Args:
+        config: of the model.
+        batch: sequences that are computed together.
+        length: of a sequence, in tokens.
+        states: bytes of what lasts from block to block: hidden states, or the caches.
+        kept: what stays in memory beside.
+    """
+    one_block = 4 * sum(t.size for t in block(config, 0))
+    computing = batch * length * _activations(config, length)
+    computing += 2 * 4 * length * min(PART, config.vocab_size)
+    staying = kept.blocks * one_block + kept.head * _head_bytes(config)
+    return _TENSORFLOW + 3 * one_block + computing + states + staying
+
+
+def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:
+    """What can stay in memory: the head first, which is not read ahead, then blocks.
+
+    Args:
+        budget: bytes that may be taken.
+        config: of the model.
+        least: what is taken if nothing stays, see `streamed_memory`; not more than the budget.
+    """
+    one_block = 4 * sum(t.size for t in block(config, 0))
+    room = budget - least
+    head = room >= _head_bytes(config)
+    room -= head * _head_bytes(config)
+    return Kept(blocks=min(config.n_layer, room // one_block), head=head)
+
+
+def cache_bytes(config: GPTJConfig, batch: int, length: int) -> int:
+    """Keys and values of every block, and of three more while one is computed; in float32."""
+    return (config.n_layer + 3) * 2 * 4 * batch * length * config.n_embd
+
+
+def _head_bytes(config: GPTJConfig) -> int:
+    """Its weight and bias in float32."""
+    return 4 * config.vocab_size * (config.n_embd + 1)
 
 
 def streamed_scratch(config: GPTJConfig, tokens: int, kept: int) -> int:

@@ -97,10 +97,9 @@ class StreamedDecoder:
     ) -> np.ndarray:
         """See `Decoder`."""
         x_BTD = self._model.embed(ids_BT)
-        for i, cache in enumerate(self._caches):
-            self._model.load_block(i)
+        for i in self._model.blocks():
             x_BTD, self._caches[i] = self._model.run_block_cached(
-                x_BTD, positions_BT, cache, self._start, visible_BS
+                x_BTD, positions_BT, self._caches[i], self._start, visible_BS
             )
         self._start += ids_BT.shape[1]
         (logits_BTV,) = self._model.logits(self._model.final_norm([x_BTD[:, -1:]]))

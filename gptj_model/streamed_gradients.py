@@ -77,12 +77,11 @@ class StreamedGradients(StreamedModel):
         """Of the hidden states and of the resident block's weights."""
         context = self._context(x_BTD, positions_BT, None)
         tensors = {t.hf: t for t in block(self.config, self._resident)}
-        variables = self._variables.values()
-        x = ops.convert_to_tensor(x_BTD)
+        sources = [ops.convert_to_tensor(x_BTD), *self._weights]
         with _tape() as tape:
-            tape.watch(x)
-            out, _ = self._block(x, context)
-        d_x, *d_weights = _pull(tape, out, [x, *(v.value for v in variables)], d_out_BTD)
+            tape.watch(sources)
+            out, _ = self._call(self._weights, sources[0], context)
+        d_x, *d_weights = _pull(tape, out, sources, d_out_BTD)
         found = {}
         for tensor, gradient in zip(tensors.values(), d_weights, strict=True):
             op: Op = tensor.op(Scheme.KERAS, Scheme.HF)

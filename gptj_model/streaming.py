@@ -5,23 +5,26 @@ Shape suffixes: B batch, T time, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
-from gptj_model.layers import Block, Head, layer_norm
+from gptj_model.kept import NOTHING_KEPT, Kept
+from gptj_model.layers import Block, Context, Head, layer_norm
 from gptj_model.loss import RunningLoss, TokenLoss
 from gptj_model.model import make_context
 from gptj_model.observation import observing
 from gptj_model.source import TensorSource, read_rows
 from gptj_model.tensors import Scheme, block, embedding, head
 from gptj_model.vocabulary import parts, read_head
-from gptj_model.weights import assign, assigned_variables
+from gptj_model.weights import assign, assigned_variables, read_values
 
 Cache = tuple[Any, Any]
 """Keys and values of one block, (B, H, S, K) each."""
@@ -30,18 +33,40 @@ Cache = tuple[Any, Any]
 class StreamedModel:
     """The stages of a forward pass in float32, each with numpy arrays in and out.
 
-    Call `embed` for every input, then for each block `load_block` once and `run_block` for every
-    state, `drop_block`, then `final_norm` and `logits` once for all states.
+    Args:
+        config: of the model.
+        source: of its weights, by the names of `scheme`.
+        scheme: see there.
+        kept: what stays in memory once it was read.
+
+    Call `embed` for every input, then for each of `blocks` `run_block` for every state,
+    `drop_block`, then `final_norm` and `logits` once for all states.
     """
 
-    def __init__(self, config: GPTJConfig, source: TensorSource, scheme: Scheme) -> None:
+    def __init__(
+        self,
+        config: GPTJConfig,
+        source: TensorSource,
+        scheme: Scheme,
+        *,
+        kept: Kept = NOTHING_KEPT,
+    ) -> None:
         self.config = config
         self.source = source
         self._scheme = scheme
+        self._kept = kept
         self._block = Block(config, keras.random.SeedGenerator(0), name="h_0")
         self._block.build((None, None, config.n_embd))
-        self._run = _compiled(self._block)
+        rows = {t.hf: t for t in block(config, 0)}
+        self._variables = list(assigned_variables(self._block, rows, prefix="").values())
+        self._run = _compiled(self._call)
         self._resident = -1
+        self._weights: list[Any] = []
+        self._kept_blocks: dict[int, list[Any]] = {}
+        # Layers refer to themselves, so that one for each reading would be freed late.
+        new_head = partial(_head_layer, config)
+        self._head_layer = new_head if kept.head else cache(new_head)
+        self._kept_head: dict[int, tuple[Callable[[Any], Any], tuple[Any, Any]]] = {}
 
     def embed(self, ids_BT: np.ndarray) -> np.ndarray:
         """Rows of the embedding, read one by one: (B, T, D)."""
@@ -50,17 +75,42 @@ class StreamedModel:
         rows = [read_rows(self.source, name, int(i), int(i) + 1)[0] for i in unique]
         return np.stack(rows).astype(np.float32)[where.reshape(ids_BT.shape)]
 
+    def blocks(self) -> Iterator[int]:
+        """Make each block in turn the resident one; the next one to read is read meanwhile."""
+        numbers = range(self.config.n_layer)
+        missing = [i for i in numbers if i not in self._kept_blocks]
+        loaded = blocks_ahead(self._read_block, missing, self._load)
+        for i in numbers:
+            if i in missing:
+                next(loaded)
+            else:
+                self._resident, self._weights = i, self._kept_blocks[i]
+            yield i
+
     def load_block(self, i: int) -> None:
         """Make block `i` the resident one."""
-        self._resident = i
-        for name, tensor in zip(self._variables, block(self.config, i), strict=True):
-            assign(self._variables[name], tensor, self.source, self._scheme)
+        self._load(self._read_block(i))
 
-    @property
-    def _variables(self) -> dict[str, Any]:
-        """The resident block's, by their HF names in block 0."""
-        rows = {t.hf: t for t in block(self.config, 0)}
-        return assigned_variables(self._block, rows, prefix="")
+    def _read_block(self, i: int) -> tuple[int, list[np.ndarray]]:
+        """Its number, and its weights as they are computed with."""
+        rows = block(self.config, i)
+        return i, [read_values(t, self.source, self._scheme, "float32") for t in rows]
+
+    def _load(self, weights: tuple[int, list[np.ndarray]]) -> None:
+        self._resident, values = weights
+        self._weights = []  # lets go of the last block's before these are there twice
+        if self._kept.keeps(self._resident, self.config.n_layer):
+            self._weights = [ops.convert_to_tensor(value) for value in values]
+            self._kept_blocks[self._resident] = self._weights
+            return
+        for variable, value in zip(self._variables, values, strict=True):
+            variable.assign(value)
+        self._weights = [variable.value for variable in self._variables]
+
+    def _call(self, weights: Sequence[Any], x_BTD, context: Context, cache: Cache | None = None):
+        """The block with these weights."""
+        with keras.StatelessScope(list(zip(self._variables, weights, strict=True))):
+            return self._block(x_BTD, context, cache)
 
     def run_block(
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
@@ -73,7 +123,8 @@ class StreamedModel:
             real_BT: False at padding, which no token sees; None: there is none.
         """
         context = self._context(x_BTD, positions_BT, real_BT)
-        return np.asarray(self._run(ops.convert_to_tensor(x_BTD), context))
+        out_BTD, _ = self._run(self._weights, ops.convert_to_tensor(x_BTD), context)
+        return np.asarray(out_BTD)
 
     def run_block_cached(
         self,
@@ -94,7 +145,7 @@ class StreamedModel:
         """
         T, S = x_BTD.shape[1], cache[0].shape[2]
         context = make_context(self.config, T, S, positions_BT, visible_BS, start)
-        out_BTD, cache = self._block(ops.convert_to_tensor(x_BTD), context, cache)
+        out_BTD, cache = self._call(self._weights, ops.convert_to_tensor(x_BTD), context, cache)
         return np.asarray(out_BTD), cache
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -108,12 +159,12 @@ class StreamedModel:
         """What each of `observation.OPERATIONS` of the resident block gives; see `run_block`."""
         context = self._context(x_BTD, positions_BT, real_BT)
         with observing() as seen:
-            self._block(ops.convert_to_tensor(x_BTD), context)
+            self._call(self._weights, ops.convert_to_tensor(x_BTD), context)
         return {name: np.asarray(value) for name, value in seen.items()}
 
     def drop_block(self) -> None:
         """Free the resident block's memory; none can be loaded again."""
-        del self._block, self._run
+        del self._block, self._run, self._variables, self._weights
 
     def final_norm(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Hidden states (B, T, D) after the last block, normed."""
@@ -162,11 +213,17 @@ class StreamedModel:
     def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         """The head as a function of normed hidden states, for tokens start:stop; and its weight,
         (D, V) or tied to the embedding (V, D), and bias."""
+        if start in self._kept_head:
+            return self._kept_head[start]
+        found = self._read_head(start, stop)
+        if self._kept.head:
+            self._kept_head[start] = found
+        return found
+
+    def _read_head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         weight_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
         weight_VD, bias_V = (x.astype(np.float32, copy=False) for x in (weight_VD, bias_V))
-        ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-        layer = Head(replace(self.config, vocab_size=stop - start, **ends), name="lm_head")
-        layer.build((None, None, self.config.n_embd))
+        layer = self._head_layer(stop - start)
         layer.bias.assign(bias_V)
         if layer.kernel is None:
             embeddings_VD = ops.convert_to_tensor(weight_VD)
@@ -179,14 +236,18 @@ class StreamedModel:
         return make_context(self.config, T, T, positions_BT.astype(np.int32), real_BT)
 
 
-def _compiled(layer: Block):
-    """The block as one function of (x, context), compiled where the backend is TensorFlow."""
+def _head_layer(config: GPTJConfig, size: int) -> Head:
+    """The head for so many tokens."""
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    layer = Head(replace(config, vocab_size=size, **ends), name="lm_head")
+    layer.build((None, None, config.n_embd))
+    return layer
 
-    def run(x_BTD, context):
-        return layer(x_BTD, context)[0]
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled where the backend is TensorFlow."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(run, reduce_retracing=True)
-    return run
+        return tf.function(function, reduce_retracing=True)
+    return function

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from gptj_model.adapter import Lora
 from gptj_model.dtypes import NUMPY
@@ -80,6 +81,10 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
 
 def assign(variable: Any, tensor: Tensor, source: TensorSource, scheme: Scheme) -> None:
     """Give one variable its values from a source, in Keras' layout."""
+    variable.assign(read_values(tensor, source, scheme, variable.dtype))
+
+
+def read_values(tensor: Tensor, source: TensorSource, scheme: Scheme, dtype: str) -> np.ndarray:
+    """A tensor of a source in Keras' layout and this dtype, contiguous."""
     values = read_tensor(source, tensor.name(scheme))
-    values = tensor.op(scheme, Scheme.KERAS)(values)
-    variable.assign(values.astype(NUMPY[variable.dtype], copy=False))
+    return np.ascontiguousarray(tensor.op(scheme, Scheme.KERAS)(values), NUMPY[dtype])

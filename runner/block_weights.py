@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -36,18 +35,3 @@ class BlockWeights(Protocol):
     def of_block(self, i: int) -> Sequence[Tensor]:
         """Rows of what the gradients of a block are of."""
         ...
-
-
-def read_ahead(
-    read: Callable[[int], Sequence[np.ndarray]],
-    order: Iterable[int],
-    load: Callable[[Sequence[np.ndarray]], None],
-) -> Iterator[int]:
-    """See `BlockWeights.blocks`; `read` gives the weights of a block, in a thread."""
-    numbers = list(order)
-    with ThreadPoolExecutor(1, "read") as reader:
-        coming = [reader.submit(read, i) for i in numbers[:1]]
-        for n, i in enumerate(numbers, start=1):
-            load(coming.pop().result())
-            coming += [reader.submit(read, j) for j in numbers[n : n + 1]]
-            yield i

@@ -19,12 +19,12 @@ import tensorflow as tf
 
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.source import TensorInfo, raw_bytes, read_rows
 from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from runner import checkpoints
-from runner.block_weights import read_ahead
 from runner.update_rule import UpdateRule
 
 #: Elements that are updated at once: 8 MiB of each of weight, gradient and slots.
@@ -131,7 +131,7 @@ class DiskState:
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return read_ahead(lambda i: [self.rows(t) for t in self.of_block(i)], order, load)
+        return blocks_ahead(lambda i: [self.rows(t) for t in self.of_block(i)], order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""

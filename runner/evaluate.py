@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import islice
 from typing import Protocol
 
@@ -24,7 +23,7 @@ PERPLEXITY = "eval/lm_perplexity"
 BITS_PER_BYTE = "eval/bits_per_byte"
 
 #: Bytes of hidden states that share one reading of the weights, if not told.
-_STATES = 10**9
+STATES = 10**9
 
 
 class Evaluator(Protocol):
@@ -58,43 +57,42 @@ class StreamedEvaluator:
     """A model that is read block by block, once for so many batches as fit beside it.
 
     Args:
-        model: see `StreamedModel`; made anew for each pass.
+        model: gives it as it is at an evaluation; see `StreamedModel`.
         memory: bytes that the hidden states of a pass may take.
     """
 
-    def __init__(self, model: Callable[[], StreamedModel], *, memory: int = _STATES) -> None:
+    def __init__(self, model: Callable[[], StreamedModel], *, memory: int = STATES) -> None:
         self._model = model
         self._memory = memory
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
         """See `Evaluator`."""
-        left = iter(batches)
-        while group := self._group(left):
-            yield from self._pass(group)
+        model, left = self._model(), iter(batches)
+        while group := self._group(left, model.config.n_embd):
+            yield from _pass(model, group)
 
-    def _group(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _group(self, batches: Iterator[Batch], width: int) -> list[Batch]:
         """The next batches whose states fit; at least one, if there is any."""
         found: list[Batch] = []
-        room = self._memory
-        while room > 0 and (batch := next(batches, None)) is not None:
+        room, size = self._memory, 0
+        while room >= size and (batch := next(batches, None)) is not None:
             found.append(batch)
-            room -= 4 * int(tf.size(batch[0])) * self._width
+            size = 4 * int(tf.size(batch[0])) * width
+            room -= size
         return found
 
-    @cached_property
-    def _width(self) -> int:
-        return self._model().config.n_embd
 
-    def _pass(self, group: Sequence[Batch]) -> list[TokenLoss]:
-        model = self._model()
-        states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
-        B, T = states[0].shape[:2]
-        positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        for i in range(model.config.n_layer):
-            model.load_block(i)
-            states = [model.run_block(x, positions_BT[: len(x)]) for x in states]
-        model.drop_block()
-        return model.losses(model.final_norm(states), [batch[1:] for batch in group])
+def _pass(model: StreamedModel, group: Sequence[Batch]) -> list[TokenLoss]:
+    """The losses of batches that share one reading of the weights."""
+    states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
+    B, T = states[0].shape[:2]
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    for _ in model.blocks():
+        for n, x_BTD in enumerate(states):
+            states[n] = model.run_block(x_BTD, positions_BT[: len(x_BTD)])
+    for n, x_BTD in enumerate(states):
+        (states[n],) = model.final_norm([x_BTD])
+    return model.losses(states, [batch[1:] for batch in group])
 
 
 def evaluate(

@@ -9,6 +9,7 @@ from pathlib import Path
 from gptj_convert.checkpoint import open_checkpoint
 from gptj_convert.plan import match
 from gptj_model.config import GPTJConfig
+from gptj_model.kept import Kept
 from gptj_model.model import GPTJ
 from gptj_model.streaming import StreamedModel
 from gptj_model.weights import load_weights
@@ -40,15 +41,26 @@ def load_model(
 
 
 @contextmanager
-def opened_model(path: Path, *, streamed: bool) -> Iterator[GPTJ | StreamedModel]:
+def opened_model(
+    path: Path, *, keep: Callable[[GPTJConfig], Kept] | None
+) -> Iterator[GPTJ | StreamedModel]:
     """A checkpoint as a model: loaded, or open to be read block by block.
+
+    Args:
+        path: see `load_model`.
+        keep: says what stays in memory of a model that is read block by block; None: it is loaded.
 
     Raises:
         GptjError: see `open_checkpoint` and `match`.
     """
-    if not streamed:
+    if keep is None:
         yield load_model(path)
         return
     with open_checkpoint(path) as checkpoint:
         match(checkpoint)
-        yield StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)
+        yield StreamedModel(
+            checkpoint.config,
+            checkpoint.source,
+            checkpoint.scheme,
+            kept=keep(checkpoint.config),
+        )

@@ -104,7 +104,12 @@ class TrainStep:
         with tf.GradientTape() as tape:
             loss = self._model.token_loss(ids_BT, labels_BT, ignored_BT, training=True).mean
             scaled = loss * (scale * share / self._accumulate)
+        masks = self._model.seeds.state
+        drawn = tf.identity(masks.value)
         gradients = tape.gradient(scaled, weights)
+        # A block that is computed again takes the generator back to its own masks, and the next
+        # batch must not begin there.
+        masks.assign(drawn)
         # The embedding's gradient comes as rows; the norm is that of the whole matrix.
         dense = [tf.convert_to_tensor(g) for g in gradients]
         return loss, [tf.cast(g, tf.float32) * (1 / scale) for g in dense]

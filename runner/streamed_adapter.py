@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from gptj_convert.panels import Strip
 from gptj_model.adapter import Lora
+from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.source import TensorSource, read_rows, read_tensor
@@ -20,7 +21,6 @@ from gptj_model.tensors import Op, Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from gptj_model.weights import first_a
 from runner import checkpoints
-from runner.block_weights import read_ahead
 from runner.data.input_fn import Batch
 from runner.evaluate import Evaluator
 from runner.executor import StepResult
@@ -175,7 +175,7 @@ class _FrozenModel:
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return read_ahead(self._block, order, load)
+        return blocks_ahead(self._block, order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""

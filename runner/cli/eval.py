@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
+from runner.cli.memory_budget import Load, MemoryBudget, execution_within, memory_option
 from runner.cli.model_choice import EXECUTIONS, default_model, params_for
 from runner.cli.output import Output
 from runner.cli.progress import progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     type=click.Choice(EXECUTIONS),
     help="The whole model in memory, or one block at a time.  [the YAML's]",
 )
+@memory_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
 @click.option(
     "--task",
@@ -83,6 +85,7 @@ def evaluate(
     params_file: Path | None,
     eval_steps: int | None,
     execution: str | None,
+    memory: int | None,
     settings: tuple[str, ...],
     task: str,
     sources: tuple[Path, ...],
@@ -104,20 +107,25 @@ def evaluate(
 
     model = model or default_model()
     if task == "summarization":
+        if memory is not None:
+            raise click.UsageError("--memory is of --task records and text")
         from runner.cli.eval_summaries import evaluate_summaries
 
         return evaluate_summaries(output, model, sources, **generation)
+    budget = MemoryBudget(output, memory)
     if task == "text":
-        streamed = execution == EXECUTIONS[1]
+        way = execution_within(memory, execution, lambda: EXECUTIONS[0])
+        streamed = budget if way == EXECUTIONS[1] else None
         return _evaluate_text(output, model, sources, window, stride, batch_size, streamed)
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
-    if execution is not None:
-        parsed["runconfig.execution"] = execution
+    if memory is not None or execution is not None:
+        way = execution_within(memory, execution, lambda: EXECUTIONS[0])
+        parsed["runconfig.execution"] = way
     with open_checkpoint(model) as checkpoint:
         params = params_for(model, params_file, parsed, checkpoint.config)
-    return {"metrics": evaluate_model(output, model, params)}
+    return {"metrics": evaluate_model(output, model, params, budget), **budget.fields}
 
 
 evaluate.name = "eval"
@@ -130,7 +138,7 @@ def _evaluate_text(
     length: int | None,
     stride: int | None,
     batch_size: int,
-    streamed: bool,
+    streamed: MemoryBudget | None,
 ) -> dict[str, Any]:
     from gptj_convert.checkpoint import open_checkpoint
     from runner.text_perplexity import Window, evaluate_text, read_text
@@ -150,16 +158,22 @@ def _evaluate_text(
                 f"{config.n_positions} and {length}"
             )
         ids_N, size = read_text(sources, model if model.is_dir() else model.parent)
-        evaluator = _streamed(checkpoint) if streamed else _resident(model, config)
         window = Window(length=length, stride=stride, batch_size=batch_size)
+        if streamed:
+            evaluator = _streamed(checkpoint, streamed, batch_size, length)
+        else:
+            evaluator = _resident(model, config)
         metrics = evaluate_text(
             evaluator, ids_N, size, window, lambda n, all: report(n, all, "batches")
         )
     output.data(metrics_line(metrics))
-    return {"metrics": metrics, "tokens": len(ids_N) - 1, "bytes": size}
+    fields = streamed.fields if streamed else {}
+    return {"metrics": metrics, "tokens": len(ids_N) - 1, "bytes": size, **fields}
 
 
-def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, float]:
+def evaluate_model(
+    output: Output, model: Path, params: Params, budget: MemoryBudget | None = None
+) -> dict[str, float]:
     """Load a model, evaluate it, print the metrics line and return the metrics."""
     from gptj_convert.checkpoint import open_checkpoint
     from runner.evaluate import evaluate as run
@@ -171,11 +185,17 @@ def evaluate_model(output: Output, model: Path, params: Params) -> dict[str, flo
         progress(output, "evaluating", in_bytes=False) as report,
     ):
         config = reconcile(params, checkpoint.config, model)
-        streamed = params.runconfig.execution == EXECUTIONS[1]
-        evaluator = _streamed(checkpoint) if streamed else _resident(model, config)
+        batches = evaluation_batches(params, config.vocab_size)
+        section = params.eval_input
+        assert section, "there are batches of it"
+        if params.runconfig.execution == EXECUTIONS[1]:
+            size = section.batch_size, section.max_sequence_length
+            evaluator = _streamed(checkpoint, budget or MemoryBudget(output, None), *size)
+        else:
+            evaluator = _resident(model, config)
         metrics = run(
             evaluator,
-            evaluation_batches(params, config.vocab_size),
+            batches,
             tokens_per_byte=params.tokens_per_byte,
             limit=params.eval_limit,
             report=lambda n: report(n, params.eval_limit or n, "batches"),
@@ -191,15 +211,19 @@ def _resident(model: Path, config: GPTJConfig) -> Evaluator:
     return ResidentEvaluator(load_model(model, adapt=lambda _: config))
 
 
-def _streamed(checkpoint: Checkpoint) -> Evaluator:
+def _streamed(checkpoint: Checkpoint, budget: MemoryBudget, batch: int, length: int) -> Evaluator:
     from gptj_convert.plan import match
     from gptj_model.streaming import StreamedModel
-    from runner.evaluate import StreamedEvaluator
+    from runner.evaluate import STATES, StreamedEvaluator
 
     match(checkpoint)
-    return StreamedEvaluator(
-        lambda: StreamedModel(checkpoint.config, checkpoint.source, checkpoint.scheme)
-    )
+    config = checkpoint.config
+    states = 4 * batch * length * config.n_embd
+    kept = budget.keep(config, Load(batch=batch, length=length, states=states))
+    model = StreamedModel(config, checkpoint.source, checkpoint.scheme, kept=kept)
+    # What is left lets more batches share a reading of the weights.
+    room = STATES if budget.spare is None else min(STATES, states + budget.spare)
+    return StreamedEvaluator(lambda: model, memory=room)
 
 
 def metrics_line(metrics: dict[str, float]) -> str:

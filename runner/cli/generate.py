@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from runner.cli.command import PATH, command
+from runner.cli.memory_budget import Load, MemoryBudget, execution_within, memory_option
 from runner.cli.model_choice import EXECUTIONS, default_model, stated_execution
 from runner.cli.output import Output
 
 if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
     from gptj_model.generation import Generator
+    from gptj_model.kept import Kept
 
 
 @command
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     help="The whole model in memory, or one block at a time, read anew for every token.  [that of "
     "the YAML beside the model]",
 )
+@memory_option
 def generate(
     output: Output,
     model: Path | None,
@@ -79,6 +82,7 @@ def generate(
     repetition_penalty: float,
     seed: int,
     execution: str | None,
+    memory: int | None,
 ) -> dict[str, Any]:
     """Continue a prompt, given as text or as token ids; or every line of a file."""
     if sum(given is not None for given in (prompt, ids, prompts_file)) != 1:
@@ -87,6 +91,7 @@ def generate(
     from runner.cli import tensorflow
 
     tensorflow.prepare()
+    from gptj_convert.capacity import cache_bytes
     from gptj_model.generation import Generator, Sampling
     from runner.data.tokenizer import load_tokenizer
     from runner.restore import opened_model
@@ -94,6 +99,10 @@ def generate(
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
     tokenizer = _tokenizer_if_any(folder) if ids is not None else load_tokenizer(folder)
+    if texts is not None:
+        prompts = [tokenizer.encode(text).ids for text in texts]
+    else:
+        prompts = [_parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids]
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -101,17 +110,29 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    execution = execution or stated_execution(folder)
-    with opened_model(path, streamed=execution == EXECUTIONS[1]) as loaded:
+    budget = MemoryBudget(output, memory)
+
+    def keep(config: GPTJConfig) -> Kept:
+        batch = min(batch_size, len(prompts))
+        length = max(map(len, prompts)) + max_new_tokens
+        states = cache_bytes(config, batch, length)
+        return budget.keep(config, Load(batch=batch, length=length, states=states))
+
+    way = execution_within(memory, execution, lambda: stated_execution(folder))
+    with opened_model(path, keep=keep if way == EXECUTIONS[1] else None) as loaded:
         generator = Generator(loaded, sampling, stop_at=loaded.config.eos_token_id)
-        if texts is not None:
-            found = []
-            for result in _continue_lines(generator, tokenizer, texts, batch_size, max_new_tokens):
-                output.data(json.dumps(result, ensure_ascii=False))
-                found.append(result)
-            return {"continuations": found}
-        begun = _parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids
-        return _continue(output, generator, tokenizer, begun, max_new_tokens)
+        if texts is None:
+            made = _continue(output, generator, tokenizer, prompts[0], max_new_tokens)
+            return made | budget.fields
+        found = []
+        for at in range(0, len(texts), batch_size):
+            group = slice(at, at + batch_size)
+            new = generator(prompts[group], max_new_tokens, first=at)
+            for text, begun, more in zip(texts[group], prompts[group], new, strict=True):
+                every = [*begun, *more]
+                found.append({"prompt": text, "text": tokenizer.decode(every), "ids": every})
+                output.data(json.dumps(found[-1], ensure_ascii=False))
+        return {"continuations": found, **budget.fields}
 
 
 def _continue(
@@ -133,18 +154,6 @@ def _continue(
     else:
         output.data(text.removeprefix(shown))
     return {"ids": ids, "text": text}
-
-
-def _continue_lines(
-    generator: Generator, tokenizer: Any, texts: Sequence[str], batch_size: int, most: int
-) -> Iterator[dict[str, Any]]:
-    for at in range(0, len(texts), batch_size):
-        group = texts[at : at + batch_size]
-        prompts = [tokenizer.encode(text).ids for text in group]
-        made = generator(prompts, most, first=at)
-        for text, prompt, new in zip(group, prompts, made, strict=True):
-            ids = [*prompt, *new]
-            yield {"prompt": text, "text": tokenizer.decode(ids), "ids": ids}
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -10,9 +10,13 @@ import pytest
 import torch
 from transformers import GPTJForCausalLM
 
+from gptj_convert.capacity import cache_bytes, streamed_memory
+from gptj_model.config import GPTJConfig
+from gptj_model.kept import Kept
 from runner import evaluate
 from runner.cli.output import printable
 from runner.data.tokenizer import load_tokenizer
+from runner.params_file import load_params
 from tests.conftest import make_checkpoint
 
 
@@ -50,6 +54,50 @@ def test_streamed_text_is_the_resident_one(sampling: tuple, small_hf: Path, gptj
     ]  # fmt: skip
     assert made[0] == made[1]
     assert len(made[0]) > 4
+
+
+KEPT = [Kept(), Kept(head=True), Kept(blocks=2, head=True), Kept(blocks=3, head=True)]
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_text_within_any_budget_is_the_same(tied: bool, workdir: Path, gptj):
+    hf = make_checkpoint(workdir / "hf", vocab_size=50400, tie_word_embeddings=tied)
+    config = GPTJConfig.from_file(hf / "config.json")
+    many = ("generate", "--model", hf, "--prompts", "prompts.txt", "--max-new-tokens", 5, "--json")
+    Path("prompts.txt").write_text("abcdef\n\u00e9\n")
+    expected = gptj(*many).json["continuations"]
+    batch, length = 2, len(expected[0]["ids"])
+    needs = {"batch": batch, "length": length, "states": cache_bytes(config, batch, length)}
+    for kept in KEPT:
+        budget = streamed_memory(config, **needs, kept=kept)
+        done = gptj(*many, "--memory", budget)
+        assert done.json["continuations"] == expected
+        assert (done.json["kept_blocks"], done.json["kept_head"]) == (kept.blocks, kept.head)
+        assert done.json["planned_rss_bytes"] == budget
+        assert f"{kept.blocks} of 3 blocks" in done.stderr
+    refused = gptj(*many, "--memory", streamed_memory(config, **needs) - 1)
+    assert refused.code == 2
+    assert "one block at a time" in refused.stdout
+    contrary = gptj(*many, "--memory", "8GB", "--execution", "resident")
+    assert contrary.code == 2
+
+
+@pytest.mark.parametrize("golden_run", ["adamw", "shared_embedding"], indirect=True)
+def test_metrics_within_any_budget_are_the_same(golden_run: Path, gptj):
+    common = ("eval", "--model", "tf_model.ckpt", "--params", "params.yaml", "--json")
+    config = GPTJConfig.from_file(golden_run / "hf/config.json")
+    section = load_params(Path("params.yaml")).eval_input
+    assert section
+    batch, length = section.batch_size, section.max_sequence_length
+    expected = gptj(*common, "--execution", "streaming").json["metrics"]
+    needs = {"batch": batch, "length": length, "states": 4 * batch * length * config.n_embd}
+    for blocks in range(config.n_layer + 1):
+        # Too little is left for a second batch to share a reading of the weights.
+        budget = streamed_memory(config, **needs, kept=Kept(blocks=blocks, head=True))
+        done = gptj(*common, "--memory", budget)
+        assert done.json["kept_blocks"] == blocks
+        assert done.json["metrics"] == expected
+    assert gptj(*common, "--memory", "1GB", "--task", "summarization").code == 2
 
 
 def test_prompts_of_a_file(workdir: Path, gptj):

@@ -54,11 +54,13 @@ def _assert_same_run(found: str, expected: str, step: int) -> None:
 @pytest.mark.parametrize(
     ("golden_run", "settings"),
     [
-        ("adamw", ("optimizer.grad_accum_steps=2", *DROPOUT)),
+        # The masks of the second batch are not those of the first, in recomputed blocks too.
+        ("adamw", ("optimizer.grad_accum_steps=2", "model.recompute=true", *DROPOUT)),
         ("shared_embedding", ("optimizer.loss_scaling_factor=1024", NOT_BY_NORM, DROPOUT[0])),
-        (
+        pytest.param(
             "adamw",
             ("optimizer.optimizer_type=rmsprop", "model.frozen=[embedding_weights, decoder/1/]"),
+            marks=full,
         ),
         pytest.param("shared_embedding", ("optimizer.grad_accum_steps=2", *DROPOUT), marks=full),
         pytest.param(
@@ -83,6 +85,15 @@ def test_it_is_the_resident_run(golden_run: Path, settings, gptj):
     _assert_same_run("model_dir", "resident", 3)
 
 
+@full
+@adamw
+def test_recomputed_blocks_have_the_same_masks(golden_run: Path, gptj):
+    common = (*BEGIN, *_settings("optimizer.grad_accum_steps=2", *DROPOUT), "--max-steps", 3)
+    assert gptj(*common, "--model-dir", "kept").code == 0
+    assert gptj(*common, *_settings("model.recompute=true")).code == 0
+    _assert_same_run("model_dir", "kept", 3)
+
+
 @pytest.mark.parametrize("source", ["half", pytest.param("tf_model.ckpt", marks=full)])
 @adamw
 def test_an_adapter_of_a_model_that_is_read_only(golden_run: Path, source: str, gptj):
@@ -104,6 +115,7 @@ def test_an_adapter_of_a_model_that_is_read_only(golden_run: Path, source: str, 
     assert all(np.array_equal(found[name], expected[name]) for name in found | expected)
 
 
+@full
 @pytest.mark.parametrize("golden_run", ["shared_embedding"], indirect=True)
 def test_either_executor_continues_the_others_run(golden_run: Path, gptj):
     """And a bundle is begun with as it is: no first state is written."""

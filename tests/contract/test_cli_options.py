@@ -37,14 +37,15 @@ OPTIONS = {
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},
     "eval": {
-        "--model", "--params", "--eval-steps", "--execution", "--set", "--task", "--data",
-        "--window", "--stride", "--batch-size",
+        "--model", "--params", "--eval-steps", "--execution", "--memory", "--set",
+        "--task", "--data", "--window", "--stride", "--batch-size",
         "--beams", "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article",
         "--summaries",
     },
     "generate": {
         "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--max-new-tokens",
         "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--execution",
+        "--memory",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
