@@ -13,7 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 #: Logits that are held at once, at most: 64 MiB of float32.
 _CHUNK_LOGITS = 2**24
@@ -95,7 +95,8 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
         carry = add_chunk(0, begin) if chunks == 1 else ops.fori_loop(0, chunks, add_chunk, begin)
 
         def gradient(*args, upstream=None):
-            up = (args if upstream is None else upstream)[0]
+            # TensorFlow hands over one argument an output, JAX one for all.
+            up = tree.flatten(args if upstream is None else upstream)[0]
             d_h = ops.cast(carry[4] * up, h_nCD.dtype)
             return d_h, carry[2] * up, carry[3] * up
 

@@ -183,6 +183,10 @@ _SEED_OF_WORKER = 1_000_003
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
     """What the YAML asks for."""
+    if params.runconfig.backend == "jax":
+        from runner.sharded_executor import ShardedExecutor
+
+        return ShardedExecutor(config, params, model_dir)
     if params.runconfig.execution == "resident":
         return ResidentExecutor(config, params, model_dir, workers)
     if workers.count > 1:
@@ -263,7 +267,7 @@ class _Training:
             tokens=tokens,
             length=length,
             trained=run.executor.trained,
-            workers=run.workers.count,
+            devices=run.executor.devices,
         )
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
