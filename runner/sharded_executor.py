@@ -219,8 +219,10 @@ class ShardedExecutor:
         state = self._model.seeds.state
         pairs = [(v, values[name]) for name, v in self._variables.items()]
         with keras.StatelessScope(state_mapping=[*pairs, (state, seed)]) as scope:
-            loss = self._model.token_loss(ids_BT, labels_BT, ignored_BT, training=True).mean
-            return loss, scope.get_current_value(state)
+            sums = self._model.token_loss(
+                ids_BT, labels_BT, ignored_BT, training=True, devices=self.devices
+            )
+            return sums.mean, scope.get_current_value(state)
 
 
 class _Evaluator:
@@ -236,7 +238,8 @@ class _Evaluator:
         def run(values, ids_BT, ignored_BT, labels_BT):
             pairs = [(v, values[name]) for name, v in variables.items()]
             with keras.StatelessScope(state_mapping=pairs):
-                return model.token_loss(ids_BT, labels_BT, ignored_BT)
+                devices = batch_sharding.mesh.size
+                return model.token_loss(ids_BT, labels_BT, ignored_BT, devices=devices)
 
         self._run = run
 
