@@ -28,7 +28,7 @@ def check_backend(params: Params, *, mode: str, workers: int) -> None:
     if problems:
         raise ConfigError(
             f"runconfig.backend is {JAX}, which does not know {', '.join(problems)}",
-            hint="leave that out, or compute with --backend tensorflow",
+            hint="do without, or compute with --backend tensorflow",
         )
 
 
@@ -37,15 +37,15 @@ def _refused(params: Params, mode: str, workers: int) -> Iterator[str]:
     if mode in ("eval", "eval_all"):
         yield f"mode {mode}"
     if workers > 1 or runconfig.enable_distributed:
-        yield "several workers (its one process has all devices)"
+        yield "several workers (one process has all devices)"
     if runconfig.execution != "resident":
-        yield f"runconfig.execution {runconfig.execution}"
+        yield f"runconfig.execution {runconfig.execution} (--set runconfig.execution=resident)"
     if runconfig.device:
-        yield f"runconfig.device {runconfig.device} (a name of TensorFlow's)"
+        yield f"runconfig.device {runconfig.device} (--set runconfig.device=null)"
     if model.lora:
-        yield "model.lora"
+        yield "model.lora (--set model.lora=null)"
     if model.recompute and _drops(params):
-        yield "model.recompute with dropout"
+        yield "model.recompute with dropout (--set model.recompute=false)"
 
 
 def _drops(params: Params) -> bool:

@@ -21,6 +21,7 @@ from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
+from runner.backend import JAX, check_backend
 from runner.data.input_fn import Batch, batches
 from runner.distribution import Alone, Workers, check_same
 from runner.evaluate import Evaluator
@@ -183,9 +184,10 @@ _SEED_OF_WORKER = 1_000_003
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
     """What the YAML asks for."""
-    if params.runconfig.backend == "jax":
+    if params.runconfig.backend == JAX:
         from runner.sharded_executor import ShardedExecutor
 
+        check_backend(params, mode="train", workers=workers.count)
         return ShardedExecutor(config, params, model_dir)
     if params.runconfig.execution == "resident":
         return ResidentExecutor(config, params, model_dir, workers)
