@@ -14,6 +14,7 @@ from gptj_convert.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.kept import NOTHING_KEPT, Kept
+from gptj_model.sharding import Mesh, part_size
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import EMBEDDING, Op, Tensor, block, table
 from gptj_model.vocabulary import PART
@@ -114,6 +115,27 @@ def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) 
     trained = rows if trained is None else trained
     held = sum(t.size for t in {*rows, *trained})
     return 4 * held + 16 * sum(t.size for t in trained) + 2 * 4 * max(t.size for t in rows)
+
+
+def device_state(
+    config: GPTJConfig, mesh: Mesh, *, trained: Sequence[Tensor], slots: int, accumulated: bool
+) -> dict[str, int]:
+    """What each device of a mesh holds of a model in training, in float32, beside activations.
+
+    Args:
+        config: of the model.
+        mesh: see `gptj_model.sharding.check_divides`.
+        trained: rows of the table.
+        slots: of a trained weight.
+        accumulated: gradients of several batches are added up, beside those of one.
+    """
+    held = 4 * sum(part_size(t, mesh) for t in table(config))
+    updated = 4 * sum(part_size(t, mesh) for t in trained)
+    return {
+        "weights": held,
+        "gradients": updated * (2 if accumulated else 1),
+        "slots": updated * slots,
+    }
 
 
 def sequence_activations(config: GPTJConfig, length: int | None = None) -> int:

@@ -9,11 +9,10 @@ Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V voca
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 #: Logits that are held at once, at most: 64 MiB of float32.
 _CHUNK_LOGITS = 2**24
@@ -54,7 +53,16 @@ def token_loss(logits_BTV, labels_BT, ignored_BT) -> TokenLoss:
     )
 
 
-def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = False) -> TokenLoss:
+def head_loss(
+    h_BTD,
+    kernel_DV,
+    bias_V,
+    labels_BT,
+    ignored_BT,
+    training: bool = False,
+    *,
+    devices: int = 1,
+) -> TokenLoss:
     """The loss of the head's logits, a chunk of tokens at a time.
 
     In training the gradients are computed beside the loss, so that a chunk's logits are never
@@ -67,14 +75,21 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
         labels_BT: int32 token ids.
         ignored_BT: 1 on tokens that do not count, 0 elsewhere.
         training: whether gradients will be asked for.
+        devices: that share out sequences and vocabulary. Each chunk then has tokens of every
+            sequence, so that all of them work on it, and is larger by their number.
     """
     D, V = kernel_DV.shape
-    counted_N = 1.0 - ops.cast(ops.reshape(ignored_BT, (-1,)), "float32")
-    h_ND, labels_N = ops.reshape(h_BTD, (-1, D)), ops.reshape(labels_BT, (-1,))
-    chunks = _chunks(math.prod(labels_BT.shape), V)
-    h_nCD = ops.reshape(h_ND, (chunks, -1, D))
-    labels_nC = ops.reshape(labels_N, (chunks, -1))
-    counted_nC = ops.reshape(counted_N, (chunks, -1))
+    B, T = labels_BT.shape
+    chunks = _chunks(T, B * V // devices) if devices > 1 else _chunks(B * T, V)
+    counted_BT = 1.0 - ops.cast(ignored_BT, "float32")
+
+    def cut(x, *rest: int):
+        if devices > 1:
+            x = ops.reshape(x, (B, chunks, -1, *rest))
+            x = ops.transpose(x, (1, 0, 2, *range(3, 3 + len(rest))))
+        return ops.reshape(x, (chunks, -1, *rest))
+
+    h_nCD, labels_nC, counted_nC = cut(h_BTD, D), cut(labels_BT), cut(counted_BT)
 
     @ops.custom_gradient
     def sums(h_nCD, kernel_DV, bias_V):
@@ -95,14 +110,15 @@ def head_loss(h_BTD, kernel_DV, bias_V, labels_BT, ignored_BT, training: bool = 
         carry = add_chunk(0, begin) if chunks == 1 else ops.fori_loop(0, chunks, add_chunk, begin)
 
         def gradient(*args, upstream=None):
-            up = (args if upstream is None else upstream)[0]
+            # TensorFlow hands over one argument an output, JAX one for all.
+            up = tree.flatten(args if upstream is None else upstream)[0]
             d_h = ops.cast(carry[4] * up, h_nCD.dtype)
             return d_h, carry[2] * up, carry[3] * up
 
         return (carry[0], carry[1]), gradient
 
     total, correct = sums(h_nCD, ops.convert_to_tensor(kernel_DV), ops.convert_to_tensor(bias_V))
-    return TokenLoss(total=total, count=ops.sum(counted_N), correct=correct)
+    return TokenLoss(total=total, count=ops.sum(counted_BT), correct=correct)
 
 
 def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
@@ -127,9 +143,10 @@ def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
     return *sums, d_kernel_DV, ops.sum(d_CV, axis=0), d_h_CD
 
 
-def _chunks(tokens: int, vocab_size: int) -> int:
-    """The least number of equal parts of the tokens whose logits are few enough."""
-    least = max(1, tokens * vocab_size // _CHUNK_LOGITS)
+def _chunks(tokens: int, width: int) -> int:
+    """The least number of equal parts of so many tokens whose logits, `width` each, are few
+    enough."""
+    least = min(max(1, tokens * width // _CHUNK_LOGITS), tokens)
     return next(n for n in range(least, tokens + 1) if tokens % n == 0)
 
 

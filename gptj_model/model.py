@@ -99,13 +99,19 @@ class GPTJ(keras.Model):
         x_BTD = self.decode(self.embed(ids_BT, training=training), context, training=training)
         return self.unembed(x_BTD)
 
-    def token_loss(self, ids_BT, labels_BT, ignored_BT, training=False) -> TokenLoss:
+    def token_loss(self, ids_BT, labels_BT, ignored_BT, training=False, devices=1) -> TokenLoss:
         """Cross-entropy of the labels, without ever holding all logits; see `head_loss`."""
         x_BTD = self.embed(ids_BT, training=training)
         x_BTD = self.decode(x_BTD, self.context(ids_BT), training=training)
         kernel_DV = self.lm_head.kernel_or(self.wte.embeddings)
         return head_loss(
-            self.ln_f(x_BTD), kernel_DV, self.lm_head.bias, labels_BT, ignored_BT, training
+            self.ln_f(x_BTD),
+            kernel_DV,
+            self.lm_head.bias,
+            labels_BT,
+            ignored_BT,
+            training,
+            devices=devices,
         )
 
     def call_cached(

@@ -38,6 +38,16 @@ class Executor(Protocol):
         """Whether its state is on the disk, so that every step ends with a checkpoint."""
         ...
 
+    @property
+    def devices(self) -> int:
+        """How many compute a step, of which each is as fast as the one Keras takes by itself."""
+        ...
+
+    @property
+    def placement(self) -> str | None:
+        """Where weights and slots are, in words, if they are divided."""
+        ...
+
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         """Take the weights of a checkpoint whose tensors are those of the table."""
         ...

@@ -47,6 +47,7 @@ PACKAGES = (
     Package("tensorflow", ("tensorflow-cpu", "tensorflow"), _MODEL, "tf"),
     Package("keras", ("keras",), f"{_MODEL}; convert --to keras", "tf"),
     Package("pydantic", ("pydantic",), "train, eval", "tf"),
+    Package("jax", ("jax",), "train --backend jax", "jax"),
     Package("torch", ("torch",), "verify's level logits", "hf"),
     Package("transformers", ("transformers",), "verify's level logits", "hf"),
     Package("pyarrow", ("pyarrow",), "data from parquet", "data"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
-import tensorflow as tf
+from keras import ops
 
 from gptj_convert import capacity, machine
 from gptj_model.config import GPTJConfig
@@ -24,7 +25,7 @@ class Meter:
         tokens: of one update.
         length: of a sequence, in tokens.
         trained: rows of what is trained.
-        workers: that compute together, each as fast as this one.
+        devices: that compute together, each as fast as the one that is measured.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class Meter:
         tokens: int,
         length: int,
         trained: Sequence[Tensor],
-        workers: int = 1,
+        devices: int = 1,
     ) -> None:
         self._tokens = tokens
         self._flops = tokens * capacity.token_flops(config, length, trained)
-        self._peak = multiplication_rate() * workers
+        self._peak = multiplication_rate() * devices
         self._busy = 0.0
         self._steps = 0
         self._compiled = False
@@ -75,11 +76,12 @@ class Meter:
 
 
 def multiplication_rate() -> float:
-    """Floating-point operations a second of float32 matrices, where TensorFlow computes."""
-    matrix = tf.ones((_MATRIX, _MATRIX))
+    """Floating-point operations a second of float32 matrices, where Keras computes."""
+    matrix: Any = ops.ones((_MATRIX, _MATRIX))
     best = 0.0
     for _ in range(_TRIES + 1):
         begun = time.perf_counter()
-        float(tf.matmul(matrix, matrix)[0, 0])
+        product: Any = ops.matmul(matrix, matrix)
+        float(product[0, 0])
         best = max(best, 2 * _MATRIX**3 / (time.perf_counter() - begun))
     return best

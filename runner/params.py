@@ -391,6 +391,12 @@ class RunConfig(Section):
     execution: Literal["resident", "streaming"] = "resident"
     """Where the weights are: in memory, or on the disk, brought one block at a time. Not a key of
     the reference."""
+    backend: Literal["tensorflow", "jax"] = "tensorflow"
+    """What computes: TensorFlow, or JAX, which divides a model among devices. Not a key of the
+    reference."""
+    mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """Of jax, `[batch, model]`: along how many devices batches and tensors are divided; null:
+    tensors along all. Not a key of the reference."""
     num_wgt_servers: Natural | None = None
     """Of the CS client. No effect."""
     disable_standard_logs: bool | None = None

@@ -39,6 +39,7 @@ class ResidentExecutor:
     """
 
     saves_every_step = False
+    placement = None
 
     def __init__(
         self, config: GPTJConfig, params: Params, model_dir: Path, workers: Workers
@@ -54,6 +55,7 @@ class ResidentExecutor:
             self.model, self._optimizer, params.optimizer.grad_accum_steps, workers
         )
         self.trained = list(weights)
+        self.devices = workers.count
 
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         """See `Executor`."""

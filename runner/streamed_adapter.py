@@ -48,6 +48,8 @@ class StreamedAdapterExecutor:
     """
 
     saves_every_step = False
+    devices = 1
+    placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
         assert params.model.lora, "all weights are trained by another executor"

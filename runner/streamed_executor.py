@@ -43,6 +43,8 @@ class StreamedExecutor:
     """
 
     saves_every_step = True
+    devices = 1
+    placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
         self._config = config

@@ -22,6 +22,7 @@ from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
+from runner.backend import JAX, check_backend
 from runner.data.input_fn import Batch, batches
 from runner.distribution import Alone, Workers, check_same
 from runner.evaluate import Evaluator
@@ -189,6 +190,11 @@ _SEED_OF_WORKER = 1_000_003
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
     """What the YAML asks for."""
+    if params.runconfig.backend == JAX:
+        from runner.sharded_executor import ShardedExecutor
+
+        check_backend(params, mode="train", workers=workers.count)
+        return ShardedExecutor(config, params, model_dir)
     if params.runconfig.execution == "resident":
         return ResidentExecutor(config, params, model_dir, workers)
     if workers.count > 1:
@@ -271,7 +277,7 @@ class _Training:
             tokens=tokens,
             length=length,
             trained=run.executor.trained,
-            workers=run.workers.count,
+            devices=run.executor.devices,
         )
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:

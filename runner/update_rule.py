@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import BETA1_POWER, BETA2_POWER, SLOTS, Tensor, slot_name
 from runner.params import OptimizerParams
+
+#: Annotated as if its functions returned None.
+ops: Any = keras.ops
 
 #: Added to rmsprop's mean square; the reference does not read `epsilon` there.
 RMSPROP_EPSILON = 1e-10
@@ -57,9 +60,10 @@ class UpdateRule:
         """A gradient as the slots take it; `norm` is the global one before clipping."""
         if self._params.max_gradient_norm:
             limit = self._params.max_gradient_norm
-            (gradient,), _ = tf.clip_by_global_norm([gradient], limit, use_norm=norm)
-        elif limit := self._params.max_gradient_value:
-            gradient = tf.clip_by_value(gradient, -limit, limit)
+            # As TensorFlow rounds it: what is not clipped is multiplied by limit × (1 / limit).
+            return gradient * (limit * ops.minimum(1 / norm, 1 / F32(limit)))
+        if limit := self._params.max_gradient_value:
+            return ops.clip(gradient, -limit, limit)
         return gradient
 
     def take(self, gradient: Any, old: Sequence[Any], rate: Any) -> Sequence[Any]:
@@ -85,19 +89,21 @@ class UpdateRule:
 
     def _rmsprop(self, g, old, rate):
         mean_square, momentum = old
-        ms = mean_square + (tf.square(g) - mean_square) * (F32(1) - F32(self._params.rmsprop_decay))
-        return ms, self._params.rmsprop_momentum * momentum + rate * g / tf.sqrt(
+        ms = mean_square + (ops.square(g) - mean_square) * (
+            F32(1) - F32(self._params.rmsprop_decay)
+        )
+        return ms, self._params.rmsprop_momentum * momentum + rate * g / ops.sqrt(
             ms + RMSPROP_EPSILON
         )
 
     def _adam(self, g, old, rate):
         m, v = old
         m = m + (g - m) * (F32(1) - F32(self._params.beta1))
-        return m, v + (tf.square(g) - v) * (F32(1) - F32(self._params.beta2))
+        return m, v + (ops.square(g) - v) * (F32(1) - F32(self._params.beta2))
 
     def _adamw(self, g, old, rate):
         b1, b2 = self._params.beta1, self._params.beta2
-        return b1 * old[0] + (1 - b1) * g, b2 * old[1] + (1 - b2) * tf.square(g)
+        return b1 * old[0] + (1 - b1) * g, b2 * old[1] + (1 - b2) * ops.square(g)
 
     def _change(self, w, slots, rate, correction, decay: float):
         """What is taken from a weight, by its new slots."""
@@ -108,8 +114,8 @@ class UpdateRule:
             case "rmsprop":
                 return slots[1]
             case "adam":
-                return rate * correction * slots[0] / (tf.sqrt(slots[1]) + epsilon)
-        update = slots[0] / (tf.sqrt(slots[1]) + epsilon) * correction
+                return rate * correction * slots[0] / (ops.sqrt(slots[1]) + epsilon)
+        update = slots[0] / (ops.sqrt(slots[1]) + epsilon) * correction
         return rate * (update + decay * w if decay else update)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import rich_click as click
 
 from runner.cli.errors import Exit
-from runner.cli.model_choice import EXECUTIONS
+from runner.cli.model_choice import BACKENDS, EXECUTIONS
 from runner.cli.output import Output
 from runner.cli.training_display import training_display
 
 if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
+    from gptj_model.tensors import Tensor
     from runner.distribution import Cluster, Workers
     from runner.params import Params
     from runner.train import Run
@@ -55,15 +57,17 @@ class Job:
 
 def run_job(output: Output, job: Job) -> dict[str, Any]:
     """Do it; returns the fields of the command's JSON object."""
+    from runner.backend import check_backend
     from runner.cli import tensorflow
     from runner.distribution import join
 
     params = _params(job)
+    check_backend(params, mode=job.mode, workers=job.workers or 1)
     cluster = _cluster(job, params)
-    tensorflow.prepare()
     begin = job.checkpoint_path or _path(params.runconfig.checkpoint_path)
     if job.only:
         return _rehearse(output, job, params, begin)
+    tensorflow.prepare(backend=params.runconfig.backend)
     if job.mode in ("eval", "eval_all"):
         return _evaluate(output, job, params, begin)
     workers = join(cluster, output.note)
@@ -334,19 +338,62 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
         "parameters": capacity.parameters(config),
         "trained_parameters": sum(t.size for t in trained),
         "flops_per_batch": round(flops),
-        "planned_rss_bytes": plan_training(config, params).memory,
     }
+    if _on_jax(params):
+        planned, memory = _planned_devices(params, config, trained)
+    else:
+        rss = plan_training(config, params).memory
+        planned, memory = {"planned_rss_bytes": rss}, f"{rss / 1e9:.2f} GB of memory planned"
+    fields |= planned
     if job.only == "compile":
-        fields |= _compile(output, job, params, begin)
+        fields |= _compile(output, job, params)
     output.data(
         f"{fields['parameters']:,} parameters, {fields['trained_parameters']:,} of them trained; "
-        f"a batch of {tokens:,} tokens takes "
-        f"{flops / 1e12:.3g} TFLOP; {fields['planned_rss_bytes'] / 1e9:.2f} GB of memory planned"
+        f"a batch of {tokens:,} tokens takes {flops / 1e12:.3g} TFLOP; {memory}"
     )
     return fields
 
 
-def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> dict[str, Any]:
+def _on_jax(params: Params) -> bool:
+    return params.runconfig.backend == BACKENDS[1]
+
+
+def _planned_devices(
+    params: Params, config: GPTJConfig, trained: Sequence[Tensor]
+) -> tuple[dict[str, Any], str]:
+    """What each device of the mesh will hold; nothing heavy is imported if the mesh is named."""
+    from gptj_convert import capacity
+    from gptj_model.tensors import SLOTS
+    from runner.backend import mesh_of
+
+    def devices() -> int:
+        import jax
+
+        return jax.device_count()
+
+    mesh, optimizer = mesh_of(params, devices), params.optimizer
+    held = capacity.device_state(
+        config,
+        mesh,
+        trained=trained,
+        slots=len(SLOTS[optimizer.optimizer_type]),
+        accumulated=optimizer.grad_accum_steps > 1,
+    )
+    total = sum(held.values())
+    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in held.items())
+    return (
+        {"mesh": [mesh.batch, mesh.model], "bytes_per_device": held | {"total": total}},
+        f"each of {mesh} devices (batch × model) holds {total / 1e9:.2f} GB beside activations: "
+        + parts,
+    )
+
+
+def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.cli import tensorflow
+
+    tensorflow.prepare(backend=params.runconfig.backend)
+    if _on_jax(params):
+        return _compile_sharded(output, job, params)
     from gptj_model.model import GPTJ
     from runner.distribution import Alone
     from runner.evaluate import ResidentEvaluator
@@ -373,6 +420,29 @@ def _compile(output: Output, job: Job, params: Params, begin: Path | None) -> di
     return {"compile_seconds": round(seconds, 3), "instructions": instructions}
 
 
+def _compile_sharded(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.sharded_executor import ShardedExecutor
+    from runner.step import empty_batch
+
+    section = params.train_input
+    batch = empty_batch(section.batch_size, section.max_sequence_length)
+    executor = ShardedExecutor(params.config, params, job.model_dir)
+    begun = time.monotonic()
+    program = executor.compiled(batch)
+    seconds = time.monotonic() - begun
+    instructions = program.as_text().count(" = ")
+    temporary = program.memory_analysis().temp_size_in_bytes
+    output.data(
+        f"compiled in {seconds:.1f} s to {instructions:,} instructions; besides weights and slots "
+        f"a device needs {temporary / 1e9:.2f} GB"
+    )
+    return {
+        "compile_seconds": round(seconds, 3),
+        "instructions": instructions,
+        "temporary_bytes_per_device": temporary,
+    }
+
+
 def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None:
     import tensorflow as tf
 
@@ -383,11 +453,13 @@ def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None
         return
     verb = "going on after" if run.step else "beginning at"
     output.note(f"{run.model_dir}: {verb} step {run.step}, to step {target}")
+    if run.executor.placement:
+        output.note(run.executor.placement)
     if not run.continued and begin is None:
         output.note("weights begin at random: no checkpoint is named")
     needed = {"mixed_float16": "avx512_fp16", "mixed_bfloat16": "avx512_bf16"}
     feature = needed.get(run.params.dtype_policy)
-    on_cpu = not tf.config.list_physical_devices("GPU")
+    on_cpu = not _on_jax(run.params) and not tf.config.list_physical_devices("GPU")
     if feature and on_cpu and feature not in machine.cpu_features():
         output.note(f"warning: this processor lacks {feature}: 16 bits will be slower than 32")
 

@@ -15,6 +15,8 @@ DEFAULT_MODEL_DIR = Path("model_dir")
 CONVERTED = DEFAULT_OUT["tf"]
 #: How a model is run: whole in memory, or read block by block.
 EXECUTIONS = ("resident", "streaming")
+#: What trains it.
+BACKENDS = ("tensorflow", "jax")
 
 
 def default_model() -> Path:

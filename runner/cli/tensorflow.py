@@ -1,4 +1,4 @@
-"""TensorFlow made ready: imported quietly, as Keras' backend."""
+"""TensorFlow made ready: imported quietly, as Keras' backend, or beside JAX for the data."""
 
 from __future__ import annotations
 
@@ -7,21 +7,45 @@ import sys
 import tempfile
 
 
-def prepare(*, deterministic: bool = True) -> None:
+def prepare(*, deterministic: bool = True, backend: str = "tensorflow") -> None:
     """Import TensorFlow and Keras without their start-up chatter on stderr.
 
     The chatter is written by C++ code before its log level counts, hence the redirection.
+
+    Args:
+        deterministic: the same numbers at every run.
+        backend: of Keras; beside another one, TensorFlow leaves the GPUs alone.
+
+    Raises:
+        ConfigError: this process has imported Keras with another backend.
     """
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if os.environ.get("GPTJ_DEBUG") == "1":
         import keras  # noqa: F401
     else:
         _import_quietly()
-    if deterministic:
-        import tensorflow as tf
+    _check_backend(backend)
+    import tensorflow as tf
 
+    if deterministic:
         tf.config.experimental.enable_op_determinism()
+    if backend != "tensorflow":
+        tf.config.set_visible_devices([], "GPU")
+
+
+def _check_backend(backend: str) -> None:
+    """See that Keras runs on it: it is chosen once a process, when Keras is imported."""
+    import keras
+
+    from gptj_model.errors import ConfigError
+
+    if (found := keras.backend.backend()) != backend:
+        raise ConfigError(
+            f"Keras computes with {found} in this process, expected {backend}",
+            hint="start gptj in a process of its own",
+        )
 
 
 def _import_quietly() -> None:

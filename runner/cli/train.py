@@ -10,7 +10,7 @@ import rich_click as click
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.cs_job import run_on_cs
 from runner.cli.job import MODES, Job, plan_job, run_job
-from runner.cli.model_choice import DEFAULT_MODEL_DIR, EXECUTIONS
+from runner.cli.model_choice import BACKENDS, DEFAULT_MODEL_DIR, EXECUTIONS
 from runner.cli.output import Output
 from runner.cs_target import Target
 
@@ -28,6 +28,11 @@ from runner.cs_target import Target
     "--execution",
     type=click.Choice(EXECUTIONS),
     help="Weights in memory, or on the disk and brought one block at a time.  [the YAML's]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="What computes: TensorFlow, or JAX, which divides a model among devices.  [the YAML's]",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
 @click.option(
@@ -64,6 +69,7 @@ def train(
     steps: int | None,
     eval_steps: int | None,
     execution: str | None,
+    backend: str | None,
     settings: tuple[str, ...],
     workers: int | None,
     strict: bool,
@@ -110,6 +116,8 @@ def train(
         parsed["runconfig.eval_steps"] = eval_steps
     if execution is not None:
         parsed["runconfig.execution"] = execution
+    if backend is not None:
+        parsed["runconfig.backend"] = backend
     job = Job(
         model_dir=model_dir,
         mode=mode,

@@ -53,7 +53,7 @@ OPTIONS = {
     "runs": {"--html"},
     "train": {
         "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
-        "--steps", "--eval-steps", "--execution", "--set", "--workers", "--strict",
+        "--steps", "--eval-steps", "--execution", "--backend", "--set", "--workers", "--strict",
         "--validate-only", "--compile-only", "--cs-ip", "--target", "--run-py", "--dry-run",
     },
     "verify": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from crc32c import crc32c
 
 from gptj_model.config import GPTJConfig
 from gptj_model.model import GPTJ
+from gptj_model.sharding import MODEL, SPLITS, Mesh, axes, part_size
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Scheme, ignored_hf, is_training_state, slot_name, table
 from gptj_model.weights import variables
@@ -94,3 +96,17 @@ def test_the_first_dense_layer_has_no_number():
     names = {t.tf for t in table(SMALL_CONFIG)}
     assert "gptj_decoder/0/mlp/dense_layer/dense_layer/kernel" in names
     assert "gptj_decoder/2/mlp/dense_layer_5/dense_layer_5/bias" in names
+
+
+EVEN = replace(SMALL_CONFIG, vocab_size=212)
+
+
+@pytest.mark.parametrize("config", [SIX_B, EVEN, replace(EVEN, tie_word_embeddings=True)],
+                         ids=["6b", "small", "tied"])  # fmt: skip
+def test_every_tensor_says_how_it_is_divided(config: GPTJConfig):
+    rows = {row.format(i=i) for row in SPLITS for i in range(config.n_layer)}
+    assert {t.hf for t in table(config)} <= rows
+    for tensor in table(config):
+        named, shape = axes(tensor), tensor.shape_in(Scheme.KERAS)
+        part = [n // 2 if axis == MODEL else n for n, axis in zip(shape, named, strict=True)]
+        assert math.prod(part) == part_size(tensor, Mesh(3, 2))
