@@ -98,13 +98,14 @@ class StreamedModel:
 
     def _load(self, weights: tuple[int, list[np.ndarray]]) -> None:
         self._resident, values = weights
-        self._weights = []  # lets go of the last block's before these are there twice
+        # Lets go of the last block's, and below of each array once it is copied.
+        self._weights = []
         if self._kept.keeps(self._resident, self.config.n_layer):
-            self._weights = [ops.convert_to_tensor(value) for value in values]
+            self._weights = [ops.convert_to_tensor(values.pop(0)) for _ in self._variables]
             self._kept_blocks[self._resident] = self._weights
             return
-        for variable, value in zip(self._variables, values, strict=True):
-            variable.assign(value)
+        for variable in self._variables:
+            variable.assign(values.pop(0))
         self._weights = [variable.value for variable in self._variables]
 
     def _call(self, weights: Sequence[Any], x_BTD, context: Context, cache: Cache | None = None):
