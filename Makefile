@@ -28,7 +28,7 @@ check: setup
 
 # Two at a time: what XLA compiles, and what waits for signals, leaves a core idle.
 test: setup
-	$(BIN)/pytest -m "not full" -n 2
+	$(BIN)/pytest -m "not full" -n 2 --dist worksteal
 
 # Everything, the slow proofs too (ten times the fuzz, kills at every call): about 30 minutes on
 # 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.

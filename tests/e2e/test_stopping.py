@@ -66,7 +66,11 @@ def test_killed_at_several_steps_the_run_ends_as_if_it_had_not_been(golden_run: 
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.full),
+    ],
 )
 def test_asked_to_stop_it_saves_the_step(golden_run: Path, number: signal.Signals, code: int):
     found, text = _stop_after(5, number, *TRAIN)
