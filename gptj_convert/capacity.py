@@ -85,7 +85,7 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
         config: of both sides.
         lengths: of the prompts, in tokens; the hidden states of both sides are kept.
     """
-    one_block = 4 * sum(t.size for t in block(config, 0))
+    one_block = _block_bytes(config)
     part = 4 * PART * config.n_embd
     states = 2 * 4 * sum(lengths) * config.n_embd
     logits = 8 * sum(lengths) * config.vocab_size
@@ -97,7 +97,7 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
 def gradients_memory(config: GPTJConfig) -> int:
     """Peak of verify's level gradients: a block and its gradients on both sides, in float32, and
     copies of them on the way. The factor is measured at the 6B's width."""
-    return round(_BOTH_FRAMEWORKS + 10 * 4 * sum(t.size for t in block(config, 0)))
+    return round(_BOTH_FRAMEWORKS + 10 * _block_bytes(config))
 
 
 def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) -> int:
@@ -183,7 +183,7 @@ def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int
         batch: sequences of one forward pass; how many are accumulated does not matter.
         length: of a sequence, in tokens.
     """
-    one_block = 4 * sum(t.size for t in block(config, 0))
+    one_block = _block_bytes(config)
     # What is computed backwards: the factor is measured at the 6B's width.
     backwards = 4 * one_block + round(1.4 * batch * length * _activations(config, length))
     vocabulary = 4 * config.vocab_size * config.n_embd
@@ -208,7 +208,7 @@ def streamed_memory(
         states: bytes of what lasts from block to block: hidden states, or the caches.
         kept: what stays in memory beside.
     """
-    one_block = 4 * sum(t.size for t in block(config, 0))
+    one_block = _block_bytes(config)
     computing = batch * length * _activations(config, length)
     computing += 2 * 4 * length * min(PART, config.vocab_size)
     staying = kept.blocks * one_block + kept.head * _head_bytes(config)
@@ -223,7 +223,7 @@ def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:
         config: of the model.
         least: what is taken if nothing stays, see `streamed_memory`; not more than the budget.
     """
-    one_block = 4 * sum(t.size for t in block(config, 0))
+    one_block = _block_bytes(config)
     room = budget - least
     head = room >= _head_bytes(config)
     room -= head * _head_bytes(config)
@@ -233,6 +233,11 @@ def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:
 def cache_bytes(config: GPTJConfig, batch: int, length: int) -> int:
     """Keys and values of every block, and of three more while one is computed; in float32."""
     return (config.n_layer + 3) * 2 * 4 * batch * length * config.n_embd
+
+
+def _block_bytes(config: GPTJConfig) -> int:
+    """Its weights in float32."""
+    return 4 * sum(t.size for t in block(config, 0))
 
 
 def _head_bytes(config: GPTJConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -118,20 +119,50 @@ def evaluate(
     Raises:
         DataFault: no token counts.
     """
-    total = count = correct = means = 0.0
-    n = 0
-    for n, sums in enumerate(evaluator.losses(islice(batches, limit or None)), start=1):
-        total += float(sums.total)
-        count += float(sums.count)
-        correct += float(sums.correct)
-        means += float(sums.mean)
-        report(n)
-    if not count:
+    found = add_up(evaluator, islice(batches, limit or None), report)
+    if not found.count:
         raise DataFault("every token of the evaluation records is masked")
-    mean = total / count
-    return {
-        LOSS: means / n,
-        ACCURACY: correct / count,
-        PERPLEXITY: math.exp(mean) if mean < 700 else math.inf,
-        BITS_PER_BYTE: mean / math.log(2) * tokens_per_byte,
-    }
+    return found.metrics(
+        loss=found.means / found.batches,
+        bits_per_byte=found.mean / math.log(2) * tokens_per_byte,
+    )
+
+
+@dataclass(slots=True)
+class Sums:
+    """Over all batches."""
+
+    total: float = 0.0
+    """Of the cross-entropies of the tokens that count, in nats."""
+    count: float = 0.0
+    correct: float = 0.0
+    means: float = 0.0
+    """Of each batch's token mean."""
+    batches: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens that count."""
+        return self.total / self.count
+
+    def metrics(self, *, loss: float, bits_per_byte: float) -> dict[str, float]:
+        """Under the reference's names, with what depends on the kind of evaluation."""
+        return {
+            LOSS: loss,
+            ACCURACY: self.correct / self.count,
+            PERPLEXITY: math.exp(self.mean) if self.mean < 700 else math.inf,
+            BITS_PER_BYTE: bits_per_byte,
+        }
+
+
+def add_up(evaluator: Evaluator, batches: Iterable[Batch], report: Callable[[int], None]) -> Sums:
+    """Sums over batches; `report` is told how many are done."""
+    found = Sums()
+    for sums in evaluator.losses(batches):
+        found.total += float(sums.total)
+        found.count += float(sums.count)
+        found.correct += float(sums.correct)
+        found.means += float(sums.mean)
+        found.batches += 1
+        report(found.batches)
+    return found

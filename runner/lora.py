@@ -17,6 +17,7 @@ from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Tensor
 from gptj_model.weights import enable_lora, variables
 from runner.initialize import initialization_seed
+from runner.lazy_array import LazyArray
 from runner.params import Params
 from runner.trained import trained_rows
 
@@ -60,7 +61,7 @@ class Adapter:
         for kernel, base in self._kernels.items():
             a, b = adapter_rows(kernel, self._lora.rank)
             left, right = self._variables[a], self._variables[b]
-            found[kernel.tf] = _Merged(self._lora, base, left, right)
+            found[kernel.tf] = _merged(self._lora, base, left, right)
             found |= {base_name(kernel): base, a.tf: left, b.tf: right}
         return found
 
@@ -83,17 +84,9 @@ class Adapter:
             variable.assign(read_tensor(source, base_name(kernel)))
 
 
-class _Merged:
-    """A kernel with its update, made when it is written and not kept."""
-
-    dtype = "float32"
-
-    def __init__(self, lora: Lora, base: Any, a: Any, b: Any) -> None:
-        self.shape = tuple(base.shape)
-        self._merge = lambda: lora.merged(*(np.asarray(v) for v in (base, a, b)))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._merge()
+def _merged(lora: Lora, base: Any, a: Any, b: Any) -> LazyArray:
+    """A kernel with its update, made when it is written."""
+    return LazyArray(tuple(base.shape), lambda: lora.merged(*(np.asarray(v) for v in (base, a, b))))
 
 
 def base_name(kernel: Tensor) -> str:

@@ -33,6 +33,7 @@ from runner.data.input_fn import Batch
 from runner.evaluate import Evaluator
 from runner.executor import StepResult
 from runner.initialize import initialize
+from runner.lazy_array import LazyArray
 from runner.params import Params
 from runner.trained import trained_rows
 from runner.update_rule import BetaPowers, UpdateRule
@@ -138,7 +139,7 @@ class ShardedExecutor:
         found = {t.tf: self._variables[t.hf].value for t in table(self._config)}
         for tensor, values in self._slots.items():
             found |= dict(zip(self._rule.slots(tensor), values, strict=True))
-        tensors: dict[str, Any] = {name: _Gathered(array) for name, array in found.items()}
+        tensors: dict[str, Any] = {name: _gathered(array) for name, array in found.items()}
         tensors |= {**self._powers.scalars(), **state}
         limit = self._params.runconfig.keep_checkpoint_max or 0
         return checkpoints.save(self._model_dir, step, tensors, keep=limit)
@@ -149,7 +150,7 @@ class ShardedExecutor:
 
     def weights(self) -> Mapping[str, Any]:
         """See `Executor`."""
-        return {name: _Gathered(v.value) for name, v in self._variables.items()}
+        return {name: _gathered(v.value) for name, v in self._variables.items()}
 
     def close(self) -> None:
         """See `Executor`; there are none."""
@@ -250,21 +251,19 @@ class _Evaluator:
             yield self._run(values, *jax.device_put(list(map(np.asarray, batch)), self._sharding))
 
 
-class _Gathered:
-    """An array of many devices that is brought together when it is read, and not kept.
+def _gathered(array: jax.Array) -> LazyArray:
+    """An array of many devices that is brought together when it is read.
 
     JAX keeps a copy on the host of every array that was read, for as long as the array lives.
     """
 
-    def __init__(self, array: jax.Array) -> None:
-        self._array = array
-        self.shape = array.shape
-        self.dtype = array.dtype
+    def gather() -> np.ndarray:
+        parts = [shard.data for shard in array.addressable_shards]
+        return np.asarray(
+            jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+        )
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        parts = [shard.data for shard in self._array.addressable_shards]
-        fresh = jax.make_array_from_single_device_arrays(self.shape, self._array.sharding, parts)
-        return np.asarray(fresh, dtype)
+    return LazyArray(array.shape, gather, dtype=array.dtype)
 
 
 def _device_mesh(params: Params) -> jax.sharding.Mesh:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from runner.data.input_fn import Batch
 from runner.evaluate import Evaluator
 from runner.executor import StepResult
 from runner.initialize import initialization_seed
+from runner.lazy_array import LazyArray
 from runner.lora import Adapter, base_name
 from runner.optimizer import Optimizer
 from runner.params import Params
@@ -73,7 +73,7 @@ class StreamedAdapterExecutor:
             lora=self._lora,
             head_rows=self._model.head_rows,
         )
-        kernels = {t: _Stored(t, self._model) for t in self._lora.rows(self._config)}
+        kernels = {t: self._model.stored(t) for t in self._lora.rows(self._config)}
         self._adapter = Adapter(self._lora, kernels, self._variables)
 
     def initialize(self) -> None:
@@ -116,7 +116,7 @@ class StreamedAdapterExecutor:
 
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
         """See `Executor`."""
-        tensors: dict[str, Any] = {t.tf: _Stored(t, self._model) for t in table(self._config)}
+        tensors: dict[str, Any] = {t.tf: self._model.stored(t) for t in table(self._config)}
         tensors |= self._optimizer.slots | self._optimizer.scalars() | self._adapter.tensors()
         keep = self._params.runconfig.keep_checkpoint_max or 0
         return checkpoints.save(self._model_dir, step, tensors | dict(state), keep=keep)
@@ -195,22 +195,16 @@ class _FrozenModel:
         Strip(values, op).fill(out, 0)
         return out.reshape(tensor.shape_in(Scheme.KERAS))
 
+    def stored(self, tensor: Tensor) -> LazyArray:
+        """A weight in float32, read when it is asked for."""
+        return LazyArray(
+            tensor.shape_in(Scheme.TF),
+            lambda: self.whole(tensor).astype(np.float32, copy=False),
+        )
+
     def _block(self, i: int) -> list[np.ndarray]:
         adapters = [self._variables[row].numpy() for row in self.of_block(i)]
         return [*(self.whole(t) for t in block(self._config, i)), *adapters]
-
-
-class _Stored:
-    """A weight that is read when it becomes an array, and not kept."""
-
-    dtype = "float32"
-
-    def __init__(self, tensor: Tensor, model: _FrozenModel) -> None:
-        self.shape = tensor.shape_in(Scheme.TF)
-        self._read = partial(model.whole, tensor)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._read().astype(np.float32, copy=False)
 
 
 class _Gradients:

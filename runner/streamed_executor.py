@@ -15,13 +15,14 @@ from gptj_model.config import GPTJConfig
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.streamed_training import Draw, StreamedTraining
 from gptj_model.streaming import StreamedModel
-from gptj_model.tensors import Scheme, Tensor, embedding, table
+from gptj_model.tensors import Scheme, embedding, table
 from runner import checkpoints
 from runner.data.input_fn import Batch
 from runner.disk_state import DiskState
 from runner.evaluate import Evaluator, StreamedEvaluator
 from runner.executor import StepResult
 from runner.initialize import first_values
+from runner.lazy_array import LazyArray
 from runner.params import Params
 from runner.scratch import Scratch
 from runner.streamed_step import StreamedStep, states_bytes
@@ -133,7 +134,10 @@ class StreamedExecutor:
 
     def weights(self) -> Mapping[str, Any]:
         """See `Executor`."""
-        return {t.hf: _OnDisk(self._state, t) for t in table(self._config)}
+        return {
+            t.hf: LazyArray(t.shape_in(Scheme.TF), partial(self._state.rows, t))
+            for t in table(self._config)
+        }
 
     def close(self) -> None:
         """See `Executor`."""
@@ -142,13 +146,3 @@ class StreamedExecutor:
         self._state.close()
         if self._scratch:
             self._scratch.close()
-
-
-class _OnDisk:
-    """A weight that is read when it becomes an array, and not kept."""
-
-    def __init__(self, state: DiskState, tensor: Tensor) -> None:
-        self._read = partial(state.rows, tensor)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._read()

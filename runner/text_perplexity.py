@@ -17,7 +17,7 @@ from gptj_model.errors import DataFault
 from runner.data.input_fn import Batch
 from runner.data.sources import Form, Raw
 from runner.data.text import TextOptions
-from runner.evaluate import ACCURACY, BITS_PER_BYTE, LOSS, PERPLEXITY, Evaluator
+from runner.evaluate import Evaluator, add_up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,21 +67,11 @@ def evaluate_text(
         ids_N: int32.
         size: bytes of the text.
         window: how it is read.
-        report: is told how many windows are done, and how many there are.
+        report: is told how many batches of windows are done, and how many there are.
     """
     batches = list(_batches(ids_N, window))
-    total = count = correct = 0.0
-    for n, sums in enumerate(evaluator.losses(batches), start=1):
-        total += float(sums.total)
-        count += float(sums.count)
-        correct += float(sums.correct)
-        report(n, len(batches))
-    return {
-        LOSS: total / count,
-        ACCURACY: correct / count,
-        PERPLEXITY: math.exp(total / count) if total / count < 700 else math.inf,
-        BITS_PER_BYTE: total / math.log(2) / size,
-    }
+    found = add_up(evaluator, batches, lambda n: report(n, len(batches)))
+    return found.metrics(loss=found.mean, bits_per_byte=found.total / math.log(2) / size)
 
 
 def _batches(ids_N: np.ndarray, window: Window) -> Iterator[Batch]:

@@ -113,15 +113,14 @@ def evaluate(
 
         return evaluate_summaries(output, model, sources, **generation)
     budget = MemoryBudget(output, memory)
+    way = execution_within(memory, execution, lambda: EXECUTIONS[0])
     if task == "text":
-        way = execution_within(memory, execution, lambda: EXECUTIONS[0])
         streamed = budget if way == EXECUTIONS[1] else None
         return _evaluate_text(output, model, sources, window, stride, batch_size, streamed)
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
     if memory is not None or execution is not None:
-        way = execution_within(memory, execution, lambda: EXECUTIONS[0])
         parsed["runconfig.execution"] = way
     with open_checkpoint(model) as checkpoint:
         params = params_for(model, params_file, parsed, checkpoint.config)
