@@ -18,6 +18,7 @@ from keras import ops
 
 from gptj_model.config import GPTJConfig
 from gptj_model.observation import observe
+from gptj_model.product import product
 from gptj_model.rotary import rotate
 
 # A sequence of one token attends to itself alone, and that is meant.
@@ -55,14 +56,14 @@ class Dropout(keras.layers.Layer):
 
 
 class Dense(keras.layers.Dense):
-    """Keras' own, but for how its LoRA is applied: to the input, not to a copy of the kernel."""
+    """Keras' own, but for how its LoRA is applied (to the input, not to a copy of the kernel) and
+    for how a single token is multiplied."""
 
     def call(self, inputs, training=None):
-        if not self.lora_enabled:
-            return super().call(inputs, training)
-        y = ops.matmul(inputs, self._kernel)
-        narrow = ops.matmul(inputs, self.lora_kernel_a)
-        y = y + (self.lora_alpha / self.lora_rank) * ops.matmul(narrow, self.lora_kernel_b)
+        y = product(inputs, self._kernel)
+        if self.lora_enabled:
+            narrow = ops.matmul(inputs, self.lora_kernel_a)
+            y = y + (self.lora_alpha / self.lora_rank) * ops.matmul(narrow, self.lora_kernel_b)
         return y if self.bias is None else y + self.bias
 
 
@@ -173,7 +174,7 @@ class Head(keras.layers.Layer):
 
     def call(self, x_BTD, embeddings_VD):
         kernel_DV = self.kernel_or(embeddings_VD)
-        return ops.matmul(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
+        return product(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
 
     def kernel_or(self, embeddings_VD):
         """Its kernel (D, V): its own, or the embedding it is tied to."""
