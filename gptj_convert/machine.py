@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,8 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 #: What a version 1 cgroup says when there is no limit is about this many bytes.
 _NO_LIMIT = 2**60
-#: Seconds that a tool asked for its facts may take.
-_PATIENCE = 5
+#: What a processor computes with 16 bits by, without widening each number first, by Linux's names.
+HALF_PRECISION = {"float16": "avx512_fp16", "bfloat16": "avx512_bf16"}
 
 
 def memory_total() -> int:
@@ -96,20 +95,6 @@ def direct_io(folder: Path) -> bool:
         os.close(fd)
         Path(name).unlink()
     return True
-
-
-def gpus() -> list[str]:
-    """NVIDIA's GPUs, with their memory where their tool says it."""
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        query = (tool, "--query-gpu=name,memory.total", "--format=csv,noheader")
-        try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=_PATIENCE)
-            if done.returncode == 0 and done.stdout.strip():
-                return done.stdout.strip().splitlines()
-        except (OSError, subprocess.TimeoutExpired):
-            pass
-    return [p.name for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

@@ -12,7 +12,8 @@ from enum import Enum
 from pathlib import Path
 
 from gptj_convert import machine
-from runner.extras import PACKAGES, install_command
+from gptj_convert.gpu import Gpu, gpus
+from runner.extras import PACKAGES, TENSORFLOW_FOR_CPUS, install_command, version_of
 
 
 class State(Enum):
@@ -42,6 +43,10 @@ _OLDEST_PYTHON = (3, 11)
 _FEATURES = (
     (("avx2",), "AVX2", "TensorFlow and torch"),
     (("avx512f",), "AVX-512", "TensorFlow and torch, up to twice as fast as with AVX2"),
+    *(
+        ((name,), f"{dtype} on CPU", f"mixed_{dtype}")
+        for dtype, name in machine.HALF_PRECISION.items()
+    ),
     (("sha_ni", "sha2"), "SHA extensions", "convert and download, which hash every byte"),
 )
 _CEREBRAS = ("cszoo", "csrun_wse")
@@ -79,7 +84,38 @@ def _hardware() -> Iterator[Fact]:
             yield Fact(shown, "there")
     total, available = machine.memory_total(), machine.memory_available()
     yield Fact("memory", f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB")
-    yield Fact("GPUs", "; ".join(machine.gpus()) or "none, and none is needed")
+    yield from _gpus()
+
+
+def _gpus() -> Iterator[Fact]:
+    found = gpus()
+    if not found:
+        yield Fact("GPUs", "none, and none is needed")
+        return
+    for n, gpu in enumerate(found):
+        yield Fact(f"GPU {n}", _described(gpu))
+    if all(gpu.has_bfloat16 for gpu in found):
+        yield Fact("bfloat16 on GPU", "there")
+    else:
+        fix = "--set model.mixed_precision_dtype=float16"
+        yield Fact("bfloat16 on GPU", "not there", State.WARNING, "mixed_bfloat16", fix)
+    if version_of(TENSORFLOW_FOR_CPUS):
+        fix = f"pip uninstall {TENSORFLOW_FOR_CPUS}; {install_command('gpu')}"
+        value = f"not there: {TENSORFLOW_FOR_CPUS} is installed"
+        yield Fact("TensorFlow on GPU", value, State.WARNING, "the speed of the model", fix)
+
+
+def _described(gpu: Gpu) -> str:
+    """Name, memory, driver, and what its cores can do."""
+    parts = [gpu.name]
+    if gpu.memory is not None:
+        free = f"{gpu.free / 1e9:.1f} GB free of " if gpu.free is not None else ""
+        parts.append(f"{free}{gpu.memory / 1e9:.1f} GB")
+    if gpu.driver:
+        parts.append(f"driver {gpu.driver}")
+    if gpu.capability:
+        parts.append("compute capability {}.{}".format(*gpu.capability))
+    return ", ".join(parts)
 
 
 def _disk() -> Iterator[Fact]:

@@ -9,6 +9,8 @@ from importlib import metadata
 
 #: How the program is called on the package index.
 DISTRIBUTION = "gptj-tf"
+#: TensorFlow without what it needs for GPUs.
+TENSORFLOW_FOR_CPUS = "tensorflow-cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,8 @@ class Package:
     @property
     def installed(self) -> str | None:
         """Its version, if it is there; nothing is imported."""
-        for name in self.distributions:
-            try:
-                return metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        return None
+        found = (version_of(name) for name in self.distributions)
+        return next((version for version in found if version), None)
 
 
 _CORE = "every command"
@@ -44,7 +42,7 @@ PACKAGES = (
     Package("h5py", ("h5py",), _CORE),
     Package("tokenizers", ("tokenizers",), _CORE),
     Package("huggingface_hub", ("huggingface_hub",), _CORE),
-    Package("tensorflow", ("tensorflow-cpu", "tensorflow"), _MODEL, "tf"),
+    Package("tensorflow", (TENSORFLOW_FOR_CPUS, "tensorflow"), _MODEL, "tf"),
     Package("keras", ("keras",), f"{_MODEL}; convert --to keras", "tf"),
     Package("pydantic", ("pydantic",), "train, eval", "tf"),
     Package("jax", ("jax",), "train --backend jax", "jax"),
@@ -62,6 +60,14 @@ def installed_versions() -> Iterator[tuple[str, str | None]]:
     yield "Python", platform.python_version()
     for package in PACKAGES:
         yield package.distributions[-1], package.installed
+
+
+def version_of(distribution: str) -> str | None:
+    """Of a package as it is installed; None: it is not."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def install_command(extra: str) -> str:

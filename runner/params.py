@@ -384,6 +384,9 @@ class RunConfig(Section):
     """Several workers share each batch: those of TF_CONFIG, else one a GPU of this machine."""
     multiple_workers: bool = False
     """They are on several machines: TF_CONFIG must say which."""
+    workers: Positive = 1
+    """How many train together; a run writes it, and with `--set` goes on with another number. Not
+    a key of the reference."""
     cs_ip: str | None = None
     """Address of a CS system."""
     checkpoint_path: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 
 #: Parameters that a continued run may change: how far and how often, not what is computed.
-_FREE = ("runconfig", "eval_input")
-_FREE_KEYS = ("model.recompute", "optimizer.log_hists")
+_FREE = ("runconfig", "eval_input", "model.recompute", "optimizer.log_hists")
+#: Dropout masks are a worker's own.
+_BOUND = ("runconfig.workers",)
 
 
 @contextmanager
@@ -56,16 +57,19 @@ def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -
     problems = [
         f"{key} was {before.get(key)!r}, now {given.get(key)!r}"
         for key in sorted(given.keys() | before.keys())
-        if key.split(".")[0] not in _FREE
-        and key not in _FREE_KEYS
+        if (key in _BOUND or not _is_under(key, _FREE))
         and given.get(key) != before.get(key)
-        and not any(key == s or key.startswith(f"{s}.") for s in settings)
+        and not _is_under(key, settings)
     ]
     if problems:
         raise ConfigError(
             "the run was begun with other parameters: " + "; ".join(problems),
             hint="accept a change with `--set KEY=VALUE`, or name another --model-dir",
         )
+
+
+def _is_under(key: str, sections: Iterable[str]) -> bool:
+    return any(key == s or key.startswith(f"{s}.") for s in sections)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

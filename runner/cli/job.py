@@ -59,17 +59,22 @@ def run_job(output: Output, job: Job) -> dict[str, Any]:
     """Do it; returns the fields of the command's JSON object."""
     from runner.backend import check_backend
     from runner.cli import tensorflow
+    from runner.cli.local_workers import run_workers
     from runner.distribution import join
 
     params = _params(job)
     check_backend(params, mode=job.mode, workers=job.workers or 1)
-    cluster = _cluster(job, params)
     begin = job.checkpoint_path or _path(params.runconfig.checkpoint_path)
     if job.only:
-        return _rehearse(output, job, params, begin)
-    tensorflow.prepare(backend=params.runconfig.backend)
+        return _rehearse(output, job, _accepted(job, params), begin)
     if job.mode in ("eval", "eval_all"):
+        tensorflow.prepare(backend=params.runconfig.backend)
         return _evaluate(output, job, params, begin)
+    cluster, count = _together(job, params)
+    params = _accepted(job, params, count)
+    if count > 1 and cluster is None:
+        raise click.exceptions.Exit(run_workers(count))
+    tensorflow.prepare(backend=params.runconfig.backend)
     workers = join(cluster, output.note)
     if workers.index:
         output.note(f"worker {workers.index} of {workers.count}: the first one tells how it goes")
@@ -77,33 +82,56 @@ def run_job(output: Output, job: Job) -> dict[str, Any]:
     return _train(output, job, params, begin, workers)
 
 
-def _cluster(job: Job, params: Params) -> Cluster | None:
-    """Who trains together, if not this process alone.
+def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:
+    """Who trains together, if they have been started already, and how many.
 
     Raises:
-        click.exceptions.Exit: it was done, by processes that were started here.
         ConfigError: the parameters speak of other machines, and nothing says which.
     """
     from gptj_model.errors import ConfigError
-    from runner.cli.local_workers import run_workers, visible_gpus
+    from runner.cli.local_workers import visible_gpus
     from runner.distribution import TF_CONFIG, cluster_here
 
     runconfig = params.runconfig
-    if not job.only and (job.workers or runconfig.enable_distributed):
-        if job.mode in ("eval", "eval_all"):
-            return None
-        if cluster := cluster_here():
-            return cluster
-        if runconfig.multiple_workers and not job.workers:
-            raise ConfigError(
-                f"runconfig.multiple_workers is true, and {TF_CONFIG} does not say who they are",
-                hint="set it on each of them, or train on this machine with "
-                "--set runconfig.multiple_workers=false",
-            )
-        count = job.workers or len(visible_gpus())
-        if count > 1:
-            raise click.exceptions.Exit(run_workers(count))
-    return None
+    if not (job.workers or runconfig.enable_distributed):
+        return None, 1
+    if cluster := cluster_here():
+        return cluster, cluster.count
+    if runconfig.multiple_workers and not job.workers:
+        raise ConfigError(
+            f"runconfig.multiple_workers is true, and {TF_CONFIG} does not say who they are",
+            hint="set it on each of them, or train on this machine with "
+            "--set runconfig.multiple_workers=false",
+        )
+    return None, job.workers or max(1, len(visible_gpus()))
+
+
+def _accepted(job: Job, params: Params, workers: int | None = None) -> Params:
+    """The parameters as they are kept, once it is seen that a run may go on with them.
+
+    Args:
+        job: what was asked for.
+        params: as they were given.
+        workers: how many train together; None: that is not known yet.
+
+    Raises:
+        ConfigError: see `accept_changes`.
+    """
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from runner import checkpoints
+    from runner.params_file import load_params
+    from runner.run_folder import accept_changes
+
+    saved = job.model_dir / PARAMS_FILE
+    before = None
+    if checkpoints.steps(job.model_dir) and saved.is_file():
+        before = load_params(saved)
+        workers = workers or before.runconfig.workers
+    runconfig = params.runconfig.model_copy(update={"workers": workers or 1})
+    params = params.model_copy(update={"runconfig": runconfig})
+    if before and job.mode in ("train", "train_and_eval"):
+        accept_changes(params, before, job.settings)
+    return params
 
 
 def plan_job(output: Output, job: Job) -> dict[str, Any]:
@@ -112,7 +140,7 @@ def plan_job(output: Output, job: Job) -> dict[str, Any]:
     from gptj_convert.rates import measure
     from runner import checkpoints
 
-    params = _params(job)
+    params = _accepted(job, _params(job))
     plan = _plan(job, params)
     here = next(p for p in (job.model_dir, *job.model_dir.resolve().parents) if p.is_dir())
     rates = measure(here)
@@ -268,15 +296,10 @@ def _params(job: Job) -> Params:
     from runner import checkpoints
     from runner.cli.model_choice import params_for
     from runner.params_file import load_params
-    from runner.run_folder import accept_changes
 
     saved = job.model_dir / PARAMS_FILE
     if checkpoints.steps(job.model_dir) and saved.is_file():
-        before = load_params(saved)
-        params = load_params(job.params_file or saved, job.settings)
-        if job.mode in ("train", "train_and_eval"):
-            accept_changes(params, before, job.settings)
-        return params
+        return load_params(job.params_file or saved, job.settings)
     if job.params_file:
         return load_params(job.params_file, job.settings)
     begin = job.init_from or job.checkpoint_path
@@ -457,8 +480,7 @@ def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None
         output.note(run.executor.placement)
     if not run.continued and begin is None:
         output.note("weights begin at random: no checkpoint is named")
-    needed = {"mixed_float16": "avx512_fp16", "mixed_bfloat16": "avx512_bf16"}
-    feature = needed.get(run.params.dtype_policy)
+    feature = machine.HALF_PRECISION.get(run.params.dtype_policy.removeprefix("mixed_"))
     on_cpu = not _on_jax(run.params) and not tf.config.list_physical_devices("GPU")
     if feature and on_cpu and feature not in machine.cpu_features():
         output.note(f"warning: this processor lacks {feature}: 16 bits will be slower than 32")

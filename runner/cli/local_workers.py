@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from gptj_convert import machine
+from gptj_convert.gpu import gpus
 from runner.cli.errors import Exit
 from runner.distribution import TF_CONFIG
 
@@ -30,7 +31,7 @@ def visible_gpus() -> list[str]:
     named = os.environ.get(_VISIBLE)
     if named is not None:
         return [name for name in named.split(",") if name and name != "-1"]
-    return [str(n) for n in range(len(machine.gpus()))]
+    return [str(n) for n in range(len(gpus()))]
 
 
 def run_workers(count: int) -> int:
@@ -42,13 +43,13 @@ def run_workers(count: int) -> int:
     Returns:
         0 if all have succeeded, else the exit code of the first that has not.
     """
-    gpus = visible_gpus()
+    visible = visible_gpus()
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
             s.bind(("127.0.0.1", 0))
         addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    processes = [_start(n, addresses, gpus) for n in range(count)]
+    processes = [_start(n, addresses, visible) for n in range(count)]
 
     def forward(number: int, frame: object) -> None:
         for process in processes:
@@ -62,11 +63,11 @@ def run_workers(count: int) -> int:
             signal.signal(number, handler)
 
 
-def _start(index: int, addresses: Sequence[str], gpus: Sequence[str]) -> subprocess.Popen[Any]:
+def _start(index: int, addresses: Sequence[str], visible: Sequence[str]) -> subprocess.Popen[Any]:
     cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     environment = os.environ | {TF_CONFIG: json.dumps(cluster)}
-    if gpus:
-        environment[_VISIBLE] = gpus[index % len(gpus)]
+    if visible:
+        environment[_VISIBLE] = visible[index % len(visible)]
     else:
         environment.setdefault(_THREADS, str(max(1, int(machine.cores()) // len(addresses))))
     return subprocess.Popen(

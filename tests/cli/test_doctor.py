@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -50,6 +51,28 @@ def _facts(done) -> dict[str, dict]:
 
 def _steps(done) -> dict[str, dict]:
     return {step["command"]: step for step in done.json["steps"]}
+
+
+def test_gpus_are_described_as_the_driver_tells(
+    workdir: Path, gptj, monkeypatch: pytest.MonkeyPatch
+):
+    tool = workdir / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    lines = "New GPU, 550.54.15, 81559, 80995, 9.0", "Old GPU, 550.54.15, 16384, [N/A], 7.0"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    facts = _facts(gptj("doctor", "--json"))
+    new = "New GPU, 84.9 GB free of 85.5 GB, driver 550.54.15, compute capability 9.0"
+    assert facts["GPU 0"]["value"] == new
+    assert facts["GPU 1"]["value"] == "Old GPU, 17.2 GB, driver 550.54.15, compute capability 7.0"
+    assert facts["bfloat16 on GPU"]["state"] == "warning"
+    assert "float16" in facts["bfloat16 on GPU"]["fix"]
+    assert "tensorflow-cpu" in facts["TensorFlow on GPU"]["fix"]
+    tool.write_text(f"#!/bin/sh\necho '{lines[0]}'\n")
+    assert _facts(gptj("doctor", "--json"))["bfloat16 on GPU"]["state"] == "ok"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "none" in _facts(gptj("doctor", "--json"))["GPUs"]["value"]
 
 
 def test_facts_are_lines_and_one_object(workdir: Path, gptj):

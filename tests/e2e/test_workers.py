@@ -144,3 +144,18 @@ def test_workers_that_do_not_begin_at_the_same_place(golden_run: Path):
     streaming = load_params(Path("params.yaml"), {"runconfig.execution": "streaming"})
     with pytest.raises(ConfigError, match="there are 2 workers, expected 1"):
         Run(streaming, Path("model_dir"), init_from=Path("hf"), workers=_Second())
+
+
+@adamw
+def test_another_number_of_workers_has_to_be_asked_for(golden_run: Path, gptj):
+    more = ("--model-dir", "model_dir", "--quiet")
+    assert gptj(*BEGIN, *more, "--max-steps", 2).code == 0
+    result = gptj(*BEGIN, *more, "--max-steps", 4, "--workers", 2)
+    assert result.code == 2
+    assert "runconfig.workers was 1, now 2" in result.err
+    assert _rows("model_dir")[-1]["step"] == 2
+    text = Path("model_dir/params.yaml").read_text()
+    Path("model_dir/params.yaml").write_text(text.replace("workers: 1", "workers: 2"))
+    assert gptj(*BEGIN, *more, "--max-steps", 4).code == 2
+    accepted = gptj(*BEGIN, *more, "--max-steps", 4, "--set", "runconfig.workers=1")
+    assert accepted.code == 0, accepted.err
