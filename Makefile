@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full test-cs docs site bench clean
+.PHONY: setup demo check test test-full test-cs docs pictures site bench clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,13 @@ test-cs: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# The pages of the demo as the documentation shows them; needs chromium.
+CHROMIUM ?= chromium
+pictures: demo
+	for page in report runs; do \
+	    $(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,900 \
+	        --screenshot=docs/images/$$page.png "file://$(CURDIR)/demo-output/$$page.html"; done
 
 # The documentation as pages: build/site/index.html.
 site: docs

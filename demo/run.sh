@@ -31,7 +31,7 @@ title "2. Its weights under the reference's names, in a TensorFlow checkpoint"
 run gptj convert gpt-j-tiny --to tf
 
 title "3. The proof; and a copy with one square projection left untransposed"
-run gptj verify --tolerance 1e-4
+run gptj verify --tolerance 1e-4 --report report.html
 run python ../demo/damage.py converted damaged gptj_decoder/2/attn/k_proj/k_proj/kernel
 run_expecting 3 gptj verify damaged --against gpt-j-tiny
 
@@ -66,6 +66,7 @@ wait $TRAINING || code=$?
 printf '(exit code %s)\n' "$code"
 [ "$code" = 143 ]
 run gptj train --max-steps 300
+run gptj runs model_dir --html runs.html
 
 title "6. What it has learnt, and the way back to Hugging Face"
 run gptj eval

@@ -152,10 +152,10 @@ def test_another_number_of_workers_has_to_be_asked_for(golden_run: Path, gptj):
     assert gptj(*BEGIN, *more, "--max-steps", 2).code == 0
     result = gptj(*BEGIN, *more, "--max-steps", 4, "--workers", 2)
     assert result.code == 2
-    assert "runconfig.workers was 1, now 2" in result.err
+    assert "runconfig.workers was 1, now 2" in result.stderr
     assert _rows("model_dir")[-1]["step"] == 2
     text = Path("model_dir/params.yaml").read_text()
     Path("model_dir/params.yaml").write_text(text.replace("workers: 1", "workers: 2"))
     assert gptj(*BEGIN, *more, "--max-steps", 4).code == 2
     accepted = gptj(*BEGIN, *more, "--max-steps", 4, "--set", "runconfig.workers=1")
-    assert accepted.code == 0, accepted.err
+    assert accepted.code == 0, accepted.stderr
