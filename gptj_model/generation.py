@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ import numpy as np
 from keras import ops
 
 from gptj_model.errors import UsageError
+from gptj_model.layers import Cache
 from gptj_model.model import GPTJ
 from gptj_model.streaming import StreamedModel
+from gptj_model.tensor_type import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,10 +230,16 @@ def choose(
     return int(random.choice(order[kept], p=p))
 
 
-def _compiled(model: GPTJ):
+def _compiled(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
     """One decoding step, compiled on TensorFlow: logits (B, V) of the last token, caches."""
 
-    def step(ids_BT, positions_BT, visible_BS, caches, start):
+    def step(
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        visible_BS: Tensor,
+        caches: list[Cache],
+        start: Tensor,
+    ) -> tuple[Tensor, list[Cache]]:
         logits_BTV, caches = model.call_cached(
             ids_BT, caches, start, positions_BT, visible_BS, last=True
         )
