@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -125,8 +125,13 @@ def list_files(
         raise UsageError(f"{repository!r} is not a repository's name", hint=hint) from None
 
     def ask() -> Any:
-        options = {"files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
-        return HfApi().repo_info(repository, revision=revision, repo_type=kind, **options)
+        return HfApi().repo_info(
+            repository,
+            revision=revision,
+            repo_type=kind,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            files_metadata=True,
+        )
 
     try:
         with hub_faults(repository):
@@ -377,7 +382,7 @@ def _digest(path: Path, like: RemoteFile) -> str:
 
 
 @contextmanager
-def _alone(folder: Path, named_by: str) -> Iterator[int]:
+def _alone(folder: Path, named_by: str) -> Generator[int]:
     """Keep other downloads out of the folder; the kernel lets go when the process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:

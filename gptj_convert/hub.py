@@ -7,7 +7,7 @@ begins again from zero after an interruption and compares sizes only, hence `tra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class WrongContent(Exception):
 
 
 @contextmanager
-def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[None]:
     """The client's exceptions as ours. Their texts hold URLs, which may be signed: not shown."""
     from httpx2 import RequestError
     from huggingface_hub import errors

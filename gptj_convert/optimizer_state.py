@@ -146,7 +146,8 @@ def _expected(scheme: Scheme) -> str:
             return f"{STATE}0.{MOMENTS[0]} and so on, as the client's checkpoints have"
         case Scheme.HF:
             return f"{OPTIMIZER_FILE} beside the weights"
-    return "another format: a Keras weights file has no place for it"
+        case Scheme.KERAS:
+            return "another format: a Keras weights file has no place for it"
 
 
 def _refuse(checkpoint: Checkpoint, problems: Iterable[str], hint: str = _WITHOUT) -> None:

@@ -61,7 +61,8 @@ def cs_tree(
                 return {key: tensors(value, f"{path}.{key}") for key, value in tree.items()}
             case list():
                 return [tensors(value, f"{path}.{n}") for n, value in enumerate(tree)]
-        return tensor(path, tree)
+            case _:
+                return tensor(path, tree)
 
     groups = parameter_groups(config, Scheme.CS, Grouping.DECAY)
     rows = [t for group in groups for t in group]

@@ -75,6 +75,7 @@ def _write_rate(folder: Path) -> float:
         blocks = _WRITTEN // BLOCK_BYTES
         output = OutputFile(Path(place) / "written", blocks * BLOCK_BYTES)
         output.path.unlink()
+        n = 0
         try:
             begun = time.perf_counter()
             for n in range(1, blocks + 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def refuse_overlap(out: Path, source: Path, files: Iterable[Path]) -> None:
 
 
 @contextmanager
-def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Iterator[Staging]:
+def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Generator[Staging]:
     """A folder that takes the name `out` once the body is done.
 
     With `force` an existing `out` lives until the new one is durable, then goes. If the body
@@ -145,7 +145,7 @@ def refuse_existing(out: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def _locked(root: Path, out: Path) -> Iterator[None]:
+def _locked(root: Path, out: Path) -> Generator[None]:
     """The folder, for this process alone; the kernel lets go when the process ends."""
     with suppress(FileExistsError):
         root.mkdir()

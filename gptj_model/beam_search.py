@@ -13,7 +13,9 @@ import numpy as np
 from keras import ops
 
 from gptj_model.errors import UsageError
+from gptj_model.layers import Cache
 from gptj_model.model import GPTJ
+from gptj_model.tensor_type import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ class BeamSearch:
                 f"{self._model.config.n_positions}, and a prompt"
             )
         caches = self._model.empty_caches(1, length)
-        logits_KV, caches = self._call([prompt], caches, 0, [0])
+        logits_KV, caches = self._call([list(prompt)], caches, 0, [0])
         # One candidate to begin with; the first step makes as many of it as are followed.
         scores_K = np.zeros(1)
         texts: list[list[int]] = [[]]
@@ -98,7 +100,13 @@ class BeamSearch:
     def _comparable(self, score: float, length: int) -> float:
         return score / length**self._beam.length_penalty
 
-    def _call(self, ids_KT, caches, start: int, parents_K):
+    def _call(
+        self,
+        ids_KT: list[list[int]],
+        caches: list[Cache],
+        start: int,
+        parents_K: list[int],
+    ) -> tuple[np.ndarray, list[Cache]]:
         logits_KV, caches = self._step(
             ops.convert_to_tensor(ids_KT, dtype="int32"),
             caches,
@@ -107,9 +115,14 @@ class BeamSearch:
         )
         return np.asarray(logits_KV, np.float64), caches
 
-    def _step_eagerly(self, ids_KT, caches, start, parents_K):
+    def _step_eagerly(
+        self, ids_KT: Tensor, caches: list[Cache], start: Tensor, parents_K: Tensor
+    ) -> tuple[Tensor, list[Cache]]:
         """Logits of the last token, after the caches were arranged as the candidates' parents."""
-        caches = [tuple(ops.take(part, parents_K, axis=0) for part in cache) for cache in caches]
+        caches = [
+            (ops.take(keys, parents_K, axis=0), ops.take(values, parents_K, axis=0))
+            for keys, values in caches
+        ]
         logits_KTV, caches = self._model.call_cached(ids_KT, caches, start)
         return logits_KTV[:, -1], caches
 

@@ -130,7 +130,7 @@ class GPTJConfig:
         return cls(**values)
 
     @classmethod
-    def from_hf(cls, values: Mapping[str, Any], *, where: str = CONFIG_FILE) -> GPTJConfig:
+    def from_hf(cls, values: Any, *, where: str = CONFIG_FILE) -> GPTJConfig:
         """Read the content of a Hugging Face config.json.
 
         Args:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ import numpy as np
 from keras import ops
 
 from gptj_model.errors import UsageError
+from gptj_model.layers import Cache
 from gptj_model.model import GPTJ
 from gptj_model.streaming import StreamedModel
+from gptj_model.tensor_type import Tensor
 
 #: Lengths of caches are multiples of it.
 CACHE_STEP = 64
@@ -232,10 +234,16 @@ def choose(
     return int(random.choice(order[kept], p=p))
 
 
-def _compiled(model: GPTJ):
+def _compiled(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
     """One decoding step, compiled on TensorFlow: logits (B, V) of the last token, caches."""
 
-    def step(ids_BT, positions_BT, visible_BS, caches, start):
+    def step(
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        visible_BS: Tensor,
+        caches: list[Cache],
+        start: Tensor,
+    ) -> tuple[Tensor, list[Cache]]:
         logits_BTV, caches = model.call_cached(
             ids_BT, caches, start, positions_BT, visible_BS, last=True
         )
@@ -249,7 +257,7 @@ def _compiled(model: GPTJ):
     # Of a single token, starting the operations one by one takes a third of the time.
     of_one = tf.function(step, jit_compile=True)
 
-    def compiled(ids_BT, *rest):
+    def compiled(ids_BT: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
         return (of_one if ids_BT.shape == (1, 1) else plain)(ids_BT, *rest)
 
     return compiled

@@ -20,6 +20,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.observation import observe
 from gptj_model.product import product
 from gptj_model.rotary import rotate
+from gptj_model.tensor_type import Tensor
 
 # A sequence of one token attends to itself alone, and that is meant.
 warnings.filterwarnings("ignore", message="You are using a softmax over axis -1")
@@ -32,12 +33,16 @@ UNSET = "zeros"
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
-    sin_BTR2: Any
-    cos_BTR2: Any
-    bias_B1TS: Any
+    sin_BTR2: Tensor
+    cos_BTR2: Tensor
+    bias_B1TS: Tensor
     """0 where a query may see a key, a large negative number elsewhere; float32."""
-    cache_start: Any
+    cache_start: Tensor
     """Index of the first query among the cached keys; 0 without a cache."""
+
+
+#: Keys (float32) and values (compute dtype) of one block, each (B, H, S, K).
+Cache = tuple[Tensor, Tensor]
 
 
 class Dropout(keras.layers.Layer):
@@ -49,7 +54,7 @@ class Dropout(keras.layers.Layer):
         self.rate = rate
         self.seeds = seeds
 
-    def call(self, x, training=False):
+    def call(self, x: Tensor, training: bool = False) -> Tensor:
         if not training or self.rate == 0:
             return x
         return keras.random.dropout(x, self.rate, seed=self.seeds)
@@ -59,7 +64,7 @@ class Dense(keras.layers.Dense):
     """Keras' own, but for how its LoRA is applied (to the input, not to a copy of the kernel) and
     for how a single token is multiplied."""
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         y = product(inputs, self._kernel)
         if self.lora_enabled:
             narrow = ops.matmul(inputs, self.lora_kernel_a)
@@ -88,8 +93,10 @@ class Attention(keras.layers.Layer):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             layer.build(input_shape)
 
-    def call(self, h_BTD, context: Context, cache=None, training=False):
-        """Returns (output BTD, cache); the cache is a pair of BHSK keys and values, or None."""
+    def call(
+        self, h_BTD: Tensor, context: Context, cache: Cache | None = None, training: bool = False
+    ) -> tuple[Tensor, Cache | None]:
+        """Returns (output BTD, cache)."""
         B, T = ops.shape(h_BTD)[:2]
         heads = (B, T, self.config.n_head, self.config.head_dim)
         q_BTHK = ops.reshape(observe("q_proj", self.q_proj(h_BTD)), heads)
@@ -132,7 +139,7 @@ class FeedForward(keras.layers.Layer):
         self.fc_in.build(input_shape)
         self.fc_out.build((*input_shape[:-1], self.fc_in.units))
 
-    def call(self, h_BTD, training=False):
+    def call(self, h_BTD: Tensor, training: bool = False) -> Tensor:
         a_BTF = observe("gelu", ops.gelu(observe("fc_in", self.fc_in(h_BTD)), approximate=True))
         return self.drop_residual(observe("fc_out", self.fc_out(a_BTF)), training=training)
 
@@ -150,7 +157,9 @@ class Block(keras.layers.Layer):
         for layer in (self.ln_1, self.attn, self.mlp):
             layer.build(input_shape)
 
-    def call(self, x_BTD, context: Context, cache=None, training=False):
+    def call(
+        self, x_BTD: Tensor, context: Context, cache: Cache | None = None, training: bool = False
+    ) -> tuple[Tensor, Cache | None]:
         """Returns (hidden states BTD, cache)."""
         h_BTD = observe("ln_1", self.ln_1(x_BTD))
         attended_BTD, cache = self.attn(h_BTD, context, cache, training=training)
@@ -172,11 +181,11 @@ class Head(keras.layers.Layer):
             self.kernel = self.add_weight(name="kernel", shape=(D, V), initializer=UNSET)
         self.bias = self.add_weight(name="bias", shape=(V,), initializer=UNSET)
 
-    def call(self, x_BTD, embeddings_VD):
+    def call(self, x_BTD: Tensor, embeddings_VD: Tensor) -> Tensor:
         kernel_DV = self.kernel_or(embeddings_VD)
         return product(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
 
-    def kernel_or(self, embeddings_VD):
+    def kernel_or(self, embeddings_VD: Tensor) -> Tensor:
         """Its kernel (D, V): its own, or the embedding it is tied to."""
         return ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
 

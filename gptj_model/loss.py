@@ -4,15 +4,17 @@ Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V voca
 """
 
 # keras.ops is annotated as if its functions returned None.
-# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false, reportOperatorIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops, tree
+
+from gptj_model.tensor_type import Tensor
 
 #: Logits that are held at once, at most: 64 MiB of float32.
 _CHUNK_LOGITS = 2**24
@@ -21,20 +23,20 @@ _CHUNK_LOGITS = 2**24
 class TokenLoss(NamedTuple):
     """Sums over the tokens that count; float32 scalars."""
 
-    total: Any
+    total: Tensor
     """Sum of their cross-entropies, in nats."""
-    count: Any
+    count: Tensor
     """Their number."""
-    correct: Any
+    correct: Tensor
     """Number of them whose most likely token is the label."""
 
     @property
-    def mean(self) -> Any:
+    def mean(self) -> Tensor:
         """Mean cross-entropy; 0 when no token counts."""
         return self.total / ops.maximum(self.count, 1.0)
 
 
-def token_loss(logits_BTV, labels_BT, ignored_BT) -> TokenLoss:
+def token_loss(logits_BTV: Tensor, labels_BT: Tensor, ignored_BT: Tensor) -> TokenLoss:
     """Cross-entropy of the labels.
 
     Args:
@@ -54,11 +56,11 @@ def token_loss(logits_BTV, labels_BT, ignored_BT) -> TokenLoss:
 
 
 def head_loss(
-    h_BTD,
-    kernel_DV,
-    bias_V,
-    labels_BT,
-    ignored_BT,
+    h_BTD: Tensor,
+    kernel_DV: Tensor,
+    bias_V: Tensor,
+    labels_BT: Tensor,
+    ignored_BT: Tensor,
     training: bool = False,
     *,
     devices: int = 1,
@@ -83,7 +85,7 @@ def head_loss(
     chunks = _chunks(T, B * V // devices) if devices > 1 else _chunks(B * T, V)
     counted_BT = 1.0 - ops.cast(ignored_BT, "float32")
 
-    def cut(x, *rest: int):
+    def cut(x: Tensor, *rest: int) -> Tensor:
         if devices > 1:
             x = ops.reshape(x, (B, chunks, -1, *rest))
             x = ops.transpose(x, (1, 0, 2, *range(3, 3 + len(rest))))
@@ -92,7 +94,7 @@ def head_loss(
     h_nCD, labels_nC, counted_nC = cut(h_BTD, D), cut(labels_BT), cut(counted_BT)
 
     @ops.custom_gradient
-    def sums(h_nCD, kernel_DV, bias_V):
+    def sums(h_nCD: Tensor, kernel_DV: Tensor, bias_V: Tensor) -> Tensor:
         kernel_DV = ops.cast(kernel_DV, h_nCD.dtype)
         zero = ops.zeros((), "float32")
         begin = [zero, zero]
@@ -100,16 +102,16 @@ def head_loss(
             begin += [ops.zeros((D, V), "float32"), ops.zeros((V,), "float32")]
             begin += [ops.zeros(h_nCD.shape, "float32")]
 
-        def add_chunk(n, carry):
+        def add_chunk(n: Tensor, carry: list[Tensor]) -> list[Tensor]:
             labels_C, counted_C = labels_nC[n], counted_nC[n]
-            new: Any = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
+            new = _chunk_loss(h_nCD[n], labels_C, counted_C, kernel_DV, bias_V, training)
             summed = [a + b for a, b in zip(carry[:4], new[:4], strict=True)]
             placed = [ops.slice_update(d, (n, 0, 0), new[4][None]) for d in carry[4:]]
             return [*summed, *placed]
 
         carry = add_chunk(0, begin) if chunks == 1 else ops.fori_loop(0, chunks, add_chunk, begin)
 
-        def gradient(*args, upstream=None):
+        def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor, ...]:
             # TensorFlow hands over one argument an output, JAX one for all.
             up = tree.flatten(args if upstream is None else upstream)[0]
             d_h = ops.cast(carry[4] * up, h_nCD.dtype)
@@ -121,7 +123,14 @@ def head_loss(
     return TokenLoss(total=total, count=ops.sum(counted_BT), correct=correct)
 
 
-def _chunk_loss(h_CD, labels_C, counted_C, kernel_DV, bias_V, training: bool):
+def _chunk_loss(
+    h_CD: Tensor,
+    labels_C: Tensor,
+    counted_C: Tensor,
+    kernel_DV: Tensor,
+    bias_V: Tensor,
+    training: bool,
+) -> tuple[Tensor, ...]:
     """Sum of losses and of hits; in training also what they add to the gradients of kernel and
     bias; then the gradient of h, in float32."""
     logits_CV = ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V

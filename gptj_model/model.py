@@ -9,15 +9,17 @@ Shape suffixes: B batch, T time (queries), S time (keys), D hidden, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from gptj_model.config import GPTJConfig
-from gptj_model.layers import UNSET, Block, Context, Dropout, Head, layer_norm
+from gptj_model.layers import UNSET, Block, Cache, Context, Dropout, Head, layer_norm
 from gptj_model.loss import TokenLoss, head_loss
 from gptj_model.rotary import sin_cos_tables
+from gptj_model.tensor_type import Tensor
 
 #: Added to the score of a key that must not be seen: its probability underflows to 0.
 MASKED = -1e9
@@ -86,7 +88,13 @@ class GPTJ(keras.Model):
             layer.build(hidden_shape)
         self.built = True
 
-    def call(self, ids_BT, positions_BT=None, attention_mask_BT=None, training=False):
+    def call(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor = None,
+        attention_mask_BT: Tensor = None,
+        training: bool = False,
+    ) -> Tensor:
         """Logits (B, T, V) in the compute dtype.
 
         Args:
@@ -99,7 +107,14 @@ class GPTJ(keras.Model):
         x_BTD = self.decode(self.embed(ids_BT, training=training), context, training=training)
         return self.unembed(x_BTD)
 
-    def token_loss(self, ids_BT, labels_BT, ignored_BT, training=False, devices=1) -> TokenLoss:
+    def token_loss(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor,
+        ignored_BT: Tensor,
+        training: bool = False,
+        devices: int = 1,
+    ) -> TokenLoss:
         """Cross-entropy of the labels, without ever holding all logits; see `head_loss`."""
         x_BTD = self.embed(ids_BT, training=training)
         x_BTD = self.decode(x_BTD, self.context(ids_BT), training=training)
@@ -115,8 +130,14 @@ class GPTJ(keras.Model):
         )
 
     def call_cached(
-        self, ids_BT, caches, start, positions_BT=None, attention_mask_BS=None, last=False
-    ):
+        self,
+        ids_BT: Tensor,
+        caches: Sequence[Cache],
+        start: Tensor,
+        positions_BT: Tensor = None,
+        attention_mask_BS: Tensor = None,
+        last: bool = False,
+    ) -> tuple[Tensor, list[Cache]]:
         """Logits of tokens start … start + T, and the caches with their keys and values.
 
         Args:
@@ -136,16 +157,18 @@ class GPTJ(keras.Model):
             updated.append(cache)
         return self.unembed(x_BTD[:, -1:] if last else x_BTD), updated
 
-    def context(self, ids_BT, positions_BT=None, attention_mask_BT=None) -> Context:
+    def context(
+        self, ids_BT: Tensor, positions_BT: Tensor = None, attention_mask_BT: Tensor = None
+    ) -> Context:
         """What the blocks share when these ids are one whole sequence each."""
         T = ops.shape(ids_BT)[1]
         return make_context(self.config, T, T, positions_BT, attention_mask_BT)
 
-    def embed(self, ids_BT, training=False):
+    def embed(self, ids_BT: Tensor, training: bool = False) -> Tensor:
         """Token ids → hidden states (B, T, D) before the first block."""
         return self.drop(self.wte(ids_BT), training=training)
 
-    def decode(self, x_BTD, context: Context, training=False):
+    def decode(self, x_BTD: Tensor, context: Context, training: bool = False) -> Tensor:
         """Hidden states through every block."""
         for block in self.blocks:
             if training and self.recompute:
@@ -154,23 +177,23 @@ class GPTJ(keras.Model):
                 x_BTD, _ = block(x_BTD, context, training=training)
         return x_BTD
 
-    def _recomputed(self, block: Block, context: Context):
+    def _recomputed(self, block: Block, context: Context) -> Callable[[Tensor], Tensor]:
         """A block in training whose gradient computes it anew, with the same dropout masks."""
 
         seed_state = ops.copy(self.seeds.state)
 
-        def run(x_BTD):
+        def run(x_BTD: Tensor) -> Tensor:
             self.seeds.state.assign(seed_state)
             return block(x_BTD, context, training=True)[0]
 
         return keras.remat(run)
 
-    def unembed(self, x_BTD):
+    def unembed(self, x_BTD: Tensor) -> Tensor:
         """Hidden states after the last block → logits (B, T, V)."""
         return self.lm_head(self.ln_f(x_BTD), self.wte.embeddings)
 
-    def empty_caches(self, batch: int, length: int) -> list[tuple[Any, Any]]:
-        """Keys (float32) and values (compute dtype) of no tokens yet, (B, H, S, K) a block."""
+    def empty_caches(self, batch: int, length: int) -> list[Cache]:
+        """Room for the keys and values of so many tokens, one of each block."""
         shape = (batch, self.config.n_head, length, self.config.head_dim)
         return [
             (ops.zeros(shape, "float32"), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks
@@ -178,7 +201,12 @@ class GPTJ(keras.Model):
 
 
 def make_context(
-    config: GPTJConfig, T, S, positions_BT=None, attention_mask_BS=None, start=0
+    config: GPTJConfig,
+    T: Tensor,
+    S: Tensor,
+    positions_BT: Tensor = None,
+    attention_mask_BS: Tensor = None,
+    start: Tensor = 0,
 ) -> Context:
     """Rotary angles and the causal mask for queries start … start + T over S keys."""
     start = ops.convert_to_tensor(start, dtype="int32")

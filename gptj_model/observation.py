@@ -5,7 +5,7 @@ Layers hand over what an operation gave with `observe`; nothing happens unless s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ def observe(operation: str, value: T) -> T:
 
 
 @contextmanager
-def observing() -> Iterator[dict[str, Any]]:
+def observing() -> Generator[dict[str, Any]]:
     """A mapping that is filled with what is observed, by operation, while the context is open.
 
     Only what runs eagerly is seen: a compiled function hands over nothing that is a value.

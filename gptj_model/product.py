@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 from keras import ops
 
+from gptj_model.tensor_type import Tensor
 
-def product(x: Any, kernel_IO: Any) -> Any:
+
+def product(x: Tensor, kernel_IO: Tensor) -> Tensor:
     """x (…, I) times a kernel (I, O) → (…, O).
 
     A single row is bound by reading the kernel. XLA reads it with one core if what follows is

@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from keras import ops
 
+from gptj_model.tensor_type import Tensor
+
 #: Base of the geometric series of wavelengths.
 BASE = 10000.0
 
@@ -35,7 +37,7 @@ def sin_cos_tables(n_positions: int, rotary_dim: int) -> tuple[np.ndarray, np.nd
     return np.sin(wide).astype(np.float32), np.cos(wide).astype(np.float32)
 
 
-def rotate(x_BTHK, sin_BTR2, cos_BTR2):
+def rotate(x_BTHK: Tensor, sin_BTR2: Tensor, cos_BTR2: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i+1) of the first R features of each head; the others pass.
 
     Args:

@@ -112,7 +112,7 @@ def _backwards(layer: keras.Layer, x: np.ndarray, d_out: np.ndarray) -> list[np.
         tape.watch(value)
         out = layer(value)
     weights = [v.value for v in layer.trainable_variables]
-    found: Sequence = _pull(tape, out, [value, *weights], d_out)
+    found: Sequence[Any] = _pull(tape, out, [value, *weights], d_out)
     return [np.asarray(gradient) for gradient in found]
 
 

@@ -7,7 +7,7 @@ Shape suffixes: B batch, T time, N tokens, C some of them, D hidden, V vocabular
 """
 
 # keras.ops is annotated as if its functions returned None.
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
 
 from __future__ import annotations
 
@@ -231,11 +231,11 @@ class StreamedTraining:
             before += first + (stage - 1) * each
         return tf.constant([draw[0], draw[1] + before], self._seeds.state.dtype)
 
-    def _run_embed(self, rows_BTD, state):
+    def _run_embed(self, rows_BTD: Any, state: Any) -> Any:
         self._seeds.state.assign(state)
         return self._drop(ops.cast(rows_BTD, self._dtype), training=True)
 
-    def _run_embed_back(self, d_x_BTD, state, scale):
+    def _run_embed_back(self, d_x_BTD: Any, state: Any, scale: Any) -> Any:
         # The mask does not depend on what it is applied to.
         rows_BTD = tf.zeros(d_x_BTD.shape, self._dtype)
         with tf.GradientTape() as tape:
@@ -243,11 +243,13 @@ class StreamedTraining:
             x_BTD = self._run_embed(rows_BTD, state)
         return _unscaled(tape.gradient(x_BTD, rows_BTD, output_gradients=d_x_BTD), scale)
 
-    def _run_block(self, x_BTD, context, state):
+    def _run_block(self, x_BTD: Any, context: Any, state: Any) -> Any:
         self._seeds.state.assign(state)
         return self._block(x_BTD, context, training=True)[0]
 
-    def _run_block_back(self, x_BTD, context, d_out_BTD, state, scale):
+    def _run_block_back(
+        self, x_BTD: Any, context: Any, d_out_BTD: Any, state: Any, scale: Any
+    ) -> tuple[Any, list[Any]]:
         weights = [w.value for w in self._trained]
         with tf.GradientTape() as tape:
             tape.watch(x_BTD)
@@ -255,7 +257,7 @@ class StreamedTraining:
         d_x_BTD, *gradients = tape.gradient(out_BTD, [x_BTD, *weights], output_gradients=d_out_BTD)
         return d_x_BTD, [_unscaled(g, scale) for g in gradients]
 
-    def _run_norm_back(self, x_BTD, d_h_BTD, scale):
+    def _run_norm_back(self, x_BTD: Any, d_h_BTD: Any, scale: Any) -> tuple[Any, ...]:
         sources = [x_BTD, self._norm.gamma.value, self._norm.beta.value]
         with tf.GradientTape() as tape:
             tape.watch(x_BTD)
@@ -263,17 +265,24 @@ class StreamedTraining:
         d_x_BTD, *gradients = tape.gradient(h_BTD, sources, output_gradients=d_h_BTD)
         return d_x_BTD, *(_unscaled(g, scale) for g in gradients)
 
-    def _kernel(self, weight):
+    def _kernel(self, weight: Any) -> Any:
         """A part of the head's kernel (D, P) in the compute dtype."""
         return ops.cast(ops.transpose(weight) if self._head_rows else weight, self._dtype)
 
-    def _run_logits(self, h_CD, weight, bias_P):
+    def _run_logits(self, h_CD: Any, weight: Any, bias_P: Any) -> Any:
         weight, bias_P = (ops.cast(x, "float32") for x in (weight, bias_P))
         return ops.cast(ops.matmul(h_CD, self._kernel(weight)), "float32") + bias_P
 
     def _run_logits_back(
-        self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight, of_head: bool
-    ):
+        self,
+        h_CD: Any,
+        logits_CP: Any,
+        log_sum_C: Any,
+        labels_C: Any,
+        counted_C: Any,
+        weight: Any,
+        of_head: bool,
+    ) -> tuple[Any, ...]:
         """Gradients of the summed loss: by a part of the head of h, and of that part."""
         is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
         share_CP = ops.exp(logits_CP - log_sum_C[:, None])

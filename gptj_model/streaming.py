@@ -17,7 +17,7 @@ from keras import ops
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.kept import NOTHING_KEPT, Kept
-from gptj_model.layers import Block, Context, Head, layer_norm
+from gptj_model.layers import Block, Cache, Context, Head, layer_norm
 from gptj_model.loss import RunningLoss, TokenLoss
 from gptj_model.model import make_context
 from gptj_model.observation import observing
@@ -25,9 +25,6 @@ from gptj_model.source import TensorSource, read_rows
 from gptj_model.tensors import Scheme, block, embedding, head
 from gptj_model.vocabulary import parts, read_head
 from gptj_model.weights import assign, assigned_variables, read_values
-
-Cache = tuple[Any, Any]
-"""Keys and values of one block, (B, H, S, K) each."""
 
 
 class StreamedModel:
@@ -108,8 +105,10 @@ class StreamedModel:
             variable.assign(values.pop(0))
         self._weights = [variable.value for variable in self._variables]
 
-    def _call(self, weights: Sequence[Any], x_BTD, context: Context, cache: Cache | None = None):
-        """The block with these weights."""
+    def _call(
+        self, weights: Sequence[Any], x_BTD: Any, context: Context, cache: Cache | None = None
+    ) -> tuple[Any, Any]:
+        """The block with these weights: hidden states, and the cache if there was one."""
         with keras.StatelessScope(list(zip(self._variables, weights, strict=True))):
             return self._block(x_BTD, context, cache)
 

@@ -137,7 +137,7 @@ class _Machine:
     def _result(self) -> dict[str, Any]:
         if self._next != len(self._data):
             raise self._fault(f"STOP with {len(self._data) - self._next} bytes left over")
-        value = self._pop()
+        value = self.pop()
         if self._stack or self._below:
             raise self._fault("STOP with more than one value on the stack")
         if not isinstance(value, dict):
@@ -157,10 +157,10 @@ class _Machine:
         self._next += count
         return taken
 
-    def _number(self, layout: str) -> Any:
+    def number(self, layout: str) -> Any:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
 
-    def _pop(self) -> Any:
+    def pop(self) -> Any:
         if not self._stack:
             raise self._fault("takes a value from an empty stack")
         return self._stack.pop()
@@ -170,46 +170,46 @@ class _Machine:
             raise self._fault("needs a value on the stack, which is empty")
         return self._stack[-1]
 
-    def _pop_mark(self) -> list[Any]:
+    def pop_mark(self) -> list[Any]:
         if not self._below:
             raise self._fault("needs a mark on the stack, there is none")
         items, self._stack = self._stack, self._below.pop()
         return items
 
-    def _push(self, value: Any) -> None:
+    def push(self, value: Any) -> None:
         self._stack.append(value)
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
         if len(self._below) == MAX_MARKS:
             raise self._fault(f"has more than {MAX_MARKS} nested marks")
         self._below.append(self._stack)
         self._stack = []
 
-    def _push_tuple(self, count: int) -> None:
-        self._push(tuple([self._pop() for _ in range(count)][::-1]))
+    def push_tuple(self, count: int) -> None:
+        self.push(tuple([self.pop() for _ in range(count)][::-1]))
 
-    def _push_long(self) -> None:
-        size = self._number("<B")
+    def push_long(self) -> None:
+        size = self.number("<B")
         if size > 8:
             raise self._fault(f"a number of {size} bytes, expected at most 8")
-        self._push(int.from_bytes(self._take(size), "little", signed=True))
+        self.push(int.from_bytes(self._take(size), "little", signed=True))
 
-    def _push_string(self) -> None:
-        size = self._number("<I")
+    def push_string(self) -> None:
+        size = self.number("<I")
         if size > MAX_STRING_BYTES:
             raise self._fault(f"a string of {size} bytes, expected at most {MAX_STRING_BYTES}")
         try:
-            self._push(self._take(size).decode("utf-8"))
+            self.push(self._take(size).decode("utf-8"))
         except UnicodeDecodeError:
             raise self._fault("a string that is not UTF-8") from None
 
-    def _push_global(self) -> None:
+    def push_global(self) -> None:
         module, name = self._line(), self._line()
         # With a dot in the name, another pair would read the same.
         known = _GLOBALS.get(f"{module}.{name}") if "." not in name else None
         if known is None:
             raise self._fault(f"global {f'{module}.{name}'!r} is not allowed in a checkpoint")
-        self._push(known)
+        self.push(known)
 
     def _line(self) -> str:
         end = self._data.find(b"\n", self._next, self._next + MAX_STRING_BYTES)
@@ -219,16 +219,16 @@ class _Machine:
         self._next += 1
         return text
 
-    def _put(self, layout: str) -> None:
-        self._memo[self._number(layout)] = self._top()
+    def put(self, layout: str) -> None:
+        self._memo[self.number(layout)] = self._top()
 
-    def _get(self, layout: str) -> None:
-        index = self._number(layout)
+    def get(self, layout: str) -> None:
+        index = self.number(layout)
         if index not in self._memo:
             raise self._fault(f"fetches memo {index}, which was never stored")
-        self._push(self._memo[index])
+        self.push(self._memo[index])
 
-    def _set_items(self, items: list[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, dict) or len(items) % 2:
             raise self._fault(f"sets {len(items)} keys and values in a {kind_of(target)}")
@@ -242,28 +242,28 @@ class _Machine:
                 raise self._fault(f"a dict has the key {key!r} twice")
             target[key] = value
 
-    def _append(self, items: list[Any]) -> None:
+    def append(self, items: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, list):
             raise self._fault(f"appends to a {kind_of(target)}, expected a list")
         target.extend(items)
 
-    def _persistent(self) -> None:
-        match self._pop():
+    def persistent(self) -> None:
+        match self.pop():
             case ("storage", StorageType() as kind, str() as key, str(), int() as numel):
-                self._push(Storage(kind.dtype, key, numel))
+                self.push(Storage(kind.dtype, key, numel))
             case _:
                 raise self._fault("a persistent id that is not torch.save's of a storage")
 
-    def _reduce(self) -> None:
-        arguments, target = self._pop(), self._pop()
+    def reduce(self) -> None:
+        arguments, target = self.pop(), self.pop()
         if not isinstance(target, Global):
             raise self._fault(f"REDUCE calls a {kind_of(target)}, expected a known global")
         if not isinstance(arguments, tuple):
             raise self._fault(f"REDUCE with a {kind_of(arguments)}, expected a tuple of arguments")
         match target.name, arguments:
             case "collections.OrderedDict", ():
-                self._push(OrderedDict())
+                self.push(OrderedDict())
             case (
                 "torch._utils._rebuild_tensor_v2",
                 (
@@ -275,17 +275,17 @@ class _Machine:
                     OrderedDict() as hooks,
                 ),
             ) if not hooks:
-                self._push(PickledTensor(storage, offset, shape, strides))
+                self.push(PickledTensor(storage, offset, shape, strides))
             case (
                 "torch._utils._rebuild_parameter",
                 (PickledTensor() as tensor, bool(), OrderedDict() as hooks),
             ) if not hooks:
-                self._push(tensor)
+                self.push(tensor)
             case _:
                 raise self._fault(f"the arguments of {target.name} are not those of a tensor")
 
-    def _build(self) -> None:
-        state, target = self._pop(), self._top()
+    def build(self) -> None:
+        state, target = self.pop(), self._top()
         if not isinstance(target, OrderedDict):
             raise self._fault(f"BUILD on a {kind_of(target)}, expected an OrderedDict")
         # Versions of the modules, of no use here: nn.Module.state_dict() hangs them on its dict.
@@ -297,33 +297,33 @@ _OPCODE_NAMES = {o.code.encode("latin-1"): o.name for o in pickletools.opcodes}
 
 #: What torch.save writes for a dict of tensors with plain values beside them.
 _OPERATIONS: dict[bytes, Callable[[_Machine], None]] = {
-    b"N": lambda m: m._push(None),
-    b"\x88": lambda m: m._push(True),
-    b"\x89": lambda m: m._push(False),
-    b"K": lambda m: m._push(m._number("<B")),
-    b"M": lambda m: m._push(m._number("<H")),
-    b"J": lambda m: m._push(m._number("<i")),
-    b"G": lambda m: m._push(m._number(">d")),
-    b"\x8a": _Machine._push_long,
-    b"X": _Machine._push_string,
-    b"c": _Machine._push_global,
-    b"(": _Machine._mark,
-    b")": lambda m: m._push(()),
-    b"t": lambda m: m._push(tuple(m._pop_mark())),
-    b"\x85": lambda m: m._push_tuple(1),
-    b"\x86": lambda m: m._push_tuple(2),
-    b"\x87": lambda m: m._push_tuple(3),
-    b"]": lambda m: m._push([]),
-    b"a": lambda m: m._append([m._pop()]),
-    b"e": lambda m: m._append(m._pop_mark()),
-    b"}": lambda m: m._push({}),
-    b"s": lambda m: m._set_items([m._pop(), m._pop()][::-1]),
-    b"u": lambda m: m._set_items(m._pop_mark()),
-    b"q": lambda m: m._put("<B"),
-    b"r": lambda m: m._put("<I"),
-    b"h": lambda m: m._get("<B"),
-    b"j": lambda m: m._get("<I"),
-    b"Q": _Machine._persistent,
-    b"R": _Machine._reduce,
-    b"b": _Machine._build,
+    b"N": lambda m: m.push(None),
+    b"\x88": lambda m: m.push(True),
+    b"\x89": lambda m: m.push(False),
+    b"K": lambda m: m.push(m.number("<B")),
+    b"M": lambda m: m.push(m.number("<H")),
+    b"J": lambda m: m.push(m.number("<i")),
+    b"G": lambda m: m.push(m.number(">d")),
+    b"\x8a": _Machine.push_long,
+    b"X": _Machine.push_string,
+    b"c": _Machine.push_global,
+    b"(": _Machine.mark,
+    b")": lambda m: m.push(()),
+    b"t": lambda m: m.push(tuple(m.pop_mark())),
+    b"\x85": lambda m: m.push_tuple(1),
+    b"\x86": lambda m: m.push_tuple(2),
+    b"\x87": lambda m: m.push_tuple(3),
+    b"]": lambda m: m.push([]),
+    b"a": lambda m: m.append([m.pop()]),
+    b"e": lambda m: m.append(m.pop_mark()),
+    b"}": lambda m: m.push({}),
+    b"s": lambda m: m.set_items([m.pop(), m.pop()][::-1]),
+    b"u": lambda m: m.set_items(m.pop_mark()),
+    b"q": lambda m: m.put("<B"),
+    b"r": lambda m: m.put("<I"),
+    b"h": lambda m: m.get("<B"),
+    b"j": lambda m: m.get("<I"),
+    b"Q": _Machine.persistent,
+    b"R": _Machine.reduce,
+    b"b": _Machine.build,
 }

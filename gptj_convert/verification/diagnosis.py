@@ -124,7 +124,7 @@ def _exchanged_blocks(compared: Sequence[Compared]) -> dict[str, str]:
 
 def _exchanged_tensors(compared: Sequence[Compared]) -> dict[str, str]:
     """By HF name, that it is another tensor of the source."""
-    expected: dict[tuple, list[Compared]] = defaultdict(list)
+    expected: dict[tuple[str, tuple[int, ...], int], list[Compared]] = defaultdict(list)
     for c in compared:
         expected[_key(c, c.expected_crc)].append(c)
     origins = {}

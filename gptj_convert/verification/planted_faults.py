@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,7 +203,7 @@ class FaultySource:
 
 
 @contextmanager
-def reading(model: Any, source: TensorSource) -> Iterator[None]:
+def reading(model: Any, source: TensorSource) -> Generator[None]:
     """Let a streamed model read its weights from another source."""
     before, model.source = model.source, source
     try:
