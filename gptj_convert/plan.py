@@ -16,8 +16,8 @@ from gptj_convert.formats.keras import keras_layout
 from gptj_convert.formats.layout import Layout
 from gptj_convert.formats.tf import tf_layout
 from gptj_convert.formats.torch_optimizer import optimizer_file
-from gptj_convert.optimizer_state import DTYPE
-from gptj_convert.optimizer_target import Continuation, cs_tree, torch_state
+from gptj_convert.optimizer.state import DTYPE
+from gptj_convert.optimizer.target import Continuation, cs_tree, torch_state
 from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
 from gptj_convert.survey import hint, same_bits, settle_copies, survey

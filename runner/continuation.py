@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.optimizer_state import AdamSettings, OptimizerState
-from gptj_convert.optimizer_target import Continuation
+from gptj_convert.optimizer.state import AdamSettings, OptimizerState
+from gptj_convert.optimizer.target import Continuation
 from gptj_convert.reference_yaml import continued_pretraining, params_beside, read_yaml
 from gptj_model.errors import ConfigError
 from gptj_model.moments import ADAMS, Grouping

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.formats.tf import STATE_FILE
-from gptj_convert.optimizer_state import StateInTf, find_state
+from gptj_convert.optimizer.find import find_state
+from gptj_convert.optimizer.in_tf import StateInTf
 from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig

@@ -28,7 +28,7 @@ from runner.cli.progress import progress
 
 if TYPE_CHECKING:
     from gptj_convert.checkpoint import Checkpoint
-    from gptj_convert.optimizer_target import Continuation
+    from gptj_convert.optimizer.target import Continuation
 
 #: OWNER/NAME[@REVISION], as no file is likely to be called.
 _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -208,7 +208,7 @@ def convert(
 
 
 def _carried(checkpoint: Checkpoint, param_groups: str | None) -> Continuation:
-    from gptj_convert.optimizer_state import read_state
+    from gptj_convert.optimizer.find import read_state
     from gptj_model.moments import Grouping
     from runner.continuation import continuation
 

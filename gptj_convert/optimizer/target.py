@@ -8,14 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gptj_convert.optimizer_state import (
-    CS_LOSS_SCALE,
-    CS_SCALER,
-    DTYPE,
-    TORCH_MORE,
-    AdamSettings,
-    OptimizerState,
-)
+from gptj_convert.optimizer.from_cs import CS_LOSS_SCALE, CS_SCALER
+from gptj_convert.optimizer.from_torch import TORCH_MORE
+from gptj_convert.optimizer.state import DTYPE, AdamSettings, OptimizerState
 from gptj_model.config import GPTJConfig
 from gptj_model.moments import MOMENTS, STATE, Grouping, numbered_moments, parameter_groups
 from gptj_model.source import TensorInfo

@@ -1,0 +1,79 @@
+"""Optimizer state as the CS client holds it: by number, in a tree."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.formats.cs import CsSource
+from gptj_convert.optimizer.state import (
+    BETAS,
+    AdamSettings,
+    OptimizerState,
+    adam_settings,
+    common_value,
+    other_optimizers,
+    refuse,
+    scale_variables,
+    whole_number,
+)
+from gptj_model.moments import MOMENTS, STATE, Grouping, numbered_moments
+from gptj_model.tensors import (
+    CURRENT_LOSS_SCALE,
+    OVERFLOWS_SINCE_RESCALE,
+    SKIPPED_STEPS,
+    STEPS_SINCE_RESCALE,
+    Scheme,
+    table,
+)
+
+#: A dynamic loss scale's variables, and how the CS client calls them in its tree.
+CS_LOSS_SCALE = {
+    CURRENT_LOSS_SCALE: "loss_scale",
+    STEPS_SINCE_RESCALE: "steps_since_rescale",
+    OVERFLOWS_SINCE_RESCALE: "overflows_since_rescale",
+    SKIPPED_STEPS: "num_skipped_steps",
+}
+CS_SCALER = "grad_scaler"
+
+
+def from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
+    """See `find_state`."""
+    source = checkpoint.source
+    assert isinstance(source, CsSource)
+    stored = [name for name in source.tensors if name.startswith(STATE)]
+    if not stored:
+        return None
+    refuse(checkpoint, other_optimizers(stored, (*MOMENTS, *BETAS)))
+    step = source.number("global_step")
+    keys = [f"{STATE}{n}" for n in range(len(table(checkpoint.config)))]
+    powers = {
+        name: common_value(checkpoint, {f"{k}.{name}": source.number(f"{k}.{name}") for k in keys})
+        for name in BETAS
+        if f"{STATE}0.{name}" in source.tensors
+    }
+    scale = {tf: source.number(f"{CS_SCALER}.{cs}") for tf, cs in CS_LOSS_SCALE.items()}
+    return OptimizerState(
+        step=whole_number(checkpoint, "global_step", step),
+        powers={name: np.float32(power) for name, power in powers.items()},
+        # A scale that is fixed is a number, not a tensor.
+        loss_scale=scale_variables(checkpoint, scale)
+        if f"{CS_SCALER}.loss_scale" in source.tensors
+        else {},
+        moments=numbered_moments(checkpoint.config, Scheme.CS, Grouping.DECAY),
+        settings=_cs_settings(checkpoint, source),
+    )
+
+
+def _cs_settings(checkpoint: Checkpoint, source: CsSource) -> AdamSettings | None:
+    """Those of the first group, whose parameters are decayed."""
+    group = "optimizer.param_groups.0"
+    keys = ("lr", "betas.0", "betas.1", "eps", "weight_decay", "correct_bias")
+    lr, beta1, beta2, eps, decay, corrects = (source.number(f"{group}.{key}") for key in keys)
+    if source.number(f"{group}.l2_regularization_rate"):
+        refuse(
+            checkpoint, ["its optimizer adds the weights to the gradients, which none here does"]
+        )
+    if None in (lr, beta1, beta2, eps, decay):
+        return None
+    return adam_settings(lr, beta1, beta2, eps, decay, corrects is None or bool(corrects))
