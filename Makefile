@@ -48,6 +48,7 @@ docs: setup
 # The pages of the demo as the documentation shows them; needs chromium.
 CHROMIUM ?= chromium
 pictures: demo
+	cd demo-output && ../$(BIN)/gptj verify --against gpt-j-tiny --report report.html --quiet
 	for page in report runs; do \
 	    $(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,900 \
 	        --screenshot=docs/images/$$page.png "file://$(CURDIR)/demo-output/$$page.html"; done

@@ -88,7 +88,8 @@ def _chart(runs: Sequence[RunHistory], key: str, title: str, dots: str | None) -
     steps, values = zip(*points, strict=True)
     left, right = min(steps), max(max(steps), min(steps) + 1)
     low, high = min(values), max(values)
-    high = high if high > low else low + (abs(low) or 1.0)
+    if low == high:
+        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         x = (point[0] - left) / (right - left) * WIDTH
