@@ -9,7 +9,7 @@ the same update: AdamW in float32 with the gradients' norm clipped to 1. Ours is
 with `torch.optim.AdamW(fused=True)`, batches in memory. Two processes take steps in turns, so that
 other work on the machine hits both; the least time of a step counts. With --bfloat16 both compute
 in that under float32 weights: `mixed_bfloat16` and `torch.autocast`. Losses of all steps must
-agree. Prints the table of docs/benchmarks.md, and beside it the rate of bare multiplications.
+agree. Prints the table of docs/benchmarks.md.
 """
 
 from __future__ import annotations
