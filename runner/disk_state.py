@@ -1,8 +1,9 @@
 """Weights and slots of a run that are on the disk: read by ranges, and written anew each step.
 
 The state of a step is an ordinary checkpoint. The next one is written beside it while it is read,
-and takes over when all of it is durable: as everything changes in a step, this writes no more
-than an update in place would, and there is a whole state at every instant.
+and takes its place when all of it is durable: as everything changes in a step, this writes no more
+than an update in place would, and there is a whole state at every instant. Its weights can be read
+before, each as soon as it is written: so the next step begins while this update goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
-from gptj_model.source import TensorInfo, raw_bytes, read_rows
+from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
 from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from runner import checkpoints
@@ -54,7 +55,7 @@ class _Piece:
 
 
 class DiskState:
-    """The state that is read, and the draft of the next one.
+    """The state that is read, and the draft of the next one, which a thread may write.
 
     Args:
         config: of the model.
@@ -70,9 +71,10 @@ class DiskState:
         self._rule = rule
         self._slots = {t: rule.slots(t) for t in trained}
         self._model_dir = model_dir
-        self._source: BundleSource | None = None
+        self._source: TensorSource | None = None
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
+        self._origin: TensorSource | None = None  # what the draft is made of
         self._superseded: int | None = None
         self._programs: dict[tuple[int, float], Any] = {}
 
@@ -87,8 +89,8 @@ class DiskState:
         return self._slots.keys()
 
     @property
-    def source(self) -> BundleSource:
-        """The tensors of the present state."""
+    def source(self) -> TensorSource:
+        """The tensors of the present state; who reads one that is still to come waits for it."""
         assert self._source, "a state was opened"
         return self._source
 
@@ -152,29 +154,31 @@ class DiskState:
             rate: of learning.
             correction: see `BetaPowers`.
         """
-        if self._draft is None:
-            infos = {t.tf: _info(t) for t in table(self._config)}
-            infos |= {name: _info(t) for t, names in self._slots.items() for name in names}
-            self._draft = checkpoints.Draft(self._model_dir, infos)
         scalars = [tf.constant(x, tf.float32) for x in (norm, rate, correction)]
-        with Pipeline() as pipeline:
+        draft = self._begun()
+        with draft.kept_whole(), Pipeline() as pipeline:
             parts = 2 + max((len(names) for names in self._slots.values()), default=0)
             buffers = Buffers(pipeline, _SLABS, parts * PIECE * 4)
             read = pipeline.ahead(self._read(work, buffers), depth=1)
             new = pipeline.ahead((self._updated(piece, scalars) for piece in read), depth=1)
             for piece in new:
                 for name, part in zip(piece.names, piece.parts, strict=False):
-                    self._draft.append(name, part[: piece.size])
+                    draft.append(name, part[: piece.size])
                 buffers.give(piece.memory)
 
+    def advance(self) -> None:
+        """The draft is the present state from now on, though an update may still be writing it."""
+        self._source = self._begun()
+
     def discard(self) -> None:
-        """The update is not to be: the present state stays."""
+        """The update is not to be: the state that it began with stays."""
         if self._draft:
             self._draft.close()
-        self._draft = None
+            self._source = self._origin
+        self._draft = self._origin = None
 
     def commit(self, step: int, scalars: Mapping[str, np.ndarray], *, stays: bool, keep: int):
-        """Make the draft the present state, durably; without one, that state may come to stay.
+        """Make the present state durable, if it is not; it may come to stay.
 
         Args:
             step: that it is of.
@@ -183,9 +187,11 @@ class DiskState:
             keep: how many checkpoints are kept.
         """
         if self._draft:
-            final = self._draft.publish(step, scalars)
-            self.discard()
-            self.open(final, has_slots=True)
+            self._draft.publish(step, scalars)
+            self._has_slots = True
+            if self._origin:
+                self._origin.close()
+            self._draft = self._origin = None
             checkpoints.retain(self._model_dir, keep=keep, superseded=self._superseded)
         self._superseded = None if stays else step
 
@@ -195,9 +201,20 @@ class DiskState:
             self._source.close()
         self._source = None
 
+    def _begun(self) -> checkpoints.Draft:
+        """The draft of the state after the present one."""
+        if self._draft is None:
+            infos = {t.tf: _info(t) for t in table(self._config)}
+            infos |= {name: _info(t) for t, names in self._slots.items() for name in names}
+            self._draft = checkpoints.Draft(self._model_dir, infos)
+            self._origin = self._source
+        return self._draft
+
     def _read(
         self, work: Iterable[tuple[Tensor, Gradient | None]], buffers: Buffers
     ) -> Iterator[_Piece]:
+        origin = self._origin
+        assert origin, "a draft was begun"
         for tensor, gradient in work:
             slots = self._slots.get(tensor, {})
             names = [tensor.tf, *slots]
@@ -207,7 +224,7 @@ class DiskState:
                 parts = [lane[: _compiled_size(size)] for lane in lanes[: len(names) + 1]]
                 for name, part in zip(names, parts, strict=False):
                     if name == tensor.tf or self._has_slots:
-                        self.source.read_into(name, 4 * start, raw_bytes(part[:size]))
+                        origin.read_into(name, 4 * start, raw_bytes(part[:size]))
                     else:
                         part[:] = slots[name]
                 if gradient:
