@@ -25,6 +25,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Context, Dropout, layer_norm
 from gptj_model.loss import RunningLoss
 from gptj_model.model import make_context
+from gptj_model.shared_tensor import shared_tensor
 from gptj_model.tensors import FINAL_NORM, block
 from gptj_model.vocabulary import parts
 from gptj_model.weights import adapted_layer, assigned_variables
@@ -103,9 +104,9 @@ class StreamedTraining:
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
         """Make these weights the block's: those of `tensors.block`, in Keras' layout; then A and
-        B of each adapted kernel."""
+        B of each adapted kernel. They are shared where they can be: see `shared_tensor`."""
         for variable, values in zip(self._weights, weights, strict=True):
-            variable.assign(values)
+            variable.assign(shared_tensor(values))
 
     def embed(self, rows_BTD: np.ndarray, batch: int, draw: Draw) -> Any:
         """The embeddings of a batch's tokens as hidden states.
@@ -196,14 +197,15 @@ class StreamedTraining:
                 labels_C - start,
                 1 - ignored_C,
                 weight,
+                factor,
                 sums is not None,
             )
             d_h_CD += d_more_CD.numpy()
             if sums:
                 rows = slice(start, stop)
                 place = rows if self._head_rows else (slice(None), rows)
-                sums.weight[place] += of_head[0].numpy() * factor
-                sums.bias_V[rows] += of_head[1].numpy() * factor
+                sums.weight[place] += of_head[0].numpy()
+                sums.bias_V[rows] += of_head[1].numpy()
         return float(loss.sums(ignored_C).total), d_h_CD
 
     def backward(
@@ -272,9 +274,10 @@ class StreamedTraining:
         return ops.cast(ops.matmul(h_CD, self._kernel(weight)), "float32") + bias_P
 
     def _run_logits_back(
-        self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight, of_head: bool
+        self, h_CD, logits_CP, log_sum_C, labels_C, counted_C, weight, factor, of_head: bool
     ):
-        """Gradients of the summed loss: by a part of the head of h, and of that part."""
+        """Gradients of the summed loss: by a part of the head of h; and `factor` times of that
+        part."""
         is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
         share_CP = ops.exp(logits_CP - log_sum_C[:, None])
         # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
@@ -286,7 +289,7 @@ class StreamedTraining:
             return (d_h_CD,)
         d_kernel_DP = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CP), "float32")
         d_weight = ops.transpose(d_kernel_DP) if self._head_rows else d_kernel_DP
-        return d_h_CD, d_weight, ops.sum(d_CP, axis=0)
+        return d_h_CD, d_weight * factor, ops.sum(d_CP, axis=0) * factor
 
 
 def _adapted(layers: Block, lora: Lora, config: GPTJConfig) -> Iterator[Any]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
+from gptj_model.shared_tensor import shared_tensor
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
 from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from runner import checkpoints
+from runner.block_memory import BlockMemory
 from runner.update_rule import UpdateRule
 
-#: Elements that are updated at once: 8 MiB of each of weight, gradient and slots.
+#: Elements that are read and written at once: 8 MiB of each of weight, gradient and slots.
 PIECE = 2**21
+#: Of them, elements that are updated at once: what is computed is copied while a cache holds it.
+_UPDATED = 2**18
 #: The least size that a program of the update is compiled for; others are powers of two.
 _LEAST = 2**10
 #: Pieces that go around: one each is read, updated and written.
@@ -71,6 +76,7 @@ class DiskState:
         self._rule = rule
         self._slots = {t: rule.slots(t) for t in trained}
         self._model_dir = model_dir
+        self._memory = BlockMemory(config)
         self._source: TensorSource | None = None
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
@@ -133,7 +139,7 @@ class DiskState:
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return blocks_ahead(lambda i: [self.rows(t) for t in self.of_block(i)], order, load)
+        return blocks_ahead(partial(self._memory.read, self.source), order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""
@@ -238,10 +244,14 @@ class DiskState:
         *old, gradient = piece.parts
         if len(old) < len(piece.names):
             return piece
-        program = self._program(gradient.size, self._rule.decay(piece.tensor), len(old))
-        new = program(gradient, old, *scalars)
-        for part, values in zip(old, new, strict=True):
-            np.copyto(part, values.numpy())
+        decay = self._rule.decay(piece.tensor)
+        for start in range(0, gradient.size, _UPDATED):
+            part = slice(start, start + _UPDATED)
+            given = [shared_tensor(values[part]) for values in old]
+            taken = shared_tensor(gradient[part])
+            program = self._program(len(gradient[part]), decay, len(old))
+            for values, new in zip(old, program(taken, given, *scalars), strict=True):
+                np.copyto(values[part], new.numpy())
         return piece
 
     def _program(self, size: int, decay: float, arrays: int) -> Any:
@@ -272,8 +282,10 @@ def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _compiled_size(size: int) -> int:
-    """The least that is not smaller, of the few sizes that programs are compiled for."""
-    return min(PIECE, max(_LEAST, 2 ** math.ceil(math.log2(size))))
+    """The least that is not smaller, of what programs of few sizes can update."""
+    whole, rest = divmod(size, _UPDATED)
+    padded = max(_LEAST, 2 ** math.ceil(math.log2(rest))) if rest else 0
+    return whole * _UPDATED + padded
 
 
 def _info(tensor: Tensor) -> TensorInfo:
