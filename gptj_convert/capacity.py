@@ -251,9 +251,9 @@ def streamed_scratch(config: GPTJConfig, tokens: int, kept: int) -> int:
     Args:
         config: of the model.
         tokens: of the step, whose hidden states are kept before each block and after the last.
-        kept: elements of the gradients that wait for the norm of all.
+        kept: bytes of the gradients that wait for the norm of all.
     """
-    return 4 * tokens * config.n_embd * (config.n_layer + 1) + 4 * kept
+    return 4 * tokens * config.n_embd * (config.n_layer + 1) + kept
 
 
 def parameters(config: GPTJConfig) -> int:

@@ -165,7 +165,7 @@ class StreamedTraining:
             total += loss
             d_h.append(ops.cast(d_h_CD * share, self._dtype))
         d_h_BTD = ops.reshape(ops.concatenate(d_h), x_BTD.shape)
-        d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, np.float32(scale))
+        d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, _factor(scale))
         for so_far, gradient in zip(sums[:2] if sums else (), of_norm, strict=False):
             so_far += gradient.numpy()
         return total / count, d_x_BTD
@@ -213,15 +213,14 @@ class StreamedTraining:
     ) -> tuple[Any, list[np.ndarray]]:
         """From the gradient of what block `i` gave for `x_BTD`, that of `x_BTD`, and those of the
         block's weights (or adapters) in their order; computes the block once more."""
-        state, factor = self._state(draw, batch, i + 1), tf.constant(scale, tf.float32)
-        context = self._context(x_BTD.shape[1])
-        d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, factor)
+        state, context = self._state(draw, batch, i + 1), self._context(x_BTD.shape[1])
+        d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, _factor(scale))
         return d_x_BTD, [g.numpy() for g in gradients]
 
     def embed_backward(self, d_x_BTD: Any, batch: int, draw: Draw, scale: float) -> np.ndarray:
         """From the gradient of what `embed` gave, that of the rows it was given: (B, T, D)."""
-        state, factor = self._state(draw, batch, 0), tf.constant(scale, tf.float32)
-        return self._embed_back(d_x_BTD, state, factor).numpy()
+        state = self._state(draw, batch, 0)
+        return self._embed_back(d_x_BTD, state, _factor(scale)).numpy()
 
     def _state(self, draw: Draw, batch: int, stage: int) -> Any:
         """That of the generator of masks before a stage: the embedding is 0, block i is i + 1."""
@@ -306,8 +305,14 @@ def _context(config: GPTJConfig, T: int) -> Context:
     return make_context(config, T, T)
 
 
+def _factor(scale: float) -> Any:
+    """A loss scale as the stages take it; None: 1, which spares a walk over every gradient."""
+    return None if scale == 1 else tf.constant(scale, tf.float32)
+
+
 def _unscaled(gradient: Any, scale: Any) -> Any:
-    return tf.cast(gradient, tf.float32) * (1 / scale)
+    gradient = tf.cast(gradient, tf.float32)
+    return gradient if scale is None else gradient * (1 / scale)
 
 
 def _compiled(run: Callable[..., Any]) -> Any:

@@ -245,7 +245,7 @@ def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> 
 def _streaming(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> Step:
     """Training with one block in memory, one sequence a step."""
     length = config.n_positions
-    scratch = capacity.streamed_scratch(config, length, capacity.parameters(config))
+    scratch = capacity.streamed_scratch(config, length, 4 * capacity.parameters(config))
     step = Step(
         f"gptj train --init-from {_CONVERTED}/ --execution streaming "
         "--set train_input.batch_size=1",
