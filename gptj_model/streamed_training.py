@@ -184,7 +184,7 @@ class StreamedTraining:
         loss = RunningLoss(labels_C)
         logits: list[Any] = []
         for start, stop in parts(self._config):
-            logits.append(self._logits(h_CD, *read(start, stop)))
+            logits.append(self._logits(h_CD, *map(shared_tensor, read(start, stop))))
             loss.add(logits[-1].numpy(), 0, start)
         log_sum_C = loss.log_sum_N.astype(np.float32)
         d_h_CD = np.zeros(h_CD.shape, np.float32)
@@ -196,7 +196,7 @@ class StreamedTraining:
                 log_sum_C,
                 labels_C - start,
                 1 - ignored_C,
-                weight,
+                shared_tensor(weight),
                 factor,
                 sums is not None,
             )

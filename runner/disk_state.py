@@ -20,13 +20,23 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_convert.pipeline import Buffers, Pipeline, page_memory
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.shared_tensor import shared_tensor
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
-from gptj_model.tensors import Scheme, Tensor, block, table
-from gptj_model.vocabulary import read_head
+from gptj_model.streamed_training import ReadHead
+from gptj_model.tensors import (
+    EMBEDDING,
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    Scheme,
+    Tensor,
+    block,
+    embedding,
+    head,
+    table,
+)
 from runner import checkpoints
 from runner.block_memory import BlockMemory
 from runner.update_rule import UpdateRule
@@ -75,6 +85,9 @@ class DiskState:
         self._config = config
         self._rule = rule
         self._slots = {t: rule.slots(t) for t in trained}
+        vocabulary = [t for t in head(config) if t.hf in (HEAD_WEIGHT.hf, HEAD_BIAS.hf)]
+        tied = [embedding(config)] if config.tie_word_embeddings else []
+        self._head_rows = (*tied, *vocabulary)
         self._model_dir = model_dir
         self._memory = BlockMemory(config)
         self._source: TensorSource | None = None
@@ -130,10 +143,19 @@ class DiskState:
         """Rows start:stop (None: to the end) of any weight; see `BlockWeights`."""
         return read_rows(self.source, tensor.tf, start, stop)
 
-    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `BlockWeights`."""
-        weight_VD, bias_V = read_head(self._config, self.source, Scheme.TF, start, stop)
-        return weight_VD if self._config.tie_word_embeddings else weight_VD.T, bias_V
+    def head(self) -> ReadHead:
+        """See `BlockWeights`; it is read once, for logits and gradients."""
+        weight, bias = self._head_rows
+        (memory,) = page_memory(1, 4 * weight.size)
+        values = memory[: 4 * weight.size].view(np.float32).reshape(weight.shape_in(Scheme.TF))
+        self.source.read_into(weight.tf, 0, raw_bytes(values))
+        bias_V = self.rows(bias)
+
+        def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = slice(start, stop)
+            return values[rows if weight.hf == EMBEDDING.hf else (slice(None), rows)], bias_V[rows]
+
+        return part
 
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]

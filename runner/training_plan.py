@@ -92,11 +92,12 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
         )
     vocabulary = 4 * config.vocab_size * config.n_embd
     one_block = 4 * sum(t.size for t in block(config, 0))
-    # Forwards and backwards every weight, the head's twice.
+    # Forwards and backwards every weight; of the embedding next to nothing, of the head all.
     passes = 2 * (4 * total - (0 if config.tie_word_embeddings else vocabulary))
     waiting = update = 0
     if not params.model.lora:  # whose model is only read
-        passes -= min(config.n_layer, 2) * one_block  # the last ones stay for the way back
+        # The head is read once for both, and the last blocks stay for the way back.
+        passes -= vocabulary + min(config.n_layer, 2) * one_block
         update = state
         embedding = sum(t.size for t in rows if t.hf == EMBEDDING.hf)
         if optimizer.max_gradient_norm:
