@@ -21,6 +21,7 @@ from runner.data.input_fn import Batch
 from runner.disk_state import DiskState
 from runner.evaluate import Evaluator, StreamedEvaluator
 from runner.executor import StepResult
+from runner.freed_memory import keep_freed_memory
 from runner.initialize import first_values
 from runner.lazy_array import LazyArray
 from runner.params import Params
@@ -49,6 +50,7 @@ class StreamedExecutor:
     placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
+        keep_freed_memory()
         self._config = config
         self._params = params
         self._model_dir = model_dir
