@@ -107,7 +107,7 @@ def settings(records: Path, length: int, way: str) -> dict[str, Any]:
 
 
 def serve(folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None:
-    """Be one way: a line after each step."""
+    """Be one way: a line after each step, and one is waited for before the next."""
     from runner.cli import tensorflow
 
     tensorflow.prepare()
@@ -119,12 +119,14 @@ def serve(folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None
     params = load_params(weights / "params.yaml", values)
     model_dir = folder / f"model_dir-{list(WAYS).index(way)}"
     shutil.rmtree(model_dir, ignore_errors=True)
+    sys.stdin.readline()
     with Run(params, model_dir, init_from=weights) as run:
         for event in train(run, 10**6, stopped=lambda: False):
             if isinstance(event, StepDone):
                 memory = (machine.peak_rss() or 0) / 1e9
                 figures = {"loss": event.loss, "cpu": time.process_time(), "memory": memory}
                 print(json.dumps(figures), flush=True)
+                sys.stdin.readline()
 
 
 class Side:
@@ -141,10 +143,15 @@ class Side:
         begun = time.perf_counter()
         if self._process is None:
             command = [sys.executable, __file__, "--side", *map(str, self._arguments)]
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         else:
             os.kill(self._process.pid, signal.SIGCONT)
+        assert self._process.stdin
         assert self._process.stdout
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             sys.exit(f"{self._arguments[2]} ended with {self._process.wait()}")
