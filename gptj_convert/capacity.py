@@ -212,7 +212,7 @@ def streamed_memory(
     computing = batch * length * _activations(config, length)
     computing += 2 * 4 * length * min(PART, config.vocab_size)
     staying = kept.blocks * one_block + kept.head * _head_bytes(config)
-    return round(_TENSORFLOW + 3.5 * one_block) + computing + states + staying
+    return round(_TENSORFLOW + 4.2 * one_block) + computing + states + staying
 
 
 def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:
