@@ -11,8 +11,8 @@ losses must agree. They take steps in turns: who waits is stopped, with what it 
 background. The vocabulary is small where the resident run has to fit too, and the true one (50400)
 to measure the memory of streaming. The median of the steps after the first counts, which compiles.
 
-The second table is the roofline: the operations and bytes of a step, by --dry-run, at rates that
-were measured between the rounds, and from how many tokens a step on the bytes are hidden.
+The second table is the roofline: the operations and bytes of a step, by --dry-run, at the best rates
+that were measured between the rounds, and from how many tokens a step on the bytes are hidden.
 
 With --memory: `gptj generate`, streamed, with nothing, some and all of the blocks kept in memory,
 beside what reading the others allows.
@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,15 +205,19 @@ def race(folder: Path, options: argparse.Namespace) -> None:
             f"{cpu / base['cpu']:.2f} | {options.length / seconds:.1f} | "
             f"{steps[-1]['memory']:.2f} GB | {plans[way]['planned_rss_bytes'] / 1e9:.2f} GB |"
         )
-    show_roofline(plans, _median(rates), options.length)
+    best = _best(rates)
+    # What a step reaches, the machine can do.
+    reached = (plans[w]["flops"] / min(x["seconds"] for x in s[1:]) for w, s in found.items())
+    multiplication = max(best.multiplication, *reached)
+    show_roofline(plans, replace(best, multiplication=multiplication), options.length)
     # Only the first step of LoRA, which changes other weights, is that of the others.
     losses = [steps[0]["loss"] for steps in found.values()]
     np.testing.assert_allclose(losses, losses[0], rtol=TOLERANCE)
 
 
-def _median(rates: list[Rates]) -> Rates:
-    values = {f.name: statistics.median(getattr(r, f.name) for r in rates) for f in fields(Rates)}
-    return Rates(**values)
+def _best(rates: list[Rates]) -> Rates:
+    """Other work can only have slowed a measurement."""
+    return Rates(**{f.name: max(getattr(r, f.name) for r in rates) for f in fields(Rates)})
 
 
 def show_roofline(plans: dict[str, dict[str, Any]], rates: Rates, tokens: int) -> None:
