@@ -11,8 +11,8 @@ losses must agree. They take steps in turns: who waits is stopped, with what it 
 background. The vocabulary is small where the resident run has to fit too, and the true one (50400)
 to measure the memory of streaming. The median of the steps after the first counts, which compiles.
 
-The second table is the roofline: the operations and bytes of a step, by --dry-run, at the best rates
-that were measured between the rounds, and from how many tokens a step on the bytes are hidden.
+The second table is the roofline: operations and bytes of a step, by --dry-run, at the best rates
+measured between the rounds, and from how many tokens a step on the bytes are hidden.
 
 With --memory: `gptj generate`, streamed, with nothing, some and all of the blocks kept in memory,
 beside what reading the others allows.
