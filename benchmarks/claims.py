@@ -70,6 +70,8 @@ CLAIMS = (
     Claim("generation", "1 × 128 + 64 gptj", "ratio.1", 1.0),
     Claim("generation", "8 × 128 + 64 gptj", "ratio.1", 1.0),
     Claim("training", "2 × 256 float32 gptj", "ratio", 1.2),
+    Claim("streaming", "streaming", "ratio", 1.1, at_most=True),
+    Claim("streaming", "streaming", "memory", 6.0, at_most=True),
 )
 
 

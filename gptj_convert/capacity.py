@@ -176,7 +176,7 @@ def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int
 
     While a block's gradients are computed, its weights are there, those of the next one, and its
     gradients twice, the last ones on their way to the disk; and what the block computes. Less is
-    there for the head: its gradient, and logits of a part of the tokens.
+    there for the head: two blocks, itself and its gradient, and logits of a part of the tokens.
 
     Args:
         config: of the model.
@@ -188,7 +188,7 @@ def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int
     backwards = 4 * one_block + round(1.4 * batch * length * _activations(config, length))
     vocabulary = 4 * config.vocab_size * config.n_embd
     logits = 2 * 4 * min(batch * length * config.vocab_size, 2**27)
-    headwards = one_block + vocabulary + logits + 3 * 4 * PART * config.n_embd
+    headwards = 2 * (one_block + vocabulary) + logits + 3 * 4 * PART * config.n_embd
     return _TENSORFLOW + _COMPILER + max(backwards, headwards)
 
 
@@ -212,7 +212,7 @@ def streamed_memory(
     computing = batch * length * _activations(config, length)
     computing += 2 * 4 * length * min(PART, config.vocab_size)
     staying = kept.blocks * one_block + kept.head * _head_bytes(config)
-    return round(_TENSORFLOW + 3.5 * one_block) + computing + states + staying
+    return round(_TENSORFLOW + 4.2 * one_block) + computing + states + staying
 
 
 def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:
@@ -251,9 +251,9 @@ def streamed_scratch(config: GPTJConfig, tokens: int, kept: int) -> int:
     Args:
         config: of the model.
         tokens: of the step, whose hidden states are kept before each block and after the last.
-        kept: elements of the gradients that wait for the norm of all.
+        kept: bytes of the gradients that wait for the norm of all.
     """
-    return 4 * tokens * config.n_embd * (config.n_layer + 1) + 4 * kept
+    return 4 * tokens * config.n_embd * (config.n_layer + 1) + kept
 
 
 def parameters(config: GPTJConfig) -> int:

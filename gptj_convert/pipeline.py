@@ -106,7 +106,7 @@ class _End:
 
 
 class Buffers:
-    """Memory that goes around: page-aligned, and touched only once.
+    """Memory that goes around, touched only once; see `page_memory`.
 
     Args:
         pipeline: whose end also ends waiting here.
@@ -120,19 +120,8 @@ class Buffers:
     def __init__(self, pipeline: Pipeline, count: int, size: int) -> None:
         self._pipeline = pipeline
         self._free: queue.Queue[np.ndarray] = queue.Queue(count)
-        try:
-            for _ in range(count):
-                memory = mmap.mmap(-1, max(size, 1))
-                if hasattr(mmap, "MADV_HUGEPAGE"):
-                    with suppress(OSError):  # a kernel without them
-                        memory.madvise(mmap.MADV_HUGEPAGE)  # a matrix's columns lie far apart
-                self._free.put(np.frombuffer(memory, np.uint8))
-        except OSError:
-            raise MemoryFault(
-                f"{count * size / 1e9:.2f} GB of memory are needed for {count} pieces of the "
-                "largest tensor, and the system gives less",
-                hint="end other programs, or raise the limit on this one (`ulimit -v`, cgroup)",
-            ) from None
+        for memory in page_memory(count, size):
+            self._free.put(memory)
 
     def take(self) -> np.ndarray:
         """A buffer that nobody uses: uint8, writable.
@@ -145,3 +134,30 @@ class Buffers:
     def give(self, buffer: np.ndarray) -> None:
         """It is no longer used."""
         self._free.put_nowait(buffer)
+
+
+def page_memory(count: int, size: int) -> list[np.ndarray]:
+    """Arrays of bytes that begin with a page; the system gives each page when it is first used.
+
+    Args:
+        count: of arrays.
+        size: of each, in bytes.
+
+    Raises:
+        MemoryFault: the system does not give it.
+    """
+    found = []
+    try:
+        for _ in range(count):
+            memory = mmap.mmap(-1, max(size, 1))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a kernel without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)  # a matrix's columns lie far apart
+            found.append(np.frombuffer(memory, np.uint8))
+    except OSError:
+        raise MemoryFault(
+            f"{count * size / 1e9:.2f} GB of memory are needed for {count} pieces of the "
+            "largest tensor, and the system gives less",
+            hint="end other programs, or raise the limit on this one (`ulimit -v`, cgroup)",
+        ) from None
+    return found

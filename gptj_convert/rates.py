@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gptj_convert.formats.output_file import OutputFile
+from gptj_convert.formats.ranged_file import RangedFile
 from gptj_convert.panels import PANEL_BYTES, Strip
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_convert.writer import BLOCK_BYTES
@@ -37,6 +38,8 @@ class Rates:
     """Of a float32 matrix into the other layout, by one thread."""
     write: float
     """To the disk of the folder, around the page cache where it can do that."""
+    read: float
+    """From there, likewise."""
     multiplication: float
     """Floating-point operations a second of float32 matrices, on all cores."""
 
@@ -52,10 +55,12 @@ def measure(folder: Path) -> Rates:
     strip, out = Strip(matrix, Op.TRANSPOSE), np.empty(PANEL_BYTES // 4, np.float32)
     places = itertools.cycle(range(0, matrix.size, out.size))
     factor = matrix[:_FACTOR, :_FACTOR].copy()
+    write, read = _disk_rates(folder)
     return Rates(
         sha256=_rate(block.nbytes, lambda: hashlib.sha256(block.data)),
         transposition=_rate(out.nbytes, lambda: strip.fill(out, next(places))),
-        write=_write_rate(folder),
+        write=write,
+        read=read,
         multiplication=_rate(2 * _FACTOR**3, lambda: factor @ factor),
     )
 
@@ -69,11 +74,13 @@ def _rate(amount: int, act: Callable[[], object]) -> float:
     return amount * count / passed
 
 
-def _write_rate(folder: Path) -> float:
+def _disk_rates(folder: Path) -> tuple[float, float]:
+    """Of writing, and of reading what was written."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gptj-doctor-") as place, Pipeline() as p:
         (memory := Buffers(p, 1, BLOCK_BYTES).take()).fill(1)
         blocks = _WRITTEN // BLOCK_BYTES
         output = OutputFile(Path(place) / "written", blocks * BLOCK_BYTES)
+        source = RangedFile(output.path)
         output.path.unlink()
         n = 0
         try:
@@ -84,6 +91,12 @@ def _write_rate(folder: Path) -> float:
                     output.sync()
                     if time.perf_counter() - begun > _SECONDS:
                         break
-            return n * BLOCK_BYTES / (time.perf_counter() - begun)
+            written = n * BLOCK_BYTES / (time.perf_counter() - begun)
+            starts = itertools.cycle(range(0, n * BLOCK_BYTES, BLOCK_BYTES))
+            read = _rate(
+                BLOCK_BYTES, lambda: source.read_into(next(starts), memory.data, "what was written")
+            )
+            return written, read
         finally:
             output.close()
+            source.close()

@@ -25,6 +25,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.layers import Block, Context, Dropout, layer_norm
 from gptj_model.loss import RunningLoss
 from gptj_model.model import make_context
+from gptj_model.shared_tensor import shared_tensor
 from gptj_model.tensors import FINAL_NORM, block
 from gptj_model.vocabulary import parts
 from gptj_model.weights import adapted_layer, assigned_variables
@@ -103,9 +104,9 @@ class StreamedTraining:
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
         """Make these weights the block's: those of `tensors.block`, in Keras' layout; then A and
-        B of each adapted kernel."""
+        B of each adapted kernel. They are shared where they can be: see `shared_tensor`."""
         for variable, values in zip(self._weights, weights, strict=True):
-            variable.assign(values)
+            variable.assign(shared_tensor(values))
 
     def embed(self, rows_BTD: np.ndarray, batch: int, draw: Draw) -> Any:
         """The embeddings of a batch's tokens as hidden states.
@@ -164,7 +165,7 @@ class StreamedTraining:
             total += loss
             d_h.append(ops.cast(d_h_CD * share, self._dtype))
         d_h_BTD = ops.reshape(ops.concatenate(d_h), x_BTD.shape)
-        d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, np.float32(scale))
+        d_x_BTD, *of_norm = self._normed_back(x_BTD, d_h_BTD, _factor(scale))
         for so_far, gradient in zip(sums[:2] if sums else (), of_norm, strict=False):
             so_far += gradient.numpy()
         return total / count, d_x_BTD
@@ -183,7 +184,7 @@ class StreamedTraining:
         loss = RunningLoss(labels_C)
         logits: list[Any] = []
         for start, stop in parts(self._config):
-            logits.append(self._logits(h_CD, *read(start, stop)))
+            logits.append(self._logits(h_CD, *map(shared_tensor, read(start, stop))))
             loss.add(logits[-1].numpy(), 0, start)
         log_sum_C = loss.log_sum_N.astype(np.float32)
         d_h_CD = np.zeros(h_CD.shape, np.float32)
@@ -195,15 +196,16 @@ class StreamedTraining:
                 log_sum_C,
                 labels_C - start,
                 1 - ignored_C,
-                weight,
+                shared_tensor(weight),
+                factor,
                 sums is not None,
             )
             d_h_CD += d_more_CD.numpy()
             if sums:
                 rows = slice(start, stop)
                 place = rows if self._head_rows else (slice(None), rows)
-                sums.weight[place] += of_head[0].numpy() * factor
-                sums.bias_V[rows] += of_head[1].numpy() * factor
+                sums.weight[place] += of_head[0].numpy()
+                sums.bias_V[rows] += of_head[1].numpy()
         return float(loss.sums(ignored_C).total), d_h_CD
 
     def backward(
@@ -211,15 +213,14 @@ class StreamedTraining:
     ) -> tuple[Any, list[np.ndarray]]:
         """From the gradient of what block `i` gave for `x_BTD`, that of `x_BTD`, and those of the
         block's weights (or adapters) in their order; computes the block once more."""
-        state, factor = self._state(draw, batch, i + 1), tf.constant(scale, tf.float32)
-        context = self._context(x_BTD.shape[1])
-        d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, factor)
+        state, context = self._state(draw, batch, i + 1), self._context(x_BTD.shape[1])
+        d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, _factor(scale))
         return d_x_BTD, [g.numpy() for g in gradients]
 
     def embed_backward(self, d_x_BTD: Any, batch: int, draw: Draw, scale: float) -> np.ndarray:
         """From the gradient of what `embed` gave, that of the rows it was given: (B, T, D)."""
-        state, factor = self._state(draw, batch, 0), tf.constant(scale, tf.float32)
-        return self._embed_back(d_x_BTD, state, factor).numpy()
+        state = self._state(draw, batch, 0)
+        return self._embed_back(d_x_BTD, state, _factor(scale)).numpy()
 
     def _state(self, draw: Draw, batch: int, stage: int) -> Any:
         """That of the generator of masks before a stage: the embedding is 0, block i is i + 1."""
@@ -281,9 +282,11 @@ class StreamedTraining:
         labels_C: Any,
         counted_C: Any,
         weight: Any,
+        factor: Any,
         of_head: bool,
     ) -> tuple[Any, ...]:
-        """Gradients of the summed loss: by a part of the head of h, and of that part."""
+        """Gradients of the summed loss: by a part of the head of h; and `factor` times of that
+        part."""
         is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
         share_CP = ops.exp(logits_CP - log_sum_C[:, None])
         # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
@@ -295,7 +298,7 @@ class StreamedTraining:
             return (d_h_CD,)
         d_kernel_DP = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CP), "float32")
         d_weight = ops.transpose(d_kernel_DP) if self._head_rows else d_kernel_DP
-        return d_h_CD, d_weight, ops.sum(d_CP, axis=0)
+        return d_h_CD, d_weight * factor, ops.sum(d_CP, axis=0) * factor
 
 
 def _adapted(layers: Block, lora: Lora, config: GPTJConfig) -> Iterator[Any]:
@@ -312,8 +315,14 @@ def _context(config: GPTJConfig, T: int) -> Context:
     return make_context(config, T, T)
 
 
+def _factor(scale: float) -> Any:
+    """A loss scale as the stages take it; None: 1, which spares a walk over every gradient."""
+    return None if scale == 1 else tf.constant(scale, tf.float32)
+
+
 def _unscaled(gradient: Any, scale: Any) -> Any:
-    return tf.cast(gradient, tf.float32) * (1 / scale)
+    gradient = tf.cast(gradient, tf.float32)
+    return gradient if scale is None else gradient * (1 / scale)
 
 
 def _compiled(run: Callable[..., Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gptj_model.streamed_training import ReadHead
 from gptj_model.tensors import Tensor
 
 
@@ -17,8 +18,8 @@ class BlockWeights(Protocol):
         """Rows start:stop (None: to the end) of the embedding, or a vector, in float32."""
         ...
 
-    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `ReadHead`."""
+    def head(self) -> ReadHead:
+        """What gives the parts of the head; it may hold all of it as long as it is there."""
         ...
 
     def blocks(

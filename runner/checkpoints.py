@@ -7,6 +7,7 @@ deleted before that, and nothing that is not listed here is ever deleted.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from gptj_convert.formats.bundle import (
     index_path,
     masked,
 )
+from gptj_convert.formats.ranged_file import RangedFile
 from gptj_convert.formats.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
 from gptj_convert.staging import sync
 from gptj_convert.whole_file import PARTIAL, write_whole
@@ -65,7 +67,9 @@ def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -
 
 
 class Draft:
-    """A checkpoint in the making, which nobody sees before it is published.
+    """A checkpoint in the making, which nobody finds before it is published.
+
+    It is a `TensorSource` all the while: who reads what is not written yet waits for it.
 
     Args:
         model_dir: the run's folder.
@@ -78,9 +82,31 @@ class Draft:
     def __init__(self, model_dir: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._model_dir = model_dir
         self._partial = model_dir / f"{PARTIAL}{RUN_PREFIX}"
+        self._grown = threading.Condition()
+        self._error: BaseException | None = None
+        self._published = False
         _remove(self._partial)
-        with self._kept_whole():
+        with self.kept_whole():
             self._writer = BundleWriter(self._partial, tensors)
+            self._file = RangedFile(data_path(self._partial))
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """See `TensorSource`."""
+        return self._writer.tensors
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource`.
+
+        Raises:
+            Exception: what came between, if it will never be written.
+        """
+        writer, end = self._writer, offset + len(buffer)
+        with self._grown:
+            self._grown.wait_for(lambda: self._error or writer.written[name] >= end)
+        if self._error:
+            raise self._error
+        self._file.read_into(writer.begins[name] + offset, buffer, f"tensor {name!r}")
 
     def append(self, name: str, values: np.ndarray) -> None:
         """Write what follows of a tensor; see `BundleWriter.append`.
@@ -88,8 +114,10 @@ class Draft:
         Raises:
             FileFault: the disk is full or not writable.
         """
-        with self._kept_whole():
+        with self.kept_whole():
             self._writer.append(name, values)
+        with self._grown:
+            self._grown.notify_all()
 
     def publish(self, step: int, more: Mapping[str, np.ndarray] | None = None) -> Path:
         """Make it durable as the checkpoint of a step; returns its prefix.
@@ -102,26 +130,32 @@ class Draft:
             OSError: the disk is full or not writable; earlier checkpoints are as they were.
         """
         final = prefix(self._model_dir, step)
-        with self._kept_whole():
+        with self.kept_whole():
             self._writer.finish({**(more or {}), GLOBAL_STEP: np.asarray(step, np.int64)})
             data_path(self._partial).rename(data_path(final))
             sync(self._model_dir)  # a power cut must not leave the index alone
             index_path(self._partial).rename(index_path(final))
+        self._published = True
         sync(self._model_dir)
         return final
 
     def close(self) -> None:
-        """Give up what was not published; closing twice is harmless."""
+        """Close the files, and give up what was not published; closing twice is harmless."""
         self._writer.close()
-        _remove(self._partial)
+        self._file.close()
+        if not self._published:
+            _remove(self._partial)
 
     @contextmanager
-    def _kept_whole(self) -> Iterator[None]:
-        """Nothing is left of a draft that fails."""
+    def kept_whole(self) -> Iterator[None]:
+        """Nothing is left of a draft that fails, and nobody waits for it."""
         try:
             yield
-        except BaseException:
+        except BaseException as e:
             _remove(self._partial)
+            with self._grown:
+                self._error = e
+                self._grown.notify_all()
             raise
 
 

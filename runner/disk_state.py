@@ -1,8 +1,9 @@
 """Weights and slots of a run that are on the disk: read by ranges, and written anew each step.
 
 The state of a step is an ordinary checkpoint. The next one is written beside it while it is read,
-and takes over when all of it is durable: as everything changes in a step, this writes no more
-than an update in place would, and there is a whole state at every instant.
+and takes its place when all of it is durable: as everything changes in a step, this writes no more
+than an update in place would, and there is a whole state at every instant. Its weights can be read
+before, each as soon as it is written: so the next step begins while this update goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,31 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_convert.pipeline import Buffers, Pipeline, page_memory
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
-from gptj_model.source import TensorInfo, raw_bytes, read_rows
-from gptj_model.tensors import Scheme, Tensor, block, table
-from gptj_model.vocabulary import read_head
+from gptj_model.shared_tensor import shared_tensor
+from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
+from gptj_model.streamed_training import ReadHead
+from gptj_model.tensors import (
+    EMBEDDING,
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    Scheme,
+    Tensor,
+    block,
+    embedding,
+    head,
+    table,
+)
 from runner import checkpoints
+from runner.block_memory import BlockMemory
 from runner.update_rule import UpdateRule
 
-#: Elements that are updated at once: 8 MiB of each of weight, gradient and slots.
+#: Elements that are read and written at once: 8 MiB of each of weight, gradient and slots.
 PIECE = 2**21
+#: Of them, elements that are updated at once: what is computed is copied while a cache holds it.
+_UPDATED = 2**18
 #: The least size that a program of the update is compiled for; others are powers of two.
 _LEAST = 2**10
 #: Pieces that go around: one each is read, updated and written.
@@ -54,7 +70,7 @@ class _Piece:
 
 
 class DiskState:
-    """The state that is read, and the draft of the next one.
+    """The state that is read, and the draft of the next one, which a thread may write.
 
     Args:
         config: of the model.
@@ -69,10 +85,15 @@ class DiskState:
         self._config = config
         self._rule = rule
         self._slots = {t: rule.slots(t) for t in trained}
+        vocabulary = [t for t in head(config) if t.hf in (HEAD_WEIGHT.hf, HEAD_BIAS.hf)]
+        tied = [embedding(config)] if config.tie_word_embeddings else []
+        self._head_rows = (*tied, *vocabulary)
         self._model_dir = model_dir
-        self._source: BundleSource | None = None
+        self._memory = BlockMemory(config)
+        self._source: TensorSource | None = None
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
+        self._origin: TensorSource | None = None  # what the draft is made of
         self._superseded: int | None = None
         self._programs: dict[tuple[int, float], Any] = {}
 
@@ -87,8 +108,8 @@ class DiskState:
         return self._slots.keys()
 
     @property
-    def source(self) -> BundleSource:
-        """The tensors of the present state."""
+    def source(self) -> TensorSource:
+        """The tensors of the present state; who reads one that is still to come waits for it."""
         assert self._source, "a state was opened"
         return self._source
 
@@ -122,16 +143,25 @@ class DiskState:
         """Rows start:stop (None: to the end) of any weight; see `BlockWeights`."""
         return read_rows(self.source, tensor.tf, start, stop)
 
-    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `BlockWeights`."""
-        weight_VD, bias_V = read_head(self._config, self.source, Scheme.TF, start, stop)
-        return weight_VD if self._config.tie_word_embeddings else weight_VD.T, bias_V
+    def head(self) -> ReadHead:
+        """See `BlockWeights`; it is read once, for logits and gradients."""
+        weight, bias = self._head_rows
+        (memory,) = page_memory(1, 4 * weight.size)
+        values = memory[: 4 * weight.size].view(np.float32).reshape(weight.shape_in(Scheme.TF))
+        self.source.read_into(weight.tf, 0, raw_bytes(values))
+        bias_V = self.rows(bias)
+
+        def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = slice(start, stop)
+            return values[rows if weight.hf == EMBEDDING.hf else (slice(None), rows)], bias_V[rows]
+
+        return part
 
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return blocks_ahead(lambda i: [self.rows(t) for t in self.of_block(i)], order, load)
+        return blocks_ahead(partial(self._memory.read, self.source), order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""
@@ -152,29 +182,31 @@ class DiskState:
             rate: of learning.
             correction: see `BetaPowers`.
         """
-        if self._draft is None:
-            infos = {t.tf: _info(t) for t in table(self._config)}
-            infos |= {name: _info(t) for t, names in self._slots.items() for name in names}
-            self._draft = checkpoints.Draft(self._model_dir, infos)
         scalars = [tf.constant(x, tf.float32) for x in (norm, rate, correction)]
-        with Pipeline() as pipeline:
+        draft = self._begun()
+        with draft.kept_whole(), Pipeline() as pipeline:
             parts = 2 + max((len(names) for names in self._slots.values()), default=0)
             buffers = Buffers(pipeline, _SLABS, parts * PIECE * 4)
             read = pipeline.ahead(self._read(work, buffers), depth=1)
             new = pipeline.ahead((self._updated(piece, scalars) for piece in read), depth=1)
             for piece in new:
                 for name, part in zip(piece.names, piece.parts, strict=False):
-                    self._draft.append(name, part[: piece.size])
+                    draft.append(name, part[: piece.size])
                 buffers.give(piece.memory)
 
+    def advance(self) -> None:
+        """The draft is the present state from now on, though an update may still be writing it."""
+        self._source = self._begun()
+
     def discard(self) -> None:
-        """The update is not to be: the present state stays."""
+        """The update is not to be: the state that it began with stays."""
         if self._draft:
             self._draft.close()
-        self._draft = None
+            self._source = self._origin
+        self._draft = self._origin = None
 
     def commit(self, step: int, scalars: Mapping[str, np.ndarray], *, stays: bool, keep: int):
-        """Make the draft the present state, durably; without one, that state may come to stay.
+        """Make the present state durable, if it is not; it may come to stay.
 
         Args:
             step: that it is of.
@@ -183,9 +215,11 @@ class DiskState:
             keep: how many checkpoints are kept.
         """
         if self._draft:
-            final = self._draft.publish(step, scalars)
-            self.discard()
-            self.open(final, has_slots=True)
+            self._draft.publish(step, scalars)
+            self._has_slots = True
+            if self._origin:
+                self._origin.close()
+            self._draft = self._origin = None
             checkpoints.retain(self._model_dir, keep=keep, superseded=self._superseded)
         self._superseded = None if stays else step
 
@@ -195,9 +229,20 @@ class DiskState:
             self._source.close()
         self._source = None
 
+    def _begun(self) -> checkpoints.Draft:
+        """The draft of the state after the present one."""
+        if self._draft is None:
+            infos = {t.tf: _info(t) for t in table(self._config)}
+            infos |= {name: _info(t) for t, names in self._slots.items() for name in names}
+            self._draft = checkpoints.Draft(self._model_dir, infos)
+            self._origin = self._source
+        return self._draft
+
     def _read(
         self, work: Iterable[tuple[Tensor, Gradient | None]], buffers: Buffers
     ) -> Iterator[_Piece]:
+        origin = self._origin
+        assert origin, "a draft was begun"
         for tensor, gradient in work:
             slots = self._slots.get(tensor, {})
             names = [tensor.tf, *slots]
@@ -207,7 +252,7 @@ class DiskState:
                 parts = [lane[: _compiled_size(size)] for lane in lanes[: len(names) + 1]]
                 for name, part in zip(names, parts, strict=False):
                     if name == tensor.tf or self._has_slots:
-                        self.source.read_into(name, 4 * start, raw_bytes(part[:size]))
+                        origin.read_into(name, 4 * start, raw_bytes(part[:size]))
                     else:
                         part[:] = slots[name]
                 if gradient:
@@ -221,10 +266,14 @@ class DiskState:
         *old, gradient = piece.parts
         if len(old) < len(piece.names):
             return piece
-        program = self._program(gradient.size, self._rule.decay(piece.tensor), len(old))
-        new = program(gradient, old, *scalars)
-        for part, values in zip(old, new, strict=True):
-            np.copyto(part, values.numpy())
+        decay = self._rule.decay(piece.tensor)
+        for start in range(0, gradient.size, _UPDATED):
+            part = slice(start, start + _UPDATED)
+            given = [shared_tensor(values[part]) for values in old]
+            taken = shared_tensor(gradient[part])
+            program = self._program(len(gradient[part]), decay, len(old))
+            for values, new in zip(old, program(taken, given, *scalars), strict=True):
+                np.copyto(values[part], new.numpy())
         return piece
 
     def _program(self, size: int, decay: float, arrays: int) -> Any:
@@ -255,8 +304,10 @@ def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _compiled_size(size: int) -> int:
-    """The least that is not smaller, of the few sizes that programs are compiled for."""
-    return min(PIECE, max(_LEAST, 2 ** math.ceil(math.log2(size))))
+    """The least that is not smaller, of what programs of few sizes can update."""
+    whole, rest = divmod(size, _UPDATED)
+    padded = max(_LEAST, 2 ** math.ceil(math.log2(rest))) if rest else 0
+    return whole * _UPDATED + padded
 
 
 def _info(tensor: Tensor) -> TensorInfo:

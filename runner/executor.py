@@ -67,7 +67,8 @@ class Executor(Protocol):
     def step(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> StepResult:
-        """Update the weights once, or nothing if the norm is not finite.
+        """Update the weights once, or nothing if the norm is not finite; the update may go on
+        behind what is done next.
 
         Args:
             group: the batches whose gradients are averaged.
@@ -88,10 +89,12 @@ class Executor(Protocol):
             step: the last that was made.
             state: further scalars of the run, by name.
             stays: whether it is kept when the next one is there, as far as keep_checkpoint_max
-                allows.
+                allows. One that is not may become durable later, but before the next step's loss
+                is known.
 
         Raises:
-            OSError: the disk is full or not writable; earlier checkpoints are as they were.
+            OSError: the disk is full or not writable; earlier checkpoints are as they were. If it
+                shows later, the next call raises it.
         """
         ...
 

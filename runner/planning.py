@@ -14,12 +14,14 @@ from gptj_convert.formats.sharded import is_index
 from gptj_convert.options import DEFAULT_OUT, DEFAULT_SOURCE, KEEP
 from gptj_convert.plan import Plan, make_plan
 from gptj_convert.rates import Rates
-from gptj_convert.reference_yaml import fitting_batch_size
+from gptj_convert.reference_yaml import continued_pretraining, fitting_batch_size
 from gptj_model.config import CONFIG_FILE, PRESETS, GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import Scheme, table
+from runner.params_file import validate
+from runner.training_plan import plan_training
 
 #: The preset that is on the hub; its weights there are float32, and float16 in a branch.
 PUBLISHED = "6b"
@@ -179,7 +181,7 @@ def plan_commands(sources: Sequence[Source], has: Machine, rates: Rates) -> Outl
     weights, logits = _verifications(chosen, has, rates)
     training, batch = _training(config, has, rates, taken=chosen.disk)
     streaming = _streaming(config, has, rates, taken=chosen.disk)
-    outlook.steps += [weights, logits, training, streaming]
+    outlook.steps += [weights, logits, training, streaming, *_inference(chosen, has, rates)]
     outlook.advice = list(_advice(ways, chosen, weights, logits, training, streaming, has, batch))
     outlook.commands = [step.command for step in chosen.steps]
     outlook.commands += [s.command for s in (logits, weights) if s.fits][:1]
@@ -244,18 +246,32 @@ def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> 
 
 def _streaming(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> Step:
     """Training with one block in memory, one sequence a step."""
-    length = config.n_positions
-    scratch = capacity.streamed_scratch(config, length, capacity.parameters(config))
+    command = "--execution streaming --set train_input.batch_size=1"
+    settings = {"runconfig.execution": "streaming", "train_input.batch_size": 1}
+    params = validate(continued_pretraining(config), settings, where="the plan")
+    plan = plan_training(config, params)
     step = Step(
-        f"gptj train --init-from {_CONVERTED}/ --execution streaming "
-        "--set train_input.batch_size=1",
-        capacity.streamed_training_memory(config, 1, length),
-        capacity.training_disk(config) + scratch,
-        # Every block is computed once more.
-        capacity.step_seconds(config, 1, rates) * 4 / 3,
+        f"gptj train --init-from {_CONVERTED}/ {command}",
+        plan.memory,
+        plan.disk,
+        plan.seconds(rates),
         per="a step",
     )
     return _judged(step, has, taken=taken)
+
+
+def _inference(way: _Way, has: Machine, rates: Rates) -> Iterator[Step]:
+    """Evaluation and generation with the least --memory: one sequence of full length, one block."""
+    config, T = way.plan.config, way.plan.config.n_positions
+    reading = way.plan.layout.total / rates.read
+    computing = 2 * capacity.parameters(config) * T / rates.multiplication
+    for command, states, seconds, per in (
+        ("eval", 4 * T * config.n_embd, max(reading, computing), "a sequence"),
+        ("generate", capacity.cache_bytes(config, 1, T), reading, "a token"),
+    ):
+        least = capacity.streamed_memory(config, batch=1, length=T, states=states)
+        named = f"gptj {command} --memory {-(-least // 10**7) / 100:.2f}GB"
+        yield _judged(Step(named, least, 0, seconds, per=per), has)
 
 
 def _judged(step: Step, has: Machine, *, taken: int = 0) -> Step:

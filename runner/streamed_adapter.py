@@ -15,7 +15,7 @@ from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.source import TensorSource, read_rows, read_tensor
-from gptj_model.streamed_training import Draw, StreamedTraining
+from gptj_model.streamed_training import Draw, ReadHead, StreamedTraining
 from gptj_model.tensors import Op, Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from gptj_model.weights import first_a
@@ -168,10 +168,14 @@ class _FrozenModel:
         values = read_rows(self._source, tensor.name(self._scheme), start, stop)
         return values.astype(np.float32, copy=False)
 
-    def head(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `BlockWeights`; in the dtype they are stored in."""
-        weight_VD, bias_V = read_head(self._config, self._source, self._scheme, start, stop)
-        return weight_VD if self.head_rows else weight_VD.T, bias_V
+    def head(self) -> ReadHead:
+        """See `BlockWeights`; parts are read as they are stored."""
+
+        def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            weight_VD, bias_V = read_head(self._config, self._source, self._scheme, start, stop)
+            return weight_VD if self.head_rows else weight_VD.T, bias_V
+
+        return part
 
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]

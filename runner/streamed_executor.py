@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from gptj_model.streamed_training import Draw, StreamedTraining
 from gptj_model.streaming import StreamedModel
 from gptj_model.tensors import Scheme, embedding, table
 from runner import checkpoints
+from runner.background import Background
 from runner.data.input_fn import Batch
 from runner.disk_state import DiskState
 from runner.evaluate import Evaluator, StreamedEvaluator
 from runner.executor import StepResult
+from runner.freed_memory import keep_freed_memory
 from runner.initialize import first_values
 from runner.lazy_array import LazyArray
 from runner.params import Params
@@ -32,7 +33,8 @@ from runner.update_rule import BetaPowers, UpdateRule
 
 
 class StreamedExecutor:
-    """See `Executor`. Its state is a checkpoint, and every step ends with one.
+    """See `Executor`. Its state is a checkpoint, and every step ends with one: its update and
+    what makes it durable go on while the next step's forwards run.
 
     Args:
         config: of the model.
@@ -48,6 +50,7 @@ class StreamedExecutor:
     placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
+        keep_freed_memory()
         self._config = config
         self._params = params
         self._model_dir = model_dir
@@ -62,7 +65,7 @@ class StreamedExecutor:
             head_rows=config.tie_word_embeddings,
         )
         self._scratch: Scratch | None = None
-        self._worker = ThreadPoolExecutor(1, "update")
+        self._background = Background("update")
 
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         """See `Executor`; the float32 weights of a bundle are read where they are."""
@@ -96,7 +99,7 @@ class StreamedExecutor:
             kept = [*states_bytes(self._config, batches), *self._gradients_bytes()]
             self._scratch = Scratch(self._model_dir, kept)
         update = StreamedUpdate(
-            self._state, self._rule, self._scratch, self._worker, rate, self._powers.correction
+            self._state, self._rule, self._scratch, self._background, rate, self._powers.correction
         )
         step = StreamedStep(
             self._config, self._passes, self._state, self._scratch, update, self.trained
@@ -105,7 +108,7 @@ class StreamedExecutor:
             loss = step.run(batches, draw, scale)
             return StepResult(loss, update.finish())
         except BaseException:
-            update.wait()
+            self._background.wait()
             self._state.discard()
             raise
 
@@ -125,7 +128,11 @@ class StreamedExecutor:
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
         """See `Executor`."""
         keep = self._params.runconfig.keep_checkpoint_max or 0
-        self._state.commit(step, {**state, **self._powers.scalars()}, stays=stays, keep=keep)
+        scalars = {**state, **self._powers.scalars()}
+        commit = partial(self._state.commit, step, scalars, stays=stays, keep=keep)
+        self._background.submit(commit)
+        if stays:
+            self._background.wait()
         return checkpoints.prefix(self._model_dir, step)
 
     def evaluator(self) -> Evaluator:
@@ -141,7 +148,7 @@ class StreamedExecutor:
 
     def close(self) -> None:
         """See `Executor`."""
-        self._worker.shutdown()
+        self._background.close()
         self._state.discard()
         self._state.close()
         if self._scratch:

@@ -103,12 +103,10 @@ class StreamedStep:
         if any(t in self._trained for t in rows):
             shapes = (t.shape_in(Scheme.KERAS) for t in rows)
             sums = HeadGradients(*(np.zeros(shape, np.float32) for shape in shapes))
-        losses = []
+        read, losses = self._state.head(), []
         for n, (_, ignored_BT, labels_BT) in enumerate(batches):
             x_BTD = self._scratch.get((n, config.n_layer))
-            loss, d_x_BTD = self._passes.head(
-                x_BTD, self._state.head, sums, labels_BT, ignored_BT, scale
-            )
+            loss, d_x_BTD = self._passes.head(x_BTD, read, sums, labels_BT, ignored_BT, scale)
             losses.append(loss)
             self._keep(n, config.n_layer, d_x_BTD)
         if sums:

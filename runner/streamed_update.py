@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gptj_model.tensors import Tensor
+from runner.background import Background
 from runner.disk_state import DiskState, Gradient, pieces
 from runner.scratch import Scratch
 from runner.token_rows import TokenRows
@@ -20,7 +20,7 @@ _SUMMED = 2**16
 
 
 class StreamedUpdate:
-    """One update, by gradients that come a few tensors at a time; taken in a thread of its own.
+    """One update, by gradients that come a few tensors at a time; taken in the background.
 
     Without clipping by norm they go into the next state at once, which counts only if their norm
     turns out finite; with it they are kept on the disk until the norm is known.
@@ -29,7 +29,7 @@ class StreamedUpdate:
         state: the present one.
         rule: of the update.
         scratch: where gradients wait.
-        worker: of one thread.
+        background: does the work, behind what it has still to do for the step before.
         rate: of learning.
         correction: see `BetaPowers`.
     """
@@ -39,49 +39,45 @@ class StreamedUpdate:
         state: DiskState,
         rule: UpdateRule,
         scratch: Scratch,
-        worker: ThreadPoolExecutor,
+        background: Background,
         rate: float,
         correction: Any,
     ) -> None:
         self._state = state
         self._rule = rule
         self._scratch = scratch
-        self._worker = worker
+        self._background = background
         self._arguments = rate, correction
         self._kept: dict[Tensor, Gradient] = {}
         self._written: set[Tensor] = set()
         self._squares = 0.0
-        self._running: Future[None] | None = None
 
     def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
         """See `Update`; returns once those before are done with."""
-        self._submit(self._run, gradients)
+        self._background.wait()
+        self._background.submit(self._run, gradients)
 
     def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
         """See `Update`."""
-        self._submit(self._run_embedding, tensor, rows)
-
-    def wait(self) -> None:
-        """Return once what was taken is done with."""
-        running, self._running = self._running, None
-        if running:
-            running.result()
+        self._background.wait()
+        self._background.submit(self._run_embedding, tensor, rows)
 
     def finish(self) -> float:
-        """Write what is missing of the next state, if the norm is finite; returns the norm."""
-        self.wait()
+        """The norm; if it is finite, the next state is the present one, and what is missing of it
+        is being written, in the order in which a step asks for it."""
+        self._background.wait()
         with np.errstate(over="ignore"):
             norm = float(np.sqrt(np.float32(self._squares)))
         if not math.isfinite(norm):
             self._state.discard()
             return norm
-        rows = [t for t in self._state.tensors if t not in self._written]
-        self._state.update(((t, self._kept.get(t)) for t in rows), norm, *self._arguments)
+        self._state.advance()
+        self._background.submit(self._run_rest, norm)
         return norm
 
-    def _submit(self, run: Any, *arguments: Any) -> None:
-        self.wait()
-        self._running = self._worker.submit(run, *arguments)
+    def _run_rest(self, norm: float) -> None:
+        rows = [t for t in self._state.tensors if t not in self._written]
+        self._state.update(((t, self._kept.get(t)) for t in rows), norm, *self._arguments)
 
     def _run(self, gradients: dict[Tensor, np.ndarray]) -> None:
         while gradients:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gptj_convert import capacity
 from gptj_convert.rates import Rates
 from gptj_model.config import GPTJConfig
-from gptj_model.tensors import EMBEDDING, SLOTS
+from gptj_model.tensors import EMBEDDING, SLOTS, block
 from runner.params import Params
 from runner.trained import trained_rows
 
@@ -32,6 +32,12 @@ class TrainingPlan:
     """To the disk, each step."""
     flops: float
     """Floating-point operations of a step, blocks that are computed again included."""
+    update_read: int = 0
+    """Of `read`, what is moved behind the next step's forwards."""
+    update_written: int = 0
+    """Of `written`, likewise."""
+    awaited: float = 0.0
+    """The share of that which the first block waits for."""
 
     @property
     def disk(self) -> int:
@@ -43,10 +49,16 @@ class TrainingPlan:
         return max(1, self.states - existing) * self.state + self.scratch
 
     def seconds(self, rates: Rates) -> float:
-        """Of a step: computing, and what of the disk's time is not hidden behind it."""
+        """Of a step: computing, and what of the disk's time is not hidden behind it.
+
+        The first block waits for its own update and the embedding's; the others are updated while
+        forwards compute, a quarter of the step's operations.
+        """
         computing = self.flops / rates.multiplication
-        moving = (self.read + self.written) / rates.write
-        return max(computing, moving)
+        updating = self.update_read / rates.read + self.update_written / rates.write
+        forwards = max(computing / 4 + self.awaited * updating, updating)
+        moving = self.read / rates.read + self.written / rates.write
+        return max(computing * 3 / 4 + forwards, moving)
 
 
 def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
@@ -78,20 +90,31 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
             written=0,
             flops=again if params.model.recompute else flops,
         )
-    embedding = sum(t.size for t in rows if t.hf == EMBEDDING.hf)
-    waiting = trained - embedding if optimizer.max_gradient_norm else 0
-    if config.tie_word_embeddings:
-        waiting += embedding
-    # Forwards and backwards every weight, the head's twice; then weights, slots and gradients.
     vocabulary = 4 * config.vocab_size * config.n_embd
+    one_block = 4 * sum(t.size for t in block(config, 0))
+    # Forwards and backwards every weight; of the embedding next to nothing, of the head all.
     passes = 2 * (4 * total - (0 if config.tie_word_embeddings else vocabulary))
+    waiting = update = 0
+    if not params.model.lora:  # whose model is only read
+        # The head is read once for both, and the last blocks stay for the way back.
+        passes -= vocabulary + min(config.n_layer, 2) * one_block
+        update = state
+        embedding = sum(t.size for t in rows if t.hf == EMBEDDING.hf)
+        if optimizer.max_gradient_norm:
+            waiting = 4 * (trained - embedding)
+        if config.tie_word_embeddings:
+            waiting += 4 * embedding
+    behind = bool(optimizer.max_gradient_norm)
     return TrainingPlan(
         execution="streaming",
         memory=capacity.streamed_training_memory(config, batch, length),
         state=state,
         states=keep + 1,
         scratch=capacity.streamed_scratch(config, tokens, waiting),
-        read=passes + state + 4 * waiting,
-        written=state + 4 * waiting,
+        read=passes + update + waiting,
+        written=update + waiting,
         flops=again,
+        update_read=behind * (update + waiting),
+        update_written=behind * update,
+        awaited=(vocabulary + one_block) / (4 * total),
     )

@@ -199,17 +199,19 @@ class BundleWriter:
         self.tensors = dict(sorted(tensors.items(), key=lambda t: -t[1].nbytes))
         """What it will hold, in the order of the file."""
         *begins, self._end = accumulate((t.nbytes for t in self.tensors.values()), initial=0)
-        self._begins = dict(zip(self.tensors, begins, strict=True))
-        self._written = dict.fromkeys(self.tensors, 0)
+        self.begins = dict(zip(self.tensors, begins, strict=True))
+        """Where each one is in the data file."""
+        self.written = dict.fromkeys(self.tensors, 0)
+        """How many bytes of each one are there."""
         self._checksums = dict.fromkeys(self.tensors, 0)
         self._output = OutputFile(data_path(prefix), self._end)
 
     def append(self, name: str, values: np.ndarray) -> None:
         """Write what follows of a tensor: any number of its elements, in its dtype."""
         raw = raw_bytes(np.ascontiguousarray(values))
-        self._output.write(self._begins[name] + self._written[name], raw)
+        self._output.write(self.begins[name] + self.written[name], raw)
         self._checksums[name] = crc32c(raw, self._checksums[name])
-        self._written[name] += len(raw)
+        self.written[name] += len(raw)
 
     def finish(self, more: Mapping[str, np.ndarray] | None = None) -> None:
         """Make the data durable, then write the index, durably.
@@ -219,13 +221,13 @@ class BundleWriter:
         """
         for name, values in (more or {}).items():
             self.tensors[name] = TensorInfo(values.dtype.name, values.shape)
-            self._begins[name], self._written[name], self._checksums[name] = self._end, 0, 0
+            self.begins[name], self.written[name], self._checksums[name] = self._end, 0, 0
             self.append(name, values)
             self._end += values.nbytes
-        assert self._written == {name: info.nbytes for name, info in self.tensors.items()}
+        assert self.written == {name: info.nbytes for name, info in self.tensors.items()}
         self._output.sync()
         entries = {
-            name: Entry(info, 0, self._begins[name], masked(self._checksums[name]))
+            name: Entry(info, 0, self.begins[name], masked(self._checksums[name]))
             for name, info in sorted(self.tensors.items(), key=lambda t: t[0].encode())
         }
         content = _index_bytes(entries)

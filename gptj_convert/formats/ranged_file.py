@@ -101,16 +101,18 @@ class RangedFile:
         """
         if self._direct < 0 or len(buffer) < _DIRECT_FROM:
             return os.preadv(self._fd, [buffer], offset)
-        bounce = bounce_memory()
         skip = offset % ALIGNMENT
+        aligned = not skip and _address(buffer) % ALIGNMENT == 0
+        memory = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT] if aligned else bounce_memory()
         try:
-            got = os.preadv(self._direct, [bounce], offset - skip) - skip
+            got = os.preadv(self._direct, [memory], offset - skip) - skip
         except OSError as e:
             if e.errno != errno.EINVAL:  # a device that wants a stricter alignment
                 raise
             return os.preadv(self._fd, [buffer], offset)
         got = max(0, min(got, len(buffer)))
-        buffer[:got] = bounce[skip : skip + got]
+        if not aligned:
+            buffer[:got] = memory[skip : skip + got]
         return got
 
     def read(self, offset: int, length: int, what: str) -> bytes:
@@ -145,6 +147,10 @@ def _is_resident(mincore: Any, fd: int, offset: int) -> bool:
         failed = mincore(ctypes.byref(inside), ctypes.c_size_t(1), ctypes.byref(answer))
         del inside  # else the mapping cannot be closed
     return bool(failed) or bool(answer.value & 1)
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def bounce_memory() -> memoryview:

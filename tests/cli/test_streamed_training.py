@@ -85,6 +85,22 @@ def test_it_is_the_resident_run(golden_run: Path, settings, gptj):
     _assert_same_run("model_dir", "resident", 3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("bfloat16", 2e-2), pytest.param("float16", 2e-3, marks=full)]
+)
+@adamw
+def test_16_bits_are_the_resident_run_to_their_own_rounding(
+    golden_run: Path, dtype: str, rounding: float, gptj
+):
+    mixed = _settings("model.mixed_precision=true", f"model.mixed_precision_dtype={dtype}",
+                      "optimizer.loss_scaling_factor=dynamic")  # fmt: skip
+    common = (*BEGIN, *mixed, "--max-steps", 2)
+    assert gptj(*common, "--model-dir", "resident").code == 0
+    assert gptj(*common, *STREAMING).code == 0
+    for row, other in zip(_rows("model_dir"), _rows("resident"), strict=True):
+        assert row == pytest.approx(other, rel=rounding)
+
+
 @full
 @adamw
 def test_recomputed_blocks_have_the_same_masks(golden_run: Path, gptj):

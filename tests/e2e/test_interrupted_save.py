@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -51,17 +52,44 @@ def _traced(program: list[str], inject: str = "") -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def _calls() -> list[tuple[str, int]]:
-    """Kind and number within the kind of each call on the run's folder."""
+class Call(NamedTuple):
+    """One of the system's calls."""
+
+    thread: str
+    kind: str
+    number: int
+    """Among those of its kind and thread: strace counts for each thread."""
+    text: str
+
+
+def _trace() -> list[Call]:
+    """Each call on the run's folder."""
     seen: dict[tuple[str, str], int] = {}
     found = []
     for line in Path("trace").read_text().splitlines():
         if call := re.match(r"(\d+) +(\w+)\(", line):
-            # strace counts for each thread.
-            seen[call[1], call[2]] = seen.get((call[1], call[2]), 0) + 1
+            thread, kind = call.groups()
+            seen[thread, kind] = seen.get((thread, kind), 0) + 1
             if "model_dir" in line:
-                found.append((call[2], seen[call[1], call[2]]))
-    return list(dict.fromkeys(found))
+                found.append(Call(thread, kind, seen[thread, kind], line))
+    return found
+
+
+def _calls() -> list[Call]:
+    """One of each kind and number."""
+    return list({(call.kind, call.number): call for call in _trace()}.values())
+
+
+def _overlapped() -> list[Call]:
+    """What writes a state after a pass of the next step has kept what it gave."""
+    found, passing = [], False
+    calls = _trace()
+    for call in calls:
+        if "scratch" in call.text:
+            passing = call.thread == calls[0].thread
+        elif passing and call.kind == "pwrite64" and "data-" in call.text:
+            found.append(call)
+    return found
 
 
 def _save(step: int, keep: int, inject: str = "") -> subprocess.CompletedProcess[str]:
@@ -81,7 +109,7 @@ def _newest() -> int:
     return step
 
 
-def _saved(keep: int) -> tuple[list[tuple[str, int]], dict[str, bytes]]:
+def _saved(keep: int) -> tuple[list[Call], dict[str, bytes]]:
     """./before holds what a save of step 4 finds: its calls, and what it leaves."""
     shutil.rmtree("before", ignore_errors=True)
     Path("model_dir").mkdir()
@@ -94,9 +122,9 @@ def _saved(keep: int) -> tuple[list[tuple[str, int]], dict[str, bytes]]:
 
 def _interrupt(keep: int, faults: list[str], count: int) -> None:
     calls, whole = _saved(keep)
-    assert {kind for kind, _ in calls} == {"write", "pwrite64", "fallocate", "fsync", "rename",
-                                           "unlink"}  # fmt: skip
-    for kind, n in calls[:: max(1, len(calls) // count)]:
+    assert {call.kind for call in calls} == {"write", "pwrite64", "fallocate", "fsync", "rename",
+                                             "unlink"}  # fmt: skip
+    for _, kind, n, _ in calls[:: max(1, len(calls) // count)]:
         for fault in faults:
             shutil.rmtree("model_dir")
             shutil.copytree("before", "model_dir")
@@ -136,6 +164,39 @@ def _state() -> tuple[list[dict], dict[str, bytes]]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows], tensors
 
 
+def _spread(calls: list[Call], count: int) -> list[Call]:
+    """So many of them, from the whole list."""
+    assert calls
+    return calls[len(calls) // (count + 1) :: max(1, len(calls) // (count + 1))][:count]
+
+
+def _logged() -> int:
+    """How many steps."""
+    path = Path("model_dir/metrics.jsonl")
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _newest_step() -> int:
+    return max(checkpoints.steps(Path("model_dir")), default=0)
+
+
+def _whole_run(program: list[str]) -> tuple[object, set[str]]:
+    """What the run computes, and its files but for TensorBoard's; ./trace is of it."""
+    assert _traced(program).returncode == 0  # what it compiles is there from now on
+    shutil.rmtree("model_dir")
+    assert _traced(program).returncode == 0
+    return _found()
+
+
+def _found() -> tuple[object, set[str]]:
+    return _state(), {name for name in _content() if "tfevents" not in name}
+
+
+def _go_on(program: list[str]) -> None:
+    again = subprocess.run([sys.executable, "-B", *program], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+
+
 def _kill_and_go_on(program: list[str], count: int, lost: int) -> None:
     """A run killed at some of its calls, each time from the beginning, ends as if it had not been.
 
@@ -144,24 +205,13 @@ def _kill_and_go_on(program: list[str], count: int, lost: int) -> None:
         count: of calls.
         lost: steps that a kill may undo, at most.
     """
-    assert _traced(program).returncode == 0  # what it compiles is there from now on
-    shutil.rmtree("model_dir")
-    assert _traced(program).returncode == 0
-    whole, names = _state(), set(_content())
-    calls = _calls()
-    for kind, n in calls[len(calls) // (count + 1) :: max(1, len(calls) // (count + 1))][:count]:
+    whole = _whole_run(program)
+    for _, kind, n, _ in _spread(_calls(), count):
         shutil.rmtree("model_dir")
         done = _traced(program, f"{kind}:signal=KILL:when={n}")
-        logged = Path("model_dir/metrics.jsonl")
-        steps = len(logged.read_text().splitlines()) if logged.exists() else 0
-        kept = max(checkpoints.steps(Path("model_dir")), default=0)
-        assert steps - kept <= lost, f"{kind} {n}"
-        again = subprocess.run([sys.executable, "-B", *program], capture_output=True, text=True)
-        assert again.returncode == 0, f"{kind} {n}: {done.stderr} {again.stderr}"
-        assert _state() == whole, f"{kind} {n}"
-        assert {x for x in _content() if "tfevents" not in x} == {
-            x for x in names if "tfevents" not in x
-        }, f"{kind} {n}"
+        assert _logged() - _newest_step() <= lost, f"{kind} {n}: {done.stderr}"
+        _go_on(program)
+        assert _found() == whole, f"{kind} {n}"
 
 
 @pytest.mark.full
@@ -170,8 +220,28 @@ def test_a_run_killed_at_every_call_ends_as_if_it_had_not_been(golden_run: Path)
     _kill_and_go_on(["-m", "runner.cli.root", *TRAIN], 10**9, lost=2)
 
 
+STREAMED = ["-m", "runner.cli.root", *TRAIN, "--execution", "streaming"]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-@pytest.mark.parametrize("count", [1, pytest.param(60, marks=pytest.mark.full)])
-def test_a_streamed_run_that_is_killed_loses_a_step_at_most(golden_run: Path, count: int):
-    streamed = ("--execution", "streaming")
-    _kill_and_go_on(["-m", "runner.cli.root", *TRAIN, *streamed], count, lost=1)
+def test_a_streamed_run_that_is_killed_loses_a_step_at_most(golden_run: Path):
+    _kill_and_go_on(STREAMED, 60, lost=1)
+
+
+@pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
+def test_a_streamed_run_that_is_refused_and_killed_during_an_update_behind_the_next_step(
+    golden_run: Path,
+):
+    whole = _whole_run(STREAMED)
+    refused, killed = _spread(_overlapped(), 2)
+    shutil.rmtree("model_dir")
+    done = _traced(STREAMED, f"pwrite64:error=ENOSPC:when={refused.number}")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert re.search("model.ckpt.*cannot be written: No space", done.stderr), done.stderr
+    assert _logged() - _newest_step() <= 1
+    done = _traced(STREAMED, f"pwrite64:signal=KILL:when={killed.number}")
+    assert done.returncode < 0
+    assert _logged() - _newest_step() <= 1
+    _go_on(STREAMED)
+    assert _found() == whole

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.ranged_file import RangedFile
+from gptj_convert.pipeline import page_memory
 from gptj_model.errors import FileFault
 
 SIZE = 19 * 2**20 + 1234
@@ -47,4 +48,18 @@ def test_beyond_the_end(large: Path, length: int):
     file = RangedFile(large)
     with pytest.raises(FileFault, match=f"ends at byte {SIZE} inside all of it"):
         file.read(0, length, "all of it")
+    file.close()
+
+
+@pytest.mark.parametrize("offset", [0, 2**22, 2**22 + 8, 2**20 * 15])
+def test_a_range_into_whole_pages(large: Path, content: bytes, offset: int):
+    with large.open("rb") as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = RangedFile(large)
+    (memory,) = page_memory(1, SIZE)
+    for length in (min(9 * 2**20 + 100, SIZE - offset), 2**20, 5000):
+        part = memory[:length]
+        part.fill(0)
+        file.read_into(offset, part.data, "a range")
+        assert part.tobytes() == content[offset : offset + length]
     file.close()
