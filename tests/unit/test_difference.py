@@ -145,6 +145,14 @@ def test_two_narrow_dtypes_are_compared_in_a_wider_one():
     assert found.max_abs == 1
 
 
+def test_large_whole_numbers_are_not_rounded_to_be_compared():
+    a = np.full((48, 48), 2**60, np.int64)
+    b = a.copy()
+    b[1, 2] += 1
+    found = _one(a, b)
+    assert (found.outcome, found.differing, found.first) == (Outcome.DIFFERENT, 1, [1, 2])
+
+
 def test_what_is_not_finite_is_counted_and_has_no_delta():
     a, b = _values(), _values()
     a[0, 2], b[0, 2] = np.nan, 1.0

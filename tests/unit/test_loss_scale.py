@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.bundle import BundleSource, write_bundle
@@ -35,6 +35,7 @@ def test_tf_dynamic_is_tensorflows(finite: list[bool], period: int):
 
 
 @given(overflows, st.integers(1, 30), st.sampled_from([0.0, 0.05, 0.4]))
+@example([True] * 5 + [False], 30, 0.4)
 def test_dynamic_is_the_references(finite: list[bool], period: int, tolerance: float):
     """Halve when overflows / steps since the last change exceed the tolerance, else double after
     so many steps; within the bounds."""
@@ -89,6 +90,13 @@ def test_the_state_is_saved_and_restored(tmp_path_factory, before, after, kind: 
     dtypes = {name: value.dtype for name, value in whole.tensors().items()}
     assert dtypes.pop(CURRENT_LOSS_SCALE) == np.float32
     assert set(dtypes.values()) == {np.dtype(np.int64)}
+
+
+def test_doubling_stops_below_infinity():
+    scale = loss_scale(_params("tf_dynamic", initial_loss_scale=2.0**126, steps_per_increase=1))
+    for expected in (2.0**127, 2.0**127):
+        scale.update(True)
+        assert scale.value == expected
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "tf_dynamic"])

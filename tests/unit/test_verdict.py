@@ -42,6 +42,8 @@ def test_differences_are_noted_with_their_causes_once():
     assert verdict.differences[1:3] == others
     assert verdict.diagnosis == ["x.json: cut", "shifted"]
     assert verdict.to_json()["first_difference"]["file"] == "x.json"
+    verdict.plan_memory(0)
+    assert verdict.planned_memory == 0
     verdict.plan_memory(5)
     verdict.plan_memory(3)
     assert verdict.planned_memory == 5

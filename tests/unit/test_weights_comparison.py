@@ -140,6 +140,21 @@ def test_what_is_not_finite_is_counted_on_both_sides():
     assert c.max_abs == pytest.approx(2, rel=1e-5)
 
 
+def test_a_side_may_have_more_that_is_not_finite():
+    arrays, changed = _arrays(), _arrays()
+    arrays[Q][0, :3] = np.nan
+    changed[Q][0, 0] = np.nan
+    c = _compare(arrays, changed)[0][Q]
+    assert (c.nonfinite_found, c.nonfinite_expected, c.differing) == (1, 3, 2)
+
+
+def test_a_delta_beyond_every_number_is_none():
+    arrays, changed = _arrays(np.float64), _arrays(np.float64)
+    arrays[Q][0, 0], changed[Q][0, 0] = 1.5e308, -1.5e308
+    c = _compare(arrays, changed)[0][Q]
+    assert (c.differing, c.max_abs) == (1, None)
+
+
 def test_zeros_and_duplicates_that_the_source_has_not():
     arrays = _arrays()
     arrays[LN][:] = 0
