@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full test-cs docs site bench clean
+.PHONY: setup demo check test test-full test-cs mutation coverage docs site bench clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,15 @@ test-cs: setup
 	$(CS_VENV)/bin/pip install --quiet --disable-pip-version-check cerebras-pytorch==2.10.0
 	GPTJ_CS_PYTHON=$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
 
+# Do the unit tests notice a changed line? Half an hour on an idle core, 3 GB of memory; one part
+# again: make mutation MODULES="runner/schedules.py". docs/testing.md has the results.
+mutation: setup
+	$(BIN)/python tests/mutation.py $(MODULES)
+
+# What `make test` passes through, in this process alone: build/coverage/index.html.
+coverage: setup
+	$(BIN)/pytest -m "not full" -n 2 --dist worksteal --cov --cov-report=term --cov-report=html
+
 docs: setup
 	$(BIN)/python docs/generate.py
 
@@ -54,4 +63,4 @@ bench: setup
 	$(BIN)/python benchmarks/claims.py build/bench
 
 clean:
-	rm -rf $(VENV) $(CS_VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(CS_VENV) demo-output build dist mutants .coverage *.egg-info
