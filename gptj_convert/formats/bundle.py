@@ -21,6 +21,7 @@ from crc32c import crc32c
 from gptj_convert.formats.layout import FileLayout, Layout
 from gptj_convert.formats.output_file import OutputFile
 from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
+from gptj_convert.formats.varint import encode_varint
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, raw_bytes
@@ -483,11 +484,12 @@ def _append_block(
             shared = _shared_prefix(last, key)
         elif n:
             restarts.append(len(block))
-        block += _encode(shared) + _encode(len(key) - shared) + _encode(len(value))
+        for size in (shared, len(key) - shared, len(value)):
+            block += encode_varint(size)
         block += key[shared:] + value
         last = key
     block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
-    handle = _encode(len(table)) + _encode(len(block))
+    handle = encode_varint(len(table)) + encode_varint(len(block))
     block += b"\0"
     table += block + struct.pack("<I", masked(crc32c(bytes(block))))
     return handle
@@ -508,21 +510,12 @@ def _entry_bytes(entry: Entry) -> bytes:
         + (_pack(3, entry.shard) if entry.shard else b"")
         + (_pack(4, entry.offset) if entry.offset else b"")
         + _pack(5, entry.info.nbytes)
-        + _encode(6 << 3 | 5)
+        + encode_varint(6 << 3 | 5)
         + struct.pack("<I", entry.crc)
     )
 
 
 def _pack(field: int, value: int | bytes) -> bytes:
     if isinstance(value, int):
-        return _encode(field << 3) + _encode(value)
-    return _encode(field << 3 | 2) + _encode(len(value)) + value
-
-
-def _encode(number: int) -> bytes:
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+        return encode_varint(field << 3) + encode_varint(value)
+    return encode_varint(field << 3 | 2) + encode_varint(len(value)) + value
