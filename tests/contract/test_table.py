@@ -83,6 +83,28 @@ def test_training_state_of_the_reference_is_told_from_weights(case: str):
     assert not any(is_training_state(n, Scheme.TF) for n in weights)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "kept", "weights"),
+    [
+        (
+            Scheme.TF,
+            ["global_step", "skipped_steps", "lora_alpha", "a/b/AdamW_1", "a/lora_base",
+             "a/k_grad_accum_3", "summary_hook_counter", "a/SGDM"],
+            ["AdamW", "a/AdamW/b", "lora_base/a", "a/global_step", "a_hook_counter_b", "bias"],
+        ),
+        (
+            Scheme.CS,
+            ["optimizer.state.0.exp_avg", "__metadata__", "schedulers.0"],
+            ["optimizers.0", "model.optimizer", "lm_head.weight"],
+        ),
+        (Scheme.HF, [], ["global_step", "optimizer.state"]),
+    ],
+)  # fmt: skip
+def test_training_state_is_told_by_name(scheme: Scheme, kept: list[str], weights: list[str]):
+    assert [n for n in kept if not is_training_state(n, scheme)] == []
+    assert [n for n in weights if is_training_state(n, scheme)] == []
+
+
 def test_names_shapes_and_values_are_those_of_the_cs_client():
     config = GPTJConfig.from_file(GOLDEN_RUNS / "adamw/hf/config.json")
     weights = load_tensors(GOLDEN_RUNS / "adamw/hf/model.safetensors")

@@ -29,6 +29,7 @@ from gptj_convert.formats.bundle import (
     data_path,
     index_path,
     masked,
+    unmasked,
     write_bundle,
 )
 from gptj_model.dtypes import NUMPY
@@ -41,6 +42,12 @@ MIB = 2**20
 on_one_path = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_masked_checksum_is_its_own_way_back(crc: int):
+    assert unmasked(masked(crc)) == crc
+    assert 0 <= masked(crc) < 2**32
 
 
 def remove(prefix: Path) -> Path:

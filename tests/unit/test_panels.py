@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from crc32c import crc32c
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -33,6 +33,8 @@ def _source(values: np.ndarray) -> MemorySource:
     strip=st.integers(1, 2000),
     op=st.sampled_from(Op),
 )
+@example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 200, Op.TRANSPOSE)  # two strips
+@example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 400, Op.TRANSPOSE)  # one
 def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: int, op: Op):
     with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
         reader = panels.Panels(_source(values), "x", op)
