@@ -140,7 +140,7 @@ class BundleSource:
 
 def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
     """A new bundle with one data file, its tensors in the order of their names."""
-    ordered = dict(sorted(tensors.items(), key=lambda t: t[0].encode()))
+    ordered = {name: tensors[name] for name in sorted(tensors)}
     begins = accumulate((info.nbytes for info in ordered.values()), initial=0)
     places = dict(zip(ordered, begins, strict=False))
 
@@ -226,8 +226,8 @@ class BundleWriter:
         assert self._written == {name: info.nbytes for name, info in self.tensors.items()}
         self._output.sync()
         entries = {
-            name: Entry(info, 0, self._begins[name], masked(self._checksums[name]))
-            for name, info in sorted(self.tensors.items(), key=lambda t: t[0].encode())
+            name: Entry(self.tensors[name], 0, self._begins[name], masked(self._checksums[name]))
+            for name in sorted(self.tensors)
         }
         content = _index_bytes(entries)
         with closing(OutputFile(index_path(self._prefix), len(content))) as output:
@@ -507,7 +507,6 @@ def _entry_bytes(entry: Entry) -> bytes:
     return (
         _pack(1, _CODES[entry.info.dtype])
         + _pack(2, dims)
-        + (_pack(3, entry.shard) if entry.shard else b"")
         + (_pack(4, entry.offset) if entry.offset else b"")
         + _pack(5, entry.info.nbytes)
         + encode_varint(6 << 3 | 5)

@@ -230,7 +230,10 @@ def test_a_wrong_crc_names_tensor_member_and_both_sums(tmp_path):
     member = source._zip.members["data/1"]
     data[member.begin + member.size - 1] ^= 1
     path.write_bytes(data)
-    (problem,) = crc_faults(PickleSource(path))
+    data[source._zip.members["data/0"].begin] ^= 1
+    path.write_bytes(data)
+    (alone, problem) = crc_faults(PickleSource(path))
+    assert alone.startswith("'a' (member 'm/data/0'): CRC32 is ")
     assert "'b' and 1 more (member 'm/data/1'): CRC32 is " in problem
     assert f"the archive says {member.crc:08x}" in problem
 
