@@ -30,7 +30,8 @@ check: setup
 test: setup
 	$(BIN)/pytest -m "not full" -n 2 --dist worksteal
 
-# Everything, the slow proofs too (ten times the fuzz, kills at every call): about 30 minutes on
+# Everything, the slow proofs too (ten times the fuzz, kills at every call, the commands of the
+# docs): about 35 minutes on
 # 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.
 test-full: setup
 	$(BIN)/pytest

@@ -9,6 +9,7 @@ import pytest
 
 from gptj_convert.formats.ranged_file import RangedFile
 from gptj_convert.formats.torch_zip import TorchZip, ZipEntry, end_of_zip, local_header
+from gptj_model.errors import FileFault
 
 GIB = 2**30
 CONTENT = {"x/data.pkl": b"\x80\x02}.", "x/data/0": b"0123456789", "x/données": b""}
@@ -55,7 +56,9 @@ def test_what_is_written_is_read(tmp_path: Path, begin: int):
             member = ours.members[name.removeprefix("x/")]
             assert member.begin % 64 == 0
             assert file.read(member.begin, member.size, name) == content
-        assert ours.pickle(100) == CONTENT["x/data.pkl"]
+        assert ours.pickle(4) == CONTENT["x/data.pkl"]
+        with pytest.raises(FileFault, match="has 4 bytes, expected at most 3"):
+            ours.pickle(3)
     finally:
         file.close()
 
