@@ -153,6 +153,8 @@ def test_rows_are_made_as_four_sides_name_them(anew: ModuleType, case: str):
     assert [t.hf for t in anew.vocabulary(config)] == [
         t.hf for t in rows if t.shape[0] == config.vocab_size
     ]
+    head = () if case == "adamw" else ("lm_head.weight",)
+    assert anew.embedding(config).copies(anew.Scheme.CS) == head
     if case == "adamw":
         cs = json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
         names = {n for t in rows for n in (t.name(anew.Scheme.CS), *t.copies(anew.Scheme.CS))}

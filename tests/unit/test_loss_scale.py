@@ -36,6 +36,7 @@ def test_tf_dynamic_is_tensorflows(finite: list[bool], period: int):
 
 @given(overflows, st.integers(1, 30), st.sampled_from([0.0, 0.05, 0.4]))
 @example([True] * 5 + [False], 30, 0.4)
+@example([True] * 8, 3, 0.0)
 def test_dynamic_is_the_references(finite: list[bool], period: int, tolerance: float):
     """Halve when overflows / steps since the last change exceed the tolerance, else double after
     so many steps; within the bounds."""
@@ -92,11 +93,12 @@ def test_the_state_is_saved_and_restored(tmp_path_factory, before, after, kind: 
     assert set(dtypes.values()) == {np.dtype(np.int64)}
 
 
-def test_doubling_stops_below_infinity():
-    scale = loss_scale(_params("tf_dynamic", initial_loss_scale=2.0**126, steps_per_increase=1))
-    for expected in (2.0**127, 2.0**127):
+@pytest.mark.parametrize("begin", [2.0**126, 1.6 * 2.0**126, float(np.finfo(np.float32).max) / 2])
+def test_doubling_stops_below_infinity(begin: float):
+    scale = loss_scale(_params("tf_dynamic", initial_loss_scale=begin, steps_per_increase=1))
+    for _ in range(2):
         scale.update(True)
-        assert scale.value == expected
+        assert scale.value == 2 * begin
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "tf_dynamic"])

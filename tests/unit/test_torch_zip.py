@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from pathlib import Path
 
@@ -70,3 +71,17 @@ def test_headers_are_aligned_and_no_longer_than_that_takes(tmp_path: Path, align
     assert (77 + len(header)) % alignment == 0
     assert len(header) < 30 + len(entry.name) + 4 + alignment
     assert header[30 + len(entry.name) :][:2] == b"FB"
+    fields = struct.unpack("<4sHHHHHIIIHH", header[:30])
+    padding = len(header) - 42
+    assert fields == (b"PK\3\4", 20, 0x800, 0, 0, 0x21, 0, 3, 3, 8, 4 + padding)
+
+
+def test_the_end_says_where_a_far_directory_is():
+    unsaid, begin = 2**32 - 1, 2**32 - 2
+    near = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 0, 0, 0, begin, 0)
+    assert end_of_zip([], begin) == near
+    assert end_of_zip([], unsaid) == (
+        struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 0, 0, 0, unsaid)
+        + struct.pack("<4sIQI", b"PK\6\7", 0, unsaid, 1)
+        + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, unsaid, unsaid, 0)
+    )
