@@ -43,7 +43,7 @@ test-cs: setup
 	$(CS_VENV)/bin/pip install --quiet --disable-pip-version-check cerebras-pytorch==2.10.0
 	GPTJ_CS_PYTHON=$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
 
-# Do the unit tests notice a changed line? Half an hour on an idle core, 3 GB of memory; one part
+# Do the unit tests notice a changed line? 15 to 30 minutes on one core, 3 GB of memory; one part
 # again: make mutation MODULES="runner/schedules.py". docs/testing.md has the results.
 mutation: setup
 	$(BIN)/python tests/mutation.py $(MODULES)
