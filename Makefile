@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full test-cs docs pictures site bench clean
+.PHONY: setup demo check test test-full test-cs mutation coverage docs pictures site bench clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,8 @@ check: setup
 test: setup
 	$(BIN)/pytest -m "not full" -n 2 --dist worksteal
 
-# Everything, the slow proofs too (ten times the fuzz, kills at every call): about 30 minutes on
+# Everything, the slow proofs too (ten times the fuzz, kills at every call, the commands of the
+# docs): about 35 minutes on
 # 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.
 test-full: setup
 	$(BIN)/pytest
@@ -41,6 +42,15 @@ test-cs: setup
 	@test -x $(CS_VENV)/bin/python || $(PYTHON) -m venv $(CS_VENV)
 	$(CS_VENV)/bin/pip install --quiet --disable-pip-version-check cerebras-pytorch==2.10.0
 	GPTJ_CS_PYTHON=$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
+
+# Do the unit tests notice a changed line? 15 to 30 minutes on one core, 3 GB of memory; one part
+# again: make mutation MODULES="runner/schedules.py". docs/testing.md has the results.
+mutation: setup
+	$(BIN)/python tests/mutation.py $(MODULES)
+
+# What `make test` passes through, in this process alone: build/coverage/index.html.
+coverage: setup
+	$(BIN)/pytest -m "not full" -n 2 --dist worksteal --cov --cov-report=term --cov-report=html
 
 docs: setup
 	$(BIN)/python docs/generate.py
@@ -62,4 +72,4 @@ bench: setup
 	$(BIN)/python benchmarks/claims.py build/bench
 
 clean:
-	rm -rf $(VENV) $(CS_VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(CS_VENV) demo-output build dist mutants .coverage *.egg-info

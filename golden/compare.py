@@ -5,6 +5,7 @@ Shape suffixes: N tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ class LogitsFigures:
     @property
     def max_kl(self) -> float:
         """The largest of any token; NaN if one is."""
-        return max(0.0, float(self.kl_N.max())) if np.isfinite(self.kl_N).all() else float("nan")
+        return max(0.0, float(self.kl_N.max())) if np.isfinite(self.kl_N).all() else math.nan
 
     @property
     def top1(self) -> float:
@@ -71,12 +72,12 @@ def compare_logits(found_NV: np.ndarray, expected_NV: np.ndarray) -> LogitsFigur
     for start in range(0, count, _ROWS):
         rows = slice(start, start + _ROWS)
         found, expected = (x[rows].astype(np.float64) for x in (found_NV, expected_NV))
-        max_abs_N[rows] = np.abs(found - expected).max(-1)
+        max_abs_N[rows] = np.abs(found - expected).max(1)
         log_p, log_q = _log_softmax(expected), _log_softmax(found)
-        kl_N[rows] = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-        same_N[rows] = found.argmax(-1) == expected.argmax(-1)
-        best, of_other = (np.argpartition(x, -top, axis=-1)[:, -top:] for x in (expected, found))
-        shared_N[rows] = (best[:, :, None] == of_other[:, None, :]).any(-1).mean(-1)
+        kl_N[rows] = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
+        same_N[rows] = found.argmax(1) == expected.argmax(1)
+        best, of_other = (np.argpartition(x, -top, axis=1)[:, -top:] for x in (expected, found))
+        shared_N[rows] = (best[:, :, None] == of_other[:, None, :]).any(2).mean(1)
         total += expected.sum()
         squares += np.square(expected).sum()
     mean = total / expected_NV.size
@@ -102,10 +103,10 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
 def over_spread(delta: float, spread: float) -> float:
     """|Δ| over a standard deviation; without any spread, 0 or infinity."""
     if spread > 0 or np.isnan(delta) or np.isnan(spread):
-        return delta / spread if spread else float("nan")
-    return 0.0 if delta == 0 else float("inf")
+        return delta / spread if spread else math.nan
+    return 0.0 if delta == 0 else math.inf
 
 
 def _log_softmax(logits_NV: np.ndarray) -> np.ndarray:
-    shifted = logits_NV - logits_NV.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    shifted = logits_NV - logits_NV.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

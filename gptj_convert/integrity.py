@@ -16,7 +16,7 @@ from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.digest import GIT, SHA256, FileDigest
 from gptj_convert.download import RECORD_FILE, read_record
 from gptj_convert.formats.bundle import BundleSource, unmasked
-from gptj_convert.formats.pickle import open_pickle
+from gptj_convert.formats.pickle import PickleSource
 from gptj_convert.inspect import Inspection
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.panels import Panels
@@ -246,12 +246,12 @@ def _archives(opened: Inspection, result: Check) -> list[_Work]:
 
 
 def _has_checksums(path: Path) -> bool:
-    with closing(open_pickle(path)) as archive:
+    with closing(PickleSource(path)) as archive:
         return archive.checksummed
 
 
 def _archive(path: Path, result: Check) -> Iterator[int]:
-    with closing(open_pickle(path)) as archive:
+    with closing(PickleSource(path)) as archive:
         for size, fault in archive.crc_faults():
             yield size
             differs = (fault, "the CRC32 that it states") if fault else None

@@ -6,7 +6,6 @@ OUT), a lock, and what the work notes for its own resumption.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Generator, Iterable
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptj_convert.lock_file import hold
 from gptj_model.errors import FileFault, UsageError
 
 SUFFIX = ".partial-gptj"
@@ -156,16 +156,11 @@ def _locked(root: Path, out: Path) -> Generator[None]:
         )
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(root / _LOCK, flags, 0o644), "r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if holder := hold(lock):
             raise FileFault(
-                f"{out}: process {lock.read().strip() or '?'} is making it at this moment",
+                f"{out}: process {holder} is making it at this moment",
                 hint="wait for it, or choose another folder with --out",
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+            )
         _recover(root, out)
         yield
 

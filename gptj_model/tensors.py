@@ -284,8 +284,9 @@ def _dense(index: int) -> str:
 
 
 def _write_out(spec: TensorSpec, config: GPTJConfig, block: int | None) -> Tensor:
-    i = 0 if block is None else block
-    words = {"i": i, "dense_in": _dense(2 * i), "dense_out": _dense(2 * i + 1)}
+    words: dict[str, int | str] = {}
+    if block is not None:
+        words = {"i": block, "dense_in": _dense(2 * block), "dense_out": _dense(2 * block + 1)}
     # A tied head is stored by CS although it is the embedding.
     tied_head = HEAD_WEIGHT.cs if config.tie_word_embeddings and spec is EMBEDDING else ()
     tf = spec.tf_if_tied if config.tie_word_embeddings and spec.tf_if_tied else spec.tf

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 
 from gptj_model.errors import ConfigError
 from gptj_model.sharding import Mesh, check_divides
+from runner.execution import Backend, Execution
 from runner.params import Params
-
-JAX = "jax"
 
 
 def check_backend(params: Params, *, mode: str, workers: int) -> None:
@@ -22,12 +21,12 @@ def check_backend(params: Params, *, mode: str, workers: int) -> None:
     Raises:
         ConfigError: it cannot; with everything that it cannot do.
     """
-    if params.runconfig.backend != JAX:
+    if params.runconfig.backend != Backend.JAX:
         return
     problems = list(_refused(params, mode, workers))
     if problems:
         raise ConfigError(
-            f"runconfig.backend is {JAX}, which does not know {', '.join(problems)}",
+            f"runconfig.backend is {Backend.JAX}, which does not know {', '.join(problems)}",
             hint="do without, or compute with --backend tensorflow",
         )
 
@@ -38,7 +37,7 @@ def _refused(params: Params, mode: str, workers: int) -> Iterator[str]:
         yield f"mode {mode}"
     if workers > 1 or runconfig.enable_distributed:
         yield "several workers (one process has all devices)"
-    if runconfig.execution != "resident":
+    if runconfig.execution != Execution.RESIDENT:
         yield f"runconfig.execution {runconfig.execution} (--set runconfig.execution=resident)"
     if runconfig.device:
         yield f"runconfig.device {runconfig.device} (--set runconfig.device=null)"

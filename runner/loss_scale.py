@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gptj_model.dtypes import largest
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import (
     CURRENT_LOSS_SCALE,
@@ -103,7 +104,7 @@ class _DynamicScale:
             if name in source.tensors
         }
         self.value = float(stored.get(CURRENT_LOSS_SCALE, self.value))
-        self._counters |= {n: int(stored.get(n, old)) for n, old in self._counters.items()}
+        self._counters = {n: int(stored.get(n, old)) for n, old in self._counters.items()}
 
 
 class TolerantScale(_DynamicScale):
@@ -143,7 +144,7 @@ class StrictScale(_DynamicScale):
         if not finite:
             self.value = max(self.value / 2, self.floor)
         elif good >= self._period:
-            doubled = self.value * 2
-            self.value = doubled if np.isfinite(np.float32(doubled)) else self.value
+            if self.value * 2 <= largest("float32"):
+                self.value *= 2
             good = 0
         self._counters[GOOD_STEPS] = good

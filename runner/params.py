@@ -21,6 +21,7 @@ from gptj_convert.reference_yaml import (
 )
 from gptj_model.adapter import Lora, Target
 from gptj_model.config import GPTJConfig
+from runner.execution import Backend, Execution
 
 #: Tokens per byte of text, by data set, for bits per byte.
 TOKENS_PER_BYTE = {"pile": 0.29335, "openwebtext2": 0.2434}
@@ -391,10 +392,10 @@ class RunConfig(Section):
     """Address of a CS system."""
     checkpoint_path: str | None = None
     """Weights to begin with; the step and the slots begin anew."""
-    execution: Literal["resident", "streaming"] = "resident"
+    execution: Execution = Execution.RESIDENT
     """Where the weights are: in memory, or on the disk, brought one block at a time. Not a key of
     the reference."""
-    backend: Literal["tensorflow", "jax"] = "tensorflow"
+    backend: Backend = Backend.TENSORFLOW
     """What computes: TensorFlow, or JAX, which divides a model among devices. Not a key of the
     reference."""
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None

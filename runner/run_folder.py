@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.lock_file import hold
 from gptj_convert.whole_file import PARTIAL
 from gptj_model.errors import ConfigError, TrainingFault
 from runner.params import Params
@@ -31,17 +30,11 @@ def locked(model_dir: Path) -> Iterator[None]:
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     with (model_dir / LOCK_FILE).open("a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
+        if holder := hold(f):
             raise TrainingFault(
-                f"{model_dir}: another run is writing there (process {f.read().strip() or '?'})",
+                f"{model_dir}: another run is writing there (process {holder})",
                 hint="wait for it, stop it, or name another --model-dir",
-            ) from None
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
+            )
         for left in model_dir.glob(f"{PARTIAL}*"):
             left.unlink()  # of a process that was killed
         yield

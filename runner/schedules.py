@@ -7,7 +7,9 @@ at the end of a cosine the rounding of 1 + cos is a visible part of a small rate
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -23,20 +25,16 @@ def learning_rate(schedules: Sequence[p.Schedule], *, reset: bool = True) -> Rat
     The last goes on for ever. A member starts from its own step 0 unless `reset` is off or it
     sets disable_lr_steps_reset itself.
     """
-    members = []
-    begin = 0
-    for n, schedule in enumerate(schedules):
-        length = None if n == len(schedules) - 1 else _length(schedule)
-        offset = begin if reset and not schedule.disable_lr_steps_reset else 0
-        members.append((begin if length is None else begin + length, offset, _single(schedule)))
-        begin += length or 0
+    begins = [0, *accumulate(_length(schedule) for schedule in schedules[:-1])]
+    members = [_single(schedule) for schedule in schedules]
+    offsets = [
+        begin if reset and not schedule.disable_lr_steps_reset else 0
+        for begin, schedule in zip(begins, schedules, strict=True)
+    ]
 
     def rate(t: int) -> float:
-        for end, offset, member in members[:-1]:
-            if t < end:
-                return member(t - offset)
-        _, offset, member = members[-1]
-        return member(t - offset)
+        n = bisect_right(begins, t) - 1
+        return members[n](t - offsets[n])
 
     return rate
 
@@ -54,13 +52,9 @@ def _single(s: p.Schedule) -> Rate:
         case p.Constant():
             return lambda t: s.learning_rate
         case p.Linear():
-            return lambda t: _polynomial(
-                t, s.initial_learning_rate, s.end_learning_rate, s.steps, cycle=s.cycle
-            )
+            return lambda t: _polynomial(t, s, 1.0)
         case p.Polynomial():
-            return lambda t: _polynomial(
-                t, s.initial_learning_rate, s.end_learning_rate, s.steps, s.power, s.cycle
-            )
+            return lambda t: _polynomial(t, s, s.power)
         case p.Cosine():
             return lambda t: _cosine(t, s)
         case p.Exponential():
@@ -69,13 +63,12 @@ def _single(s: p.Schedule) -> Rate:
             return lambda t: _piecewise(t, s)
 
 
-def _polynomial(
-    t: int, initial: float, end: float, steps: int, power: float = 1.0, cycle: bool = False
-) -> float:
+def _polynomial(t: int, s: p.Linear | p.Polynomial, power: float) -> float:
     # With `cycle` the decay stretches to the next multiple of `steps` instead of holding.
-    span = steps * max(1, math.ceil(t / steps)) if cycle else steps
+    span = s.steps * max(1, math.ceil(t / s.steps)) if s.cycle else s.steps
     left = 1 - F32(min(t, span)) / F32(span)
-    return float((F32(initial) - F32(end)) * left ** F32(power) + F32(end))
+    initial, end = F32(s.initial_learning_rate), F32(s.end_learning_rate)
+    return float((initial - end) * left ** F32(power) + end)
 
 
 def _cosine(t: int, s: p.Cosine) -> float:

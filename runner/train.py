@@ -23,12 +23,13 @@ from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
-from runner.backend import JAX, check_backend
+from runner.backend import check_backend
 from runner.data.input_fn import Batch, batches
 from runner.distribution import Alone, Workers, check_same
 from runner.evaluate import Evaluator
 from runner.evaluate import evaluate as metrics_of
 from runner.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
+from runner.execution import Backend, Execution
 from runner.executor import Executor, StepResult
 from runner.logs import Logs, NoLogs
 from runner.loss_scale import loss_scale
@@ -154,7 +155,7 @@ class Run:
         if checkpoint.scheme is Scheme.TF:
             return checkpoint.source
         if state := find_state(checkpoint):
-            if self.params.runconfig.execution != "resident":
+            if self.params.runconfig.execution != Execution.RESIDENT:
                 raise ConfigError(
                     f"{checkpoint.path}: holds the state of an optimizer, which streaming goes on "
                     "with only from a TensorFlow checkpoint",
@@ -191,12 +192,12 @@ _SEED_OF_WORKER = 1_000_003
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
     """What the YAML asks for."""
-    if params.runconfig.backend == JAX:
+    if params.runconfig.backend == Backend.JAX:
         from runner.sharded_executor import ShardedExecutor
 
         check_backend(params, mode="train", workers=workers.count)
         return ShardedExecutor(config, params, model_dir)
-    if params.runconfig.execution == "resident":
+    if params.runconfig.execution == Execution.RESIDENT:
         return ResidentExecutor(config, params, model_dir, workers)
     if workers.count > 1:
         raise ConfigError(

@@ -8,6 +8,7 @@ from gptj_convert import capacity
 from gptj_convert.rates import Rates
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import EMBEDDING, SLOTS, block
+from runner.execution import Execution
 from runner.params import Params
 from runner.trained import trained_rows
 
@@ -16,8 +17,7 @@ from runner.trained import trained_rows
 class TrainingPlan:
     """Sizes are in bytes."""
 
-    execution: str
-    """resident or streaming."""
+    execution: Execution
     memory: int
     """Peak of the process."""
     state: int
@@ -79,9 +79,9 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
     keep = params.runconfig.keep_checkpoint_max or 1
     flops = tokens * capacity.token_flops(config, length, rows)
     again = flops * 4 / 3
-    if params.runconfig.execution == "resident":
+    if params.runconfig.execution == Execution.RESIDENT:
         return TrainingPlan(
-            execution="resident",
+            execution=Execution.RESIDENT,
             memory=capacity.training_memory(config, batch, rows, length=length),
             state=state,
             states=keep + 1,
@@ -106,7 +106,7 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
             waiting += 4 * embedding
     behind = bool(optimizer.max_gradient_norm)
     return TrainingPlan(
-        execution="streaming",
+        execution=Execution.STREAMING,
         memory=capacity.streamed_training_memory(config, batch, length),
         state=state,
         states=keep + 1,

@@ -21,6 +21,7 @@ from crc32c import crc32c
 from gptj_convert.formats.layout import FileLayout, Layout
 from gptj_convert.formats.output_file import OutputFile
 from gptj_convert.formats.ranged_file import DOWNLOAD_HINT, RangedFile
+from gptj_convert.formats.varint import encode_varint
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, raw_bytes
@@ -139,7 +140,7 @@ class BundleSource:
 
 def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
     """A new bundle with one data file, its tensors in the order of their names."""
-    ordered = dict(sorted(tensors.items(), key=lambda t: t[0].encode()))
+    ordered = {name: tensors[name] for name in sorted(tensors)}
     begins = accumulate((info.nbytes for info in ordered.values()), initial=0)
     places = dict(zip(ordered, begins, strict=False))
 
@@ -227,8 +228,8 @@ class BundleWriter:
         assert self.written == {name: info.nbytes for name, info in self.tensors.items()}
         self._output.sync()
         entries = {
-            name: Entry(info, 0, self.begins[name], masked(self._checksums[name]))
-            for name, info in sorted(self.tensors.items(), key=lambda t: t[0].encode())
+            name: Entry(self.tensors[name], 0, self.begins[name], masked(self._checksums[name]))
+            for name in sorted(self.tensors)
         }
         content = _index_bytes(entries)
         with closing(OutputFile(index_path(self._prefix), len(content))) as output:
@@ -485,11 +486,12 @@ def _append_block(
             shared = _shared_prefix(last, key)
         elif n:
             restarts.append(len(block))
-        block += _encode(shared) + _encode(len(key) - shared) + _encode(len(value))
+        for size in (shared, len(key) - shared, len(value)):
+            block += encode_varint(size)
         block += key[shared:] + value
         last = key
     block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
-    handle = _encode(len(table)) + _encode(len(block))
+    handle = encode_varint(len(table)) + encode_varint(len(block))
     block += b"\0"
     table += block + struct.pack("<I", masked(crc32c(bytes(block))))
     return handle
@@ -507,24 +509,14 @@ def _entry_bytes(entry: Entry) -> bytes:
     return (
         _pack(1, _CODES[entry.info.dtype])
         + _pack(2, dims)
-        + (_pack(3, entry.shard) if entry.shard else b"")
         + (_pack(4, entry.offset) if entry.offset else b"")
         + _pack(5, entry.info.nbytes)
-        + _encode(6 << 3 | 5)
+        + encode_varint(6 << 3 | 5)
         + struct.pack("<I", entry.crc)
     )
 
 
 def _pack(field: int, value: int | bytes) -> bytes:
     if isinstance(value, int):
-        return _encode(field << 3) + _encode(value)
-    return _encode(field << 3 | 2) + _encode(len(value)) + value
-
-
-def _encode(number: int) -> bytes:
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+        return encode_varint(field << 3) + encode_varint(value)
+    return encode_varint(field << 3 | 2) + encode_varint(len(value)) + value

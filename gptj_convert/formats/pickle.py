@@ -27,20 +27,11 @@ from gptj_model.source import TensorInfo
 MAX_DIMENSIONS = 8
 
 
-def open_pickle(path: Path) -> PickleSource:
-    """The tensors of a `pytorch_model.bin`.
-
-    Raises:
-        FileFault: see `PickleSource`.
-    """
-    return PickleSource(path)
-
-
 class PickleSource:
-    """The tensors of one file, as `gptj_model.source.TensorSource`.
+    """The tensors of a `pytorch_model.bin`, as `gptj_model.source.TensorSource`.
 
     Attributes:
-        checksummed: whether the archive records CRC32s, so that `verify_crc` says something.
+        checksummed: whether the archive records CRC32s, so that `crc_faults` can say something.
 
     Raises:
         FileFault: the file is not a dict of tensors as torch.save writes it; the message names
@@ -68,14 +59,6 @@ class PickleSource:
         """See `TensorSource.read_into`."""
         member, begin = self._places[name]
         self._file.read_into(member.begin + begin + offset, buffer, f"tensor {name!r}")
-
-    def verify_crc(self) -> list[str]:
-        """Read all storages; one message for each whose CRC32 is not the recorded one.
-
-        Raises:
-            FileFault: one cannot be read.
-        """
-        return [fault for _, fault in self.crc_faults() if fault]
 
     def crc_faults(self) -> Iterator[tuple[int, str | None]]:
         """Read all storages in turn: the bytes of each and, if its CRC32 is wrong, a message.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.formats.json_file import parse_json, read_json
-from gptj_convert.formats.pickle import open_pickle
+from gptj_convert.formats.pickle import PickleSource
 from gptj_convert.formats.safetensors import SafetensorsSource
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import TensorInfo, TensorSource
@@ -52,7 +52,7 @@ def shards_of(name: str) -> int | None:
 
 def open_file(path: Path) -> TensorSource:
     """Open one weight file by its kind."""
-    return SafetensorsSource(path) if path.suffix == ".safetensors" else open_pickle(path)
+    return SafetensorsSource(path) if path.suffix == ".safetensors" else PickleSource(path)
 
 
 @dataclass(frozen=True, slots=True)

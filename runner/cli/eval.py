@@ -9,9 +9,10 @@ import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.memory_budget import Load, MemoryBudget, execution_within, memory_option
-from runner.cli.model_choice import EXECUTIONS, default_model, params_for
+from runner.cli.model_choice import default_model, params_for
 from runner.cli.output import Output
 from runner.cli.progress import progress
+from runner.execution import Execution
 
 if TYPE_CHECKING:
     from gptj_convert.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--eval-steps", type=click.IntRange(min=0), help="Batches; 0 means all.")
 @click.option(
     "--execution",
-    type=click.Choice(EXECUTIONS),
+    type=click.Choice([str(way) for way in Execution]),
     help="The whole model in memory, or one block at a time.  [the YAML's]",
 )
 @memory_option
@@ -113,9 +114,9 @@ def evaluate(
 
         return evaluate_summaries(output, model, sources, **generation)
     budget = MemoryBudget(output, memory)
-    way = execution_within(memory, execution, lambda: EXECUTIONS[0])
+    way = execution_within(memory, execution, lambda: Execution.RESIDENT)
     if task == "text":
-        streamed = budget if way == EXECUTIONS[1] else None
+        streamed = budget if way == Execution.STREAMING else None
         return _evaluate_text(output, model, sources, window, stride, batch_size, streamed)
     parsed = parse_settings(settings)
     if eval_steps is not None:
@@ -187,7 +188,7 @@ def evaluate_model(
         batches = evaluation_batches(params, config.vocab_size)
         section = params.eval_input
         assert section, "there are batches of it"
-        if params.runconfig.execution == EXECUTIONS[1]:
+        if params.runconfig.execution == Execution.STREAMING:
             size = section.batch_size, section.max_sequence_length
             evaluator = _streamed(checkpoint, budget or MemoryBudget(output, None), *size)
         else:

@@ -10,8 +10,9 @@ import rich_click as click
 
 from runner.cli.command import PATH, command
 from runner.cli.memory_budget import Load, MemoryBudget, execution_within, memory_option
-from runner.cli.model_choice import EXECUTIONS, default_model, stated_execution
+from runner.cli.model_choice import default_model, stated_execution
 from runner.cli.output import Output
+from runner.execution import Execution
 
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--execution",
-    type=click.Choice(EXECUTIONS),
+    type=click.Choice([str(way) for way in Execution]),
     help="The whole model in memory, or one block at a time, read anew for every token.  [that of "
     "the YAML beside the model]",
 )
@@ -119,7 +120,7 @@ def generate(
         return budget.keep(config, Load(batch=batch, length=length, states=states))
 
     way = execution_within(memory, execution, lambda: stated_execution(folder))
-    with opened_model(path, keep=keep if way == EXECUTIONS[1] else None) as loaded:
+    with opened_model(path, keep=keep if way == Execution.STREAMING else None) as loaded:
         generator = Generator(loaded, sampling, stop_at=loaded.config.eos_token_id)
         if texts is None:
             made = _continue(output, generator, tokenizer, prompts[0], max_new_tokens)

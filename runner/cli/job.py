@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import rich_click as click
 
 from runner.cli.errors import Exit
-from runner.cli.model_choice import BACKENDS, EXECUTIONS
 from runner.cli.output import Output
 from runner.cli.training_display import training_display
+from runner.execution import Backend, Execution
 
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
@@ -225,7 +225,7 @@ def _train(
     with ExitStack() as stack:
         if not workers.index:
             stack.enter_context(locked(job.model_dir))
-        if params.runconfig.execution == EXECUTIONS[1]:
+        if params.runconfig.execution == Execution.STREAMING:
             _refuse_a_full_disk(job, params)
         stack.enter_context(stop)
         stack.enter_context(tf.device(params.runconfig.device))
@@ -339,7 +339,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
     from runner.trained import trained_rows
     from runner.training_plan import plan_training
 
-    if job.only == "compile" and params.runconfig.execution == EXECUTIONS[1]:
+    if job.only == "compile" and params.runconfig.execution == Execution.STREAMING:
         raise click.UsageError("--compile-only compiles the step of a resident run")
     config = params.config
     section = params.train_input if job.mode == "train" else params.eval_input
@@ -378,7 +378,7 @@ def _rehearse(output: Output, job: Job, params: Params, begin: Path | None) -> d
 
 
 def _on_jax(params: Params) -> bool:
-    return params.runconfig.backend == BACKENDS[1]
+    return params.runconfig.backend == Backend.JAX
 
 
 def _planned_devices(

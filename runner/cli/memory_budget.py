@@ -12,8 +12,8 @@ import rich_click as click
 from gptj_model.errors import UsageError
 from gptj_model.kept import NOTHING_KEPT, Kept
 from runner.cli.command import SIZE
-from runner.cli.model_choice import EXECUTIONS
 from runner.cli.output import Output
+from runner.execution import Execution
 
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
@@ -46,15 +46,15 @@ def execution_within(budget: int | None, execution: str | None, stated: Callable
     Raises:
         UsageError: a budget, and the whole model in memory, are both asked for.
     """
-    resident, streaming = EXECUTIONS
     if budget is None:
         return execution or stated()
-    if execution == resident:
+    if execution == Execution.RESIDENT:
         raise UsageError(
-            f"--memory is of a model that is read block by block, and --execution is {resident}",
+            f"--memory is of a model that is read block by block, and --execution is "
+            f"{Execution.RESIDENT}",
             hint="leave one of them out: with enough --memory all blocks stay there",
         )
-    return streaming
+    return Execution.STREAMING
 
 
 class MemoryBudget:

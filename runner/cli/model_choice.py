@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptj_convert.options import DEFAULT_OUT
+from runner.execution import Execution
 
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
@@ -13,10 +14,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL_DIR = Path("model_dir")
 CONVERTED = DEFAULT_OUT["tf"]
-#: How a model is run: whole in memory, or read block by block.
-EXECUTIONS = ("resident", "streaming")
-#: What trains it.
-BACKENDS = ("tensorflow", "jax")
 
 
 def default_model() -> Path:
@@ -32,7 +29,7 @@ def stated_execution(folder: Path) -> str:
     from runner.params_file import load_params
 
     path = folder / PARAMS_FILE
-    return load_params(path).runconfig.execution if path.is_file() else EXECUTIONS[0]
+    return load_params(path).runconfig.execution if path.is_file() else Execution.RESIDENT
 
 
 def params_for(

@@ -10,9 +10,10 @@ import rich_click as click
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.cs_job import run_on_cs
 from runner.cli.job import MODES, Job, plan_job, run_job
-from runner.cli.model_choice import BACKENDS, DEFAULT_MODEL_DIR, EXECUTIONS
+from runner.cli.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.output import Output
 from runner.cs_target import Target
+from runner.execution import Backend, Execution
 
 
 @command
@@ -26,12 +27,12 @@ from runner.cs_target import Target
 @click.option("--eval-steps", type=click.IntRange(min=0), help="Batches to evaluate; 0 means all.")
 @click.option(
     "--execution",
-    type=click.Choice(EXECUTIONS),
+    type=click.Choice([str(way) for way in Execution]),
     help="Weights in memory, or on the disk and brought one block at a time.  [the YAML's]",
 )
 @click.option(
     "--backend",
-    type=click.Choice(BACKENDS),
+    type=click.Choice([str(one) for one in Backend]),
     help="What computes: TensorFlow, or JAX, which divides a model among devices.  [the YAML's]",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from gptj_convert.formats.varint import encode_varint
+
 #: The features of an example, each a list of max_sequence_length numbers.
 INPUT_IDS = "input_ids"
 INPUT_MASK = "input_mask"
@@ -154,16 +156,7 @@ def _numbers(data: memoryview) -> np.ndarray:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    return bytes([number << 3 | _BYTES]) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return bytes([number << 3 | _BYTES]) + encode_varint(len(content)) + content
 
 
 def _parts(data: memoryview, wanted: int, *, packed: bool = False) -> Iterator[memoryview]:

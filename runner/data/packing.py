@@ -59,7 +59,6 @@ class Packer:
         count = min(most, len(self._pending) // size)
         sequences = self._pending[: count * size].reshape(count, size)
         self._pending = self._pending[count * size :]
-        self._made += count
         return _block(sequences, np.full(count, size))
 
     def finish(self) -> np.ndarray:
@@ -83,7 +82,7 @@ class Packer:
         return draw.randint(2, self._length)
 
     def _padded(self, tokens: np.ndarray) -> np.ndarray:
-        sequence = np.full((1, self._length + 1), self._end, np.int32)
+        sequence = np.full((1, self._length + 1), self._end)
         sequence[0, : len(tokens)] = tokens
         return _block(sequence, np.array([len(tokens)]))
 

@@ -12,9 +12,8 @@ import pytest
 
 from runner.cli.root import root
 from runner.run import run
+from tests.doc_commands import PAGES, blocks
 
-REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PROGRAMS = {"gptj": root, "runner.run": run}
 
 
@@ -69,6 +68,12 @@ def test_commands_are_found():
     assert {"download", "convert", "verify", "train", "eval", "generate", "data"} <= set(found)
     with pytest.raises(click.ClickException):
         _check(["gptj", "train", "--no-such-option"])
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.stem)
+def test_a_block_says_what_it_needs_or_is_run(page: Path):
+    """What runs them, tests/e2e/test_docs_commands.py, has our program alone."""
+    assert [b.text for b in blocks(page) if b.needs is None and b.programs != {"gptj"}] == []
 
 
 def test_links_to_pages():

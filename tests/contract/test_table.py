@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -81,6 +83,28 @@ def test_training_state_of_the_reference_is_told_from_weights(case: str):
     assert not any(is_training_state(n, Scheme.TF) for n in weights)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "kept", "weights"),
+    [
+        (
+            Scheme.TF,
+            ["global_step", "skipped_steps", "lora_alpha", "a/b/AdamW_1", "a/lora_base",
+             "a/k_grad_accum_3", "summary_hook_counter", "a/SGDM"],
+            ["AdamW", "a/AdamW/b", "lora_base/a", "a/global_step", "a_hook_counter_b", "bias"],
+        ),
+        (
+            Scheme.CS,
+            ["optimizer.state.0.exp_avg", "__metadata__", "schedulers.0"],
+            ["optimizers.0", "model.optimizer", "lm_head.weight"],
+        ),
+        (Scheme.HF, [], ["global_step", "optimizer.state"]),
+    ],
+)  # fmt: skip
+def test_training_state_is_told_by_name(scheme: Scheme, kept: list[str], weights: list[str]):
+    assert [n for n in kept if not is_training_state(n, scheme)] == []
+    assert [n for n in weights if is_training_state(n, scheme)] == []
+
+
 def test_names_shapes_and_values_are_those_of_the_cs_client():
     config = GPTJConfig.from_file(GOLDEN_RUNS / "adamw/hf/config.json")
     weights = load_tensors(GOLDEN_RUNS / "adamw/hf/model.safetensors")
@@ -90,6 +114,51 @@ def test_names_shapes_and_values_are_those_of_the_cs_client():
         for name in (t.name(Scheme.CS), *t.copies(Scheme.CS))
     }
     assert found == json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
+
+
+@pytest.fixture
+def anew() -> ModuleType:
+    """The table's module, imported once more: its rows are made while it is."""
+    spec = importlib.util.find_spec("gptj_model.tensors")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
+def test_rows_are_made_as_four_sides_name_them(anew: ModuleType, case: str):
+    from gptj_convert.formats.bundle import BundleSource
+    from gptj_convert.formats.safetensors import SafetensorsSource
+
+    config = GPTJConfig.from_file(GOLDEN_RUNS / case / "hf/config.json")
+    rows = anew.table(config)
+    files = (
+        SafetensorsSource(GOLDEN_RUNS / case / "hf/model.safetensors"),
+        BundleSource(GOLDEN_RUNS / case / "tf_model.ckpt"),
+    )
+    hf, tf = ({n: i.shape for n, i in f.tensors.items() if n != anew.GLOBAL_STEP} for f in files)
+    assert {t.hf: t.shape for t in rows} == hf
+    assert {t.tf: t.shape_in(anew.Scheme.TF) for t in rows} == tf
+    keras = {v.path.removeprefix("gptj/"): tuple(v.shape) for v in GPTJ(config).weights}
+    assert {t.keras: t.shape_in(anew.Scheme.KERAS) for t in rows} == keras
+    assert [t.block for t in rows] == [None, *(i for i in range(config.n_layer) for _ in range(10)),
+                                       *[None] * len(anew.head(config))]  # fmt: skip
+    assert anew.ignored_hf(config) == {
+        f"transformer.h.{i}.attn.{name}"
+        for i in range(config.n_layer)
+        for name in ("bias", "masked_bias")
+    }
+    assert [t.hf for t in anew.vocabulary(config)] == [
+        t.hf for t in rows if t.shape[0] == config.vocab_size
+    ]
+    head = () if case == "adamw" else ("lm_head.weight",)
+    assert anew.embedding(config).copies(anew.Scheme.CS) == head
+    if case == "adamw":
+        cs = json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
+        names = {n for t in rows for n in (t.name(anew.Scheme.CS), *t.copies(anew.Scheme.CS))}
+        assert names == set(cs)
 
 
 def test_the_first_dense_layer_has_no_number():

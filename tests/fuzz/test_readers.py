@@ -24,7 +24,7 @@ from gptj_convert.checkpoint import open_checkpoint
 from gptj_convert.execute import execute
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.formats.hdf5 import Hdf5Source
-from gptj_convert.formats.pickle import open_pickle
+from gptj_convert.formats.pickle import PickleSource
 from gptj_convert.formats.safetensors import SafetensorsSource
 from gptj_convert.formats.sharded import ShardedSource
 from gptj_convert.plan import make_plan
@@ -144,7 +144,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     shutil.copyfile(GOLDEN_RUNS / "adamw/params.yaml", params)
     return {
         "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
-        "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(open_pickle(p)), 6000),
+        "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(PickleSource(p)), 6000),
         "index.json": Reader(
             sharded / "pytorch_model.bin.index.json", lambda p: read_all(ShardedSource(p))
         ),

@@ -9,6 +9,7 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import ml_dtypes
@@ -24,11 +25,13 @@ from gptj_convert.formats.bundle import (
     MAX_INDEX_BYTES,
     MAX_TENSORS,
     BundleSource,
+    BundleWriter,
     Entry,
     bundle_layout,
     data_path,
     index_path,
     masked,
+    unmasked,
     write_bundle,
 )
 from gptj_model.dtypes import NUMPY
@@ -41,6 +44,12 @@ MIB = 2**20
 on_one_path = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_masked_checksum_is_its_own_way_back(crc: int):
+    assert unmasked(masked(crc)) == crc
+    assert 0 <= masked(crc) < 2**32
 
 
 def remove(prefix: Path) -> Path:
@@ -112,6 +121,17 @@ def test_a_streamed_bundle_is_read_back_by_itself_and_by_tensorflow(tmp_path, co
     assert_tensorflow_reads(prefix, content)
     names = sorted(content, key=str.encode)
     assert data_path(prefix).read_bytes() == b"".join(content[n].tobytes() for n in names)
+
+
+def test_what_was_not_known_before_goes_behind(tmp_path):
+    prefix, known = tmp_path / "m.ckpt", np.arange(6, dtype=np.float32)
+    late = {"é": np.arange(3), "a": np.float32(2).reshape(()), "b": np.zeros((0, 2), np.float16)}
+    with closing(BundleWriter(prefix, {"m": TensorInfo("float32", (6,))})) as writer:
+        writer.append("m", known[:2])
+        writer.append("m", known[2:])
+        writer.finish(late)
+    assert_reads(prefix, {"m": known, **late})
+    assert_tensorflow_reads(prefix, {"m": known, **late})
 
 
 def write_streamed(prefix: Path, content: Mapping[str, np.ndarray]) -> None:

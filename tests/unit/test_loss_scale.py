@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_model.tensors import CURRENT_LOSS_SCALE, GOOD_STEPS
 from runner.loss_scale import loss_scale
 from runner.params import OptimizerParams
+from tests.unit.memory_source import MemorySource
 
 overflows = st.lists(st.sampled_from([True, True, True, False]), max_size=60)
 
@@ -32,6 +35,8 @@ def test_tf_dynamic_is_tensorflows(finite: list[bool], period: int):
 
 
 @given(overflows, st.integers(1, 30), st.sampled_from([0.0, 0.05, 0.4]))
+@example([True] * 5 + [False], 30, 0.4)
+@example([True] * 8, 3, 0.0)
 def test_dynamic_is_the_references(finite: list[bool], period: int, tolerance: float):
     """Halve when overflows / steps since the last change exceed the tolerance, else double after
     so many steps; within the bounds."""
@@ -83,6 +88,28 @@ def test_the_state_is_saved_and_restored(tmp_path_factory, before, after, kind: 
         whole.update(one)
         other.update(one)
     assert other.tensors() == whole.tensors()
+    dtypes = {name: value.dtype for name, value in whole.tensors().items()}
+    assert dtypes.pop(CURRENT_LOSS_SCALE) == np.float32
+    assert set(dtypes.values()) == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("begin", [2.0**126, 1.6 * 2.0**126, float(np.finfo(np.float32).max) / 2])
+def test_doubling_stops_below_infinity(begin: float):
+    scale = loss_scale(_params("tf_dynamic", initial_loss_scale=begin, steps_per_increase=1))
+    for _ in range(2):
+        scale.update(True)
+        assert scale.value == 2 * begin
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "tf_dynamic"])
+def test_what_a_checkpoint_lacks_stays_as_it_is(kind: str):
+    scale = loss_scale(_params(kind, initial_loss_scale=64.0))
+    scale.update(True)
+    before = scale.tensors()
+    assert GOOD_STEPS in before
+    scale.load(MemorySource({}))
+    assert scale.tensors() == before
+    assert scale.value == 64
 
 
 @pytest.mark.parametrize("value", [1.0, 1024.0])

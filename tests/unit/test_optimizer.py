@@ -12,7 +12,9 @@ from gptj_model.config import GPTJConfig
 from gptj_model.tensors import Scheme, table
 from runner.optimizer import Optimizer
 from runner.params import OptimizerParams
+from runner.update_rule import BetaPowers
 from tests.conftest import SMALL
+from tests.unit.memory_source import MemorySource
 
 TENSORS = [
     t for t in table(GPTJConfig.preset("tiny", **SMALL)) if t.block in (None, 0) and t.size < 5000
@@ -127,6 +129,15 @@ def test_beta_powers_are_saved_as_the_reference_does(options: dict, saved: dict)
         optimizer.advance()
     found = optimizer.scalars()
     assert {k: float(v) for k, v in found.items()} == pytest.approx(saved)
+
+
+def test_powers_are_the_checkpoints_where_it_has_them():
+    powers = BetaPowers(OptimizerParams(learning_rate=RATE, optimizer_type="adam"))
+    stored = {"beta1_power": np.float32(0.25), "w/Adam": np.zeros(3, np.float32)}
+    powers.load(MemorySource({name: np.asarray(value) for name, value in stored.items()}), step=3)
+    found = {name: float(value) for name, value in powers.scalars().items()}
+    assert found == pytest.approx({"beta1_power": 0.25, "beta2_power": 0.999**4})
+    assert powers.correction == pytest.approx(np.sqrt(1 - 0.999**4) / 0.75, rel=1e-4)
 
 
 @pytest.mark.parametrize(

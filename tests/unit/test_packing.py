@@ -122,6 +122,66 @@ def test_shortened_sequences_lose_nothing_either(
         assert np.array_equal(np.concatenate(blocks), whole)
 
 
+def _stream(count: int) -> np.ndarray:
+    return np.arange(100, 100 + count, dtype=np.int32)
+
+
+def test_a_stream_is_cut_into_sequences_that_do_not_overlap():
+    packer = Packer(3, END_OF_TEXT_ID)
+    packer.add(_stream(6))
+    packer.add(_stream(5))
+    assert packer.cut(0).shape == (0, 3, 3)
+    first = packer.cut(1)
+    assert first.dtype == np.int32
+    assert first.tolist() == [[[100, 101, 102], [1, 1, 1], [101, 102, 103]]]
+    assert packer.left == 7
+    assert packer.cut(9).tolist() == [[[104, 105, 100], [1, 1, 1], [105, 100, 101]]]
+    assert packer.left == 3
+    last = packer.finish()
+    assert last.dtype == np.int32
+    pad = END_OF_TEXT_ID
+    assert last.tolist() == [[[102, 103, 104], [1, 1, 0], [103, 104, pad]]]
+    assert (packer.left, packer.finish().shape) == (0, (0, 3, 3))
+
+
+def test_the_last_sequence_may_be_left_out():
+    packer = Packer(3, END_OF_TEXT_ID, write_last=False)
+    packer.add(_stream(5))
+    assert len(packer.cut(5)) == 1
+    nothing = packer.finish()
+    assert (nothing.shape, nothing.dtype) == ((0, 3, 3), np.int32)
+
+
+def _sizes(length: int, count: int, **options: Any) -> list[int]:
+    """Tokens of each sequence of a shortened stream."""
+    packer = Packer(length, END_OF_TEXT_ID, **options)
+    packer.add(_stream(count))
+    sizes = []
+    while len(block := packer.cut(1)):
+        sizes.append(1 + int(block[0, 1].sum()))
+    return sizes
+
+
+def test_shortened_sequences_are_drawn_by_seed_and_number():
+    sizes = _sizes(9, 2000, short_seq_prob=0.5)
+    assert set(sizes) == set(range(2, 11))
+    assert 0.3 < sizes.count(10) / len(sizes) < 0.7
+    assert _sizes(9, 2000, short_seq_prob=0.5, seed=0) == sizes
+    assert _sizes(9, 2000, short_seq_prob=0.5, seed=1) != sizes
+    for made in (1, 2, 7):
+        assert _sizes(9, sum(sizes[made:]), short_seq_prob=0.5, made=made) == sizes[made:]
+    assert _sizes(2, 40, short_seq_prob=1.0) == [2] * 20
+    assert _sizes(1, 40, short_seq_prob=1.0) == [2] * 20
+
+
+def test_a_shortened_sequence_that_just_fits_is_cut():
+    packer = Packer(2, END_OF_TEXT_ID, short_seq_prob=1.0)
+    packer.add(_stream(2))
+    assert len(packer.cut(0)) == 0
+    assert len(packer.cut(1)) == 1
+    assert packer.left == 0
+
+
 BLOCKS = st.integers(1, 9).flatmap(
     lambda n: st.lists(
         st.tuples(*[st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n)] * 3), min_size=1

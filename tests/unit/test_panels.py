@@ -9,27 +9,18 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from crc32c import crc32c
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gptj_convert import panels
-from gptj_model.source import TensorInfo, raw_bytes
+from gptj_model.source import raw_bytes
 from gptj_model.tensors import Op
+from tests.unit.memory_source import MemorySource
 
 
-class OneArray:
-    """A source of a single array in memory."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.tensors = {"x": TensorInfo(values.dtype.name, values.shape)}
-        self._raw = values.tobytes()
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self._raw[offset : offset + len(buffer)]
-
-    def close(self) -> None:
-        pass
+def _source(values: np.ndarray) -> MemorySource:
+    return MemorySource({"x": values})
 
 
 @given(
@@ -42,9 +33,11 @@ class OneArray:
     strip=st.integers(1, 2000),
     op=st.sampled_from(Op),
 )
+@example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 200, Op.TRANSPOSE)  # two strips
+@example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 400, Op.TRANSPOSE)  # one
 def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: int, op: Op):
     with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
-        reader = panels.Panels(OneArray(values), "x", op)
+        reader = panels.Panels(_source(values), "x", op)
         found = b"".join(bytes(raw_bytes(p)) for p in reader)
     assert found == np.ascontiguousarray(op(values)).tobytes()
     assert reader.crc == crc32c(values.tobytes())
@@ -57,7 +50,7 @@ def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: i
     op=st.sampled_from(Op),
 )
 def test_sizes_of_strips_are_known_before(shape: tuple[int, ...], panel: int, strip: int, op: Op):
-    source = OneArray(np.zeros(shape, np.float32))
+    source = _source(np.zeros(shape, np.float32))
     with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
         found = [s.values.nbytes for s in panels.Strips(source, "x", op)]
         assert panels.strip_sizes(source.tensors["x"], op) == found
@@ -65,7 +58,7 @@ def test_sizes_of_strips_are_known_before(shape: tuple[int, ...], panel: int, st
 
 def test_panels_give_their_memory_back_at_once():
     """Without a cycle, which would keep it until the next collection."""
-    reader = panels.Panels(OneArray(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
+    reader = panels.Panels(_source(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
     gone = weakref.ref(reader)
     gc.disable()
     try:
@@ -95,7 +88,7 @@ def test_beyond_every_tile(dtype, target, shape: tuple[int, int]):
 def test_panels_are_small(op: Op):
     values = np.zeros((1000, 3000), np.float32)
     with patch.object(panels, "PANEL_BYTES", 40_000), patch.object(panels, "STRIP_BYTES", 80_000):
-        sizes = [p.nbytes for p in panels.Panels(OneArray(values), "x", op)]
+        sizes = [p.nbytes for p in panels.Panels(_source(values), "x", op)]
     assert max(sizes) <= 40_000
     assert sum(sizes) == values.nbytes
 

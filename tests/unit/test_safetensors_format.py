@@ -131,6 +131,18 @@ def test_the_library_reads_what_is_written(tmp_path, content, metadata):
     assert_reads(path, content)
 
 
+def test_one_tensor_gives_the_librarys_own_bytes(tmp_path):
+    values, metadata = np.arange(5, dtype=np.float32), {"format": "pt"}
+    layout = Layout(
+        {"a": (info := TensorInfo("float32", (5,)))},
+        (safetensors_file("x.safetensors", {"a": info}, metadata),),
+        lambda checksums: {},
+    )
+    write(layout, tmp_path, {"a": values})
+    expected = safetensors.numpy.save({"a": values}, metadata)
+    assert (tmp_path / "x.safetensors").read_bytes() == expected
+
+
 def test_the_bytes_begin_at_a_multiple_of_eight():
     for n in range(1, 17):
         file = safetensors_file("x", {"x" * n: TensorInfo("float64", (1,))}, {})

@@ -1,0 +1,46 @@
+"""The blocks of commands that README and docs show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+_FENCE = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(
+    r"^\s*(?:\w+=\S+ |exec )*(gptj|python|pip|make|srun|cszoo|csrun_wse) ", re.MULTILINE
+)
+#: A visible line of a block that no test runs: what it takes.
+_NEEDS = re.compile(r"^# needs: (.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Commands that a page shows together."""
+
+    page: Path
+    line: int
+    text: str
+
+    @property
+    def needs(self) -> str | None:
+        """What it takes to run them; None: a test does."""
+        found = _NEEDS.search(self.text)
+        return found and found[1]
+
+    @property
+    def programs(self) -> set[str]:
+        """Those whose names begin its lines."""
+        return set(_COMMAND.findall(self.text))
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Of a page, in order. What a program printed, after `$`, is none; nor is another language."""
+    text = page.read_text(encoding="utf-8")
+    for fence in _FENCE.finditer(text):
+        if _COMMAND.search(fence[1]) and not fence[1].startswith("$ "):
+            yield Block(page, text.count("\n", 0, fence.start()) + 1, fence[1])
