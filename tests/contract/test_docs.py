@@ -70,7 +70,7 @@ def test_commands_are_found():
         _check(["gptj", "train", "--no-such-option"])
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_a_block_says_what_it_needs_or_is_run(page: Path):
     """What runs them, tests/e2e/test_docs_commands.py, has our program alone."""
     assert [b.text for b in blocks(page) if b.needs is None and b.programs != {"gptj"}] == []
