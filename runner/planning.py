@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from golden.prompts import battery
 from gptj_convert import capacity, machine
 from gptj_convert.checkpoint import Checkpoint, locate, open_checkpoint
 from gptj_convert.formats.sharded import is_index
+from gptj_convert.gpu import Gpu, gpus
 from gptj_convert.options import DEFAULT_OUT, DEFAULT_SOURCE, KEEP
 from gptj_convert.plan import Plan, make_plan
 from gptj_convert.rates import Rates
@@ -20,6 +22,7 @@ from gptj_model.dtypes import FLOATS
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import Scheme, table
+from runner.execution import Execution
 from runner.params_file import validate
 from runner.training_plan import plan_training
 
@@ -37,11 +40,13 @@ class Machine:
     disk: int
     """Bytes that may be written in the current folder."""
     cores: float
+    gpus: tuple[Gpu, ...] = ()
 
     @classmethod
     def here(cls) -> Machine:
         """This one."""
-        return cls(machine.memory_available(), machine.disk_free(Path()), machine.cores())
+        memory, disk = machine.memory_available(), machine.disk_free(Path())
+        return cls(memory, disk, machine.cores(), tuple(gpus()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class Step:
     """What the machine has too little of: "memory", "disk"."""
     per: str = ""
     """What the seconds are for, if not for all of it."""
+    on_gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs that have the memory for it, if it is training."""
 
     @property
     def fits(self) -> bool:
@@ -180,8 +187,9 @@ def plan_commands(sources: Sequence[Source], has: Machine, rates: Rates) -> Outl
     config = chosen.plan.config
     weights, logits = _verifications(chosen, has, rates)
     training, batch = _training(config, has, rates, taken=chosen.disk)
-    streaming = _streaming(config, has, rates, taken=chosen.disk)
-    outlook.steps += [weights, logits, training, streaming, *_inference(chosen, has, rates)]
+    streaming, *adapters = _trainings(config, has, rates, taken=chosen.disk)
+    trainings = [_placed(step, has) for step in (training, streaming, *adapters)]
+    outlook.steps += [weights, logits, *trainings, *_inference(chosen, has, rates)]
     outlook.advice = list(_advice(ways, chosen, weights, logits, training, streaming, has, batch))
     outlook.commands = [step.command for step in chosen.steps]
     outlook.commands += [s.command for s in (logits, weights) if s.fits][:1]
@@ -244,20 +252,21 @@ def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> 
     return _judged(step, has, taken=taken), batch
 
 
-def _streaming(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> Step:
-    """Training with one block in memory, one sequence a step."""
-    command = "--execution streaming --set train_input.batch_size=1"
-    settings = {"runconfig.execution": "streaming", "train_input.batch_size": 1}
-    params = validate(continued_pretraining(config), settings, where="the plan")
-    plan = plan_training(config, params)
-    step = Step(
-        f"gptj train --init-from {_CONVERTED}/ {command}",
-        plan.memory,
-        plan.disk,
-        plan.seconds(rates),
-        per="a step",
-    )
-    return _judged(step, has, taken=taken)
+def _trainings(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> Iterator[Step]:
+    """What takes less: one block in memory, an adapter alone, both; one sequence a step."""
+    streaming = {"runconfig.execution": Execution.STREAMING.value}, "--execution streaming"
+    adapter = {"model.lora.rank": 8}, "--set model.lora.rank=8"
+    smaller = "" if fitting_batch_size(config) == 1 else " --set train_input.batch_size=1"
+    for ways in ((streaming,), (adapter,), (adapter, streaming)):
+        settings: dict[str, Any] = {"train_input.batch_size": 1}
+        command = f"gptj train --init-from {_CONVERTED}/"
+        for values, given in ways:
+            settings |= values
+            command += f" {given}"
+        params = validate(continued_pretraining(config), settings, where="the plan")
+        plan = plan_training(config, params)
+        step = Step(command + smaller, plan.memory, plan.disk, plan.seconds(rates), per="a step")
+        yield _judged(step, has, taken=taken)
 
 
 def _inference(way: _Way, has: Machine, rates: Rates) -> Iterator[Step]:
@@ -282,6 +291,12 @@ def _judged(step: Step, has: Machine, *, taken: int = 0) -> Step:
     if step.disk and step.disk + taken > has.disk:
         short.append("disk")
     return replace(step, short_of=tuple(short))
+
+
+def _placed(step: Step, has: Machine) -> Step:
+    """The step with the GPUs that it fits."""
+    fitting = (n for n, gpu in enumerate(has.gpus) if step.memory <= (gpu.free or 0))
+    return replace(step, on_gpus=tuple(fitting))
 
 
 def _advice(

@@ -86,6 +86,8 @@ def _show(output: Output, has: Machine, outlook: Outlook) -> None:
     for step in outlook.steps:
         disk = f"{step.disk / 1e9:.1f} GB" if step.disk >= 5e7 else f"{step.disk / 1e6:.1f} MB"
         verdict = f"no: too little {' and '.join(step.short_of)}" if step.short_of else "yes"
+        if step.on_gpus:
+            verdict += f"; GPU {', '.join(map(str, step.on_gpus))}: yes"
         output.data(
             f"{one_line(step.command):<{width}}  {step.memory / 1e9:>7.2f} GB  "
             f"{disk if step.disk else '-':>9}  {_time(step.seconds, step.per):<16}  {verdict}"

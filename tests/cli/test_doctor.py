@@ -53,15 +53,26 @@ def _steps(done) -> dict[str, dict]:
     return {step["command"]: step for step in done.json["steps"]}
 
 
-def test_gpus_are_described_as_the_driver_tells(
-    workdir: Path, gptj, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def nvidia_smi(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Give the machine the driver's tool, which prints these lines, or fails."""
     tool = workdir / "bin/nvidia-smi"
     tool.parent.mkdir()
-    lines = "New GPU, 550.54.15, 81559, 80995, 9.0", "Old GPU, 550.54.15, 16384, [N/A], 7.0"
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
-    tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+    def make(*lines: str) -> None:
+        shown = "".join(f"echo '{line}'\n" for line in lines) or "exit 9\n"
+        tool.write_text(f"#!/bin/sh\n{shown}")
+        tool.chmod(0o755)
+
+    return make
+
+
+NEW_GPU = "New GPU, 550.54.15, 81559, 80995, 9.0"
+
+
+def test_gpus_are_described_as_the_driver_tells(nvidia_smi, gptj):
+    nvidia_smi(NEW_GPU, "Old GPU, 550.54.15, 16384, [N/A], 7.0")
     facts = _facts(gptj("doctor", "--json"))
     new = "New GPU, 84.9 GB free of 85.5 GB, driver 550.54.15, compute capability 9.0"
     assert facts["GPU 0"]["value"] == new
@@ -69,9 +80,9 @@ def test_gpus_are_described_as_the_driver_tells(
     assert facts["bfloat16 on GPU"]["state"] == "warning"
     assert "float16" in facts["bfloat16 on GPU"]["fix"]
     assert "tensorflow-cpu" in facts["TensorFlow on GPU"]["fix"]
-    tool.write_text(f"#!/bin/sh\necho '{lines[0]}'\n")
+    nvidia_smi(NEW_GPU)
     assert _facts(gptj("doctor", "--json"))["bfloat16 on GPU"]["state"] == "ok"
-    tool.write_text("#!/bin/sh\nexit 9\n")
+    nvidia_smi()
     assert "none" in _facts(gptj("doctor", "--json"))["GPUs"]["value"]
 
 
@@ -145,6 +156,18 @@ def test_the_plan_of_the_6b(workdir: Path, has, gptj):
     assert steps["gptj verify --tolerance 1e-4"]["memory"] == pytest.approx(5.1 * GB, rel=0.1)
     assert steps["gptj convert --to tf"]["memory"] < 0.8 * GB
     assert not list(workdir.iterdir())
+
+
+def test_what_trains_on_a_gpu(nvidia_smi, has, gptj):
+    has(memory=20, disk=500)
+    nvidia_smi(NEW_GPU, "Small GPU, 550.54.15, 24576, 24000, 8.6")
+    steps = _steps(gptj("doctor", "--plan", "--json"))
+    train = "gptj train --init-from converted/"
+    assert steps[train]["on_gpus"] == []
+    assert steps[f"{train} --set model.lora.rank=8"]["on_gpus"] == [0]
+    assert steps[f"{train} --execution streaming"]["on_gpus"] == [0, 1]
+    shown = gptj("doctor", "--plan").stdout
+    assert "GPU 0, 1: yes" in shown
 
 
 def test_the_same_plan_for_people(workdir: Path, has, gptj):
