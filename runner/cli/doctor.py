@@ -57,7 +57,8 @@ def _plan(output: Output, model: str) -> dict[str, Any]:
 
     from gptj_convert.capacity import parameters
     from gptj_convert.rates import measure
-    from runner.planning import Machine, find_sources, plan_commands
+    from runner.planning import Machine, plan_commands
+    from runner.prospective_source import find_sources
 
     sources = find_sources(model)
     has, rates = Machine.here(), measure(Path())
