@@ -9,7 +9,8 @@ import rich_click as click
 
 from runner.cli.command import PATH, command, parse_settings
 from runner.cli.cs_job import run_on_cs
-from runner.cli.job import MODES, Job, plan_job, run_job
+from runner.cli.job import MODES, Job, run_job
+from runner.cli.job_plan import plan_job
 from runner.cli.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.output import Output
 from runner.cs_target import Target

@@ -1,0 +1,68 @@
+"""The parameters of a run: where they come from, and what of them a run may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.cli.job import Job
+    from runner.params import Params
+
+
+def params_of(job: Job) -> Params:
+    """Parameters of the run: those it was begun with, unless a file is named."""
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from gptj_model.errors import ConfigError
+    from runner import checkpoints
+    from runner.cli.model_choice import params_for
+    from runner.params_file import load_params
+
+    saved = job.model_dir / PARAMS_FILE
+    if checkpoints.steps(job.model_dir) and saved.is_file():
+        return load_params(job.params_file or saved, job.settings)
+    if job.params_file:
+        return load_params(job.params_file, job.settings)
+    begin = job.init_from or job.checkpoint_path
+    if begin is None:
+        raise ConfigError(
+            f"{job.model_dir}: holds no run to go on with",
+            hint="begin one: `gptj train --init-from converted/`, or from nothing with --params",
+        )
+    with open_checkpoint(begin) as checkpoint:
+        return params_for(begin, None, dict(job.settings), checkpoint.config)
+
+
+def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
+    """The parameters as they are kept, once it is seen that a run may go on with them.
+
+    Args:
+        job: what was asked for.
+        params: as they were given.
+        workers: how many train together; None: that is not known yet.
+
+    Raises:
+        ConfigError: see `accept_changes`.
+    """
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from runner import checkpoints
+    from runner.params_file import load_params
+    from runner.run_folder import accept_changes
+
+    saved = job.model_dir / PARAMS_FILE
+    before = None
+    if checkpoints.steps(job.model_dir) and saved.is_file():
+        before = load_params(saved)
+        workers = workers or before.runconfig.workers
+    runconfig = params.runconfig.model_copy(update={"workers": workers or 1})
+    params = params.model_copy(update={"runconfig": runconfig})
+    if before and job.mode in ("train", "train_and_eval"):
+        accept_changes(params, before, job.settings)
+    return params
+
+
+def weights_to_begin_with(job: Job, params: Params) -> Path | None:
+    """Those that the command line names, or the YAML; a run that has checkpoints needs none."""
+    named = params.runconfig.checkpoint_path
+    return job.init_from or job.checkpoint_path or (Path(named) if named else None)

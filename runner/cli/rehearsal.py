@@ -1,0 +1,156 @@
+"""A run up to its first step: parameters, records and headers read, the step compiled if asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from runner.cli.job_params import weights_to_begin_with
+from runner.cli.output import Output
+from runner.execution import Backend, Execution
+
+if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
+    from gptj_model.tensors import Tensor
+    from runner.cli.job import Job
+    from runner.params import Params
+
+
+def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    """Everything up to the first step: parameters, records and headers; compiled if asked."""
+    from gptj_convert import capacity
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.plan import match
+    from runner.data.records import check_records, find_records
+    from runner.params_file import reconcile
+    from runner.trained import trained_rows
+    from runner.training_plan import plan_training
+
+    if job.only == "compile" and params.runconfig.execution == Execution.STREAMING:
+        raise click.UsageError("--compile-only compiles the step of a resident run")
+    config = params.config
+    section = params.train_input if job.mode == "train" else params.eval_input
+    if section is None:
+        raise click.UsageError("eval_input is missing, expected the records to evaluate on")
+    if begin := weights_to_begin_with(job, params):
+        with open_checkpoint(begin) as checkpoint:
+            match(checkpoint)
+            config = reconcile(params, checkpoint.config, begin)
+    paths = find_records(section.data_dir)
+    check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
+                  only_first=True)  # fmt: skip
+    tokens = section.batch_size * section.max_sequence_length
+    trained = trained_rows(config, params)
+    flops = tokens * capacity.token_flops(config, section.max_sequence_length, trained)
+    if job.mode == "eval":
+        flops = tokens * capacity.token_flops(config, section.max_sequence_length) / 3
+    fields: dict[str, Any] = {
+        "parameters": capacity.parameters(config),
+        "trained_parameters": sum(t.size for t in trained),
+        "flops_per_batch": round(flops),
+    }
+    if _on_jax(params):
+        planned, memory = _planned_devices(params, config, trained)
+    else:
+        rss = plan_training(config, params).memory
+        planned, memory = {"planned_rss_bytes": rss}, f"{rss / 1e9:.2f} GB of memory planned"
+    fields |= planned
+    if job.only == "compile":
+        fields |= _compile(output, job, params)
+    output.data(
+        f"{fields['parameters']:,} parameters, {fields['trained_parameters']:,} of them trained; "
+        f"a batch of {tokens:,} tokens takes {flops / 1e12:.3g} TFLOP; {memory}"
+    )
+    return fields
+
+
+def _planned_devices(
+    params: Params, config: GPTJConfig, trained: Sequence[Tensor]
+) -> tuple[dict[str, Any], str]:
+    """What each device of the mesh will hold; nothing heavy is imported if the mesh is named."""
+    from gptj_convert import capacity
+    from gptj_model.tensors import SLOTS
+    from runner.backend import mesh_of
+
+    def devices() -> int:
+        import jax
+
+        return jax.device_count()
+
+    mesh, optimizer = mesh_of(params, devices), params.optimizer
+    held = capacity.device_state(
+        config,
+        mesh,
+        trained=trained,
+        slots=len(SLOTS[optimizer.optimizer_type]),
+        accumulated=optimizer.grad_accum_steps > 1,
+    )
+    total = sum(held.values())
+    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in held.items())
+    return (
+        {"mesh": [mesh.batch, mesh.model], "bytes_per_device": held | {"total": total}},
+        f"each of {mesh} devices (batch × model) holds {total / 1e9:.2f} GB beside activations: "
+        + parts,
+    )
+
+
+def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.cli import tensorflow
+
+    tensorflow.prepare(backend=params.runconfig.backend)
+    if _on_jax(params):
+        return _compile_sharded(output, job, params)
+    from gptj_model.model import GPTJ
+    from runner.distribution import Alone
+    from runner.evaluate import ResidentEvaluator
+    from runner.lora import trained_weights
+    from runner.optimizer import Optimizer
+    from runner.step import TrainStep, empty_batch
+
+    config = params.config
+    model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
+    section = params.train_input if job.mode == "train" else params.eval_input
+    assert section is not None, "checked"
+    batch = empty_batch(section.batch_size, section.max_sequence_length)
+    begun = time.monotonic()
+    if job.mode == "train":
+        _, weights = trained_weights(model, params)
+        optimizer = Optimizer(params.optimizer, weights)
+        accumulate = params.optimizer.grad_accum_steps
+        program = TrainStep(model, optimizer, accumulate, Alone()).compiled(batch)
+    else:
+        program = ResidentEvaluator(model).compiled(batch)
+    seconds = time.monotonic() - begun
+    instructions = program.count(" = ")
+    output.data(f"compiled in {seconds:.1f} s to {instructions:,} instructions")
+    return {"compile_seconds": round(seconds, 3), "instructions": instructions}
+
+
+def _compile_sharded(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.sharded_executor import ShardedExecutor
+    from runner.step import empty_batch
+
+    section = params.train_input
+    batch = empty_batch(section.batch_size, section.max_sequence_length)
+    executor = ShardedExecutor(params.config, params, job.model_dir)
+    begun = time.monotonic()
+    program = executor.compiled(batch)
+    seconds = time.monotonic() - begun
+    instructions = program.as_text().count(" = ")
+    temporary = program.memory_analysis().temp_size_in_bytes
+    output.data(
+        f"compiled in {seconds:.1f} s to {instructions:,} instructions; besides weights and slots "
+        f"a device needs {temporary / 1e9:.2f} GB"
+    )
+    return {
+        "compile_seconds": round(seconds, 3),
+        "instructions": instructions,
+        "temporary_bytes_per_device": temporary,
+    }
+
+
+def _on_jax(params: Params) -> bool:
+    return params.runconfig.backend == Backend.JAX

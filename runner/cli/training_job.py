@@ -1,0 +1,102 @@
+"""Training as it is called, shown and stopped on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.cli.errors import Exit
+from runner.cli.job_params import weights_to_begin_with
+from runner.cli.job_plan import refuse_a_full_disk
+from runner.cli.output import Output
+from runner.cli.stop_signals import StopSignals
+from runner.cli.training_display import training_display
+from runner.execution import Backend, Execution
+
+if TYPE_CHECKING:
+    from runner.cli.job import Job
+    from runner.distribution import Workers
+    from runner.params import Params
+    from runner.train import Run
+
+
+def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dict[str, Any]:
+    """Train as far as was asked for, or until a signal; returns the fields of the JSON object."""
+    import tensorflow as tf
+
+    from gptj_convert.reference_yaml import PARAMS_FILE
+    from gptj_convert.whole_file import write_whole
+    from runner import train as training
+    from runner.data.records import find_records
+    from runner.run_folder import locked
+
+    begin = weights_to_begin_with(job, params)
+    find_records(params.train_input.data_dir)  # before the model is loaded
+    stop = StopSignals()
+    with ExitStack() as stack:
+        if not workers.index:
+            stack.enter_context(locked(job.model_dir))
+        if params.runconfig.execution == Execution.STREAMING:
+            refuse_a_full_disk(job, params)
+        stack.enter_context(stop)
+        stack.enter_context(tf.device(params.runconfig.device))
+        run = training.Run(
+            params,
+            job.model_dir,
+            init_from=begin,
+            weights_only=job.init_from is None,
+            strict=job.strict,
+            workers=workers,
+            warn=_warner(output),
+        )
+        stack.enter_context(run)
+        if not workers.index:
+            write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
+        if begin and run.continued:
+            output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
+        target = _target(job, params, run.step)
+        _announce(output, run, target, begin)
+        show = stack.enter_context(training_display(output, target))
+        evaluate = job.mode == "train_and_eval"
+        for event in training.train(run, target, stopped=stop.asked, evaluate=evaluate):
+            show(event)
+    if stop.code is not None:
+        output.note(f"stopped after step {run.step}, which is saved; the same command goes on")
+    fields = {"output": str(job.model_dir), "step": run.step}
+    return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+
+
+def _target(job: Job, params: Params, step: int) -> int:
+    """The step to train to."""
+    if job.max_steps is not None:
+        return job.max_steps
+    more = job.steps if job.steps is not None else params.runconfig.steps
+    return params.runconfig.max_steps if more is None else step + more
+
+
+def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None:
+    import tensorflow as tf
+
+    from gptj_convert import machine
+
+    if run.step >= target:
+        output.note(f"step {run.step} of {target} is reached: nothing to do")
+        return
+    verb = "going on after" if run.step else "beginning at"
+    output.note(f"{run.model_dir}: {verb} step {run.step}, to step {target}")
+    if run.executor.placement:
+        output.note(run.executor.placement)
+    if not run.continued and begin is None:
+        output.note("weights begin at random: no checkpoint is named")
+    feature = machine.HALF_PRECISION.get(run.params.dtype_policy.removeprefix("mixed_"))
+    on_cpu = run.params.runconfig.backend != Backend.JAX and not tf.config.list_physical_devices(
+        "GPU"
+    )
+    if feature and on_cpu and feature not in machine.cpu_features():
+        output.note(f"warning: this processor lacks {feature}: 16 bits will be slower than 32")
+
+
+def _warner(output: Output) -> Callable[[str], None]:
+    return lambda text: output.note(f"warning: {text}")
