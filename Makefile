@@ -14,6 +14,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
+	@echo "ready; for the command gptj in this shell: source $(BIN)/activate"
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
@@ -31,7 +32,7 @@ test: setup
 	$(BIN)/pytest -m "not full" -n 2 --dist worksteal
 
 # Everything, the slow proofs too (ten times the fuzz, kills at every call, the commands of the
-# docs): about 35 minutes on
+# docs): about an hour on
 # 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.
 test-full: setup
 	$(BIN)/pytest

@@ -14,7 +14,12 @@ touch "$OUT/.made-by-demo"
 cd "$OUT"
 
 title() { printf '\n\033[1m── %s\033[0m\n' "$*"; }
-run() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
+run() {
+    printf '\033[36m$'
+    printf ' %q' "$@"
+    printf '\033[0m\n'
+    "$@"
+}
 # Expect an exit code other than 0.
 run_expecting() {
     local expected=$1 code=0
@@ -60,6 +65,7 @@ until [ "$(cat model_dir/metrics.jsonl 2>/dev/null | wc -l)" -ge 4 ]; do
     kill -0 $TRAINING
     sleep 0.2
 done
+printf '\033[36m$ kill -TERM %s\033[0m\n' $TRAINING
 kill -TERM $TRAINING
 code=0
 wait $TRAINING || code=$?
@@ -74,4 +80,4 @@ run gptj convert model_dir --to hf
 run gptj generate --prompt "def __init__(self" --max-new-tokens 24
 run python ../demo/agree.py converted-hf model_dir "def __init__(self" 24
 
-title "Done in ${SECONDS} s. Everything is in $OUT/"
+title "Done in ${SECONDS} s. Everything is in $OUT/; to look at: report.html and runs.html there"

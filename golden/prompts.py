@@ -6,6 +6,7 @@ Shape suffixes: B batch, T time.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
@@ -24,6 +25,8 @@ DECODED = "decoded with a cache"
 #: The prompt of the model's full length, and those it is made of.
 FULL_LENGTH = "full length"
 _FULL_LENGTH_OF = ("text", "source code", "other scripts and emoji")
+#: Names of prompts that begin at a position; with it.
+_WINDOW = "window at "
 #: Prompts that are cheap and together reach far: for what is run several times.
 SHORT = ("17 tokens", "ids from both ends", "window at 2032")
 #: Prompts that are continued.
@@ -69,7 +72,7 @@ def battery(config: GPTJConfig, *, thorough: bool = False) -> list[Prompt]:
     stored = _stored(config)
     decoded = stored[_DECODED]
     found = [
-        *stored.values(),
+        *_distinct(stored.values()),
         _padded([stored[name] for name in _PADDED]),
         replace(decoded, name=DECODED, pieces=_pieces(decoded.tokens)),
     ]
@@ -77,6 +80,16 @@ def battery(config: GPTJConfig, *, thorough: bool = False) -> list[Prompt]:
         ids = np.concatenate([stored[name].ids[0] for name in _FULL_LENGTH_OF])
         found.append(_prompt(FULL_LENGTH, np.resize(ids, config.n_positions), 0))
     return found
+
+
+def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Windows where a model's length has moved them to, and each of them once."""
+    kept: dict[tuple[bytes, bytes], Prompt] = {}
+    for prompt in prompts:
+        if prompt.name.startswith(_WINDOW):
+            prompt = replace(prompt, name=f"{_WINDOW}{prompt.positions[0, 0]}")
+        kept.setdefault((prompt.ids.tobytes(), prompt.positions.tobytes()), prompt)
+    return list(kept.values())
 
 
 def short(config: GPTJConfig) -> list[Prompt]:

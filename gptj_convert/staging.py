@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gptj_convert.lock_file import hold
@@ -20,6 +21,14 @@ SUFFIX = ".partial-gptj"
 _CONTENT = "content"
 _LOCK = "lock"
 _REPLACED = "replaced"
+#: Names of the files that outputs hold: what `force` may replace.
+_WRITTEN = (
+    *("*.json", "*.jsonl", "*.yaml", "merges.txt", "LICENSE*", "README.md", "checkpoint"),
+    *("*.safetensors", "*.bin", "*.pt", "*.ckpt*", "*.h5", "*.keras", "*.mdl", "*.model"),
+    *("*.tfrecord*", "*.hdf5"),
+)
+#: How many others are named.
+_NAMED = 3
 
 
 @dataclass(slots=True)
@@ -135,13 +144,32 @@ def refuse_existing(out: Path, *, force: bool) -> None:
     """Never overwrite.
 
     Raises:
-        UsageError: `out` exists and `force` is off.
+        UsageError: `out` exists, and `force` is off or it holds what no output does.
     """
+    if foreign := _foreign(out):
+        more = f" and {len(foreign) - _NAMED} more files" if len(foreign) > _NAMED else ""
+        raise UsageError(
+            f"{out}: exists already, and holds {', '.join(foreign[:_NAMED])}{more}, which "
+            "nothing here has written",
+            hint="choose another folder with --out, or move them away",
+        )
     if (out.exists() or out.is_symlink()) and not force:
         raise UsageError(
             f"{out}: exists already, and is never overwritten",
             hint="choose another folder with --out, or replace this one with --force",
         )
+
+
+def _foreign(out: Path) -> list[str]:
+    """Files below a folder that this program has not written, by their names alone."""
+    if out.is_symlink() or not out.is_dir():
+        return []
+    files = (p for p in sorted(out.rglob("*")) if p.is_symlink() or not p.is_dir())
+    return [
+        str(p.relative_to(out))
+        for p in files
+        if not any(fnmatchcase(p.name, pattern) for pattern in _WRITTEN)
+    ]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +73,17 @@ def version_of(distribution: str) -> str | None:
 
 def install_command(extra: str) -> str:
     """What installs this program with an extra; "" means none."""
-    return f"pip install '{DISTRIBUTION}{f'[{extra}]' * bool(extra)}'"
+    named = f"[{extra}]" * bool(extra)
+    if _from_a_checkout():
+        return f"pip install -e '.{named}'"
+    return f"pip install '{DISTRIBUTION}{named}'"
+
+
+def _from_a_checkout() -> bool:
+    """Whether it is linked, not copied, into this environment (PEP 610)."""
+    found = metadata.distributions(name=DISTRIBUTION)  # what building leaves behind is one, too
+    origins = (json.loads(d.read_text("direct_url.json") or "{}") for d in found)
+    return any(origin.get("dir_info", {}).get("editable") for origin in origins)
 
 
 def extra_of(module: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def validate(
     try:
         params = Params.model_validate(values)
     except ValidationError as e:
-        lines = [_describe(error, values, line) for error in e.errors()]
+        lines = [_describe(error, values, line, settings) for error in e.errors()]
         raise ConfigError("\n  ".join([f"{where}:", *dict.fromkeys(lines)])) from None
     problems = _contradictions(params)
     if problems:
@@ -151,7 +151,7 @@ def _contradictions(params: Params) -> list[str]:
     return problems
 
 
-def _describe(error: Any, values: Any, line: Line) -> str:
+def _describe(error: Any, values: Any, line: Line, settings: Iterable[str]) -> str:
     """One pydantic error as a line: where, what was found, what was expected."""
     location = [part for part in error["loc"] if part not in SCHEDULES and part != "float"]
     location = [part for part in location if not str(part).startswith("literal[")]
@@ -159,7 +159,10 @@ def _describe(error: Any, values: Any, line: Line) -> str:
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     number = line(location)
-    at = f"line {number}: " if number else ""
+    if any(path == key or path.startswith((f"{key}.", f"{key}[")) for key in settings):
+        at = "--set: "
+    else:
+        at = f"line {number}: " if number else ""
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _keys(location[:-1], values), n=1)
         return f"{at}{path} is not a known key" + (f", did you mean {near[0]!r}?" if near else "")

@@ -55,7 +55,10 @@ def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
     if checkpoints.steps(job.model_dir) and saved.is_file():
         before = load_params(saved)
         workers = workers or before.runconfig.workers
-    runconfig = params.runconfig.model_copy(update={"workers": workers or 1})
+    effective: dict[str, int] = {"workers": workers or 1}
+    if job.max_steps is not None:
+        effective["max_steps"] = job.max_steps
+    runconfig = params.runconfig.model_copy(update=effective)
     params = params.model_copy(update={"runconfig": runconfig})
     if before and job.mode in ("train", "train_and_eval"):
         accept_changes(params, before, job.settings)

@@ -52,11 +52,12 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
             warn=_warner(output),
         )
         stack.enter_context(run)
-        if not workers.index:
-            write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
         if begin and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
         target = _target(job, params, run.step)
+        kept = job.model_dir / PARAMS_FILE
+        if not workers.index and (run.step < target or not kept.exists()):
+            write_whole(kept, params.to_yaml())
         _announce(output, run, target, begin)
         show = stack.enter_context(training_display(output, target))
         evaluate = job.mode == "train_and_eval"

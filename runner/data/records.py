@@ -272,8 +272,8 @@ def check_example(
             raise DataFault(
                 f"{place}: {name} has {len(values)} tokens, expected max_sequence_length = "
                 f"{length}",
-                hint=f"--set train_input.max_sequence_length={len(values)}, or make the records "
-                "anew",
+                hint=f"set max_sequence_length to {len(values)} in the section that names the "
+                "records, train_input or eval_input, or make them anew",
             )
         top = 2 if name == INPUT_MASK else vocab_size
         if values.min() < 0 or values.max() >= top:

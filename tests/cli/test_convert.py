@@ -322,13 +322,25 @@ def test_a_head_that_is_the_embedding_may_be_shared(hf: Path, small_pieces: None
 
 
 def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
-    (converted / "mine.txt").write_text("precious")
+    stale = converted / "stale.json"
+    stale.write_text("{}")
     done = gptj("convert", hf, "--to", "tf")
     assert done.code == 2
     assert "--force" in done.stderr
-    assert (converted / "mine.txt").read_text() == "precious"
+    assert stale.exists()
     assert gptj("convert", hf, "--to", "tf", "--force").code == 0
-    assert not (converted / "mine.txt").exists()
+    assert not stale.exists()
+
+
+def test_what_others_have_written_is_not_replaced(converted: Path, hf: Path, gptj):
+    mine = converted / "notes" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    done = gptj("convert", hf, "--to", "tf", "--force")
+    assert done.code == 2
+    assert "holds notes/mine.txt, which nothing here has written" in done.stderr
+    assert mine.read_text() == "precious"
+    assert gptj("verify", "--level", "weights").code == 0
 
 
 @pytest.mark.parametrize(

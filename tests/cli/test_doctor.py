@@ -99,9 +99,9 @@ def test_facts_are_lines_and_one_object(workdir: Path, gptj):
 @pytest.mark.parametrize(
     ("package", "code", "fix"),
     [
-        ("numpy", 1, "pip install 'gptj-tf'"),
-        ("torch", 0, "pip install 'gptj-tf[hf]'"),
-        ("pyarrow", 0, "pip install 'gptj-tf[data]'"),
+        ("numpy", 1, "pip install -e '.'"),
+        ("torch", 0, "pip install -e '.[hf]'"),
+        ("pyarrow", 0, "pip install -e '.[data]'"),
     ],
 )
 def test_what_is_missing_is_said_with_its_cure(
