@@ -145,22 +145,26 @@ def test_either_executor_continues_the_others_run(golden_run: Path, gptj):
 
 @adamw
 def test_a_run_in_two_parts_is_the_run_in_one_bit_for_bit(golden_run: Path, gptj):
-    """And that is the resident run."""
+    """And that is the resident run, evaluations between its steps included."""
     # The masks of the second batch are not those of the first, in recomputed blocks too.
     more = _settings("train_input.shuffle=true", *DROPOUT, "runconfig.save_checkpoints_steps=2",
                      "runconfig.keep_checkpoint_max=2", "optimizer.grad_accum_steps=2",
                      "model.recompute=true")  # fmt: skip
-    assert gptj(*BEGIN, *more, "--max-steps", 5, "--model-dir", "resident").code == 0
+    evaluated = ("--mode", "train_and_eval", "--max-steps")
+    assert gptj(*BEGIN, *more, *evaluated, 5, "--model-dir", "resident").code == 0
     begin = (*BEGIN, *STREAMING, *more)
-    assert gptj(*begin, "--max-steps", 5, "--model-dir", "whole").code == 0
+    assert gptj(*begin, *evaluated, 5, "--model-dir", "whole").code == 0
     _assert_same_run("whole", "resident", 5)
-    assert gptj(*begin, "--max-steps", 3).code == 0
+    assert gptj(*begin, *evaluated, 3).code == 0
     assert sorted(p.name for p in Path("model_dir").glob("*.index")) == [
         "model.ckpt-2.index",
         "model.ckpt-3.index",
     ]
-    assert gptj("train", "--max-steps", 5, "--quiet").code == 0
-    assert _rows("model_dir") == _rows("whole")
+    assert gptj("train", *evaluated, 5, "--quiet").code == 0
+    at_the_end_of_the_first = [r for r in _rows("model_dir") if "loss" not in r and r["step"] == 3]
+    assert len(at_the_end_of_the_first) == 1
+    rows = [row for row in _rows("model_dir") if row not in at_the_end_of_the_first]
+    assert rows == _rows("whole")
     found, expected = _tensors("model_dir/model.ckpt-5"), _tensors("whole/model.ckpt-5")
     assert found.keys() == expected.keys()
     for name in expected:
