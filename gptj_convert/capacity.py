@@ -198,8 +198,9 @@ def streamed_memory(
     """Peak of a forward pass that brings blocks from the disk, which their number alone does not
     change.
 
-    While a block computes its weights are there, and those of the next one, which are read and
-    laid out; or a part of the head. The factors are measured at the 6B's width.
+    While a block computes its weights are there, and those of the next one as they are stored,
+    here taken to be float32; in 16 bits they are half a block less. The factor is measured at the
+    6B's width.
 
     Args:
         config: of the model.
@@ -212,7 +213,7 @@ def streamed_memory(
     computing = batch * length * _activations(config, length)
     computing += 2 * 4 * length * min(PART, config.vocab_size)
     staying = kept.blocks * one_block + kept.head * _head_bytes(config)
-    return round(_TENSORFLOW + 4.2 * one_block) + computing + states + staying
+    return round(_TENSORFLOW + 2.6 * one_block) + computing + states + staying
 
 
 def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:

@@ -16,6 +16,7 @@ from crc32c import crc32c
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.tensors import Op
+from gptj_model.transposition import transpose
 
 #: Bytes of source that are yielded at once.
 PANEL_BYTES = 8 * 2**20
@@ -26,12 +27,6 @@ STRIP_BYTES = 256 * 2**20
 STRIPS = 2
 #: The same of a converted checkpoint in a verification, where each is a panel.
 CONVERTED_STRIPS = 4
-
-#: Rows and columns of the result that are transposed at once: shapes that stay in the caches.
-#: benchmarks/transposition.py compares them.
-_TILE = (256, 256)
-_FOUR_BYTE_TILE = (4096, 16)
-_TWO_BYTE_TILE = (1024, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,57 +62,8 @@ class Strip:
             else:
                 count = rows * width
                 whole = out[at : at + count].reshape(rows, width)
-                _transpose(whole, self.values[:, row : row + rows])
+                transpose(whole, self.values[:, row : row + rows])
             at += count
-
-
-def _transpose(out: np.ndarray, values: np.ndarray) -> None:
-    """Write the transpose of a part of a matrix to a contiguous `out`, rounded to its dtype."""
-    if out.dtype != values.dtype or out.itemsize not in (2, 4):
-        _transpose_by(_TILE, out, values)
-    elif out.itemsize == 4 or values.strides[0] % 8:
-        _transpose_by(_FOUR_BYTE_TILE, out, values)
-    else:
-        # Up to three rows before and after those that lie in whole words of 8 bytes.
-        rows = len(out)
-        head = min(rows, -values.ctypes.data % 8 // 2)
-        tail = rows - (rows - head) % 4
-        bits, result = values.view(np.uint16), out.view(np.uint16)
-        _transpose_by(_FOUR_BYTE_TILE, result[:head], bits[:, :head])
-        _transpose_words(result[head:tail], bits[:, head:tail])
-        _transpose_by(_FOUR_BYTE_TILE, result[tail:], bits[:, tail:])
-
-
-def _transpose_by(tile: tuple[int, int], out: np.ndarray, values: np.ndarray) -> None:
-    height, width = tile
-    rows, columns = out.shape
-    for top in range(0, rows, height):
-        for left in range(0, columns, width):
-            part = values[left : left + width, top : top + height].T
-            np.copyto(out[top : top + height, left : left + width], part, casting="unsafe")
-
-
-def _transpose_words(out: np.ndarray, values: np.ndarray) -> None:
-    """Two-byte elements, moved four at a time and taken apart: three times as fast.
-
-    Args:
-        out: uint16, of 4n rows.
-        values: uint16, of 4n columns that begin at a multiple of 8 bytes.
-    """
-    height, width = _TWO_BYTE_TILE
-    words = values.view(np.uint64)
-    scratch = np.empty((height // 4, width), np.uint64)
-    for top in range(0, len(out), height):
-        for left in range(0, out.shape[1], width):
-            tile = out[top : top + height, left : left + width]
-            moved = scratch[: len(tile) // 4, : tile.shape[1]]
-            part = words[left : left + width, top // 4 : (top + height) // 4].T
-            for at in range(0, tile.shape[1], 8):  # a line of the cache
-                np.copyto(moved[:, at : at + 8], part[:, at : at + 8])
-            for n in range(4):
-                np.copyto(tile[n::4], moved, casting="unsafe")
-                if n < 3:
-                    np.right_shift(moved, 16, out=moved)
 
 
 def strip_sizes(info: TensorInfo, op: Op) -> list[int]:

@@ -163,6 +163,8 @@ class Block(keras.layers.Layer):
         """Returns (hidden states BTD, cache)."""
         h_BTD = observe("ln_1", self.ln_1(x_BTD))
         attended_BTD, cache = self.attn(h_BTD, context, cache, training=training)
+        if not training:
+            h_BTD = _after(attended_BTD, h_BTD)
         summed_BTD = x_BTD + attended_BTD + self.mlp(h_BTD, training=training)
         return observe("residual", summed_BTD), cache
 
@@ -200,3 +202,14 @@ def layer_norm(config: GPTJConfig, name: str, dtype: Any) -> keras.layers.LayerN
     return keras.layers.LayerNormalization(
         epsilon=config.layer_norm_epsilon, name=name, dtype=dtype
     )
+
+
+def _after(first: Tensor, value: Tensor) -> Tensor:
+    """The value, which a graph of TensorFlow gives on only once `first` is there: side by side,
+    both branches of a block would need their memory at once."""
+    if keras.backend.backend() != "tensorflow":
+        return value
+    import tensorflow as tf
+
+    with tf.control_dependencies([first]):
+        return tf.identity(value)

@@ -51,7 +51,7 @@ class StreamedGradients(StreamedModel):
         part, (weight, bias) = self._head(start, stop)
         normed = ops.convert_to_tensor(normed_ND[None])
         with _tape() as tape:
-            tape.watch([normed, weight] if self.config.tie_word_embeddings else normed)
+            tape.watch([normed, weight, bias])
             out = part(normed)
         d_normed, d_weight, d_bias = _pull(tape, out, [normed, weight, bias], d_logits_NV[None])
         d_weight = np.asarray(d_weight)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
 from keras import ops
 
+from gptj_model.block_memory import BlockMemory
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.kept import NOTHING_KEPT, Kept
@@ -21,10 +22,14 @@ from gptj_model.layers import Block, Cache, Context, Head, layer_norm
 from gptj_model.loss import RunningLoss, TokenLoss
 from gptj_model.model import make_context
 from gptj_model.observation import observing
+from gptj_model.page_memory import page_memory
 from gptj_model.source import TensorSource, read_rows
 from gptj_model.tensors import Scheme, block, embedding, head
-from gptj_model.vocabulary import parts, read_head
-from gptj_model.weights import assign, assigned_variables, read_values
+from gptj_model.transposition import transpose
+from gptj_model.vocabulary import PART, parts, read_head
+from gptj_model.weights import assign, assigned_variables
+
+AnyLayer = TypeVar("AnyLayer", bound=keras.Layer)
 
 
 class StreamedModel:
@@ -35,6 +40,7 @@ class StreamedModel:
         source: of its weights, by the names of `scheme`.
         scheme: see there.
         kept: what stays in memory once it was read.
+        memory: that blocks of such a source are read into; None: of its own.
 
     Call `embed` for every input, then for each of `blocks` `run_block` for every state,
     `drop_block`, then `final_norm` and `logits` once for all states.
@@ -47,22 +53,24 @@ class StreamedModel:
         scheme: Scheme,
         *,
         kept: Kept = NOTHING_KEPT,
+        memory: BlockMemory | None = None,
     ) -> None:
         self.config = config
         self.source = source
         self._scheme = scheme
         self._kept = kept
-        self._block = Block(config, keras.random.SeedGenerator(0), name="h_0")
-        self._block.build((None, None, config.n_embd))
+        self._memory = memory or BlockMemory(config, scheme, source.tensors)
+        seeds = keras.random.SeedGenerator(0)
+        self._block = _without_values(lambda: Block(config, seeds, name="h_0"), config.n_embd)
         rows = {t.hf: t for t in block(config, 0)}
         self._variables = list(assigned_variables(self._block, rows, prefix="").values())
         self._run = _compiled(self._call)
         self._resident = -1
         self._weights: list[Any] = []
         self._kept_blocks: dict[int, list[Any]] = {}
-        # Layers refer to themselves, so that one for each reading would be freed late.
-        new_head = partial(_head_layer, config)
-        self._head_layer = new_head if kept.head else cache(new_head)
+        self._head_layer = cache(partial(_head_layer, config))
+        self._part_bytes = 4 * min(PART, config.vocab_size) * config.n_embd
+        self._head_memory = self._memory.between_blocks(self._part_bytes)
         self._kept_head: dict[int, tuple[Callable[[Any], Any], tuple[Any, Any]]] = {}
 
     def embed(self, ids_BT: np.ndarray) -> np.ndarray:
@@ -86,30 +94,25 @@ class StreamedModel:
 
     def load_block(self, i: int) -> None:
         """Make block `i` the resident one."""
-        self._load(self._read_block(i))
+        self._load((i, self._memory.read(self.source, i, over=True)))
 
     def _read_block(self, i: int) -> tuple[int, list[np.ndarray]]:
-        """Its number, and its weights as they are computed with."""
-        rows = block(self.config, i)
-        return i, [read_values(t, self.source, self._scheme, "float32") for t in rows]
+        """Its number, and its weights as they are stored."""
+        return i, self._memory.read(self.source, i)
 
-    def _load(self, weights: tuple[int, list[np.ndarray]]) -> None:
-        self._resident, values = weights
-        # Lets go of the last block's, and below of each array once it is copied.
-        self._weights = []
-        if self._kept.keeps(self._resident, self.config.n_layer):
-            self._weights = [ops.convert_to_tensor(values.pop(0)) for _ in self._variables]
+    def _load(self, stored: tuple[int, list[np.ndarray]]) -> None:
+        self._resident, values = stored
+        keeps = self._kept.keeps(self._resident, self.config.n_layer)
+        weights = self._memory.lay_out(self._resident, values, own=keeps)
+        self._weights = [_tensor(w) for w in weights]
+        if keeps:
             self._kept_blocks[self._resident] = self._weights
-            return
-        for variable in self._variables:
-            variable.assign(values.pop(0))
-        self._weights = [variable.value for variable in self._variables]
 
     def _call(
         self, weights: Sequence[Any], x_BTD: Any, context: Context, cache: Cache | None = None
     ) -> tuple[Any, Any]:
         """The block with these weights: hidden states, and the cache if there was one."""
-        with keras.StatelessScope(list(zip(self._variables, weights, strict=True))):
+        with _scope(self._variables, weights):
             return self._block(x_BTD, context, cache)
 
     def run_block(
@@ -164,7 +167,8 @@ class StreamedModel:
 
     def drop_block(self) -> None:
         """Free the resident block's memory; none can be loaded again."""
-        del self._block, self._run, self._variables, self._weights
+        (self._head_memory,) = page_memory(1, self._part_bytes)
+        del self._block, self._run, self._variables, self._weights, self._memory
 
     def final_norm(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Hidden states (B, T, D) after the last block, normed."""
@@ -221,15 +225,27 @@ class StreamedModel:
         return found
 
     def _read_head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
-        weight_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
-        weight_VD, bias_V = (x.astype(np.float32, copy=False) for x in (weight_VD, bias_V))
+        stored_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
+        tied = self.config.tie_word_embeddings
+        self._weights = []  # of the block whose place this is
+        memory = page_memory(1, self._part_bytes)[0] if self._kept.head else self._head_memory
+        shape = stored_VD.shape if tied else stored_VD.shape[::-1]
+        values = memory[: 4 * stored_VD.size].view(np.float32).reshape(shape)
+        if tied or stored_VD.T.flags.c_contiguous:
+            np.copyto(values, stored_VD if tied else stored_VD.T, casting="unsafe")
+        else:
+            transpose(values, stored_VD)
+        weight, bias = _tensor(values), ops.convert_to_tensor(bias_V.astype(np.float32))
         layer = self._head_layer(stop - start)
-        layer.bias.assign(bias_V)
-        if layer.kernel is None:
-            embeddings_VD = ops.convert_to_tensor(weight_VD)
-            return lambda h_BTD: layer(h_BTD, embeddings_VD), (embeddings_VD, layer.bias.value)
-        layer.kernel.assign(weight_VD.T)
-        return lambda h_BTD: layer(h_BTD, None), (layer.kernel.value, layer.bias.value)
+
+        def run(h_BTD: Any) -> Any:
+            if tied:
+                with _scope([layer.bias], [bias]):
+                    return layer(h_BTD, weight)
+            with _scope([layer.kernel, layer.bias], [weight, bias]):
+                return layer(h_BTD, None)
+
+        return run, (weight, bias)
 
     def _context(self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None):
         T = x_BTD.shape[1]
@@ -239,9 +255,31 @@ class StreamedModel:
 def _head_layer(config: GPTJConfig, size: int) -> Head:
     """The head for so many tokens."""
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-    layer = Head(replace(config, vocab_size=size, **ends), name="lm_head")
-    layer.build((None, None, config.n_embd))
+    part = replace(config, vocab_size=size, **ends)
+    return _without_values(lambda: Head(part, name="lm_head"), config.n_embd)
+
+
+def _without_values(make: Callable[[], AnyLayer], width: int) -> AnyLayer:
+    """A layer for hidden states, whose variables have no values but within `_scope`."""
+    with keras.StatelessScope(initialize_variables=False):
+        layer = make()
+        layer.build((None, None, width))
     return layer
+
+
+def _scope(variables: Sequence[Any], values: Sequence[Any]) -> keras.StatelessScope:
+    """Within it the variables have these values."""
+    pairs = list(zip(variables, values, strict=True))
+    return keras.StatelessScope(pairs, initialize_variables=False)
+
+
+def _tensor(values: np.ndarray) -> Any:
+    """It may share the memory of the array; see `shared_tensor`."""
+    if keras.backend.backend() == "tensorflow":
+        from gptj_model.shared_tensor import shared_tensor
+
+        return shared_tensor(values)
+    return ops.convert_to_tensor(values)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

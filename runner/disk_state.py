@@ -20,9 +20,11 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.pipeline import Buffers, Pipeline, page_memory
+from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_model.block_memory import BlockMemory
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
+from gptj_model.page_memory import page_memory
 from gptj_model.shared_tensor import shared_tensor
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
 from gptj_model.streamed_training import ReadHead
@@ -38,7 +40,6 @@ from gptj_model.tensors import (
     table,
 )
 from runner import checkpoints
-from runner.block_memory import BlockMemory
 from runner.update_rule import UpdateRule
 
 #: Elements that are read and written at once: 8 MiB of each of weight, gradient and slots.
@@ -89,7 +90,9 @@ class DiskState:
         tied = [embedding(config)] if config.tie_word_embeddings else []
         self._head_rows = (*tied, *vocabulary)
         self._model_dir = model_dir
-        self._memory = BlockMemory(config)
+        self._weights = {t.tf: _info(t) for t in table(config)}
+        self.memory = BlockMemory(config, Scheme.TF, self._weights)
+        """That its blocks are read into."""
         self._source: TensorSource | None = None
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
@@ -131,8 +134,7 @@ class DiskState:
         Args:
             weights: every tensor's values, in TF's layout.
         """
-        infos = {t.tf: _info(t) for t in table(self._config)}
-        with closing(checkpoints.Draft(self._model_dir, infos)) as draft:
+        with closing(checkpoints.Draft(self._model_dir, self._weights)) as draft:
             for tensor, values in weights:
                 draft.append(tensor.tf, np.asarray(values).astype(np.float32, copy=False))
             self.open(draft.publish(0))
@@ -161,7 +163,7 @@ class DiskState:
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return blocks_ahead(partial(self._memory.read, self.source), order, load)
+        return blocks_ahead(partial(self.memory.read, self.source), order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""
@@ -232,9 +234,8 @@ class DiskState:
     def _begun(self) -> checkpoints.Draft:
         """The draft of the state after the present one."""
         if self._draft is None:
-            infos = {t.tf: _info(t) for t in table(self._config)}
-            infos |= {name: _info(t) for t, names in self._slots.items() for name in names}
-            self._draft = checkpoints.Draft(self._model_dir, infos)
+            slots = {name: _info(t) for t, names in self._slots.items() for name in names}
+            self._draft = checkpoints.Draft(self._model_dir, self._weights | slots)
             self._origin = self._source
         return self._draft
 

@@ -137,7 +137,11 @@ class StreamedExecutor:
 
     def evaluator(self) -> Evaluator:
         """See `Executor`."""
-        return StreamedEvaluator(lambda: StreamedModel(self._config, self._state.source, Scheme.TF))
+        return StreamedEvaluator(
+            lambda: StreamedModel(
+                self._config, self._state.source, Scheme.TF, memory=self._state.memory
+            )
+        )
 
     def weights(self) -> Mapping[str, Any]:
         """See `Executor`."""

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.ranged_file import RangedFile
-from gptj_convert.pipeline import page_memory
 from gptj_model.errors import FileFault
+from gptj_model.page_memory import page_memory
 
 SIZE = 19 * 2**20 + 1234
 
