@@ -162,8 +162,9 @@ class Block(keras.layers.Layer):
     ) -> tuple[Tensor, Cache | None]:
         """Returns (hidden states BTD, cache)."""
         h_BTD = observe("ln_1", self.ln_1(x_BTD))
+        in_turn = cache is None and not training  # few tokens at a time take little memory
         attended_BTD, cache = self.attn(h_BTD, context, cache, training=training)
-        if not training:
+        if in_turn:
             h_BTD = _after(attended_BTD, h_BTD)
         summed_BTD = x_BTD + attended_BTD + self.mlp(h_BTD, training=training)
         return observe("residual", summed_BTD), cache
