@@ -21,7 +21,7 @@ SUFFIX = ".partial-gptj"
 _CONTENT = "content"
 _LOCK = "lock"
 _REPLACED = "replaced"
-#: Names of the files that outputs hold: what `force` may replace.
+#: Names of the files that outputs hold.
 _WRITTEN = (
     *("*.json", "*.jsonl", "*.yaml", "merges.txt", "LICENSE*", "README.md", "checkpoint"),
     *("*.safetensors", "*.bin", "*.pt", "*.ckpt*", "*.h5", "*.keras", "*.mdl", "*.model"),
@@ -144,20 +144,21 @@ def refuse_existing(out: Path, *, force: bool) -> None:
     """Never overwrite.
 
     Raises:
-        UsageError: `out` exists, and `force` is off or it holds what no output does.
+        UsageError: `out` exists and `force` is off.
     """
+    if force or not (out.exists() or out.is_symlink()):
+        return
     if foreign := _foreign(out):
         more = f" and {len(foreign) - _NAMED} more files" if len(foreign) > _NAMED else ""
         raise UsageError(
-            f"{out}: exists already, and holds {', '.join(foreign[:_NAMED])}{more}, which "
-            "nothing here has written",
-            hint="choose another folder with --out, or move them away",
+            f"{out}: exists already, and holds {', '.join(foreign[:_NAMED])}{more}, which nothing "
+            "here has written",
+            hint="choose another folder with --out; --force would delete all that is there",
         )
-    if (out.exists() or out.is_symlink()) and not force:
-        raise UsageError(
-            f"{out}: exists already, and is never overwritten",
-            hint="choose another folder with --out, or replace this one with --force",
-        )
+    raise UsageError(
+        f"{out}: exists already, and is never overwritten",
+        hint="choose another folder with --out, or replace this one with --force",
+    )
 
 
 def _foreign(out: Path) -> list[str]:

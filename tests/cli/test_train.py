@@ -217,7 +217,8 @@ def test_no_records_in_an_empty_folder_of_ones_own(converted: Path, gptj):
 @adamw
 def test_records_of_another_length(golden_run: Path, gptj):
     done = gptj(*BEGIN, "--set", "train_input.max_sequence_length=16")
-    _refused(done, 1, "data.tfrecord: record 0", "has 32 tokens", "= 16", "=32")
+    hint = "max_sequence_length to 32"
+    _refused(done, 1, "data.tfrecord: record 0", "has 32 tokens", "= 16", hint)
 
 
 @adamw
