@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from side import Side
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
 VOCABULARY = 50400
@@ -70,33 +71,6 @@ def gptj(folder: Path) -> Continue:
 SIDES = {"transformers, PyTorch": transformers, "gptj": gptj}
 
 
-class Side:
-    """One side in a process of its own."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        command = [sys.executable, __file__, str(folder), "--side", name]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, ids_BT: np.ndarray, tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds, and the tokens."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps([ids_BT.tolist(), tokens]) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"a side ended with {self._process.wait()}")
-        seconds, found = json.loads(line)
-        return seconds, found
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-
-
 def serve(name: str, folder: Path) -> None:
     """Be one side: a line in, a continuation, a line out."""
     run = SIDES[name](folder)
@@ -115,8 +89,8 @@ def race(sides: dict[str, Side], batch: int, prompt: int, tokens: int, rounds: i
     found: dict[str, Sequence[list[int]]] = {}
     for n in range(rounds + 1):
         for name, side in sides.items():
-            one, _ = side(ids_BT, 1)
-            seconds, found[name] = side(ids_BT, tokens)
+            one, _ = side.ask(json.dumps([ids_BT.tolist(), 1]))
+            seconds, found[name] = side.ask(json.dumps([ids_BT.tolist(), tokens]))
             if n:  # the first compiles
                 first[name] = min(first[name], one)
                 whole[name] = min(whole[name], seconds)
@@ -150,7 +124,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         new = (*GPTJ, "new", "--preset", "125m", "--out", model, "--quiet")
         subprocess.run(new, check=True)
-    sides = {name: Side(name, model) for name in SIDES}
+    sides = {name: Side(__file__, model, "--side", name) for name in SIDES}
     print("| prompts | | first token | ratio | tokens/s after it | ratio | same tokens |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for batch in options.batch:

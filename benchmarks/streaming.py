@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from side import Side
 
 from gptj_convert import capacity
 from gptj_convert.rates import Rates, measure
@@ -129,42 +130,32 @@ def serve(folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None
                 sys.stdin.readline()
 
 
-class Side:
+class Way:
     """One way in a process of its own, which runs only while it is its turn."""
 
     def __init__(self, folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None:
         self._model_dir = folder / f"model_dir-{list(WAYS).index(way)}"
         self._arguments = (folder, weights, way, json.dumps(values))
-        self._process: subprocess.Popen[str] | None = None
+        self._side: Side | None = None
         self._busy = 0.0
 
     def step(self) -> dict[str, float]:
         """Loss, seconds, seconds of the processor and peak resident GB of the next step."""
         begun = time.perf_counter()
-        if self._process is None:
-            command = [sys.executable, __file__, "--side", *map(str, self._arguments)]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+        if self._side is None:
+            self._side = Side(__file__, "--side", *self._arguments)
         else:
-            os.kill(self._process.pid, signal.SIGCONT)
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"{self._arguments[2]} ended with {self._process.wait()}")
-        os.kill(self._process.pid, signal.SIGSTOP)
-        figures = {**json.loads(line), "seconds": time.perf_counter() - begun}
+            os.kill(self._side.process.pid, signal.SIGCONT)
+        answer = self._side.ask()
+        os.kill(self._side.process.pid, signal.SIGSTOP)
+        figures = {**answer, "seconds": time.perf_counter() - begun}
         figures["cpu"], self._busy = figures["cpu"] - self._busy, figures["cpu"]
         return figures
 
     def stop(self) -> None:
         """End the process, and remove what it has written."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
+        if self._side:
+            self._side.stop()
         shutil.rmtree(self._model_dir, ignore_errors=True)
 
 
@@ -182,7 +173,7 @@ def race(folder: Path, options: argparse.Namespace) -> None:
     if not records.exists():
         write_records(records, options.length, options.vocabulary, 64)
     values = {way: settings(records, options.length, way) for way in options.only}
-    sides = {way: Side(folder, weights, way, values[way]) for way in options.only}
+    sides = {way: Way(folder, weights, way, values[way]) for way in options.only}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in sides}
     rates: list[Rates] = []
     try:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from side import Side
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
 VOCABULARY = 50400
@@ -117,32 +118,6 @@ def peer(folder: Path, shape: tuple[int, int], dtype: str, recompute: bool) -> I
 SIDES = {"transformers": peer, "gptj": ours}
 
 
-class Side:
-    """One side in a process of its own, which takes a step when it is told to."""
-
-    def __init__(self, name: str, *arguments: object) -> None:
-        command = [sys.executable, __file__, "--side", name, *map(str, arguments)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def step(self) -> dict[str, float]:
-        """Loss, seconds and peak resident GB of the next step."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"a side ended with {self._process.wait()}")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-
-
 def serve(name: str, *arguments: Any) -> None:
     """Be one side: a line in, a step, a line out."""
     from gptj_convert import machine
@@ -169,14 +144,14 @@ def race(folder: Path, shape: tuple[int, int], options: argparse.Namespace) -> N
         records.mkdir()
         write_records(records / "data.tfrecord", shape, 64)
     sides = {
-        name: Side(name, folder, B, T, dtype, int(options.recompute))
+        name: Side(__file__, "--side", name, folder, B, T, dtype, int(options.recompute))
         for name in SIDES
         if options.only in (None, name)
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(options.rounds + 1):
         for name, side in sides.items():
-            found[name].append(side.step())
+            found[name].append(side.ask())
     for side in sides.values():
         side.stop()
     losses = [[f["loss"] for f in steps] for steps in found.values()]
