@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 
 #: How the program is called on the package index.
@@ -79,6 +80,7 @@ def install_command(extra: str) -> str:
     return f"pip install '{DISTRIBUTION}{named}'"
 
 
+@cache
 def _from_a_checkout() -> bool:
     """Whether it is linked, not copied, into this environment (PEP 610)."""
     found = metadata.distributions(name=DISTRIBUTION)  # what building leaves behind is one, too
