@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptj_model.config import GPTJConfig
-from gptj_model.dtypes import NUMPY
-from gptj_model.page_memory import page_memory, whole_pages
+from gptj_model.page_memory import page_arrays, page_memory, whole_pages
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.tensors import Op, Scheme, Tensor, block
 from gptj_model.transposition import transpose
@@ -78,7 +77,7 @@ class BlockMemory:
         place = next((p for p in self._places if p.holds == wanted), free)
         self._places.remove(place)
         self._places.append(place)
-        found = _arrays(place.memory, [info for _, info in rows])
+        found = page_arrays(place.memory, [info for _, info in rows])
         if place.holds != wanted:
             place.holds = None
             for (tensor, _), values in zip(rows, found, strict=True):
@@ -98,7 +97,7 @@ class BlockMemory:
             return list(stored)
         memory = self._new() if own or self._laid_out is None else self._laid_out
         tensors = [tensor for tensor, _ in self._blocks[i]]
-        found = _arrays(memory, [_computed(t) for t in tensors])
+        found = page_arrays(memory, [_computed(t) for t in tensors])
         for tensor, values, out in zip(tensors, stored, found, strict=True):
             if tensor.op(self._scheme, Scheme.KERAS) is Op.TRANSPOSE:
                 transpose(out, values)
@@ -121,13 +120,3 @@ class BlockMemory:
 
 def _computed(tensor: Tensor) -> TensorInfo:
     return TensorInfo("float32", tensor.shape_in(Scheme.KERAS))
-
-
-def _arrays(memory: np.ndarray, infos: Sequence[TensorInfo]) -> list[np.ndarray]:
-    """Arrays for such tensors, each beginning with a page."""
-    found, begin = [], 0
-    for info in infos:
-        part = memory[begin : begin + info.nbytes]
-        found.append(part.view(NUMPY[info.dtype]).reshape(info.shape))
-        begin += whole_pages(info.nbytes)
-    return found

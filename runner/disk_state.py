@@ -8,7 +8,6 @@ before, each as soon as it is written: so the next step begins while this update
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.pipeline import Buffers, Pipeline
@@ -25,7 +23,6 @@ from gptj_model.block_memory import BlockMemory
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.page_memory import page_memory
-from gptj_model.shared_tensor import shared_tensor
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
 from gptj_model.streamed_training import ReadHead
 from gptj_model.tensors import (
@@ -44,10 +41,10 @@ from runner.update_rule import UpdateRule
 
 #: Elements that are read and written at once: 8 MiB of each of weight, gradient and slots.
 PIECE = 2**21
-#: Of them, elements that are updated at once: what is computed is copied while a cache holds it.
-_UPDATED = 2**18
-#: The least size that a program of the update is compiled for; others are powers of two.
-_LEAST = 2**10
+#: Of them, elements that are updated at once: a cache holds what is computed on the way.
+_UPDATED = 2**16
+#: The bits that only zeros and denormal numbers have none of.
+_EXPONENT = np.uint32(0x7F800000)
 #: Pieces that go around: one each is read, updated and written.
 _SLABS = 3
 
@@ -61,11 +58,9 @@ class _Piece:
     """Consecutive elements of one tensor that are updated at once."""
 
     tensor: Tensor
-    size: int
     memory: np.ndarray
     parts: list[np.ndarray]
-    """Of the memory, float32: weight, slots and, if there is one, gradient; longer than the piece
-    where no program is compiled for its size."""
+    """Of the memory, float32: weight, slots and, if there is one, gradient."""
     names: list[str]
     """Of weight and slots."""
 
@@ -98,7 +93,6 @@ class DiskState:
         self._draft: checkpoints.Draft | None = None
         self._origin: TensorSource | None = None  # what the draft is made of
         self._superseded: int | None = None
-        self._programs: dict[tuple[int, float], Any] = {}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -184,7 +178,7 @@ class DiskState:
             rate: of learning.
             correction: see `BetaPowers`.
         """
-        scalars = [tf.constant(x, tf.float32) for x in (norm, rate, correction)]
+        scalars = [np.float32(x) for x in (norm, rate, correction)]
         draft = self._begun()
         with draft.kept_whole(), Pipeline() as pipeline:
             parts = 2 + max((len(names) for names in self._slots.values()), default=0)
@@ -193,7 +187,7 @@ class DiskState:
             new = pipeline.ahead((self._updated(piece, scalars) for piece in read), depth=1)
             for piece in new:
                 for name, part in zip(piece.names, piece.parts, strict=False):
-                    draft.append(name, part[: piece.size])
+                    draft.append(name, part)
                 buffers.give(piece.memory)
 
     def advance(self) -> None:
@@ -250,65 +244,63 @@ class DiskState:
             for start, size in pieces(tensor):
                 memory = buffers.take()
                 lanes = memory.view(np.float32).reshape(-1, PIECE)
-                parts = [lane[: _compiled_size(size)] for lane in lanes[: len(names) + 1]]
+                parts = [lane[:size] for lane in lanes[: len(names) + 1]]
                 for name, part in zip(names, parts, strict=False):
                     if name == tensor.tf or self._has_slots:
-                        origin.read_into(name, 4 * start, raw_bytes(part[:size]))
+                        origin.read_into(name, 4 * start, raw_bytes(part))
                     else:
                         part[:] = slots[name]
                 if gradient:
-                    gradient(start, parts[-1][:size])
+                    gradient(start, parts[-1])
                 else:
                     del parts[-1]
-                yield _Piece(tensor, size, memory, parts, names)
+                yield _Piece(tensor, memory, parts, names)
 
-    def _updated(self, piece: _Piece, scalars: list) -> _Piece:
+    def _updated(self, piece: _Piece, scalars: Sequence[np.float32]) -> _Piece:
         """The piece, its weight and slots being the new ones."""
         *old, gradient = piece.parts
         if len(old) < len(piece.names):
             return piece
         decay = self._rule.decay(piece.tensor)
-        for start in range(0, gradient.size, _UPDATED):
-            part = slice(start, start + _UPDATED)
-            given = [shared_tensor(values[part]) for values in old]
-            taken = shared_tensor(gradient[part])
-            program = self._program(len(gradient[part]), decay, len(old))
-            for values, new in zip(old, program(taken, given, *scalars), strict=True):
-                np.copyto(values[part], new.numpy())
+        with np.errstate(all="ignore"):  # should the norm not be finite, nothing of it counts
+            for start in range(0, gradient.size, _UPDATED):
+                arrays = [values[start : start + _UPDATED] for values in piece.parts]
+                self._update(*arrays, scalars=scalars, decay=decay)
         return piece
 
-    def _program(self, size: int, decay: float, arrays: int) -> Any:
-        """The update of a piece of a size, compiled: gradient, weight and slots, of which there
-        are so many → weight and slots."""
-        if (size, decay) not in self._programs:
+    def _update(
+        self,
+        weight: np.ndarray,
+        *slots_and_gradient: np.ndarray,
+        scalars: Sequence[np.float32],
+        decay: float,
+    ) -> None:
+        """Update some elements of a weight and its slots in place."""
+        *slots, gradient = slots_and_gradient
+        norm, rate, correction = scalars
+        gradient = self._rule.clipped(gradient, norm)
+        if not slots:
+            (weight[:],) = self._rule.take(gradient, [weight], rate)
+            return
+        new = self._rule.take(gradient, slots, rate)
+        weight[:] = self._rule.move(weight, new, rate, correction, decay)
+        for slot, values in zip(slots, new, strict=True):
+            slot[:] = values
+            _flush(slot)
 
-            def run(gradient, arrays, norm, rate, correction):
-                w, *slots = arrays
-                gradient = self._rule.clipped(gradient, norm)
-                if not slots:
-                    return self._rule.take(gradient, [w], rate)
-                new = self._rule.take(gradient, slots, rate)
-                return [self._rule.move(w, new, rate, correction, decay), *new]
 
-            values, scalar = tf.TensorSpec([size]), tf.TensorSpec([])
-            function: Any = tf.function(run, jit_compile=True, autograph=False)
-            self._programs[size, decay] = function.get_concrete_function(
-                values, [values] * arrays, scalar, scalar, scalar
-            )
-        return self._programs[size, decay]
+def _flush(values: np.ndarray) -> None:
+    """Make zeros of denormal numbers, as TensorFlow does: those of a moment that fades away would
+    slow down every later step."""
+    exponents = values.view(np.uint32) & _EXPONENT
+    if not exponents.min():
+        values[exponents == 0] = 0
 
 
 def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """First element and number of each part of a tensor that is updated at once."""
     for start in range(0, tensor.size, PIECE):
         yield start, min(PIECE, tensor.size - start)
-
-
-def _compiled_size(size: int) -> int:
-    """The least that is not smaller, of what programs of few sizes can update."""
-    whole, rest = divmod(size, _UPDATED)
-    padded = max(_LEAST, 2 ** math.ceil(math.log2(rest))) if rest else 0
-    return whole * _UPDATED + padded
 
 
 def _info(tensor: Tensor) -> TensorInfo:

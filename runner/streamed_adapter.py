@@ -217,7 +217,11 @@ class _Gradients:
     def __init__(self) -> None:
         self.by_row: dict[Tensor, np.ndarray] = {}
 
-    def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
+    def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+        """See `Update`."""
+        return [np.empty(t.shape_in(Scheme.KERAS), np.float32) for t in tensors]
+
+    def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
         """See `Update`."""
         self.by_row |= gradients
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.config import GPTJConfig
+from gptj_model.page_memory import page_memory
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.streamed_training import Draw, StreamedTraining
 from gptj_model.streaming import StreamedModel
-from gptj_model.tensors import Scheme, embedding, table
+from gptj_model.tensors import Scheme, table
 from runner import checkpoints
 from runner.background import Background
 from runner.data.input_fn import Batch
@@ -27,8 +28,9 @@ from runner.lazy_array import LazyArray
 from runner.params import Params
 from runner.scratch import Scratch
 from runner.streamed_step import StreamedStep, states_bytes
-from runner.streamed_update import StreamedUpdate
+from runner.streamed_update import StreamedUpdate, room_bytes
 from runner.trained import trained_rows
+from runner.training_plan import waiting_gradients
 from runner.update_rule import BetaPowers, UpdateRule
 
 
@@ -50,12 +52,11 @@ class StreamedExecutor:
     placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
-        keep_freed_memory()
         self._config = config
         self._params = params
         self._model_dir = model_dir
         self.trained = trained_rows(config, params)
-        self._rule = UpdateRule(params.optimizer)
+        self._rule = UpdateRule(params.optimizer, np)
         self._powers = BetaPowers(params.optimizer)
         self._state = DiskState(config, self._rule, self.trained, model_dir)
         self._passes = StreamedTraining(
@@ -64,6 +65,7 @@ class StreamedExecutor:
             accumulate=params.optimizer.grad_accum_steps,
             head_rows=config.tie_word_embeddings,
         )
+        (self._gradients,) = page_memory(1, room_bytes(config))
         self._scratch: Scratch | None = None
         self._background = Background("update")
 
@@ -96,30 +98,31 @@ class StreamedExecutor:
         """See `Executor`."""
         batches = [tuple(map(np.asarray, batch)) for batch in group]
         if self._scratch is None:
-            kept = [*states_bytes(self._config, batches), *self._gradients_bytes()]
+            waiting = waiting_gradients(self._config, self._params, self.trained)
+            kept = [*states_bytes(self._config, batches), *(4 * t.size for t in waiting)]
             self._scratch = Scratch(self._model_dir, kept)
         update = StreamedUpdate(
-            self._state, self._rule, self._scratch, self._background, rate, self._powers.correction
+            self._state,
+            self._rule,
+            self._gradients,
+            self._scratch,
+            self._background,
+            rate,
+            self._powers.correction,
         )
         step = StreamedStep(
             self._config, self._passes, self._state, self._scratch, update, self.trained
         )
         try:
             loss = step.run(batches, draw, scale)
-            return StepResult(loss, update.finish())
+            norm = update.finish()
         except BaseException:
             self._background.wait()
             self._state.discard()
             raise
-
-    def _gradients_bytes(self) -> Iterator[int]:
-        """Of every gradient that waits on the disk for the norm of all, or for its other part."""
-        for tensor in self.trained:
-            if tensor == embedding(self._config):
-                kept = self._config.tie_word_embeddings
-            else:
-                kept = self._rule.clips_by_norm
-            yield 4 * tensor.size * kept
+        # Not before the first step, whose compiled programs would come to lie between.
+        keep_freed_memory()
+        return StepResult(loss, norm)
 
     def advance(self) -> None:
         """See `Executor`."""

@@ -10,14 +10,14 @@ Shape suffixes: B batch, T time, N tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.streamed_training import Draw, HeadGradients, StreamedTraining
-from gptj_model.tensors import Scheme, Tensor, embedding, head
+from gptj_model.tensors import Tensor, embedding, head
 from runner.block_weights import BlockWeights
 from runner.scratch import Scratch
 from runner.token_rows import TokenRows
@@ -26,10 +26,18 @@ from runner.token_rows import TokenRows
 class Update(Protocol):
     """Takes gradients: float32, in Keras' layout, unscaled."""
 
-    def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
-        """Take whole gradients. The mapping may be emptied.
+    def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+        """Arrays to put the gradients of these into; returns once those before have left it."""
+        ...
+
+    def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
+        """Take whole gradients.
 
         That of the embedding, which a tied head has, waits for the tokens' own.
+
+        Args:
+            gradients: in the room that was given for them.
+            last: whether no more room is asked for in this step.
         """
         ...
 
@@ -101,8 +109,9 @@ class StreamedStep:
             rows.insert(HeadGradients._fields.index("weight"), embedding(config))
         sums = None
         if any(t in self._trained for t in rows):
-            shapes = (t.shape_in(Scheme.KERAS) for t in rows)
-            sums = HeadGradients(*(np.zeros(shape, np.float32) for shape in shapes))
+            sums = HeadGradients(*self._update.room(rows))
+            for total in sums:
+                total.fill(0)
         read, losses = self._state.head(), []
         for n, (_, ignored_BT, labels_BT) in enumerate(batches):
             x_BTD = self._scratch.get((n, config.n_layer))
@@ -110,20 +119,21 @@ class StreamedStep:
             losses.append(loss)
             self._keep(n, config.n_layer, d_x_BTD)
         if sums:
-            self._update.take(dict(zip(rows, sums, strict=True)))
+            self._update.take(dict(zip(rows, sums, strict=True)), last=False)
         return math.fsum(losses) / len(losses)
 
     def _backward(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
         last = self._config.n_layer - 1
         for i in self._state.blocks(range(last, -1, -1), self._passes.load):
-            total = _Total()
+            rows, sums = self._state.of_block(i), []
             for n in range(len(batches)):
                 x_BTD, d_out_BTD = self._scratch.get((n, i)), self._scratch.get((n, i + 1))
                 d_x_BTD, gradients = self._passes.backward(x_BTD, d_out_BTD, i, n, draw, scale)
-                total.add(gradients)
+                sums = sums or self._update.room(rows)
+                _sum(sums, gradients, first=n == 0)
+                del gradients  # TensorFlow has their memory for the next ones
                 self._keep(n, i, d_x_BTD)
-                del gradients
-            self._update.take(dict(zip(self._state.of_block(i), total.take(), strict=True)))
+            self._update.take(dict(zip(rows, sums, strict=True)), last=i == 0)
 
     def _embedding(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
         if embedding(self._config) not in self._trained:
@@ -140,28 +150,13 @@ class StreamedStep:
         self._scratch.put((n, i), np.asarray(x_BTD))
 
 
-class _Total:
-    """Gradients of several batches, summed in place."""
-
-    def __init__(self) -> None:
-        self._sums: list[np.ndarray] = []
-        self._own = False
-
-    def add(self, gradients: list[np.ndarray]) -> None:
-        """Add those of one more batch."""
-        if not self._sums:
-            self._sums = gradients
-            return
-        if not self._own:  # the first are TensorFlow's memory
-            self._sums = [g.copy() for g in self._sums]
-            self._own = True
-        for total, gradient in zip(self._sums, gradients, strict=True):
+def _sum(sums: Sequence[np.ndarray], gradients: Sequence[np.ndarray], *, first: bool) -> None:
+    """Add gradients in place; the first ones replace what is there."""
+    for total, gradient in zip(sums, gradients, strict=True):
+        if first:
+            np.copyto(total, gradient)
+        else:
             total += gradient
-
-    def take(self) -> list[np.ndarray]:
-        """The sums, which are not kept."""
-        sums, self._sums = self._sums, []
-        return sums
 
 
 def states_bytes(config: GPTJConfig, batches: Sequence[tuple]) -> Iterator[int]:

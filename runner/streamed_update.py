@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from gptj_model.tensors import Tensor
+from gptj_model.config import GPTJConfig
+from gptj_model.page_memory import page_arrays, whole_pages
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import Scheme, Tensor, block, embedding, head
 from runner.background import Background
 from runner.disk_state import DiskState, Gradient, pieces
 from runner.scratch import Scratch
@@ -23,11 +27,13 @@ class StreamedUpdate:
     """One update, by gradients that come a few tensors at a time; taken in the background.
 
     Without clipping by norm they go into the next state at once, which counts only if their norm
-    turns out finite; with it they are kept on the disk until the norm is known.
+    turns out finite; with it they are kept on the disk until the norm is known, the last ones
+    where they are.
 
     Args:
         state: the present one.
         rule: of the update.
+        memory: room for the gradients of any stage; see `room_bytes`.
         scratch: where gradients wait.
         background: does the work, behind what it has still to do for the step before.
         rate: of learning.
@@ -38,6 +44,7 @@ class StreamedUpdate:
         self,
         state: DiskState,
         rule: UpdateRule,
+        memory: np.ndarray,
         scratch: Scratch,
         background: Background,
         rate: float,
@@ -45,6 +52,7 @@ class StreamedUpdate:
     ) -> None:
         self._state = state
         self._rule = rule
+        self._memory = memory
         self._scratch = scratch
         self._background = background
         self._arguments = rate, correction
@@ -52,10 +60,14 @@ class StreamedUpdate:
         self._written: set[Tensor] = set()
         self._squares = 0.0
 
-    def take(self, gradients: dict[Tensor, np.ndarray]) -> None:
-        """See `Update`; returns once those before are done with."""
+    def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+        """See `Update`."""
         self._background.wait()
-        self._background.submit(self._run, gradients)
+        return page_arrays(self._memory, [_info(t) for t in tensors])
+
+    def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
+        """See `Update`."""
+        self._background.submit(self._run, gradients, last)
 
     def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
         """See `Update`."""
@@ -79,19 +91,21 @@ class StreamedUpdate:
         rows = [t for t in self._state.tensors if t not in self._written]
         self._state.update(((t, self._kept.get(t)) for t in rows), norm, *self._arguments)
 
-    def _run(self, gradients: dict[Tensor, np.ndarray]) -> None:
-        while gradients:
-            tensor, gradient = gradients.popitem()
+    def _run(self, gradients: Mapping[Tensor, np.ndarray], last: bool) -> None:
+        for tensor, gradient in gradients.items():
             if tensor not in self._state.trained:
                 continue
+            flat = gradient.reshape(-1)
             if tensor == self._state.tensors[0]:
-                self._keep(tensor, gradient)
+                self._keep(tensor, flat)
                 continue
-            self._squares += _squares(gradient)
-            if self._rule.clips_by_norm:
-                self._keep(tensor, gradient)
+            self._squares += _squares(flat)
+            if not self._rule.clips_by_norm:
+                self._write(tensor, partial(_fill, flat))
+            elif last:
+                self._kept[tensor] = partial(_fill, flat)
             else:
-                self._write(tensor, partial(_fill, gradient.reshape(-1)))
+                self._keep(tensor, flat)
 
     def _run_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
         if tensor not in self._state.trained:
@@ -114,6 +128,17 @@ class StreamedUpdate:
     def _write(self, tensor: Tensor, gradient: Gradient) -> None:
         self._state.update([(tensor, gradient)], 0.0, *self._arguments)
         self._written.add(tensor)
+
+
+def room_bytes(config: GPTJConfig) -> int:
+    """Of the memory that `StreamedUpdate` is given."""
+    tied = [embedding(config)] if config.tie_word_embeddings else []
+    stages = block(config, 0), [*tied, *head(config)]
+    return max(sum(whole_pages(_info(t).nbytes) for t in stage) for stage in stages)
+
+
+def _info(tensor: Tensor) -> TensorInfo:
+    return TensorInfo("float32", tensor.shape_in(Scheme.KERAS))
 
 
 def _fill(flat: np.ndarray, start: int, values: np.ndarray) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gptj_convert import capacity
 from gptj_convert.rates import Rates
 from gptj_model.config import GPTJConfig
-from gptj_model.tensors import EMBEDDING, SLOTS, block
+from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
 from runner.execution import Execution
 from runner.params import Params
 from runner.trained import trained_rows
@@ -61,6 +62,20 @@ class TrainingPlan:
         return max(computing * 3 / 4 + forwards, moving)
 
 
+def waiting_gradients(
+    config: GPTJConfig, params: Params, trained: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """Those of `trained` whose gradients a streamed step keeps on the disk: until the norm of all
+    is known, or, of an embedding that the head is tied to, until its other part is."""
+    for tensor in trained:
+        if tensor.hf == EMBEDDING.hf:
+            waits = config.tie_word_embeddings
+        else:  # those of block 0, the last ones, stay in memory
+            waits = bool(params.optimizer.max_gradient_norm) and tensor.block != 0
+        if waits:
+            yield tensor
+
+
 def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
     """Plan a run, whose parameters and weights are reconciled.
 
@@ -99,11 +114,7 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
         # The head is read once for both, and the last blocks stay for the way back.
         passes -= vocabulary + min(config.n_layer, 2) * one_block
         update = state
-        embedding = sum(t.size for t in rows if t.hf == EMBEDDING.hf)
-        if optimizer.max_gradient_norm:
-            waiting = 4 * (trained - embedding)
-        if config.tie_word_embeddings:
-            waiting += 4 * embedding
+        waiting = 4 * sum(t.size for t in waiting_gradients(config, params, rows))
     behind = bool(optimizer.max_gradient_norm)
     return TrainingPlan(
         execution=Execution.STREAMING,

@@ -18,9 +18,6 @@ from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import BETA1_POWER, BETA2_POWER, SLOTS, Tensor, slot_name
 from runner.params import OptimizerParams
 
-#: Annotated as if its functions returned None.
-ops: Any = keras.ops
-
 #: Added to rmsprop's mean square; the reference does not read `epsilon` there.
 RMSPROP_EPSILON = 1e-10
 
@@ -34,10 +31,12 @@ class UpdateRule:
 
     Args:
         params: the YAML section.
+        ops: what computes: Keras' operations, or numpy, which names them alike.
     """
 
-    def __init__(self, params: OptimizerParams) -> None:
+    def __init__(self, params: OptimizerParams, ops: Any = keras.ops) -> None:
         self._params = params
+        self._ops = ops
         self._slots = SLOTS[params.optimizer_type]
         self._rule: _Rule = getattr(self, f"_{params.optimizer_type}")
 
@@ -61,9 +60,9 @@ class UpdateRule:
         if self._params.max_gradient_norm:
             limit = self._params.max_gradient_norm
             # As TensorFlow rounds it: what is not clipped is multiplied by limit × (1 / limit).
-            return gradient * (limit * ops.minimum(1 / norm, 1 / F32(limit)))
+            return gradient * (limit * self._ops.minimum(1 / norm, 1 / F32(limit)))
         if limit := self._params.max_gradient_value:
-            return ops.clip(gradient, -limit, limit)
+            return self._ops.clip(gradient, -limit, limit)
         return gradient
 
     def take(self, gradient: Any, old: Sequence[Any], rate: Any) -> Sequence[Any]:
@@ -89,21 +88,21 @@ class UpdateRule:
 
     def _rmsprop(self, g, old, rate):
         mean_square, momentum = old
-        ms = mean_square + (ops.square(g) - mean_square) * (
+        ms = mean_square + (self._ops.square(g) - mean_square) * (
             F32(1) - F32(self._params.rmsprop_decay)
         )
-        return ms, self._params.rmsprop_momentum * momentum + rate * g / ops.sqrt(
+        return ms, self._params.rmsprop_momentum * momentum + rate * g / self._ops.sqrt(
             ms + RMSPROP_EPSILON
         )
 
     def _adam(self, g, old, rate):
         m, v = old
         m = m + (g - m) * (F32(1) - F32(self._params.beta1))
-        return m, v + (ops.square(g) - v) * (F32(1) - F32(self._params.beta2))
+        return m, v + (self._ops.square(g) - v) * (F32(1) - F32(self._params.beta2))
 
     def _adamw(self, g, old, rate):
         b1, b2 = self._params.beta1, self._params.beta2
-        return b1 * old[0] + (1 - b1) * g, b2 * old[1] + (1 - b2) * ops.square(g)
+        return b1 * old[0] + (1 - b1) * g, b2 * old[1] + (1 - b2) * self._ops.square(g)
 
     def _change(self, w, slots, rate, correction, decay: float):
         """What is taken from a weight, by its new slots."""
@@ -114,8 +113,8 @@ class UpdateRule:
             case "rmsprop":
                 return slots[1]
             case "adam":
-                return rate * correction * slots[0] / (ops.sqrt(slots[1]) + epsilon)
-        update = slots[0] / (ops.sqrt(slots[1]) + epsilon) * correction
+                return rate * correction * slots[0] / (self._ops.sqrt(slots[1]) + epsilon)
+        update = slots[0] / (self._ops.sqrt(slots[1]) + epsilon) * correction
         return rate * (update + decay * w if decay else update)
 
 
