@@ -22,9 +22,11 @@ from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_model.block_memory import BlockMemory
 from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.errors import TrainingFault
 from gptj_model.page_memory import page_memory
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
-from gptj_model.streamed_training import ReadHead
+from gptj_model.streamed_training import Draw, ReadHead
 from gptj_model.tensors import (
     EMBEDDING,
     HEAD_BIAS,
@@ -37,12 +39,15 @@ from gptj_model.tensors import (
     table,
 )
 from runner import checkpoints
+from runner.stochastic_rounding import random_bits, round_into, widened
 from runner.update_rule import UpdateRule
 
 #: Elements that are read and written at once: 8 MiB of each of weight, gradient and slots.
 PIECE = 2**21
 #: Of them, elements that are updated at once: a cache holds what is computed on the way.
 _UPDATED = 2**16
+#: What slots may be stored in.
+_SLOTS = ("float32", "bfloat16")
 #: The bits that only zeros and denormal numbers have none of.
 _EXPONENT = np.uint32(0x7F800000)
 #: Pieces that go around: one each is read, updated and written.
@@ -58,9 +63,17 @@ class _Piece:
     """Consecutive elements of one tensor that are updated at once."""
 
     tensor: Tensor
+    start: int
+    """Its first element."""
     memory: np.ndarray
-    parts: list[np.ndarray]
-    """Of the memory, float32: weight, slots and, if there is one, gradient."""
+    """Where the arrays are: a lane for each of weight, slots and gradient. Of a lane, what is read
+    in 16 bits takes the second half, and what is written in 16 bits the first, so that nothing is
+    written over before it is used."""
+    old: list[np.ndarray]
+    """Weight and slots, as they are stored."""
+    new: list[np.ndarray]
+    """The same, as they will be."""
+    gradient: np.ndarray | None
     names: list[str]
     """Of weight and slots."""
 
@@ -73,13 +86,22 @@ class DiskState:
         rule: of the update.
         trained: rows of the table that are updated; the others are copied.
         model_dir: where states are written.
+        slots_dtype: what slots are written in: "float32", or "bfloat16", rounded stochastically.
     """
 
     def __init__(
-        self, config: GPTJConfig, rule: UpdateRule, trained: Sequence[Tensor], model_dir: Path
+        self,
+        config: GPTJConfig,
+        rule: UpdateRule,
+        trained: Sequence[Tensor],
+        model_dir: Path,
+        *,
+        slots_dtype: str,
     ) -> None:
         self._config = config
         self._rule = rule
+        self._slots_dtype = slots_dtype
+        self._numbers = {t: n for n, t in enumerate(table(config))}
         self._slots = {t: rule.slots(t) for t in trained}
         vocabulary = [t for t in head(config) if t.hf in (HEAD_WEIGHT.hf, HEAD_BIAS.hf)]
         tied = [embedding(config)] if config.tie_word_embeddings else []
@@ -117,9 +139,21 @@ class DiskState:
         self._has_slots = has_slots
 
     def take_slots(self) -> bool:
-        """Go on with the slots of the bundle that is open; False if it lacks some."""
+        """Go on with the slots of the bundle that is open; False if it lacks some.
+
+        Raises:
+            TrainingFault: they are neither float32 nor bfloat16.
+        """
         known = self.source.tensors
-        self._has_slots = all(name in known for names in self._slots.values() for name in names)
+        names = [name for slots in self._slots.values() for name in slots]
+        self._has_slots = all(name in known for name in names)
+        for name in names if self._has_slots else ():
+            if known[name].dtype not in _SLOTS:
+                raise TrainingFault(
+                    f"the checkpoint's {name!r} holds {known[name].dtype}, expected "
+                    f"{' or '.join(_SLOTS)}",
+                    hint="to begin with the weights alone, name it with --checkpoint-path",
+                )
         return self._has_slots
 
     def begin(self, weights: Iterable[tuple[Tensor, Any]]) -> None:
@@ -169,6 +203,7 @@ class DiskState:
         norm: float,
         rate: float,
         correction: Any,
+        draw: Draw,
     ) -> None:
         """Write tensors and their slots into the draft of the next state.
 
@@ -177,6 +212,7 @@ class DiskState:
             norm: of all gradients, if the rule clips by it.
             rate: of learning.
             correction: see `BetaPowers`.
+            draw: what the rounding to 16 bits is a function of.
         """
         scalars = [np.float32(x) for x in (norm, rate, correction)]
         draft = self._begun()
@@ -184,9 +220,9 @@ class DiskState:
             parts = 2 + max((len(names) for names in self._slots.values()), default=0)
             buffers = Buffers(pipeline, _SLABS, parts * PIECE * 4)
             read = pipeline.ahead(self._read(work, buffers), depth=1)
-            new = pipeline.ahead((self._updated(piece, scalars) for piece in read), depth=1)
+            new = pipeline.ahead((self._updated(piece, scalars, draw) for piece in read), depth=1)
             for piece in new:
-                for name, part in zip(piece.names, piece.parts, strict=False):
+                for name, part in zip(piece.names, piece.new, strict=True):
                     draft.append(name, part)
                 buffers.give(piece.memory)
 
@@ -228,7 +264,11 @@ class DiskState:
     def _begun(self) -> checkpoints.Draft:
         """The draft of the state after the present one."""
         if self._draft is None:
-            slots = {name: _info(t) for t, names in self._slots.items() for name in names}
+            slots = {
+                name: _info(t, self._slots_dtype)
+                for t, names in self._slots.items()
+                for name in names
+            }
             self._draft = checkpoints.Draft(self._model_dir, self._weights | slots)
             self._origin = self._source
         return self._draft
@@ -239,54 +279,61 @@ class DiskState:
         origin = self._origin
         assert origin, "a draft was begun"
         for tensor, gradient in work:
-            slots = self._slots.get(tensor, {})
+            slots = self._slots.get(tensor, {}) if gradient else {}
             names = [tensor.tf, *slots]
             for start, size in pieces(tensor):
                 memory = buffers.take()
-                lanes = memory.view(np.float32).reshape(-1, PIECE)
-                parts = [lane[:size] for lane in lanes[: len(names) + 1]]
-                for name, part in zip(names, parts, strict=False):
-                    if name == tensor.tf or self._has_slots:
-                        origin.read_into(name, 4 * start, raw_bytes(part))
+                lanes = memory.reshape(-1, 4 * PIECE)
+                old, new, of_weight = [], [], None
+                for name, lane in zip(names, lanes, strict=False):
+                    stored = name == tensor.tf or self._has_slots
+                    dtype = NUMPY[origin.tensors[name].dtype if stored else "float32"]
+                    half = 2 * PIECE if dtype.itemsize == 2 else 0
+                    old.append(lane[half:].view(dtype)[:size])
+                    if stored:
+                        origin.read_into(name, dtype.itemsize * start, raw_bytes(old[-1]))
                     else:
-                        part[:] = slots[name]
+                        old[-1][:] = slots[name]
+                    written = "float32" if name == tensor.tf else self._slots_dtype
+                    new.append(lane.view(NUMPY[written])[:size])
                 if gradient:
-                    gradient(start, parts[-1])
-                else:
-                    del parts[-1]
-                yield _Piece(tensor, memory, parts, names)
+                    of_weight = lanes[len(names)].view(np.float32)[:size]
+                    gradient(start, of_weight)
+                yield _Piece(tensor, start, memory, old, new, of_weight, names)
 
-    def _updated(self, piece: _Piece, scalars: Sequence[np.float32]) -> _Piece:
-        """The piece, its weight and slots being the new ones."""
-        *old, gradient = piece.parts
-        if len(old) < len(piece.names):
+    def _updated(self, piece: _Piece, scalars: Sequence[np.float32], draw: Draw) -> _Piece:
+        """The piece, its new weight and slots being there."""
+        if piece.gradient is None:
             return piece
-        decay = self._rule.decay(piece.tensor)
         with np.errstate(all="ignore"):  # should the norm not be finite, nothing of it counts
-            for start in range(0, gradient.size, _UPDATED):
-                arrays = [values[start : start + _UPDATED] for values in piece.parts]
-                self._update(*arrays, scalars=scalars, decay=decay)
+            for start in range(0, piece.gradient.size, _UPDATED):
+                self._update(piece, slice(start, start + _UPDATED), scalars, draw)
         return piece
 
     def _update(
-        self,
-        weight: np.ndarray,
-        *slots_and_gradient: np.ndarray,
-        scalars: Sequence[np.float32],
-        decay: float,
+        self, piece: _Piece, part: slice, scalars: Sequence[np.float32], draw: Draw
     ) -> None:
-        """Update some elements of a weight and its slots in place."""
-        *slots, gradient = slots_and_gradient
+        """Update some elements of a piece."""
+        assert piece.gradient is not None
+        weight, *slots = (
+            values[part] if values.itemsize == 4 else widened(values[part]) for values in piece.old
+        )
         norm, rate, correction = scalars
-        gradient = self._rule.clipped(gradient, norm)
+        gradient = self._rule.clipped(piece.gradient[part], norm)
         if not slots:
-            (weight[:],) = self._rule.take(gradient, [weight], rate)
+            (piece.new[0][part],) = self._rule.take(gradient, [weight], rate)
             return
-        new = self._rule.take(gradient, slots, rate)
-        weight[:] = self._rule.move(weight, new, rate, correction, decay)
-        for slot, values in zip(slots, new, strict=True):
-            slot[:] = values
-            _flush(slot)
+        found = self._rule.take(gradient, slots, rate)
+        decay = self._rule.decay(piece.tensor)
+        piece.new[0][part] = self._rule.move(weight, found, rate, correction, decay)
+        for n, (new, values) in enumerate(zip(piece.new[1:], found, strict=True)):
+            _flush(values)
+            if new.itemsize == 4:
+                new[part] = values
+            else:
+                of = n, self._numbers[piece.tensor]
+                bits = random_bits(draw, of, piece.start + part.start, values.size)
+                round_into(new[part], values, bits)
 
 
 def _flush(values: np.ndarray) -> None:
@@ -303,5 +350,5 @@ def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(PIECE, tensor.size - start)
 
 
-def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo("float32", tensor.shape_in(Scheme.TF))
+def _info(tensor: Tensor, dtype: str = "float32") -> TensorInfo:
+    return TensorInfo(dtype, tensor.shape_in(Scheme.TF))

@@ -54,7 +54,7 @@ class Optimizer:
         if any(name not in source.tensors for name in self.slots):
             return False
         for name, variable in self.slots.items():
-            variable.assign(read_tensor(source, name))
+            variable.assign(read_tensor(source, name).astype(np.float32, copy=False))
         self._powers.load(source, step)
         return True
 

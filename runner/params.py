@@ -348,6 +348,8 @@ class OptimizerParams(Section):
     """Of dynamic."""
     overflow_tolerance: Rate = 0.05
     """Of dynamic: the share of steps with overflow beyond which it halves."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of all slots of a streamed run, on the disk; bfloat16 is rounded stochastically."""
     log_summaries: bool = True
     """Summaries are always written."""
     log_grads: bool = False

@@ -110,7 +110,8 @@ class ShardedExecutor:
             return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
         for tensor, old in self._slots.items():
             for n, name in enumerate(self._rule.slots(tensor)):
-                old[n] = jax.device_put(read_tensor(source, name), old[n].sharding)
+                values = read_tensor(source, name).astype(np.float32, copy=False)
+                old[n] = jax.device_put(values, old[n].sharding)
         self._powers.load(source, step)
         return None
 

@@ -30,7 +30,7 @@ from runner.scratch import Scratch
 from runner.streamed_step import StreamedStep, states_bytes
 from runner.streamed_update import StreamedUpdate, room_bytes
 from runner.trained import trained_rows
-from runner.training_plan import waiting_gradients
+from runner.training_plan import slots_dtype, waiting_gradients
 from runner.update_rule import BetaPowers, UpdateRule
 
 
@@ -58,7 +58,9 @@ class StreamedExecutor:
         self.trained = trained_rows(config, params)
         self._rule = UpdateRule(params.optimizer, np)
         self._powers = BetaPowers(params.optimizer)
-        self._state = DiskState(config, self._rule, self.trained, model_dir)
+        self._state = DiskState(
+            config, self._rule, self.trained, model_dir, slots_dtype=slots_dtype(params)
+        )
         self._passes = StreamedTraining(
             config,
             dtype=params.dtype_policy,
@@ -109,6 +111,7 @@ class StreamedExecutor:
             self._background,
             rate,
             self._powers.correction,
+            draw,
         )
         step = StreamedStep(
             self._config, self._passes, self._state, self._scratch, update, self.trained

@@ -12,6 +12,7 @@ import numpy as np
 from gptj_model.config import GPTJConfig
 from gptj_model.page_memory import page_arrays, whole_pages
 from gptj_model.source import TensorInfo
+from gptj_model.streamed_training import Draw
 from gptj_model.tensors import Scheme, Tensor, block, embedding, head
 from runner.background import Background
 from runner.disk_state import DiskState, Gradient, pieces
@@ -38,6 +39,7 @@ class StreamedUpdate:
         background: does the work, behind what it has still to do for the step before.
         rate: of learning.
         correction: see `BetaPowers`.
+        draw: of the step.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class StreamedUpdate:
         background: Background,
         rate: float,
         correction: Any,
+        draw: Draw,
     ) -> None:
         self._state = state
         self._rule = rule
         self._memory = memory
         self._scratch = scratch
         self._background = background
-        self._arguments = rate, correction
+        self._arguments = rate, correction, draw
         self._kept: dict[Tensor, Gradient] = {}
         self._written: set[Tensor] = set()
         self._squares = 0.0

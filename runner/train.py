@@ -40,6 +40,7 @@ from runner.resident_executor import ResidentExecutor
 from runner.schedules import learning_rate
 from runner.streamed_adapter import StreamedAdapterExecutor
 from runner.streamed_executor import StreamedExecutor
+from runner.training_plan import slots_dtype
 
 
 class Run:
@@ -192,6 +193,7 @@ _SEED_OF_WORKER = 1_000_003
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
     """What the YAML asks for."""
+    slots_dtype(params)
     if params.runconfig.backend == Backend.JAX:
         from runner.sharded_executor import ShardedExecutor
 

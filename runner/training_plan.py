@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from gptj_convert import capacity
 from gptj_convert.rates import Rates
 from gptj_model.config import GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.errors import ConfigError
 from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
 from runner.execution import Execution
 from runner.params import Params
@@ -76,11 +78,29 @@ def waiting_gradients(
             yield tensor
 
 
+def slots_dtype(params: Params) -> str:
+    """What the slots of a run are stored in.
+
+    Raises:
+        ConfigError: 16 bits are asked for where slots are in memory.
+    """
+    dtype, execution = params.optimizer.moments_dtype, params.runconfig.execution
+    if dtype != "float32" and (execution != Execution.STREAMING or params.model.lora):
+        having = f"runconfig.execution is {execution}"
+        having += " with model.lora" if params.model.lora else ""
+        raise ConfigError(
+            f"optimizer.moments_dtype is {dtype}, and {having}: only slots on the disk, of "
+            f"{Execution.STREAMING} without model.lora, are stored in 16 bits",
+            hint="--execution streaming, or --set optimizer.moments_dtype=float32",
+        )
+    return dtype
+
+
 def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
     """Plan a run, whose parameters and weights are reconciled.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: see `trained_rows` and `slots_dtype`.
     """
     section, optimizer = params.train_input, params.optimizer
     batch, length = section.batch_size, section.max_sequence_length
@@ -88,7 +108,8 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
     rows = trained_rows(config, params)
     trained = sum(t.size for t in rows)
     total = capacity.parameters(config)
-    slots = 4 * len(SLOTS[optimizer.optimizer_type]) * trained
+    slot = NUMPY[slots_dtype(params)].itemsize * trained
+    slots = len(SLOTS[optimizer.optimizer_type]) * slot
     # Kernels with an adapter are there merged and as they were.
     state = 4 * total + slots + (8 * trained if params.model.lora else 0)
     keep = params.runconfig.keep_checkpoint_max or 1
