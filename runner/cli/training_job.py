@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptj_model.errors import ConfigError
 from runner.cli.errors import Exit
 from runner.cli.job_params import weights_to_begin_with
 from runner.cli.job_plan import refuse_a_full_disk
@@ -41,7 +42,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         if params.runconfig.execution == Execution.STREAMING:
             refuse_a_full_disk(job, params)
         stack.enter_context(stop)
-        stack.enter_context(tf.device(params.runconfig.device))
+        stack.enter_context(tf.device(_device(params.runconfig.device)))
         run = training.Run(
             params,
             job.model_dir,
@@ -67,6 +68,31 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         output.note(f"stopped after step {run.step}, which is saved; the same command goes on")
     fields = {"output": str(job.model_dir), "step": run.step}
     return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+
+
+def _device(name: str | None) -> str | None:
+    """The device to compute on, which TensorFlow has.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    import tensorflow as tf
+
+    if name is None:
+        return None
+    present = [device.name for device in tf.config.list_logical_devices()]
+    specs = [tf.DeviceSpec.from_string(device) for device in present]
+    try:
+        asked = tf.DeviceSpec.from_string(name)
+    except ValueError:
+        asked = None
+    place = asked and (asked.device_type, asked.device_index or 0)
+    if place not in [(spec.device_type, spec.device_index) for spec in specs]:
+        raise ConfigError(
+            f"runconfig.device is {name!r}, and TensorFlow has {', '.join(present)}",
+            hint="leave it out, and TensorFlow chooses; `gptj doctor` lists GPUs",
+        )
+    return name
 
 
 def _target(job: Job, params: Params, step: int) -> int:
