@@ -12,6 +12,7 @@ import pytest
 from gptj_convert import machine
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.source import read_tensor
+from runner import disk_state
 from tests.cli.test_train import MEASURED
 from tests.conftest import load_tensors, save_tensors
 
@@ -194,14 +195,23 @@ def _slot_dtypes(prefix: str) -> set[str]:
     return {info.dtype for name, info in tensors.items() if name.endswith(("/AdamW", "/AdamW_1"))}
 
 
+def _update_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_state, "PIECE", 2**12)
+    monkeypatch.setattr(disk_state, "_UPDATED", 2**10)
+
+
 @adamw
-def test_moments_in_16_bits_are_as_good_and_the_same_after_an_interruption(golden_run: Path, gptj):
+def test_moments_in_16_bits_are_as_good_and_the_same_after_an_interruption(
+    golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
+):
+    """And whatever is updated at once."""
     refused = gptj(*BEGIN, *NARROW)
     assert (refused.code, list(Path("model_dir").glob("*ckpt*"))) == (2, [])
     assert "optimizer.moments_dtype" in refused.stderr
     begin = (*BEGIN, *STREAMING, *NARROW, "--max-steps")
     assert gptj(*begin, 8, "--model-dir", "whole").code == 0
     _assert_near_the_recording("whole", golden_run)
+    _update_in_small_pieces(monkeypatch)
     assert gptj(*begin, 5).code == 0
     assert gptj("train", "--max-steps", 8, "--quiet").code == 0
     found, expected = _tensors("model_dir/model.ckpt-8"), _tensors("whole/model.ckpt-8")
@@ -212,7 +222,10 @@ def test_moments_in_16_bits_are_as_good_and_the_same_after_an_interruption(golde
 
 @full
 @adamw
-def test_anybody_goes_on_with_moments_in_16_bits(golden_run: Path, gptj):
+def test_anybody_goes_on_with_moments_in_16_bits(
+    golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
+):
+    _update_in_small_pieces(monkeypatch)
     wide = _settings("optimizer.moments_dtype=float32")
     assert gptj(*BEGIN, *STREAMING, *NARROW, "--max-steps", 3).code == 0
     for step, execution, values, dtype in (
