@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-full test-cs mutation coverage docs pictures site bench clean
+.PHONY: setup demo check test test-full test-gpu test-cs mutation coverage docs pictures site bench clean
 
 setup: $(STAMP)
 
@@ -32,10 +32,20 @@ test: setup
 	$(BIN)/pytest -m "not full" -n 2 --dist worksteal
 
 # Everything, the slow proofs too (ten times the fuzz, kills at every call, the commands of the
-# docs): about an hour on
-# 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk needs root.
+# docs): about an hour on 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk
+# needs root.
 test-full: setup
 	$(BIN)/pytest
+
+# On an NVIDIA GPU, in a virtual environment of its own with TensorFlow's build for it: the lock
+# but for that one name, and NVIDIA's libraries, about 10 GB.
+GPU_VENV := .venv-gpu
+test-gpu:
+	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	sed 's/^tensorflow_cpu==/tensorflow[and-cuda]==/' requirements.lock > $(GPU_VENV)/gpu.lock
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $(GPU_VENV)/gpu.lock
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(GPU_VENV)/bin/pytest -m gpu -rs
 
 # The CS client itself, in a virtual environment of its own: it pins an old torch, about 6 GB.
 CS_VENV := .venv-cs
@@ -73,4 +83,4 @@ bench: setup
 	$(BIN)/python benchmarks/claims.py build/bench
 
 clean:
-	rm -rf $(VENV) $(CS_VENV) demo-output build dist mutants .coverage *.egg-info
+	rm -rf $(VENV) $(CS_VENV) $(GPU_VENV) demo-output build dist mutants .coverage *.egg-info

@@ -185,14 +185,15 @@ def race(folder: Path, options: argparse.Namespace) -> None:
         for side in sides.values():
             side.stop()
     plans = {way: planned(weights, values[way]) for way in sides}
-    print("| | seconds a step | ratio | CPU | ratio | tokens/s | memory | planned |")
-    print("| --- " * 8 + "|")
+    print("| | seconds a step | planned | ratio | CPU | ratio | tokens/s | memory | planned |")
+    print("| --- " * 9 + "|")
     base: dict[str, float] = {}
     for way, steps in found.items():
         seconds, cpu = (statistics.median(s[k] for s in steps[1:]) for k in ("seconds", "cpu"))
         base = base or {"seconds": seconds, "cpu": cpu}
         print(
-            f"| {way} | {seconds:.1f} | {seconds / base['seconds']:.2f} | {cpu:.1f} s | "
+            f"| {way} | {seconds:.1f} | {plans[way]['seconds_per_step']:.1f} | "
+            f"{seconds / base['seconds']:.2f} | {cpu:.1f} s | "
             f"{cpu / base['cpu']:.2f} | {options.length / seconds:.1f} | "
             f"{steps[-1]['memory']:.2f} GB | {plans[way]['planned_rss_bytes'] / 1e9:.2f} GB |"
         )

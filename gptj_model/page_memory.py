@@ -36,8 +36,7 @@ def page_memory(count: int, size: int) -> list[np.ndarray]:
             found.append(np.frombuffer(memory, np.uint8))
     except OSError:
         raise MemoryFault(
-            f"{count * size / 1e9:.2f} GB of memory are needed for {count} pieces of the "
-            "largest tensor, and the system gives less",
+            f"{count * size / 1e9:.2f} GB of memory are needed at once, and the system gives less",
             hint="end other programs, or raise the limit on this one (`ulimit -v`, cgroup)",
         ) from None
     return found

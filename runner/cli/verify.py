@@ -89,7 +89,7 @@ def verify(
     if self_test or level in (*MODEL_LEVELS, ALL_LEVELS):
         from runner.cli import tensorflow
 
-        tensorflow.prepare(deterministic=False)
+        tensorflow.prepare(proving=True)
     tolerance = tolerance or tolerances.LOGITS
     if self_test:
         return _self_test(output, converted, against, tolerance, config_file)

@@ -11,9 +11,11 @@ from gptj_convert.formats.bundle import BundleSource, write_bundle
 from gptj_model.source import read_tensor
 
 
-def rewrite_bundle(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
-    """Change the tensors of `folder`'s tf_model.ckpt, by TF name."""
-    prefix = folder / "tf_model.ckpt"
+def rewrite_bundle(
+    folder: Path, change: Callable[[dict[str, np.ndarray]], None], *, name: str = "tf_model.ckpt"
+) -> None:
+    """Change the tensors of a bundle in `folder`, by TF name."""
+    prefix = folder / name
     source = BundleSource(prefix)
     tensors = {name: read_tensor(source, name).copy() for name in source.tensors}
     source.close()

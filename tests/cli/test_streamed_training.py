@@ -13,6 +13,7 @@ from gptj_convert import machine
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.source import read_tensor
 from runner import disk_state
+from tests.cli.rewriting import rewrite_bundle
 from tests.cli.test_train import MEASURED
 from tests.conftest import load_tensors, save_tensors
 
@@ -218,6 +219,25 @@ def test_moments_in_16_bits_are_as_good_and_the_same_after_an_interruption(
     for name in expected:
         assert np.array_equal(found[name], expected[name]), name
     assert _slot_dtypes("whole/model.ckpt-8") == {"bfloat16"}
+
+
+@adamw
+def test_a_moment_that_fades_away_becomes_zero(golden_run: Path, gptj):
+    """Denormal numbers would slow down every later step."""
+    least = np.finfo(np.float32).tiny
+
+    def fade(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            if name.endswith("/AdamW"):
+                tensors[name].fill(least)  # times beta1 it is denormal
+
+    assert gptj(*BEGIN, "--max-steps", 1).code == 0
+    rewrite_bundle(Path("model_dir"), fade, name="model.ckpt-1")
+    assert gptj("train", *STREAMING, "--max-steps", 2, "--quiet").code == 0
+    after = _tensors("model_dir/model.ckpt-2")
+    (embedding,) = (after[n] for n in after if "embedding" in n and n.endswith("/AdamW"))
+    assert (embedding == 0).any()  # of tokens that did not come
+    assert np.abs(embedding[embedding != 0]).min() >= least
 
 
 @full

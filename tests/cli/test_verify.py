@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -383,6 +384,17 @@ def test_keep_going_says_what_cannot_be_run(converted: Path, gptj):
     done = gptj("verify", "--against", "hf", "--keep-going")
     assert done.code == 3
     assert "logits     not run: the checkpoint cannot be opened" in done.stdout
+
+
+def test_products_have_all_of_float32(converted: Path, gptj):
+    """GPUs round them to 10 bits otherwise, which no tolerance would forgive."""
+    settings = tf.config.experimental
+    settings.enable_tensor_float_32_execution(True)
+    try:
+        assert gptj("verify").code == 0
+        assert not settings.tensor_float_32_execution_enabled()
+    finally:
+        settings.enable_tensor_float_32_execution(True)
 
 
 def test_an_unfinished_verification_is_not_ok(converted: Path):
