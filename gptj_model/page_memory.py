@@ -42,13 +42,6 @@ def page_memory(count: int, size: int) -> list[np.ndarray]:
     return found
 
 
-def freed_memory(size: int) -> np.ndarray:
-    """Bytes that begin with a page, of what was freed before where the C library keeps that."""
-    memory = np.empty(size + mmap.PAGESIZE, np.uint8)
-    begin = -memory.ctypes.data % mmap.PAGESIZE
-    return memory[begin : begin + size]
-
-
 def whole_pages(size: int) -> int:
     """The least number of bytes that is not smaller and ends with a page."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -24,7 +24,7 @@ from gptj_model.blocks_ahead import blocks_ahead
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import TrainingFault
-from gptj_model.page_memory import freed_memory
+from gptj_model.page_memory import page_memory
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
 from gptj_model.streamed_training import Draw, ReadHead
 from gptj_model.tensors import (
@@ -176,9 +176,8 @@ class DiskState:
     def head(self) -> ReadHead:
         """See `BlockWeights`; it is read once, for logits and gradients."""
         weight, bias = self._head_rows
-        # The memory that a block is computed in is free meanwhile.
-        values = freed_memory(4 * weight.size).view(np.float32)
-        values = values.reshape(weight.shape_in(Scheme.TF))
+        (memory,) = page_memory(1, 4 * weight.size)
+        values = memory.view(np.float32).reshape(weight.shape_in(Scheme.TF))
         self.source.read_into(weight.tf, 0, raw_bytes(values))
         bias_V = self.rows(bias)
 

@@ -15,9 +15,16 @@ def keep_freed_memory() -> None:
     """Give large arrays the memory of those that were freed, where the C library can be told so.
 
     By itself it gives each one back to the system, which clears every page that it gives anew: of
-    a block's weights, gradients and what it computes, several GB at each pass.
+    a block's gradients and what it computes, more than a GB at each block.
     """
     with suppress(OSError, AttributeError):  # another library than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give back what `keep_freed_memory` keeps, before arrays of other sizes are needed, which
+    would come to lie beside it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

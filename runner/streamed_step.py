@@ -19,6 +19,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.streamed_training import Draw, HeadGradients, StreamedTraining
 from gptj_model.tensors import Tensor, embedding, head
 from runner.block_weights import BlockWeights
+from runner.freed_memory import give_back_freed_memory
 from runner.scratch import Scratch
 from runner.token_rows import TokenRows
 
@@ -86,7 +87,9 @@ class StreamedStep:
             scale: of the loss, for the gradients.
         """
         self._forward(batches, draw)
+        give_back_freed_memory()
         loss = self._head(batches, scale)
+        give_back_freed_memory()
         self._backward(batches, draw, scale)
         self._embedding(batches, draw, scale)
         return loss
