@@ -237,7 +237,14 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
     config = GPTJConfig.from_file(weights / "config.json")
     length = len(PROMPT) + 1 + options.tokens
     states = capacity.cache_bytes(config, 1, length)
-    needed = partial(capacity.streamed_memory, config, batch=1, length=length, states=states)
+    needed = partial(
+        capacity.streamed_memory,
+        config,
+        stored="float16",
+        batch=1,
+        length=length,
+        states=states,
+    )
     embedding = config.vocab_size * config.n_embd
     block = (capacity.parameters(config) - 2 * embedding) // config.n_layer
     base = ("generate", "--model", weights, "--ids", ",".join(map(str, PROMPT)), "--json")

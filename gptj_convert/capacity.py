@@ -193,27 +193,38 @@ def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int
 
 
 def streamed_memory(
-    config: GPTJConfig, *, batch: int, length: int, states: int, kept: Kept = NOTHING_KEPT
+    config: GPTJConfig,
+    *,
+    stored: str,
+    batch: int,
+    length: int,
+    states: int,
+    kept: Kept = NOTHING_KEPT,
 ) -> int:
     """Peak of a forward pass that brings blocks from the disk, which their number alone does not
     change.
 
-    While a block computes its weights are there, and those of the next one as they are stored,
-    here taken to be float32; in 16 bits they are half a block less. The factor is measured at the
-    6B's width.
+    While a block computes its weights are there, and those of the next one as they are stored.
+    Beside them are first scores and their softmax with three arrays of T × D; then a part of the
+    head, once more as it is stored and as it is laid out, and six arrays of its logits. The
+    factors are measured at the 6B's width.
 
     Args:
         config: of the model.
+        stored: the dtype of its weights on the disk.
         batch: sequences that are computed together.
         length: of a sequence, in tokens.
         states: bytes of what lasts from block to block: hidden states, or the caches.
         kept: what stays in memory beside.
     """
     one_block = _block_bytes(config)
-    computing = batch * length * _activations(config, length)
-    computing += 2 * 4 * length * min(PART, config.vocab_size)
+    share = NUMPY[stored].itemsize / 4
+    computing = batch * length * (8 * config.n_head * length + 12 * config.n_embd)
+    part = min(PART, config.vocab_size)
+    heading = (1 + 2 * share) * 4 * part * config.n_embd + 6 * 4 * length * part
     staying = kept.blocks * one_block + kept.head * _head_bytes(config)
-    return round(_TENSORFLOW + 2.6 * one_block) + computing + states + staying
+    working = (1 + share) * one_block + max(computing, heading)
+    return _TENSORFLOW + _COMPILER + round(working) + states + staying
 
 
 def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:

@@ -24,7 +24,7 @@ PERPLEXITY = "eval/lm_perplexity"
 BITS_PER_BYTE = "eval/bits_per_byte"
 
 #: Bytes of hidden states that share one reading of the weights, if not told.
-STATES = 10**9
+STATES = 2**28
 
 
 class Evaluator(Protocol):

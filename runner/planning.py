@@ -204,7 +204,9 @@ def _inference(way: _Way, has: Machine, rates: Rates) -> Iterator[Step]:
         ("eval", 4 * T * config.n_embd, max(reading, computing), "a sequence"),
         ("generate", capacity.cache_bytes(config, 1, T), reading, "a token"),
     ):
-        least = capacity.streamed_memory(config, batch=1, length=T, states=states)
+        least = capacity.streamed_memory(
+            config, stored=way.plan.dtype, batch=1, length=T, states=states
+        )
         named = f"gptj {command} --memory {-(-least // 10**7) / 100:.2f}GB"
         yield _judged(Step(named, least, 0, seconds, per=per), has)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptj_convert.checkpoint import open_checkpoint
+from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.plan import match
 from gptj_model.config import GPTJConfig
 from gptj_model.kept import Kept
@@ -42,7 +42,7 @@ def load_model(
 
 @contextmanager
 def opened_model(
-    path: Path, *, keep: Callable[[GPTJConfig], Kept] | None
+    path: Path, *, keep: Callable[[Checkpoint], Kept] | None
 ) -> Iterator[GPTJ | StreamedModel]:
     """A checkpoint as a model: loaded, or open to be read block by block.
 
@@ -62,5 +62,5 @@ def opened_model(
             checkpoint.config,
             checkpoint.source,
             checkpoint.scheme,
-            kept=keep(checkpoint.config),
+            kept=keep(checkpoint),
         )

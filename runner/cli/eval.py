@@ -219,7 +219,7 @@ def _streamed(checkpoint: Checkpoint, budget: MemoryBudget, batch: int, length: 
     match(checkpoint)
     config = checkpoint.config
     states = 4 * batch * length * config.n_embd
-    kept = budget.keep(config, Load(batch=batch, length=length, states=states))
+    kept = budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
     model = StreamedModel(config, checkpoint.source, checkpoint.scheme, kept=kept)
     # What is left lets more batches share a reading of the weights.
     room = STATES if budget.spare is None else min(STATES, states + budget.spare)

@@ -15,7 +15,7 @@ from runner.cli.output import Output
 from runner.execution import Execution
 
 if TYPE_CHECKING:
-    from gptj_model.config import GPTJConfig
+    from gptj_convert.checkpoint import Checkpoint
     from gptj_model.generation import Generator
     from gptj_model.kept import Kept
 
@@ -113,11 +113,11 @@ def generate(
     )
     budget = MemoryBudget(output, memory)
 
-    def keep(config: GPTJConfig) -> Kept:
+    def keep(checkpoint: Checkpoint) -> Kept:
         batch = min(batch_size, len(prompts))
         length = max(map(len, prompts)) + max_new_tokens
-        states = cache_bytes(config, batch, length)
-        return budget.keep(config, Load(batch=batch, length=length, states=states))
+        states = cache_bytes(checkpoint.config, batch, length)
+        return budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
 
     way = execution_within(memory, execution, lambda: stated_execution(folder))
     with opened_model(path, keep=keep if way == Execution.STREAMING else None) as loaded:

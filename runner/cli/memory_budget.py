@@ -16,7 +16,7 @@ from runner.cli.output import Output
 from runner.execution import Execution
 
 if TYPE_CHECKING:
-    from gptj_model.config import GPTJConfig
+    from gptj_convert.checkpoint import Checkpoint
 
 #: The option, for commands that run a model.
 memory_option = click.option(
@@ -73,8 +73,8 @@ class MemoryBudget:
         self.fields: dict[str, Any] = {}
         """For the result: what stays, and the memory that is planned."""
 
-    def keep(self, config: GPTJConfig, load: Load) -> Kept:
-        """What stays.
+    def keep(self, checkpoint: Checkpoint, load: Load) -> Kept:
+        """What stays of it.
 
         Raises:
             UsageError: the budget is too small for one block.
@@ -83,9 +83,11 @@ class MemoryBudget:
             return NOTHING_KEPT
         from gptj_convert import capacity
 
+        config = checkpoint.config
         memory = partial(
             capacity.streamed_memory,
             config,
+            stored=checkpoint.dtype,
             batch=load.batch,
             length=load.length,
             states=load.states,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,12 @@ def test_text_within_any_budget_is_the_same(tied: bool, workdir: Path, gptj):
     Path("prompts.txt").write_text("abcdef\n\u00e9\n")
     expected = gptj(*many).json["continuations"]
     batch, length = 2, len(expected[0]["ids"])
-    needs = {"batch": batch, "length": length, "states": cache_bytes(config, batch, length)}
+    needs: dict[str, Any] = {
+        "stored": "float32",
+        "batch": batch,
+        "length": length,
+        "states": cache_bytes(config, batch, length),
+    }
     for kept in KEPT:
         budget = streamed_memory(config, **needs, kept=kept)
         done = gptj(*many, "--memory", budget)
@@ -90,7 +96,12 @@ def test_metrics_within_any_budget_are_the_same(golden_run: Path, gptj):
     assert section
     batch, length = section.batch_size, section.max_sequence_length
     expected = gptj(*common, "--execution", "streaming").json["metrics"]
-    needs = {"batch": batch, "length": length, "states": 4 * batch * length * config.n_embd}
+    needs: dict[str, Any] = {
+        "stored": "float32",
+        "batch": batch,
+        "length": length,
+        "states": 4 * batch * length * config.n_embd,
+    }
     for blocks in range(config.n_layer + 1):
         # Too little is left for a second batch to share a reading of the weights.
         budget = streamed_memory(config, **needs, kept=Kept(blocks=blocks, head=True))
