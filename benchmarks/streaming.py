@@ -253,14 +253,7 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
         planned = needed(kept=Kept(blocks=count, head=count > 0))
         seconds: list[float] = []
         for tokens in (1, 1 + options.tokens):
-            command = [
-                *GPTJ,
-                *base,
-                "--max-new-tokens",
-                tokens,
-                "--memory",
-                f"{planned / 1e9:.3f}GB",
-            ]
+            command = [*GPTJ, *base, "--max-new-tokens", tokens, "--memory", planned]
             begun = time.perf_counter()
             done = subprocess.run(list(map(str, command)), check=True, capture_output=True)
             seconds.append(time.perf_counter() - begun)

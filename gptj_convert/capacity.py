@@ -205,9 +205,9 @@ def streamed_memory(
     change.
 
     While a block computes its weights are there, and those of the next one as they are stored.
-    Beside them are first scores and their softmax with three arrays of T × D; then a part of the
-    head, once more as it is stored and as it is laid out, and six arrays of its logits. The
-    factors are measured at the 6B's width.
+    Beside them are first scores and their softmax with six arrays of T × D; then a part of the
+    head, twice as it is stored and once as it is laid out, and six arrays of its logits. The
+    factors are measured at the 6B's width, with 2 and 28 blocks.
 
     Args:
         config: of the model.
@@ -219,7 +219,7 @@ def streamed_memory(
     """
     one_block = _block_bytes(config)
     share = NUMPY[stored].itemsize / 4
-    computing = batch * length * (8 * config.n_head * length + 12 * config.n_embd)
+    computing = batch * length * (8 * config.n_head * length + 24 * config.n_embd)
     part = min(PART, config.vocab_size)
     heading = (1 + 2 * share) * 4 * part * config.n_embd + 6 * 4 * length * part
     staying = kept.blocks * one_block + kept.head * _head_bytes(config)
