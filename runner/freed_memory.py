@@ -24,7 +24,6 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give back what `keep_freed_memory` keeps, before arrays of other sizes are needed, which
-    would come to lie beside it."""
+    """Give back what `keep_freed_memory` has kept so far."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -53,6 +53,9 @@ class StreamedStep:
     The hidden states of batch n before block i are kept as (n, i). Once the block's gradients are
     known, the gradient of these states is kept in their place.
 
+    Memory that was freed is kept while a block computes a batch, or the head all, and no longer:
+    what comes next would not always find its place in it.
+
     Args:
         config: of the model.
         passes: its compiled stages.
@@ -87,9 +90,7 @@ class StreamedStep:
             scale: of the loss, for the gradients.
         """
         self._forward(batches, draw)
-        give_back_freed_memory()
         loss = self._head(batches, scale)
-        give_back_freed_memory()
         self._backward(batches, draw, scale)
         self._embedding(batches, draw, scale)
         return loss
@@ -102,6 +103,7 @@ class StreamedStep:
             self._keep(n, 0, self._passes.embed(rows[where.reshape(ids_BT.shape)], n, draw))
         for i in self._state.blocks(range(self._config.n_layer), self._passes.load):
             for n in range(len(batches)):
+                give_back_freed_memory()
                 x_BTD = self._passes.forward(self._scratch.get((n, i)), i, n, draw)
                 self._keep(n, i + 1, x_BTD)
 
@@ -110,6 +112,7 @@ class StreamedStep:
         self._passes.load_norm(*(self._state.rows(t) for t in rows[:2]))
         if config.tie_word_embeddings:
             rows.insert(HeadGradients._fields.index("weight"), embedding(config))
+        give_back_freed_memory()
         sums = None
         if any(t in self._trained for t in rows):
             sums = HeadGradients(*self._update.room(rows))
@@ -130,6 +133,7 @@ class StreamedStep:
         for i in self._state.blocks(range(last, -1, -1), self._passes.load):
             rows, sums = self._state.of_block(i), []
             for n in range(len(batches)):
+                give_back_freed_memory()
                 x_BTD, d_out_BTD = self._scratch.get((n, i)), self._scratch.get((n, i + 1))
                 d_x_BTD, gradients = self._passes.backward(x_BTD, d_out_BTD, i, n, draw, scale)
                 sums = sums or self._update.room(rows)
