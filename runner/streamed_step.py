@@ -53,8 +53,8 @@ class StreamedStep:
     The hidden states of batch n before block i are kept as (n, i). Once the block's gradients are
     known, the gradient of these states is kept in their place.
 
-    Memory that was freed is kept while a block computes a batch, or the head all, and no longer:
-    what comes next would not always find its place in it.
+    Memory that was freed is kept while a block computes a batch, or the head its logits or its
+    gradients, and no longer: what comes next would not always find its place in it.
 
     Args:
         config: of the model.
@@ -112,7 +112,6 @@ class StreamedStep:
         self._passes.load_norm(*(self._state.rows(t) for t in rows[:2]))
         if config.tie_word_embeddings:
             rows.insert(HeadGradients._fields.index("weight"), embedding(config))
-        give_back_freed_memory()
         sums = None
         if any(t in self._trained for t in rows):
             sums = HeadGradients(*self._update.room(rows))
