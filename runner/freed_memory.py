@@ -15,12 +15,10 @@ def keep_freed_memory() -> None:
     """Give large arrays the memory of those that were freed, where the C library can be told so.
 
     By itself it gives each one back to the system, which clears every page that it gives anew.
-    Only the largest ones, what a block computes on the way, are still taken from there: once they
-    did not find their place in what was kept, it would be there twice.
     """
     with suppress(OSError, AttributeError):  # another library than glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**29)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
