@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL := pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo check test test-full test-gpu test-cs mutation coverage docs pictures site bench clean
 
@@ -11,8 +12,8 @@ setup: $(STAMP)
 # The lock names every package exactly; the project itself is linked, not copied.
 $(STAMP): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/$(INSTALL) --requirement requirements.lock
+	$(BIN)/$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 	@echo "ready; for the command gptj in this shell: source $(BIN)/activate"
 
@@ -43,15 +44,15 @@ GPU_VENV := .venv-gpu
 test-gpu:
 	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
 	sed 's/^tensorflow_cpu==/tensorflow[and-cuda]==/' requirements.lock > $(GPU_VENV)/gpu.lock
-	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $(GPU_VENV)/gpu.lock
-	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(GPU_VENV)/bin/$(INSTALL) --requirement $(GPU_VENV)/gpu.lock
+	$(GPU_VENV)/bin/$(INSTALL) --no-deps --no-build-isolation --editable .
 	$(GPU_VENV)/bin/pytest -m gpu -rs
 
 # The CS client itself, in a virtual environment of its own: it pins an old torch, about 6 GB.
 CS_VENV := .venv-cs
 test-cs: setup
 	@test -x $(CS_VENV)/bin/python || $(PYTHON) -m venv $(CS_VENV)
-	$(CS_VENV)/bin/pip install --quiet --disable-pip-version-check cerebras-pytorch==2.10.0
+	$(CS_VENV)/bin/$(INSTALL) cerebras-pytorch==2.10.0
 	GPTJ_CS_PYTHON=$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
 
 # Do the unit tests notice a changed line? 15 to 30 minutes on one core, 3 GB of memory; one part

@@ -15,7 +15,7 @@ from gptj_convert.joined_source import JoinedSource
 from gptj_convert.reference_yaml import PARAMS_FILE
 from gptj_convert.reference_yaml import config_beside as config_beside_bundle
 from gptj_model.config import CONFIG_FILE, GPTJConfig
-from gptj_model.dtypes import FLOATS
+from gptj_model.dtypes import widest
 from gptj_model.errors import ConfigError, FileFault
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, table
@@ -51,8 +51,7 @@ class Checkpoint:
     def dtype(self) -> str:
         """The widest dtype of its weights, which are those of the table; see `plan.match`."""
         names = (t.name(self.scheme) for t in table(self.config))
-        found = (self.source.tensors[name].dtype for name in names)
-        return max(found, key=lambda name: FLOATS[name].itemsize)
+        return widest(self.source.tensors[name].dtype for name in names)
 
     @property
     def companions(self) -> list[Path]:

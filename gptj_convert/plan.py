@@ -22,7 +22,7 @@ from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
 from gptj_convert.survey import hint, same_bits, settle_copies, survey
 from gptj_model.config import GPTJConfig
-from gptj_model.dtypes import FLOATS
+from gptj_model.dtypes import widest
 from gptj_model.errors import TensorFault, UsageError
 from gptj_model.moments import ADAMS, Grouping, named_moments, numbered_moments
 from gptj_model.source import TensorInfo
@@ -96,8 +96,7 @@ class Plan:
     @property
     def dtype(self) -> str:
         """The weights' dtype in the target, or the widest of them."""
-        widths = {m.target.dtype: FLOATS[m.target.dtype].itemsize for m in self.weights}
-        return max(widths, key=lambda name: widths[name])
+        return widest(m.target.dtype for m in self.weights)
 
 
 def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:

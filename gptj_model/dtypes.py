@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +40,11 @@ _PIECE = 2**18
 def largest(dtype: str) -> float:
     """The largest finite value of a float dtype."""
     return float(ml_dtypes.finfo(NUMPY[dtype]).max)
+
+
+def widest(dtypes: Iterable[str]) -> str:
+    """That of some float dtypes, at least one, which has the most bytes."""
+    return max(dtypes, key=lambda name: FLOATS[name].itemsize)
 
 
 def is_lossless(source: str, target: str) -> bool:

@@ -39,7 +39,6 @@ from gptj_model.tensors import (
     table,
 )
 from runner import checkpoints
-from runner.freed_memory import give_back_freed_memory
 from runner.stochastic_rounding import random_bits, round_into, widened
 from runner.update_rule import UpdateRule
 
@@ -183,8 +182,6 @@ class DiskState:
         bias_V = self.rows(bias)
 
         def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            if not start:  # for logits, then for gradients, whose arrays have other sizes
-                give_back_freed_memory()
             rows = slice(start, stop)
             return values[rows if weight.hf == EMBEDDING.hf else (slice(None), rows)], bias_V[rows]
 

@@ -117,7 +117,13 @@ class StreamedStep:
             sums = HeadGradients(*self._update.room(rows))
             for total in sums:
                 total.fill(0)
-        read, losses = self._state.head(), []
+        part, losses = self._state.head(), []
+
+        def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            if not start:  # for logits, then for gradients, whose arrays have other sizes
+                give_back_freed_memory()
+            return part(start, stop)
+
         for n, (_, ignored_BT, labels_BT) in enumerate(batches):
             x_BTD = self._scratch.get((n, config.n_layer))
             loss, d_x_BTD = self._passes.head(x_BTD, read, sums, labels_BT, ignored_BT, scale)

@@ -388,13 +388,13 @@ def test_keep_going_says_what_cannot_be_run(converted: Path, gptj):
 
 def test_products_have_all_of_float32(converted: Path, gptj):
     """GPUs round them to 10 bits otherwise, which no tolerance would forgive."""
-    settings = tf.config.experimental
-    settings.enable_tensor_float_32_execution(True)
+    rounding = tf.config.experimental
+    rounding.enable_tensor_float_32_execution(True)
     try:
         assert gptj("verify").code == 0
-        assert not settings.tensor_float_32_execution_enabled()
+        assert not rounding.tensor_float_32_execution_enabled()
     finally:
-        settings.enable_tensor_float_32_execution(True)
+        rounding.enable_tensor_float_32_execution(True)
 
 
 def test_an_unfinished_verification_is_not_ok(converted: Path):
