@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from gptj_convert.panels import Strip
-from gptj_model.tensors import Op
+from gptj_model.op import Op
 
 SIZE = 4096
 

@@ -14,9 +14,10 @@ from gptj_convert.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.kept import NOTHING_KEPT, Kept
+from gptj_model.op import Op
 from gptj_model.sharding import Mesh, part_size
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import EMBEDDING, Op, Tensor, block, table
+from gptj_model.tensors import EMBEDDING, Tensor, block, table
 from gptj_model.vocabulary import PART
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from gptj_convert.survey import Finding, Role, settle_copies
 from gptj_model.config import NOT_COMPUTED, differing_fields
 from gptj_model.dtypes import FLOATS, NUMPY
 from gptj_model.errors import ConfigError
-from gptj_model.tensors import Op, Scheme
+from gptj_model.op import Op
+from gptj_model.tensors import Scheme
 
 #: What is compared; the rest is no part of the model.
 _COMPARED = (Role.WEIGHT, Role.UNKNOWN)

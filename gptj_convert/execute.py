@@ -40,8 +40,9 @@ from gptj_convert.writer import Start, find_start, reserve, write_files
 from gptj_model.config import CONFIG_FILE
 from gptj_model.dtypes import count_nonfinite, count_overflows, largest, saturate
 from gptj_model.errors import FileFault, TensorFault, UsageError
+from gptj_model.op import Op
 from gptj_model.source import raw_bytes
-from gptj_model.tensors import Op, Scheme
+from gptj_model.tensors import Scheme
 
 #: Files that are made to be changed, and so not hashed.
 _EDITED = (PARAMS_FILE, TRAINER_FILE)

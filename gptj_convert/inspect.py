@@ -20,8 +20,9 @@ from gptj_convert.progress import Progress
 from gptj_convert.survey import Finding, Role, hint, survey
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
+from gptj_model.op import Op
 from gptj_model.source import TensorSource
-from gptj_model.tensors import Op, Scheme
+from gptj_model.tensors import Scheme
 
 #: Values that are worked on at once: in float64 they stay in the processor's cache, and are too
 #: few for BLAS to start threads, which takes four times as long.

@@ -23,8 +23,9 @@ from gptj_convert.panels import Panels
 from gptj_convert.progress import Progress
 from gptj_convert.reference_yaml import PARAMS_FILE
 from gptj_model.errors import FileFault, UsageError
+from gptj_model.op import Op
 from gptj_model.source import TensorSource
-from gptj_model.tensors import Op, Scheme
+from gptj_model.tensors import Scheme
 
 BUNDLE_INDEX = "the bundle's index"
 ARCHIVE = "the .bin archive"

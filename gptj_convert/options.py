@@ -22,6 +22,12 @@ DEFAULT_OUT = {
     "cs": Path("converted-cs"),
 }
 
+#: Files that `gptj new` can write weights to, by the name of one that holds them all; and how
+#: the weights of linear layers lie in a `.bin`: as PyTorch makes them, or as transposed views,
+#: which is how the public GPT-J-6B's are stored.
+FILE_FORMATS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
+ROW_MAJOR, TRANSPOSED = LAYOUTS = ("row-major", "transposed")
+
 #: What `gptj convert` can write beside whole models: the adapter of a run with LoRA.
 PEFT = "peft"
 PEFT_OUT = Path("converted-peft")

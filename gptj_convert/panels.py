@@ -14,8 +14,8 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_model.dtypes import NUMPY
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
-from gptj_model.tensors import Op
 from gptj_model.transposition import transpose
 
 #: Bytes of source that are yielded at once.
@@ -31,7 +31,7 @@ CONVERTED_STRIPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Part of a tensor as its source stores it; `op` of it follows on in the target."""
+    """Part of a tensor as its source stores it; `op` of it comes next in the target."""
 
     values: np.ndarray
     op: Op
@@ -66,13 +66,18 @@ class Strip:
             at += count
 
 
+def stored_op(info: TensorInfo, op: Op) -> Op:
+    """What is done to the array that the file holds, so that `op` is done to the tensor."""
+    return info.storage_op.then(op) if len(info.shape) > 1 else Op.COPY
+
+
 def strip_sizes(info: TensorInfo, op: Op) -> list[int]:
     """Bytes of every strip of such a tensor, in order."""
     width = NUMPY[info.dtype].itemsize
-    if op is Op.COPY or len(info.shape) < 2:
+    if stored_op(info, op) is Op.COPY:
         step = max(PANEL_BYTES // width, 1) * width
     else:
-        column = max(info.shape[0] * width, 1)
+        column = max(info.storage_shape[0] * width, 1)
         step = max(STRIP_BYTES // column, 1) * column
     return [min(step, info.nbytes - begin) for begin in range(0, info.nbytes, step)]
 
@@ -107,7 +112,8 @@ class Strips:
         self._name = name
         self._info = source.tensors[name]
         self._dtype = NUMPY[self._info.dtype]
-        self._op = op if len(self._info.shape) > 1 else Op.COPY
+        self._op = stored_op(self._info, op)
+        self._sizes = strip_sizes(self._info, op)
         self._buffer = buffer or _new_memory
         self._look = look
         self.crc = 0
@@ -119,7 +125,7 @@ class Strips:
     def _rows(self) -> Iterator[Strip]:
         """Consecutive elements of the tensor, whole ones."""
         begin = 0
-        for size in strip_sizes(self._info, self._op):
+        for size in self._sizes:
             values = self._memory((size // self._dtype.itemsize,))
             self._source.read_into(self._name, begin, raw_bytes(values))
             self._count(values)
@@ -127,8 +133,8 @@ class Strips:
             begin += size
 
     def _columns(self) -> Iterator[Strip]:
-        rows, columns = self._info.shape
-        sizes = strip_sizes(self._info, self._op)
+        rows, columns = self._info.storage_shape
+        sizes = self._sizes
         if not sizes:
             return
         if len(sizes) == 1:

@@ -25,8 +25,9 @@ from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import widest
 from gptj_model.errors import TensorFault, UsageError
 from gptj_model.moments import ADAMS, Grouping, named_moments, numbered_moments
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import EMBEDDING, GLOBAL_STEP, HEAD_WEIGHT, Op, Scheme, Tensor, table
+from gptj_model.tensors import EMBEDDING, GLOBAL_STEP, HEAD_WEIGHT, Scheme, Tensor, table
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptj_convert.execute import check_space
 from gptj_convert.formats.hf import GENERATION_FILE, hf_layout
+from gptj_convert.options import FILE_FORMATS
 from gptj_convert.panels import PANEL_BYTES, Strip
 from gptj_convert.pipeline import Pipeline
 from gptj_convert.progress import Progress
@@ -17,8 +18,10 @@ from gptj_convert.staging import staged_folder
 from gptj_convert.tokenizer import write_tokenizer
 from gptj_convert.writer import Start, reserve, write_files
 from gptj_model.config import CONFIG_FILE, VOCAB_SIZE, GPTJConfig
+from gptj_model.dtypes import NUMPY
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import Op, Tensor, table
+from gptj_model.tensors import Tensor, table
 
 
 def write_random_checkpoint(
@@ -27,25 +30,46 @@ def write_random_checkpoint(
     *,
     seed: int,
     dtype: str,
+    file_format: str = "safetensors",
+    transposed: bool = False,
     max_shard_bytes: int | None = None,
     force: bool = False,
 ) -> Iterator[Progress]:
     """Write weights, config.json and, when the vocabulary is GPT-J's, the tokenizer.
 
-    The values do not depend on the dtype (but for rounding), nor on numpy's thread count.
+    The values do not depend on the dtype (but for rounding), nor on how they are stored, nor on
+    numpy's thread count.
+
+    Args:
+        config: of the model.
+        out: the folder to make.
+        seed: of the values.
+        dtype: of the weights.
+        file_format: a key of `options.FILE_FORMATS`.
+        transposed: store the weights of linear layers as transposed views, as the public
+            GPT-J-6B does; one such matrix at a time is held in memory. Needs `bin`.
+        max_shard_bytes: see `hf_layout`.
+        force: replace an existing folder.
 
     Raises:
         UsageError: `out` exists and `force` is off, or see `hf_layout`.
         OSError: the disk is full or not writable.
     """
     tensors = {t.hf: (n, t) for n, t in enumerate(table(config))}
-    infos = {name: TensorInfo(dtype, t.shape) for name, (_, t) in tensors.items()}
-    layout = hf_layout(infos, max_shard_bytes)
+    infos = {
+        name: TensorInfo(dtype, t.shape, t.tf_op if transposed else Op.COPY)
+        for name, (_, t) in tensors.items()
+    }
+    layout = hf_layout(infos, max_shard_bytes, file=FILE_FORMATS[file_format])
 
     def strips(name: str) -> Iterator[Strip]:
         n, tensor = tensors[name]
         generator = np.random.Generator(np.random.SFC64([seed, n]))
-        for values in _values(tensor, config, generator):
+        pieces = _values(tensor, config, generator)
+        if infos[name].storage_op is Op.TRANSPOSE:
+            yield Strip(_whole(pieces, infos[name]), Op.TRANSPOSE)
+            return
+        for values in pieces:
             yield Strip(values, Op.COPY)
 
     done = 0
@@ -63,6 +87,16 @@ def write_random_checkpoint(
         (folder / GENERATION_FILE).write_text(json.dumps(ends) + "\n", encoding="utf-8")
         if config.vocab_size == VOCAB_SIZE:
             write_tokenizer(folder)
+
+
+def _whole(pieces: Iterator[np.ndarray], info: TensorInfo) -> np.ndarray:
+    """A matrix of its pieces, rounded to its dtype."""
+    matrix = np.empty(info.shape, NUMPY[info.dtype])
+    flat, at = matrix.reshape(-1), 0
+    for piece in pieces:
+        flat[at : at + piece.size] = piece
+        at += piece.size
+    return matrix
 
 
 def _values(

@@ -17,7 +17,7 @@ from gptj_convert.formats.ranged_file import RangedFile
 from gptj_convert.panels import PANEL_BYTES, Strip
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_convert.writer import BLOCK_BYTES
-from gptj_model.tensors import Op
+from gptj_model.op import Op
 
 #: Seconds for each measurement, and what is written at most.
 _SECONDS = 0.3

@@ -9,8 +9,8 @@ import numpy as np
 
 from gptj_convert.panels import Strip, Strips, strip_bytes
 from gptj_convert.pipeline import Buffers, Pipeline
+from gptj_model.op import Op
 from gptj_model.source import TensorSource
-from gptj_model.tensors import Op
 
 
 @dataclass(frozen=True, slots=True)

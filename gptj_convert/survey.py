@@ -11,11 +11,11 @@ import numpy as np
 from gptj_convert.panels import Panels
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.tensors import (
     EMBEDDING,
     HEAD_WEIGHT,
-    Op,
     Scheme,
     Tensor,
     ignored_hf,
@@ -84,7 +84,7 @@ def survey(
             role = Role.TRAINING_STATE
         elif config is None:
             role = Role.UNMATCHED
-        elif original and tensors[name] == tensors.get(original):
+        elif _alike(tensors, name, original):
             role = Role.COPY
         else:
             role = Role.UNKNOWN
@@ -92,6 +92,12 @@ def survey(
         copy_of = original if role is Role.COPY else None
         found.append(Finding(name, tensors[name], role, problem=problem, copy_of=copy_of))
     return found
+
+
+def _alike(tensors: Mapping[str, TensorInfo], name: str, original: str | None) -> bool:
+    """Whether two tensors have one dtype and shape, so that they may be equal."""
+    other = tensors.get(original) if original else None
+    return other is not None and tensors[name].kind == other.kind
 
 
 def settle_copies(findings: Sequence[Finding], source: TensorSource) -> list[Finding]:

@@ -23,7 +23,7 @@ from gptj_convert.panels import Strip
 from gptj_convert.pipeline import Buffers, Pipeline
 from gptj_convert.progress import Progress
 from gptj_model.dtypes import NUMPY
-from gptj_model.tensors import Op
+from gptj_model.op import Op
 
 #: Bytes that are handed on and written at once, and how many such blocks go around.
 BLOCK_BYTES = 8 * 2**20

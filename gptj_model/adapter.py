@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gptj_model.config import GPTJConfig
-from gptj_model.tensors import LORA_A, LORA_B, Op, Tensor, table
+from gptj_model.op import Op
+from gptj_model.tensors import LORA_A, LORA_B, Tensor, table
 
 #: Names of the dense layers of a block, which are those of Hugging Face.
 Target = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptj_model.config import GPTJConfig
+from gptj_model.op import Op
 from gptj_model.page_memory import page_arrays, page_memory, whole_pages
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
-from gptj_model.tensors import Op, Scheme, Tensor, block
+from gptj_model.tensors import Scheme, Tensor, block
 from gptj_model.transposition import transpose
 
 
@@ -51,7 +52,7 @@ class BlockMemory:
             [(t, tensors[t.name(scheme)]) for t in block(config, i)] for i in range(config.n_layer)
         ]
         self._is_ready = all(
-            info.dtype == "float32" and tensor.op(scheme, Scheme.KERAS) is Op.COPY
+            info.dtype == "float32" and self._layout_op(tensor, info) is Op.COPY
             for rows in self._blocks
             for tensor, info in rows
         )
@@ -77,7 +78,7 @@ class BlockMemory:
         place = next((p for p in self._places if p.holds == wanted), free)
         self._places.remove(place)
         self._places.append(place)
-        found = page_arrays(place.memory, [info for _, info in rows])
+        found = page_arrays(place.memory, [_stored(info) for _, info in rows])
         if place.holds != wanted:
             place.holds = None
             for (tensor, _), values in zip(rows, found, strict=True):
@@ -96,10 +97,10 @@ class BlockMemory:
         if self._is_ready and not own:
             return list(stored)
         memory = self._new() if own or self._laid_out is None else self._laid_out
-        tensors = [tensor for tensor, _ in self._blocks[i]]
-        found = page_arrays(memory, [_computed(t) for t in tensors])
-        for tensor, values, out in zip(tensors, stored, found, strict=True):
-            if tensor.op(self._scheme, Scheme.KERAS) is Op.TRANSPOSE:
+        rows = self._blocks[i]
+        found = page_arrays(memory, [_computed(t) for t, _ in rows])
+        for row, values, out in zip(rows, stored, found, strict=True):
+            if self._layout_op(*row) is Op.TRANSPOSE:
                 transpose(out, values)
             else:
                 np.copyto(out, values, casting="unsafe")
@@ -112,6 +113,10 @@ class BlockMemory:
             return self._laid_out[:size]
         return page_memory(1, size)[0]
 
+    def _layout_op(self, tensor: Tensor, info: TensorInfo) -> Op:
+        """From the array that the file holds to Keras' layout."""
+        return info.storage_op.then(tensor.op(self._scheme, Scheme.KERAS))
+
     def _new(self) -> np.ndarray:
         """Memory of one block in float32."""
         size = sum(whole_pages(_computed(t).nbytes) for t, _ in self._blocks[0])
@@ -120,3 +125,8 @@ class BlockMemory:
 
 def _computed(tensor: Tensor) -> TensorInfo:
     return TensorInfo("float32", tensor.shape_in(Scheme.KERAS))
+
+
+def _stored(info: TensorInfo) -> TensorInfo:
+    """The array that the file holds."""
+    return TensorInfo(info.dtype, info.storage_shape)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
-from gptj_model.tensors import Op, Scheme, Tensor, table
+from gptj_model.op import Op
+from gptj_model.tensors import Scheme, Tensor, table
 
 BATCH, MODEL = "batch", "model"
 

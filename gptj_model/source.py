@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from gptj_model.dtypes import NUMPY
+from gptj_model.op import Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,25 @@ class TensorInfo:
     dtype: str
     """A canonical name of `gptj_model.dtypes`."""
     shape: tuple[int, ...]
+    storage_op: Op = Op.COPY
+    """What leads from the tensor to the array whose row-major bytes the file holds, and back.
+
+    `TRANSPOSE` is a column-major matrix, as `torch.save` writes a transposed view."""
 
     @property
     def nbytes(self) -> int:
         """Size of the data, in bytes."""
         return math.prod(self.shape) * NUMPY[self.dtype].itemsize
+
+    @property
+    def storage_shape(self) -> tuple[int, ...]:
+        """Shape of the array whose row-major bytes the file holds."""
+        return self.storage_op.shape(self.shape)
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape: what two tensors must have in common to be compared bit for bit."""
+        return self.dtype, self.shape
 
 
 class TensorSource(Protocol):
@@ -35,7 +50,9 @@ class TensorSource(Protocol):
         ...
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's little-endian row-major bytes from `offset` on.
+        """Fill `buffer` with little-endian bytes of the tensor, from byte `offset` on.
+
+        The bytes are those of the row-major array that `TensorInfo.storage_op` leads to.
 
         Raises:
             FileFault: the file is shorter than its header says, or cannot be read.
@@ -48,31 +65,47 @@ class TensorSource(Protocol):
 
 
 def read_tensor(source: TensorSource, name: str) -> np.ndarray:
-    """One whole tensor, in the dtype it is stored in."""
-    return read_rows(source, name, 0, None)
+    """Return one whole tensor, in the dtype and memory order it is stored in."""
+    info = source.tensors[name]
+    values = np.empty(info.storage_shape, NUMPY[info.dtype])
+    if values.size:
+        source.read_into(name, 0, raw_bytes(values))
+    return info.storage_op(values)
 
 
 def read_rows(source: TensorSource, name: str, start: int, stop: int | None) -> np.ndarray:
-    """Rows start:stop of the first axis (None: to the end), in the dtype they are stored in."""
+    """Return rows start:stop of the first axis (None: to the end), in the dtype they have."""
     info = source.tensors[name]
-    dtype = NUMPY[info.dtype]
     if not info.shape:
-        values = np.empty((), dtype)
-        source.read_into(name, 0, raw_bytes(values))
-        return values
+        return read_tensor(source, name)
     stop = info.shape[0] if stop is None else stop
-    values = np.empty((stop - start, *info.shape[1:]), dtype)
-    row_bytes = math.prod(info.shape[1:]) * dtype.itemsize
-    if values.size:
-        source.read_into(name, start * row_bytes, raw_bytes(values))
-    return values
+    if info.storage_op is Op.TRANSPOSE:
+        return _stored_columns(source, name, start, stop).T
+    return _stored_rows(source, name, start, stop)
 
 
 def read_columns(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
-    """Columns start:stop of a matrix, in the dtype they are stored in."""
+    """Return columns start:stop of a matrix, in the dtype they are stored in."""
+    if source.tensors[name].storage_op is Op.TRANSPOSE:
+        return _stored_rows(source, name, start, stop).T
+    return _stored_columns(source, name, start, stop)
+
+
+def _stored_rows(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of the array that the file holds: one range of bytes."""
+    info = source.tensors[name]
+    dtype, inner = NUMPY[info.dtype], info.storage_shape[1:]
+    values = np.empty((stop - start, *inner), dtype)
+    if values.size:
+        source.read_into(name, start * math.prod(inner) * dtype.itemsize, raw_bytes(values))
+    return values
+
+
+def _stored_columns(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
+    """Columns of the matrix that the file holds: one range of bytes a row."""
     info = source.tensors[name]
     dtype = NUMPY[info.dtype]
-    rows, columns = info.shape
+    rows, columns = info.storage_shape
     values = np.empty((rows, stop - start), dtype)
     for row in range(rows):
         offset = (row * columns + start) * dtype.itemsize

@@ -14,8 +14,9 @@ from keras import ops
 
 from gptj_model.errors import UsageError
 from gptj_model.loss import token_loss
+from gptj_model.op import Op
 from gptj_model.streaming import StreamedModel
-from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, Op, Scheme, block, head
+from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, Scheme, block, head
 
 Gradients = dict[str, np.ndarray]
 """By HF name, float32, in HF's layout."""

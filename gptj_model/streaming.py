@@ -231,8 +231,8 @@ class StreamedModel:
         memory = page_memory(1, self._part_bytes)[0] if self._kept.head else self._head_memory
         shape = stored_VD.shape if tied else stored_VD.shape[::-1]
         values = memory[: 4 * stored_VD.size].view(np.float32).reshape(shape)
-        if tied or stored_VD.T.flags.c_contiguous:
-            np.copyto(values, stored_VD if tied else stored_VD.T, casting="unsafe")
+        if tied:
+            np.copyto(values, stored_VD, casting="unsafe")
         else:
             transpose(values, stored_VD)
         weight, bias = _tensor(values), ops.convert_to_tensor(bias_V.astype(np.float32))

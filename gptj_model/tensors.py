@@ -16,21 +16,7 @@ from enum import Enum
 import numpy as np
 
 from gptj_model.config import GPTJConfig
-
-
-class Op(Enum):
-    """How a tensor's values move between HF's layout and TF's."""
-
-    COPY = "copy"
-    TRANSPOSE = "transpose"
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        """One layout → the other; a view, same dtype. Both ops are their own inverse."""
-        return values.T if self is Op.TRANSPOSE else values
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that `__call__` gives to values of this shape."""
-        return shape[::-1] if self is Op.TRANSPOSE else shape
+from gptj_model.op import Op
 
 
 class Scheme(Enum):

@@ -17,9 +17,11 @@ def transpose(out: np.ndarray, values: np.ndarray) -> None:
         out: contiguous.
         values: a view, of any strides; benchmarks/transposition.py compares the ways.
     """
-    if out.dtype != values.dtype or out.itemsize not in (2, 4):
+    if values.T.flags.c_contiguous:
+        np.copyto(out, values.T, casting="unsafe")
+    elif out.dtype != values.dtype or out.itemsize not in (2, 4):
         _transpose_by(_TILE, out, values)
-    elif out.itemsize == 4 or values.strides[0] % 8:
+    elif out.itemsize == 4 or values.strides[0] % 8 or values.strides[1] != out.itemsize:
         _transpose_by(_FOUR_BYTE_TILE, out, values)
     else:
         # Up to three rows before and after those that lie in whole words of 8 bytes.

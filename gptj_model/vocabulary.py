@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptj_model.config import GPTJConfig
+from gptj_model.op import Op
 from gptj_model.source import TensorSource, read_columns, read_rows
-from gptj_model.tensors import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, Op, Scheme, Tensor, table
+from gptj_model.tensors import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, Scheme, Tensor, table
 
 #: Tokens a part: with the 6B's width, 134 MB in float32.
 PART = 8192

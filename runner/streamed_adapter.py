@@ -16,7 +16,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.source import TensorSource, read_rows, read_tensor
 from gptj_model.streamed_training import Draw, ReadHead, StreamedTraining
-from gptj_model.tensors import Op, Scheme, Tensor, block, table
+from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from gptj_model.weights import first_a
 from runner import checkpoints
@@ -193,8 +193,8 @@ class _FrozenModel:
         if self.adapted_from_base and tensor in self._adapters:
             name = base_name(tensor)
         values = read_tensor(self._source, name)
-        if op is Op.COPY:
-            return values
+        if (laid_out := op(values)).flags.c_contiguous:
+            return laid_out
         out = np.empty(values.size, np.float32)
         Strip(values, op).fill(out, 0)
         return out.reshape(tensor.shape_in(Scheme.KERAS))

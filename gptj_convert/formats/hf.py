@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gptj_convert.formats import sharded
-from gptj_convert.formats.layout import Layout
+from gptj_convert.formats.layout import FileLayout, Layout
 from gptj_convert.formats.safetensors import safetensors_file
 from gptj_convert.formats.sharded import INDEX_SUFFIX, ShardedSource
+from gptj_convert.formats.torch_archive import archive_file
+from gptj_convert.options import FILE_FORMATS
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, TensorSource
 
-SAFETENSORS_FILE = "model.safetensors"
-PICKLE_FILE = "pytorch_model.bin"
+SAFETENSORS_FILE = FILE_FORMATS["safetensors"]
+PICKLE_FILE = FILE_FORMATS["bin"]
 #: One file, or the index of shards, in the order that transformers prefers them.
 WEIGHT_FILES = (
     SAFETENSORS_FILE,
@@ -65,16 +67,29 @@ def open_weights(path: Path) -> tuple[TensorSource, tuple[Path, ...]]:
     return sharded.open_file(path), (path,)
 
 
-def hf_layout(tensors: Mapping[str, TensorInfo], max_shard_bytes: int | None = None) -> Layout:
-    """The weights of a folder: one file, or shards and their index if the limit asks for several.
+def hf_layout(
+    tensors: Mapping[str, TensorInfo],
+    max_shard_bytes: int | None = None,
+    *,
+    file: str = SAFETENSORS_FILE,
+) -> Layout:
+    """Return the weights of a folder: one file, or shards and their index if the limit asks so.
+
+    Args:
+        tensors: of the model, in order.
+        max_shard_bytes: see `sharded.split`.
+        file: `SAFETENSORS_FILE` or `PICKLE_FILE`.
 
     Raises:
         UsageError: see `sharded.split`.
     """
-    shards = sharded.split(tensors, SAFETENSORS_FILE, max_shard_bytes)
-    files = tuple(
-        safetensors_file(name, inside, {"format": "pt"})  # transformers asks for it
-        for name, inside in shards.items()
-    )
-    index = {SAFETENSORS_FILE + INDEX_SUFFIX: sharded.index_text(shards).encode()}
+    shards = sharded.split(tensors, file, max_shard_bytes)
+    files = tuple(_weights_file(name, inside) for name, inside in shards.items())
+    index = {file + INDEX_SUFFIX: sharded.index_text(shards).encode()}
     return Layout(tensors, files, lambda checksums: index if len(files) > 1 else {})
+
+
+def _weights_file(name: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
+    if name.endswith(".bin"):
+        return archive_file(name, dict(zip(tensors, tensors, strict=True)), tensors)
+    return safetensors_file(name, tensors, {"format": "pt"})  # transformers asks for it

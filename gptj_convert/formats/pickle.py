@@ -2,6 +2,8 @@
 
 torch.save (from 1.6 on) writes a zip archive (see `torch_zip`) with one `data.pkl` (see
 `torch_pickle`) and one member for each storage: a range of elements that tensors are views of.
+A view may be of any strides in which no two elements meet; a matrix whose columns lie densest,
+such as a transposed weight, is read as it lies (`TensorInfo.storage_op`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.formats.ranged_file import RangedFile
+from gptj_convert.formats.strided import StridedView, gather
 from gptj_convert.formats.torch_pickle import (
     MAX_PICKLE_BYTES,
     STATE_DICT_HINT,
@@ -47,7 +50,7 @@ class PickleSource:
             self._zip = TorchZip(self._file)
             self.checksummed = self._zip.checksummed
             self.tensors: dict[str, TensorInfo] = {}
-            self._places: dict[str, tuple[Member, int]] = {}
+            self._places: dict[str, tuple[Member, StridedView]] = {}
             values = read_pickle(self._zip.pickle(MAX_PICKLE_BYTES), path, self._keys)
             for name, value in self._named(values).items():
                 self._add(name, value)
@@ -57,8 +60,13 @@ class PickleSource:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `TensorSource.read_into`."""
-        member, begin = self._places[name]
-        self._file.read_into(member.begin + begin + offset, buffer, f"tensor {name!r}")
+        member, view = self._places[name]
+        what, itemsize = f"tensor {name!r}", NUMPY[self.tensors[name].dtype].itemsize
+
+        def read(at: int, memory: memoryview) -> None:
+            self._file.read_into(member.begin + at, memory, what)
+
+        gather(read, view, itemsize, offset, buffer)
 
     def crc_faults(self) -> Iterator[tuple[int, str | None]]:
         """Read all storages in turn: the bytes of each and, if its CRC32 is wrong, a message.
@@ -103,12 +111,17 @@ class PickleSource:
                 f"{where}: its storage {member.name!r} has {member.size} bytes, expected "
                 f"{storage.numel * itemsize} ({storage.numel} of {storage.dtype})"
             )
-        self.tensors[name] = TensorInfo(storage.dtype, value.shape)
-        self._places[name] = member, value.offset * itemsize
+        op, view = _view(value).in_storage_order()
+        self.tensors[name] = TensorInfo(storage.dtype, value.shape, op)
+        self._places[name] = member, view.merged()
+
+
+def _view(tensor: PickledTensor) -> StridedView:
+    return StridedView(tensor.offset, tensor.shape, tensor.strides)
 
 
 def _tensor_fault(tensor: PickledTensor) -> str | None:
-    """Why a tensor is not a row-major range inside its storage, if it is not."""
+    """Why a tensor is not a view that lies inside its storage, if it is not."""
     shape, strides, numel = tensor.shape, tensor.strides, tensor.storage.numel
     if len(shape) > MAX_DIMENSIONS or len(shape) != len(strides):
         return (
@@ -127,15 +140,12 @@ def _tensor_fault(tensor: PickledTensor) -> str | None:
     # Also of an empty tensor: numpy has no array of such a shape.
     if math.prod(max(n, 1) for n in shape) * NUMPY[tensor.storage.dtype].itemsize >= 2**63:
         return f"shape {list(shape)} overflows"
-    count = math.prod(shape)
-    if tensor.offset + count > numel:
+    view = _view(tensor)
+    if tensor.offset + view.extent > numel:
         return (
-            f"has {count} elements from offset {tensor.offset}, but its storage only {numel} "
-            "elements"
+            f"shape {list(shape)} with strides {list(strides)} from offset {tensor.offset} spans "
+            f"{view.extent} elements, but its storage has only {numel}"
         )
-    step = 1
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if count and n != 1 and stride != step:
-            return f"is not contiguous: shape {list(shape)} has strides {list(strides)}"
-        step *= n
+    if view.overlap:
+        return f"shape {list(shape)} has strides {list(strides)}: {view.overlap}"
     return None

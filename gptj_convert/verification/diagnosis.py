@@ -21,8 +21,8 @@ from gptj_convert.panels import Panels
 from gptj_convert.verification.weights_comparison import Compared, Pair
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS, NUMPY
+from gptj_model.op import Op
 from gptj_model.source import TensorSource
-from gptj_model.tensors import Op
 
 #: Bytes of tensors that are read once more; beyond, only what checksums tell is said.
 _BUDGET = 4 * 2**30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +12,9 @@ import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_tensor
-from gptj_model.tensors import HEAD_BIAS, Op, Scheme, Tensor, block, embedding, head, table
+from gptj_model.tensors import HEAD_BIAS, Scheme, Tensor, block, embedding, head, table
 
 Rule = Callable[[np.ndarray], np.ndarray]
 """A tensor's values in HF's layout → others of the same shape and dtype."""
@@ -175,11 +176,12 @@ class FaultySource:
             by_hf[hf].name(scheme): by_hf[other].name(scheme) for hf, other in fault.origins.items()
         }
         self._held: tuple[str, memoryview] | None = None
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Those of the sound source."""
-        return self._source.tensors
+        self.tensors: dict[str, TensorInfo] = dict(source.tensors)
+        """Those of the sound source; a tensor with a rule is row-major."""
+        for name in self._rules:
+            self.tensors[name] = replace(self.tensors[name], storage_op=Op.COPY)
+        for name, other in self._origins.items():
+            self.tensors[name] = source.tensors[other]
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `TensorSource`; a tensor with a rule is held whole until another one is read."""

@@ -20,8 +20,9 @@ from gptj_convert.progress import Progress
 from gptj_convert.staging import staged_folder
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import GptjError
+from gptj_model.op import Op
 from gptj_model.source import TensorSource, raw_bytes
-from gptj_model.tensors import Op, Scheme, Tensor
+from gptj_model.tensors import Scheme, Tensor
 
 
 def record(

@@ -23,8 +23,9 @@ from gptj_convert.progress import Progress
 from gptj_convert.read_ahead import ReadAhead, Wanted
 from gptj_convert.survey import same_bits
 from gptj_model.dtypes import NUMPY, count_nonfinite, saturate
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
-from gptj_model.tensors import Op, Scheme, Tensor
+from gptj_model.tensors import Scheme, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,8 @@ def compare_weights(
                 strips = _saturated(strips, pair.info.dtype)
             expected = laid_out(strips, NUMPY[pair.info.dtype])
             seen = 0
-            for x, y in in_step(expected, (strip.values for strip in ours.strips())):
+            found = laid_out(ours.strips(), NUMPY[pair.info.dtype])
+            for x, y in in_step(expected, found):
                 result.expected_crc = crc32c(raw_bytes(x), result.expected_crc)
                 bits = f"u{y.itemsize}"
                 if not np.array_equal(x.view(bits), y.view(bits)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from gptj_convert.options import DTYPES
+from gptj_convert.options import DTYPES, FILE_FORMATS, LAYOUTS, ROW_MAJOR, TRANSPOSED
 from gptj_model.config import PRESETS
 from runner.cli.command import PATH, SIZE, command, parse_settings
 from runner.cli.output import Output
@@ -15,18 +15,51 @@ from runner.cli.progress import progress
 
 
 @command
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="tiny", show_default=True)
-@click.option("--out", type=PATH, default="gpt-j-new", show_default=True, help="Folder to make.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="A config field.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="tiny",
+    show_default=True,
+    help="Size of the model.",
+)
+@click.option("--out", type=PATH, default="gpt-j-new", show_default=True, help="Folder to write.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Set a field of config.json, such as n_layer=2.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
+    help="Dtype of the weights.",
 )
-@click.option("--max-shard-size", "max_shard_bytes", type=SIZE, help="As 2GB or 500MiB.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option(
+    "--file-format",
+    type=click.Choice(list(FILE_FORMATS)),
+    default="safetensors",
+    show_default=True,
+    help="File format of the weights.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default=ROW_MAJOR,
+    show_default=True,
+    help="Memory order of the linear layers' weights in a .bin file; the public GPT-J-6B stores "
+    "them as transposed views.",
+)
+@click.option(
+    "--max-shard-size",
+    "max_shard_bytes",
+    type=SIZE,
+    help="Write several files of at most this size each, such as 2GB or 500MiB.",
+)
+@click.option("--force", is_flag=True, help="Overwrite an existing folder.")
 def new(
     output: Output,
     preset: str,
@@ -34,6 +67,8 @@ def new(
     seed: int,
     settings: tuple[str, ...],
     dtype: str,
+    file_format: str,
+    layout: str,
     max_shard_bytes: int | None,
     force: bool,
 ) -> dict[str, Any]:
@@ -41,10 +76,19 @@ def new(
     from gptj_convert.random_checkpoint import write_random_checkpoint
     from gptj_model.config import GPTJConfig
 
+    if layout == TRANSPOSED and file_format != "bin":
+        raise click.UsageError(f"--layout {TRANSPOSED} goes with --file-format bin")
     config = GPTJConfig.preset(preset, **parse_settings(settings))
     with progress(output, "writing") as report:
         for event in write_random_checkpoint(
-            config, out, seed=seed, dtype=dtype, max_shard_bytes=max_shard_bytes, force=force
+            config,
+            out,
+            seed=seed,
+            dtype=dtype,
+            file_format=file_format,
+            transposed=layout == TRANSPOSED,
+            max_shard_bytes=max_shard_bytes,
+            force=force,
         ):
             report(event.done, event.total, event.what)
     output.data(str(out))

@@ -19,7 +19,8 @@ import numpy as np
 from gptj_convert.formats.bundle import BundleSource
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
-from gptj_model.tensors import Op, Tensor, table
+from gptj_model.op import Op
+from gptj_model.tensors import Tensor, table
 from tests.cli.rewriting import rewrite_bundle
 from tests.small_model import SMALL
 

@@ -19,7 +19,8 @@ from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.verification.verdict import Verdict
 from gptj_convert.verification.verify import levels_up_to, verify
 from gptj_model.config import GPTJConfig
-from gptj_model.tensors import Op, table
+from gptj_model.op import Op
+from gptj_model.tensors import table
 from tests.cli.rewriting import rewrite_bundle
 from tests.conftest import GOLDEN_RUNS, SMALL, load_tensors, make_checkpoint, save_tensors
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gptj_convert import panels
+from gptj_model.op import Op
 from gptj_model.source import raw_bytes
-from gptj_model.tensors import Op
 from tests.unit.memory_source import MemorySource
 
 

@@ -264,10 +264,14 @@ def test_refuses_what_is_no_dict_or_has_other_keys(tmp_path):
     assert "key is of type int" in refusal(save(tmp_path / "c.bin", {1: torch.ones(2)}))
 
 
-def test_refuses_views_that_are_not_row_major(tmp_path):
-    for value in (torch.ones(3, 4).t(), torch.ones(3, 4)[:, :2], torch.ones(8)[::2]):
-        assert "tensor 'w': is not contiguous" in refusal(save(tmp_path / "m.bin", {"w": value}))
-    assert "has 6 elements" in refusal(save(tmp_path / "m.bin", {"w": torch.ones(1).expand(6)}))
+def test_refuses_views_that_repeat_elements(tmp_path):
+    def overlap(value: torch.Tensor) -> str:
+        return refusal(save(tmp_path / "m.bin", {"w": value}))
+
+    assert "repeats its elements" in overlap(torch.ones(1).expand(6))
+    assert "repeats its elements" in overlap(torch.ones(3, 1).expand(3, 4))
+    assert "overlap" in overlap(torch.ones(9).unfold(0, 4, 2))
+    assert "overlap" in overlap(torch.ones(40).as_strided((4, 4), (3, 2)))
 
 
 @pytest.mark.parametrize(
@@ -276,13 +280,15 @@ def test_refuses_views_that_are_not_row_major(tmp_path):
         (tensor(strides=numbers(-4, 1)), "strides [-4, 1]"),
         (tensor(shape=numbers(-3, 4)), "shape [-3, 4]"),
         (tensor(offset=number(-1)), "offset -1"),
-        (tensor(offset=number(1)), "has 12 elements from offset 1, but its storage only 12"),
-        (tensor(offset=number(2**62)), "but its storage only 12"),
+        (tensor(offset=number(1)), "from offset 1 spans 12 elements, but its storage has only 12"),
+        (tensor(offset=number(2**62)), "but its storage has only 12"),
         (tensor(shape=numbers(2**62, 2**62)), "overflows"),
         (tensor(shape=numbers(2**62, 0)), "overflows"),
-        (tensor(shape=numbers(3, 5), strides=numbers(4, 1)), "has 15 elements"),
-        (tensor(strides=numbers(1, 1)), "is not contiguous"),
-        (tensor(strides=numbers(0, 0)), "is not contiguous"),
+        (tensor(shape=numbers(3, 5), strides=numbers(4, 1)), "spans 13 elements"),
+        (tensor(strides=numbers(1, 1)), "overlap"),
+        (tensor(strides=numbers(0, 0)), "repeats its elements"),
+        (tensor(strides=numbers(2**62, 1)), f"spans {2**63 + 4} elements"),
+        (tensor(strides=numbers(1, 4)), "spans 15 elements"),
         (tensor(strides=numbers(1)), "2 dimensions and 1 strides"),
         (tensor(numbers(*[1] * 9), numbers(*[1] * 9)), "9 dimensions"),
         (tensor(shape=b"\x88\x88\x86"), "not whole numbers"),

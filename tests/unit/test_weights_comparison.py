@@ -21,7 +21,8 @@ from gptj_convert.verification.weights_comparison import (
     pair_up,
 )
 from gptj_model.config import GPTJConfig
-from gptj_model.tensors import Op, Scheme, table
+from gptj_model.op import Op
+from gptj_model.tensors import Scheme, table
 from tests.small_model import SMALL
 from tests.unit.memory_source import MemorySource
 

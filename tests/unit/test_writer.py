@@ -20,8 +20,8 @@ from gptj_convert.panels import Strip
 from gptj_convert.pipeline import Pipeline
 from gptj_convert.writer import Start, find_start, reserve, write_files
 from gptj_model.errors import FileFault
+from gptj_model.op import Op
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import Op
 
 DTYPES = st.sampled_from(["float32", "float16", "int64"])
 TENSORS = st.lists(st.tuples(DTYPES, st.integers(0, 3000)), min_size=1, max_size=8)

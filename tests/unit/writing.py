@@ -11,7 +11,7 @@ from gptj_convert.formats.layout import Layout
 from gptj_convert.panels import Strip
 from gptj_convert.pipeline import Pipeline
 from gptj_convert.writer import Start, reserve, write_files
-from gptj_model.tensors import Op
+from gptj_model.op import Op
 
 
 def write(layout: Layout, folder: Path, content: Mapping[str, np.ndarray]) -> dict[str, int]:
