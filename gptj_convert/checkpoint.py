@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +14,22 @@ from gptj_convert.formats import cs, hf, keras, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
 from gptj_convert.joined_source import JoinedSource
+from gptj_convert.other_files import no_checkpoint
 from gptj_convert.reference_yaml import PARAMS_FILE
 from gptj_convert.reference_yaml import config_beside as config_beside_bundle
+from gptj_convert.source_names import (
+    RenamedSource,
+    SourceNames,
+    matching,
+    source_names,
+)
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.dtypes import widest
-from gptj_model.errors import ConfigError, FileFault
+from gptj_model.errors import ConfigError, UsageError
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, table
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,8 @@ class Checkpoint:
     """The files that hold its tensors, and their index."""
     vocab_choice: str | None = None
     """Where its vocab_size is from: one of `options.VOCAB_SIZES`; None: both must agree."""
+    dropped: tuple[str, ...] = ()
+    """Names, in its files, of tensors that were left out because they were asked to be."""
     optimizer: OptimizerSource | None = None
     """A file with an optimizer's state beside the weights, if it was asked for and is there."""
 
@@ -84,31 +97,74 @@ def open_checkpoint(
     *,
     config_file: Path | None = None,
     vocab_choice: str | None = None,
+    drop: Sequence[str] = (),
     with_optimizer: bool = False,
 ) -> Checkpoint:
     """Find and open the GPT-J checkpoint that `path` is or holds.
+
+    Its tensors have the names of the table where a wrapper of the model has put its own around
+    them; a note in the log says so.
 
     Args:
         path: a folder, a weight file, an index of shards, or a bundle's prefix.
         config_file: a config.json to use instead of the one beside the weights.
         vocab_choice: see `Checkpoint`.
+        drop: names of tensors to leave out, or patterns as a shell has them.
         with_optimizer: open an optimizer.pt beside Hugging Face's weights, too.
 
     Raises:
         ConfigError: no config, or one that is not a GPT-J.
         FileFault: no checkpoint there, or a corrupt one.
         TensorFault: an index and its shards disagree.
+        UsageError: a weight of the model is to be dropped.
     """
     location = locate(path)
+    scheme = location.scheme
     config = read_config(location, config_file)
     source, files = open_source(location)
-    config = vocabulary.settle(config, location.scheme, source.tensors, vocab_choice)
+    in_file = source_names(source.tensors).in_file
+    source, dropped = _renamed(path, source, scheme, drop)
+    config = vocabulary.settle(config, scheme, source.tensors, vocab_choice)
+    weights = {t.name(scheme) for t in table(config)} - source.tensors.keys()
+    if lost := [name for name in weights if in_file.get(name) in dropped]:
+        source.close()
+        raise UsageError(
+            f"{path}: {in_file[min(lost)]!r} is a weight of this model, which cannot be dropped",
+            hint="drop only what is beside the model",
+        )
     state = location.weights.with_name(OPTIMIZER_FILE)
-    if not (with_optimizer and location.scheme is Scheme.HF and state.is_file()):
-        return Checkpoint(path, location.scheme, config, source, files, vocab_choice)
-    return Checkpoint(
-        path, location.scheme, config, source, (*files, state), vocab_choice, OptimizerSource(state)
+    optimizer = None
+    if with_optimizer and scheme is Scheme.HF and state.is_file():
+        optimizer, files = OptimizerSource(state), (*files, state)
+    return Checkpoint(path, scheme, config, source, files, vocab_choice, dropped, optimizer)
+
+
+def open_named(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
+    """A checkpoint's tensors under the table's names, and the files that hold them.
+
+    Raises:
+        FileFault, TensorFault: see `open_source`.
+    """
+    source, files = open_source(location)
+    return _renamed(location.path, source, location.scheme, ())[0], files
+
+
+def _renamed(
+    path: Path, source: TensorSource, scheme: Scheme, drop: Sequence[str]
+) -> tuple[TensorSource, tuple[str, ...]]:
+    """The source under the table's names without some tensors, and these."""
+    dropped = tuple(name for name in source.tensors if matching(drop, name))
+    kept = [name for name in source.tensors if name not in dropped]
+    names = (
+        source_names(kept)
+        if scheme is Scheme.HF
+        else SourceNames(dict(zip(kept, kept, strict=True)))
     )
+    for note in names.notes:
+        _log.warning("%s: %s", path, note)
+    if names.notes or dropped:
+        source = RenamedSource(source, names.in_file)
+    return source, dropped
 
 
 def locate(path: Path) -> Location:
@@ -117,8 +173,7 @@ def locate(path: Path) -> Location:
     Raises:
         FileFault: there is none.
     """
-    weights = hf.find_weights(path)
-    if weights:
+    if weights := hf.find_weights(path):
         return Location(path, Scheme.HF, weights)
     prefix = tf.find_bundle(path)
     if prefix:
@@ -127,30 +182,13 @@ def locate(path: Path) -> Location:
         return Location(path, Scheme.KERAS, weights)
     if weights := cs.find_weights(path):
         return Location(path, Scheme.CS, weights)
-    if not path.exists():
-        raise FileFault(
-            f"{path}: not found, expected a checkpoint",
-            hint="`gptj download` fetches GPT-J-6B to ./gpt-j-6b; "
-            "`gptj new` makes a random one for trials",
-        )
-    if path.is_dir():
-        if shards := hf.shards_without_index(path):
-            raise FileFault(
-                f"{path}: holds {shards[0]} and {len(shards) - 1} more, but no index of shards, "
-                f"expected {' or '.join(n for n in hf.WEIGHT_FILES if sharded.is_index(n))}",
-                hint="fetch the index from where the shards came from",
-            )
-        wanted = ", ".join(
-            (*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index", keras.WEIGHTS_FILE, cs.MODEL_FILE)
-        )
-        raise FileFault(f"{path}: holds no checkpoint, expected one of {wanted}")
-    raise FileFault(
-        f"{path}: is not a checkpoint, expected .safetensors, .bin, .index, .h5 or .mdl"
-    )
+    if path.is_file() and sharded.kind_of_content(path):
+        return Location(path, Scheme.HF, path)
+    raise no_checkpoint(path)
 
 
 def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
-    """A checkpoint's tensors, and the files that hold them.
+    """A checkpoint's tensors under the names they have in its files, and these.
 
     Raises:
         FileFault: one of them is missing or corrupt.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -26,70 +27,25 @@ from gptj_convert.hub import (
     persist,
     transfer,
 )
+from gptj_convert.hub_cache import cached_blob, cached_listing, copy_blob
+from gptj_convert.listing import (
+    MODEL,
+    Choose,
+    Contents,
+    Listing,
+    RemoteFile,
+    stated_file,
+)
 from gptj_convert.progress import Progress
 from gptj_convert.staging import sync
 from gptj_model.errors import FileFault, HubFault, UsageError
 
+_log = logging.getLogger(__name__)
+
 #: What is whole in a folder, and from where.
 RECORD_FILE = ".gptj-download.json"
 
-#: What a repository holds, in the hub's words.
-MODEL, DATA_SET = "model", "dataset"
-
 _HEX_16 = "[0-9a-f]" * 16
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file on the hub; `digest` is "sha256:…" or "git:…", its blob's name."""
-
-    size: int
-    digest: str
-
-    @property
-    def kind(self) -> str:
-        """Of the digest, as `gptj_convert.digest` names it."""
-        return self.digest.partition(":")[0]
-
-    @property
-    def hex(self) -> str:
-        """The digest without its kind."""
-        return self.digest.partition(":")[2]
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """One commit's files; `offline` when a finished folder's record stands in for the hub."""
-
-    repository: str
-    revision: str | None
-    commit: str
-    files: dict[str, RemoteFile]
-    """Those that are wanted, by their path in the repository."""
-    offline: bool = False
-    kind: str = MODEL
-    others: tuple[str, ...] = ()
-    """Paths of all others, so that a choice can be made again without the hub."""
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(f.size for f in self.files.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a repository holds, for whoever chooses from it."""
-
-    repository: str
-    names: Collection[str]
-    """Paths of its files, as they are stated: they may lead anywhere."""
-    read: Callable[[str, int], bytes]
-    """A small file's content, of no more than so many bytes."""
-
-
-#: Names the files that are wanted.
-Choose = Callable[[Contents], Iterable[str]]
 
 
 def list_files(
@@ -97,7 +53,8 @@ def list_files(
 ) -> Listing:
     """Choose from what a repository holds.
 
-    If the hub cannot be reached and `folder` holds all that is chosen, its record is the answer.
+    If the hub cannot be reached, the record of a `folder` that holds all that is chosen is the
+    answer, or else the hub's cache on this machine.
 
     Args:
         repository: OWNER/NAME.
@@ -142,6 +99,8 @@ def list_files(
             raise ValueError
     except Unreachable:
         if listing := _finished(folder, (repository, revision, kind), choose):
+            return listing
+        if listing := cached_listing(repository, revision, kind, choose):
             return listing
         raise
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -234,7 +193,7 @@ def read_record(folder: Path) -> Listing | None:
     """What the record of downloads says is whole in a folder; None when there is no good record."""
     try:
         fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        files = {name: _stated(**f) for name, f in fields.pop("files").items()}
+        files = {name: stated_file(**f) for name, f in fields.pop("files").items()}
         others = tuple(fields.pop("others", ()))
         if not all(map(is_inner_path, files)):
             return None
@@ -262,6 +221,7 @@ def _note(
         files={name: files[name] for name in sorted(files)},
         others=tuple(sorted({*listing.files, *listing.others} - files.keys())),
         offline=True,
+        cached=False,
     )
     if now != read_record(folder):
         text = json.dumps(asdict(now), indent=1)
@@ -303,6 +263,11 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
     def kept() -> str:
         return f"; {file_size(part) or 0} of {remote.size} bytes are kept"
 
+    if blob := cached_blob(listing.repository, listing.kind, remote):
+        copy_blob(blob, part, tell)
+        if _digest(part, remote) != remote.digest:
+            part.unlink()
+            _log.warning("%s: is damaged in the hub's cache (%s)", name, blob)
     for last_try in (False, True):
         try:
             with hub_faults(f"{listing.repository}: {name}", kept):
@@ -345,23 +310,10 @@ def _remote_file(sibling: Any, repository: str) -> RemoteFile:
     """As the hub states it."""
     try:
         if sibling.lfs:
-            return _stated(sibling.lfs.size, f"sha256:{sibling.lfs.sha256}")
-        return _stated(sibling.size, f"git:{sibling.blob_id}")
+            return stated_file(sibling.lfs.size, f"sha256:{sibling.lfs.sha256}")
+        return stated_file(sibling.size, f"git:{sibling.blob_id}")
     except ValueError:
         raise _not_a_hub(repository) from None
-
-
-def _stated(size: Any, digest: Any) -> RemoteFile:
-    """What others state. The digest becomes part of a file's name, so its form is checked.
-
-    Raises:
-        ValueError: it is not a size and a digest.
-    """
-    if not isinstance(size, int) or not re.fullmatch(
-        "sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", digest
-    ):
-        raise ValueError
-    return RemoteFile(size, digest)
 
 
 def _tell(report: Callable[[Progress], None], total: int, name: str, before: int, now: int) -> None:

@@ -21,6 +21,7 @@ from crc32c import crc32c
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.cs_trainer import TRAINER_FILE, trainer
 from gptj_convert.formats.keras import write_model
+from gptj_convert.formats.tf import CONVERTED_PREFIX, STATE_FILE, state_text
 from gptj_convert.journal import JOURNAL_FILE, Journal, Moved, read_journal
 from gptj_convert.manifest import (
     MANIFEST_FILE,
@@ -294,6 +295,8 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
     params = plan.continuation and plan.continuation.params
     params = params or continued_pretraining(plan.config)
     if plan.scheme is Scheme.TF:
+        state = state_text([CONVERTED_PREFIX])
+        (staging / STATE_FILE).write_text(state, encoding="utf-8")
         (staging / PARAMS_FILE).write_text(yaml_text(params), encoding="utf-8")
     if plan.scheme is Scheme.CS:
         text = yaml_text(trainer(plan.config, params))

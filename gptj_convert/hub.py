@@ -32,7 +32,7 @@ def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[No
     from httpx2 import RequestError
     from huggingface_hub import errors
 
-    again = "run the same command again; a finished folder needs no download"
+    again = "run the same command again to resume; a finished folder needs no download"
     try:
         yield
     except errors.GatedRepoError:
@@ -50,8 +50,12 @@ def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[No
             hint = "check the token: `hf auth login`, or HF_TOKEN if it is set"
             raise HubFault(answer, hint=hint) from None
         raise Unreachable(answer + kept(), hint=again) from None
-    except (RequestError, errors.OfflineModeIsEnabled) as e:
-        why = "HF_HUB_OFFLINE is set" if isinstance(e, OSError) else str(e) or type(e).__name__
+    except errors.OfflineModeIsEnabled:
+        why = "HF_HUB_OFFLINE is set, and its cache does not hold all that is needed"
+        hint = "unset HF_HUB_OFFLINE, or name a folder that holds the files"
+        raise Unreachable(f"{where}: the hub cannot be reached: {why}{kept()}", hint=hint) from None
+    except RequestError as e:
+        why = str(e) or type(e).__name__
         raise Unreachable(
             f"{where}: the hub cannot be reached: {why}{kept()}", hint=again
         ) from None

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from gptj_convert.checkpoint import locate, open_source, read_config
+from gptj_convert.checkpoint import locate, open_named, read_config
 from gptj_convert.panels import Panels
 from gptj_convert.progress import Progress
-from gptj_convert.survey import Finding, Role, hint, survey
+from gptj_convert.survey import Finding, Role, survey
+from gptj_convert.tensor_problems import hint, whole_problem
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.op import Op
@@ -53,12 +54,16 @@ class Inspection:
     @property
     def problems(self) -> list[str]:
         """How the tensors are not those that the config calls for, one line each."""
+        if whole := whole_problem(self.source.tensors):
+            return [whole[0]]
         unmatched = [f"names cannot be matched: {e.message}"] if (e := self.config_fault) else []
         return unmatched + [f.problem for f in self.findings if f.problem]
 
     @property
     def hint(self) -> str | None:
         """What to do about the problems, where that is known."""
+        if whole := whole_problem(self.source.tensors):
+            return whole[1]
         if self.config is None:
             return "name the model's configuration with `--config FILE`"
         return hint(self.findings, self.scheme, self.config) if self.problems else None
@@ -115,7 +120,7 @@ def inspect(path: Path, *, config_file: Path | None = None) -> Inspection:
         if config_file:
             raise
         fault = e
-    source, files = open_source(location)
+    source, files = open_named(location)
     findings = survey(source.tensors, location.scheme, config)
     return Inspection(path, location.scheme, source, files, config, fault, tuple(findings))
 

@@ -15,6 +15,7 @@ from typing import Any
 from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.digest import GIT, SHA256, FileDigest
 from gptj_convert.download import RECORD_FILE, read_record
+from gptj_convert.formats import sharded
 from gptj_convert.formats.bundle import BundleSource, unmasked
 from gptj_convert.formats.pickle import PickleSource
 from gptj_convert.inspect import Inspection
@@ -242,7 +243,11 @@ def _tensor(
 
 def _archives(opened: Inspection, result: Check) -> list[_Work]:
     """The `.bin` files, which state a CRC32 of each storage."""
-    archives = [p for p in opened.files if p.suffix == ".bin" and _has_checksums(p)]
+    archives = [
+        p
+        for p in opened.files
+        if sharded.kind_of_content(p) == sharded.ARCHIVE and _has_checksums(p)
+    ]
     return [_Work(p.name, p.stat().st_size, _archive(p, result)) for p in archives]
 
 

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 
-from gptj_convert.download import Contents, Listing, list_files
+from gptj_convert.download import list_files
 from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.formats.json_file import parse_json
 from gptj_convert.formats.sharded import MAX_INDEX_BYTES, is_index, parse_index
-from gptj_model.config import CONFIG_FILE
-from gptj_model.errors import FileFault, HubFault, TensorFault, UsageError
+from gptj_convert.listing import Contents, Listing
+from gptj_model.config import CONFIG_FILE, GPTJConfig
+from gptj_model.errors import ConfigError, FileFault, HubFault, TensorFault, UsageError
+
+_log = logging.getLogger(__name__)
+
+#: A GPT-J's config.json has 1 kB.
+MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_MARKS = 2**15
 
 _EXTRAS = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".bin", ".safetensors")
 _HINT = "name another repository, or with --revision another branch"
 
 
-def list_model(repository: str, revision: str | None, folder: Path) -> Listing:
+def list_model(
+    repository: str, revision: str | None, folder: Path, *, for_conversion: bool = False
+) -> Listing:
     """Choose one set of weights and the small files beside it.
 
-    Which shards are a set, only their index says: it is fetched for that.
+    Which shards are a set, only their index says, and whether it is a GPT-J only config.json:
+    both are fetched for that.
+
+    Args:
+        repository: OWNER/NAME.
+        revision: branch, tag or commit; None is the main branch.
+        folder: where the files go.
+        for_conversion: refuse a model that cannot be converted; else a note says so.
 
     Raises:
+        ConfigError: it is not a GPT-J, and `for_conversion` is set.
         UsageError: no repository can have this name, or `folder` has a file that every reader
             prefers to the weights to come.
         HubFault: no network, no access, no such repository, or no weights that can be read.
         TensorFault: the index names shards that no checkpoint has, or that are not there.
     """
-    listing = list_files(repository, revision, folder, choose_model)
+    choose = partial(choose_model, for_conversion=for_conversion)
+    listing = list_files(repository, revision, folder, choose)
     weights = _weights(listing.files)
     for other in WEIGHT_FILES[: WEIGHT_FILES.index(weights)] if weights else ():
         if (folder / other).exists():
@@ -39,20 +60,37 @@ def list_model(repository: str, revision: str | None, folder: Path) -> Listing:
     return listing
 
 
-def choose_model(contents: Contents) -> Iterable[str]:
+def choose_model(contents: Contents, *, for_conversion: bool = False) -> Iterable[str]:
     """Names of the files; besides known ones only shards, whose names are checked.
 
     Raises:
+        ConfigError: see `list_model`.
         HubFault: there are no weights that can be read.
         TensorFault: see `list_model`.
     """
     weights = _weights(contents.names)
     if not weights or CONFIG_FILE not in contents.names:
         raise _unreadable(contents)
+    _check_config(contents, for_conversion=for_conversion)
     yield weights
     yield from (name for name in _EXTRAS if name in contents.names)
     if is_index(weights):
         yield from _shards(contents, weights)
+
+
+def _check_config(contents: Contents, *, for_conversion: bool) -> None:
+    """Whether the model is one that this program converts, before its weights are fetched."""
+    where = f"{contents.repository}: {CONFIG_FILE}"
+    try:
+        data = contents.read(CONFIG_FILE, MAX_CONFIG_BYTES)
+        values = parse_json(data, where=where, max_marks=MAX_CONFIG_MARKS)
+        GPTJConfig.from_hf(values, where=where)
+    except FileFault as e:
+        raise HubFault(e.message, hint=_HINT) from None
+    except ConfigError as e:
+        if for_conversion:
+            raise
+        _log.warning("%s; it is downloaded, but cannot be converted", e.message)
 
 
 def _weights(names: Collection[str]) -> str | None:

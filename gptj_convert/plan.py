@@ -20,10 +20,11 @@ from gptj_convert.optimizer.state import DTYPE
 from gptj_convert.optimizer.target import Continuation, cs_tree, torch_state
 from gptj_convert.options import KEEP
 from gptj_convert.panels import Panels
-from gptj_convert.survey import hint, same_bits, settle_copies, survey
+from gptj_convert.survey import same_bits, settle_copies, survey
+from gptj_convert.tensor_problems import hint, whole_problem
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import widest
-from gptj_model.errors import TensorFault, UsageError
+from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.moments import ADAMS, Grouping, named_moments, numbered_moments
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo
@@ -104,10 +105,13 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
     """Every row of the table with the name and header of the checkpoint's tensor for it.
 
     Raises:
+        FileFault: the weights are quantised, or an adapter beside them is not merged.
         TensorFault: a tensor is missing, unknown, or of another shape or kind than the config
             calls for; all such tensors are named.
     """
     source, scheme, config = checkpoint.source, checkpoint.scheme, checkpoint.config
+    if whole := whole_problem(source.tensors):
+        raise FileFault(f"{checkpoint.path}: {whole[0]}", hint=whole[1])
     findings = settle_copies(survey(source.tensors, scheme, config), source)
     rows = vocabulary.rows(config, scheme, source.tensors)
     disagreement = vocabulary.disagreement(config, rows)

@@ -23,9 +23,6 @@ from gptj_model.tensors import (
     table,
 )
 
-#: What the names of a Hugging Face GPTJModel lack of those of the GPTJForCausalLM around it.
-_MODEL_PREFIX = "transformer."
-
 
 class Role(Enum):
     """What a tensor of a file is."""
@@ -46,7 +43,7 @@ class Finding:
     """One tensor that a file holds, or lacks."""
 
     name: str
-    """In the file."""
+    """In the source."""
     info: TensorInfo | None
     """None: it is not there."""
     role: Role
@@ -62,23 +59,21 @@ def survey(
     tensors: Mapping[str, TensorInfo], scheme: Scheme, config: GPTJConfig | None
 ) -> list[Finding]:
     """Every row of the table, in its order, then every other tensor, in the file's order."""
-    prefix = _prefix_left_out(tensors, scheme)
-    left = {prefix + name: name for name in tensors}
+    left = dict.fromkeys(tensors)
     found, copies = [], {}
     for tensor in table(config) if config else ():
-        full_name = tensor.name(scheme)
-        copies |= dict.fromkeys(tensor.copies(scheme), full_name)
-        name = left.pop(full_name, None)
-        info = None if name is None else tensors[name]
-        name = full_name.removeprefix(prefix) if name is None else name
+        name = tensor.name(scheme)
+        copies |= dict.fromkeys(tensor.copies(scheme), name)
+        left.pop(name, None)
+        info = tensors.get(name)
         problem = _problem(name, info, tensor.shape_in(scheme))
         found.append(Finding(name, info, Role.WEIGHT, tensor, problem))
     if config and scheme is Scheme.HF:
         copies[HEAD_WEIGHT.hf] = EMBEDDING.hf
     dropped = ignored_hf(config) if config and scheme is Scheme.HF else frozenset()
-    for full_name, name in left.items():
-        original = copies.get(full_name)
-        if full_name in dropped:
+    for name in left:
+        original = copies.get(name)
+        if name in dropped:
             role = Role.IGNORED
         elif is_training_state(name, scheme):
             role = Role.TRAINING_STATE
@@ -113,30 +108,6 @@ def settle_copies(findings: Sequence[Finding], source: TensorSource) -> list[Fin
         return replace(finding, role=Role.UNKNOWN, problem=problem)
 
     return [settled(finding) for finding in findings]
-
-
-def hint(findings: Sequence[Finding], scheme: Scheme, config: GPTJConfig) -> str | None:
-    """What may have happened to a file that is not what its config calls for, and the way out."""
-    if any(f.tensor and f.name != f.tensor.name(scheme) for f in findings):
-        return (
-            "this is a GPTJModel without its head; save the GPTJForCausalLM that it came from "
-            "(a head is never made up)"
-        )
-    if config.tie_word_embeddings:
-        if any(f.role is Role.UNKNOWN and f.name == HEAD_WEIGHT.hf for f in findings):
-            return "config.json ties the head to the embedding, but the file holds another head"
-        return None
-    tied = table(replace(config, tie_word_embeddings=True))
-    if {t.name(scheme) for t in tied} <= {f.name for f in findings if f.info}:
-        return "the file holds a tied model: set tie_word_embeddings to true in config.json"
-    return None
-
-
-def _prefix_left_out(tensors: Mapping[str, TensorInfo], scheme: Scheme) -> str:
-    """What the names lack when a Hugging Face GPTJModel, which has no head, was saved alone."""
-    bare = EMBEDDING.hf.removeprefix(_MODEL_PREFIX)
-    headless = scheme is Scheme.HF and EMBEDDING.hf not in tensors and bare in tensors
-    return _MODEL_PREFIX if headless else ""
 
 
 def _problem(name: str, info: TensorInfo | None, expected: tuple[int, ...]) -> str | None:

@@ -186,6 +186,15 @@ HEAD_BIAS = TensorSpec(
 #: Buffers that old HF files carry beside the weights: the causal mask and its fill value.
 IGNORED_HF = ("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias")
 
+_HF_TEMPLATES = frozenset(
+    {
+        *(spec.hf for spec in (EMBEDDING, *BLOCK, *FINAL_NORM, HEAD_WEIGHT, HEAD_BIAS)),
+        *IGNORED_HF,
+    }
+)
+#: Which part of a block's HF name is its number.
+_BLOCK_PART = BLOCK[0].hf.split(".").index("{i}")
+
 GLOBAL_STEP = "global_step"
 BETA1_POWER = "beta1_power"
 BETA2_POWER = "beta2_power"
@@ -314,6 +323,15 @@ def vocabulary(config: GPTJConfig) -> list[Tensor]:
     """The tensors with one row (in HF's layout) a token: embedding and head."""
     rows = (EMBEDDING.hf, HEAD_WEIGHT.hf, HEAD_BIAS.hf)
     return [t for t in (embedding(config), *head(config)) if t.hf in rows]
+
+
+def is_hf_name(name: str) -> bool:
+    """Whether a GPT-J of some depth has a tensor, or an ignored buffer, of this HF name."""
+    parts = name.split(".")
+    template = ".".join(
+        "{i}" if n == _BLOCK_PART and p.isdecimal() else p for n, p in enumerate(parts)
+    )
+    return template in _HF_TEMPLATES
 
 
 def ignored_hf(config: GPTJConfig) -> frozenset[str]:

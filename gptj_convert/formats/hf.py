@@ -16,6 +16,8 @@ from gptj_model.source import TensorInfo, TensorSource
 
 SAFETENSORS_FILE = FILE_FORMATS["safetensors"]
 PICKLE_FILE = FILE_FORMATS["bin"]
+#: How names of single files of weights end, the last four of what torch.save wrote.
+WEIGHT_SUFFIXES = (sharded.SAFETENSORS, sharded.ARCHIVE, ".pt", ".pth", ".ckpt")
 #: One file, or the index of shards, in the order that transformers prefers them.
 WEIGHT_FILES = (
     SAFETENSORS_FILE,
@@ -50,13 +52,8 @@ def find_weights(path: Path) -> Path | None:
                 f"{path}: is one of {count} shards, expected all of them",
                 hint=f"name the folder that holds them and their index: {path.parent}",
             )
-        return path if path.suffix in (".safetensors", ".bin") else None
+        return path if path.suffix in WEIGHT_SUFFIXES else None
     return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-
-
-def shards_without_index(folder: Path) -> list[str]:
-    """Names of the shards in a folder, for one that holds no weights that can be opened."""
-    return sorted(p.name for p in folder.iterdir() if sharded.shards_of(p.name))
 
 
 def open_weights(path: Path) -> tuple[TensorSource, tuple[Path, ...]]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import reprlib
@@ -17,12 +18,16 @@ from typing import Any
 
 from gptj_convert.formats.json_file import parse_json, read_json
 from gptj_convert.formats.pickle import PickleSource
-from gptj_convert.formats.safetensors import SafetensorsSource
+from gptj_convert.formats.ranged_file import DOWNLOAD_HINT
+from gptj_convert.formats.safetensors import MAX_HEADER_BYTES, SafetensorsSource
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import TensorInfo, TensorSource
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT
 
 INDEX_SUFFIX = ".index.json"
+
+#: Kinds of weight files, by how their names usually end.
+SAFETENSORS, ARCHIVE = ".safetensors", ".bin"
 
 #: A GPT-J of 28 blocks has 341 tensors with its old buffers, and an index of 30 kB.
 MAX_INDEX_BYTES = 4 * 2**20
@@ -33,7 +38,10 @@ MAX_SHARDS = 400
 #: No shard of any writer is called otherwise, and none of these leads out of the folder.
 _SHARD_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}", re.ASCII)
 _NUMBERED = re.compile(r"[-_.]\d{1,6}-of-(\d{1,6})\.(safetensors|bin)", re.ASCII)
+_PROVEN = "names, shapes and the end of every file agree"
 _HINT = "fetch the index and all its shards again, from one revision: `gptj download`"
+
+_log = logging.getLogger(__name__)
 
 _shown = reprlib.Repr()
 _shown.maxstring = 200
@@ -51,8 +59,25 @@ def shards_of(name: str) -> int | None:
 
 
 def open_file(path: Path) -> TensorSource:
-    """Open one weight file by its kind."""
-    return SafetensorsSource(path) if path.suffix == ".safetensors" else PickleSource(path)
+    """Open one weight file by its content; one that is neither kind, by its name."""
+    kind = kind_of_content(path) or (SAFETENSORS if path.suffix == SAFETENSORS else ARCHIVE)
+    return SafetensorsSource(path) if kind == SAFETENSORS else PickleSource(path)
+
+
+def kind_of_content(path: Path) -> str | None:
+    """`SAFETENSORS` or `ARCHIVE`, by a file's first bytes; None: neither, or it cannot be read.
+
+    A pickle without an archive around it counts as `ARCHIVE`: its reader says what it is.
+    """
+    try:
+        with path.open("rb") as f:
+            head = f.read(9)
+    except OSError:
+        return None
+    if head.startswith((b"PK\x03\x04", b"\x80")) and not head.endswith(b"{"):
+        return ARCHIVE
+    length = int.from_bytes(head[:8], "little")
+    return SAFETENSORS if head[8:] == b"{" and length <= MAX_HEADER_BYTES else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +88,8 @@ class ShardIndex:
     """Shard by tensor, not checked."""
     shards: tuple[str, ...]
     """Those whose names may be used, in order."""
-    total_size: int | float | None
+    metadata: Any
+    """An object whose `total_size` is the bytes of all tensors, if writers keep to the format."""
     problems: tuple[str, ...]
 
 
@@ -117,13 +143,7 @@ def _index(values: Mapping[str, Any], name: str, where: str) -> ShardIndex:
             hint="load it with transformers, then save_pretrained(..., max_shard_size='5GB')",
         )
     metadata = values.get("metadata", {})
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict):
-        problems.append(f"metadata is {_shown.repr(metadata)}, expected an object")
-    elif total is not None and type(total) not in (int, float):
-        problems.append(f"metadata.total_size is {_shown.repr(total)}, expected a number of bytes")
-        total = None
-    return ShardIndex(weight_map, tuple(sorted(shards)), total, tuple(problems))
+    return ShardIndex(weight_map, tuple(sorted(shards)), metadata, tuple(problems))
 
 
 class ShardedSource:
@@ -142,10 +162,12 @@ class ShardedSource:
         self._holders: dict[str, TensorSource] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            problems = [*self._index.problems, *self._open(), *self._place()]
-            problems += self._size_problems()
+            problems, hints = self._open()
+            problems = [*self._index.problems, *problems, *self._place()]
             if problems:
-                raise TensorFault(str(index), problems, hint=_HINT)
+                # One of them may be mended in a way of its own; then the others come after.
+                raise TensorFault(str(index), problems, hint=next(iter(hints), _HINT))
+            self._note_size()
         except BaseException:
             self.close()
             raise
@@ -164,8 +186,10 @@ class ShardedSource:
         for shard in self._shards.values():
             shard.close()
 
-    def _open(self) -> list[str]:
-        problems = []
+    def _open(self) -> tuple[list[str], list[str]]:
+        """Open every shard; gives problems, and hints that do not say to fetch files again."""
+        problems: list[str] = []
+        hints: list[str] = []
         for shard in self._index.shards:
             path = self._path.with_name(shard)
             if not path.is_file():
@@ -175,7 +199,9 @@ class ShardedSource:
                 self._shards[shard] = open_file(path)
             except FileFault as e:
                 problems.append(e.message)
-        return problems
+                if e.hint and e.hint != DOWNLOAD_HINT:
+                    hints.append(e.hint)
+        return problems, hints
 
     def _place(self) -> list[str]:
         """Find every tensor; says where index and shards disagree."""
@@ -205,15 +231,20 @@ class ShardedSource:
                 problems.append(f"{_shown.repr(name)} is in {holders[0]}, but not in the index")
         return problems
 
-    def _size_problems(self) -> list[str]:
-        """Compare `total_size`, if there is one, once all that it counts is found.
+    def _note_size(self) -> None:
+        """Say where `total_size` is not that of the tensors: their own sizes are proven.
 
         Some versions of transformers count a bool as an eighth of a byte, and a tied head
         whether or not it is stored.
         """
-        stated = self._index.total_size
-        if stated is None or len(self.tensors) < len(self._index.weight_map):
-            return []
+        metadata = self._index.metadata
+        if not isinstance(metadata, dict):
+            shown = "null" if metadata is None else _shown.repr(metadata)
+            _log.warning("%s: metadata is %s, expected an object; %s", self._path, shown, _PROVEN)
+            return
+        stated = metadata.get("total_size")
+        if stated is None:
+            return
         bools = sum(i.nbytes for i in self.tensors.values() if i.dtype == "bool")
         size = sum(i.nbytes for i in self.tensors.values())
         embedding = self.tensors.get(EMBEDDING.hf)
@@ -221,9 +252,14 @@ class ShardedSource:
         if embedding:
             stored = HEAD_WEIGHT.hf in self.tensors
             counts.add(size - embedding.nbytes if stored else size + embedding.nbytes)
-        if any(stated * 8 in (count * 8, count * 8 - bools * 7) for count in counts):
-            return []
-        return [f"metadata.total_size is {_shown.repr(stated)}, the tensors have {size} bytes"]
+        if type(stated) in (int, float) and any(
+            stated * 8 in (count * 8, count * 8 - bools * 7) for count in counts
+        ):
+            return
+        _log.warning(
+            "%s: metadata.total_size is %s, the tensors have %d bytes; %s",
+            *(self._path, _shown.repr(stated), size, _PROVEN),
+        )
 
 
 def split(

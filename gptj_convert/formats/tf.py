@@ -29,7 +29,7 @@ def find_bundle(path: Path) -> Path | None:
     """
     if path.name.endswith(_INDEX) and path.is_file():
         return path.with_name(path.name.removesuffix(_INDEX))
-    if path.with_name(path.name + _INDEX).is_file():
+    if path.name and path.with_name(path.name + _INDEX).is_file():
         return path
     if (path / (CONVERTED_PREFIX + _INDEX)).is_file():
         return path / CONVERTED_PREFIX

@@ -58,12 +58,18 @@ def _stated_source(converted: Path) -> Mapping[str, Any]:
     return manifest.source if manifest and isinstance(manifest.source, dict) else {}
 
 
-def _vocab_choice(converted: Path) -> str | None:
-    """How the conversion chose the source's vocab_size; a damaged manifest is found later."""
+def _choices(converted: Path) -> tuple[str | None, list[str]]:
+    """How the conversion chose the source's vocab_size, and the tensors that it dropped.
+
+    A damaged manifest is found later.
+    """
     try:
-        return _stated_source(converted).get("vocab_size")
+        stated = _stated_source(converted)
     except FileFault:
-        return None
+        return None, []
+    dropped = stated.get("dropped")
+    listed = dropped if isinstance(dropped, list) else []
+    return stated.get("vocab_size"), [name for name in listed if isinstance(name, str)]
 
 
 def verify(
@@ -90,8 +96,10 @@ def verify(
         GptjError: the source cannot be read or has changed, or there is nothing at `converted`.
     """
     _refuse_nothing_there(converted)
-    choice = _vocab_choice(converted)
-    with open_checkpoint(against, config_file=config_file, vocab_choice=choice) as source:
+    choice, dropped = _choices(converted)
+    with open_checkpoint(
+        against, config_file=config_file, vocab_choice=choice, drop=dropped
+    ) as source:
         expected = match(source)
         result = verdict.levels["structure"] = LevelResult(ok=False)
         manifest, of_files = check_files(_folder(converted))

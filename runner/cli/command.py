@@ -13,7 +13,7 @@ import rich_click as click
 from gptj_convert.machine import peak_rss
 from gptj_convert.options import parse_bytes
 from runner.cli.errors import Exit
-from runner.cli.output import Output
+from runner.cli.output import Output, notes_of_core
 
 #: A path argument as pathlib gives it.
 PATH = click.Path(path_type=Path)
@@ -47,7 +47,8 @@ def command(function: Callable[..., Mapping[str, Any]]) -> click.Command:
     def run(**options: Any) -> Exit:
         begun = time.monotonic()
         output = Output(json=options.pop("json"), quiet=options.pop("quiet"))
-        fields = dict(function(output, **options))
+        with notes_of_core(output):
+            fields = dict(function(output, **options))
         code = fields.pop("exit", Exit.OK)
         measured = {
             "seconds": round(time.monotonic() - begun, 3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from gptj_convert.options import (
     PEFT_OUT,
     VOCAB_SIZES,
 )
+from gptj_model.errors import UsageError
 from runner.cli.command import PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
 from runner.cli.errors import Terminated
@@ -29,9 +29,6 @@ from runner.cli.progress import progress
 if TYPE_CHECKING:
     from gptj_convert.checkpoint import Checkpoint
     from gptj_convert.optimizer.target import Continuation
-
-#: OWNER/NAME[@REVISION], as no file is likely to be called.
-_REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 @command
@@ -54,6 +51,13 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
     "vocab_choice",
     type=click.Choice(VOCAB_SIZES),
     help="Which counts if config.json and the tensors' rows disagree.  [default: they must agree]",
+)
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="NAME",
+    help="Leave out a tensor that is not part of the model, such as v_head.weight or 'v_head.*'; "
+    "can be given several times.",
 )
 @click.option(
     "--share-embeddings", is_flag=True, help="Leave out a head that equals the embedding."
@@ -82,6 +86,7 @@ def convert(
     dtype: str | None,
     max_shard_bytes: int | None,
     vocab_choice: str | None,
+    drop: tuple[str, ...],
     share_embeddings: bool,
     optimizer_state: bool,
     param_groups: str | None,
@@ -93,9 +98,9 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a checkpoint (default ./gpt-j-6b), bit for bit where the dtype allows.
 
-    SRC is a folder, a .safetensors or .bin file, an index of shards, or the prefix of a
-    TensorFlow checkpoint; or a repository of the hub, OWNER/NAME or OWNER/NAME@REVISION, which
-    is downloaded to ./NAME first.
+    SRC is a folder, a .safetensors, .bin or .pt file, an index of shards, a .h5 file of Keras, a
+    .mdl file of the CS client, or the prefix of a TensorFlow checkpoint; or a model on the hub,
+    OWNER/NAME, OWNER/NAME@REVISION or its page's address, which is downloaded to ./NAME first.
 
     A run with LoRA is written with its adapter merged; `--to peft` writes the adapter alone, for
     the peft library.
@@ -105,6 +110,7 @@ def convert(
     from gptj_convert.execute import Result, check_space, execute, is_resumable
     from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
+    from gptj_convert.source_names import refuse_unmatched
     from gptj_convert.staging import refuse_overlap
     from gptj_convert.tokenizer import last_token_id
     from gptj_model.tensors import Scheme
@@ -115,7 +121,7 @@ def convert(
     if param_groups and not (optimizer_state and target == Scheme.HF.value):
         raise click.UsageError("--param-groups goes with --to hf --optimizer-state")
     if target == PEFT:
-        others = (dtype, max_shard_bytes, vocab_choice, share_embeddings, optimizer_state)
+        others = (dtype, max_shard_bytes, vocab_choice, drop, share_embeddings, optimizer_state)
         if any((*others, dry_run, saturate, resume)):
             raise click.UsageError("--to peft takes no options but --out, --config and --force")
         return _adapter(output, source, out or PEFT_OUT, config_file, force=force)
@@ -125,8 +131,10 @@ def convert(
         source,
         config_file=config_file,
         vocab_choice=vocab_choice,
+        drop=drop,
         with_optimizer=optimizer_state,
     ) as checkpoint:
+        refuse_unmatched(drop, checkpoint.dropped)
         refuse_overlap(out, checkpoint.path, checkpoint.files)
         carried = _carried(checkpoint, param_groups) if optimizer_state else None
         plan = make_plan(
@@ -154,6 +162,9 @@ def convert(
         if carried:
             figures["optimizer_step"] = carried.state.step
             output.note(f"with the optimizer's state after step {carried.state.step}")
+        if checkpoint.dropped:
+            more = f" and {len(checkpoint.dropped) - 3} more" if checkpoint.dropped[3:] else ""
+            output.note(f"note: dropped, as asked: {', '.join(checkpoint.dropped[:3])}{more}")
         if has_adapter(checkpoint):
             output.note("note: a run with LoRA: its kernels are written with the adapter merged")
         if last_id is not None and last_id >= vocab_size:
@@ -234,10 +245,20 @@ def _adapter(
 
 def _on_the_disk(output: Output, source: Path) -> Path:
     """The source, or where a repository of that name has been downloaded to."""
-    found = _REPOSITORY.fullmatch(str(source))
-    if source.exists() or source.parent.is_dir() or not found:
+    from gptj_convert.hub_address import is_address, parse_address
+
+    if source.exists():
         return source
-    folder = default_folder(found["name"])
-    output.note(f"{source}: is not here, so it is taken for a repository of the hub")
-    fetch_to(output, found["name"], found["revision"], folder)
+    named = str(source)
+    if not is_address(named):
+        if source.parent.is_dir():
+            return source
+        try:
+            parse_address(named)
+        except UsageError:
+            return source
+        output.note(f"{source}: not found here, so it is taken for a repository of the hub")
+    found = parse_address(named)
+    folder = default_folder(found.repository)
+    fetch_to(output, found.repository, found.revision, folder, for_conversion=True)
     return folder

@@ -13,21 +13,36 @@ from runner.cli.output import Output
 from runner.cli.progress import progress
 
 if TYPE_CHECKING:
-    from gptj_convert.download import Listing
+    from gptj_convert.listing import Listing
 
 DEFAULT_REPOSITORY = "EleutherAI/gpt-j-6b"
 
 
 @command
-@click.argument("repository", metavar="[REPO]", default=DEFAULT_REPOSITORY)
-@click.option("--revision", help="Branch, tag or commit; float16 halves the size of the 6B.")
-@click.option("--out", type=PATH, help="Folder.  [default: the repository's own name]")
+@click.argument("address", metavar="[REPO]", default=DEFAULT_REPOSITORY)
+@click.option(
+    "--revision",
+    help="Branch, tag or commit to fetch; branch float16 of GPT-J-6B has half the size.",
+)
+@click.option("--out", type=PATH, help="Folder to write.  [default: the repository's own name]")
 def download(
-    output: Output, repository: str, revision: str | None, out: Path | None
+    output: Output, address: str, revision: str | None, out: Path | None
 ) -> dict[str, Any]:
-    """Fetch config, tokenizer and one set of weights (default: GPT-J-6B to ./gpt-j-6b)."""
-    out = out or default_folder(repository)
-    fields = fetch_to(output, repository, revision, out)
+    """Fetch config, tokenizer and one set of weights (default: GPT-J-6B to ./gpt-j-6b).
+
+    REPO is OWNER/NAME, OWNER/NAME@REVISION, or the address of the model's page on the hub. A file
+    that the hub's cache on this machine holds is copied from there.
+    """
+    from gptj_convert.hub_address import parse_address
+
+    found = parse_address(address)
+    if revision and found.revision and revision != found.revision:
+        raise click.UsageError(
+            f"{address!r} names the revision {found.revision!r}, --revision {revision!r}: "
+            "give one of them"
+        )
+    out = out or default_folder(found.repository)
+    fields = fetch_to(output, found.repository, revision or found.revision, out)
     output.data(str(out))
     return fields
 
@@ -37,11 +52,19 @@ def default_folder(repository: str) -> Path:
     return DEFAULT_SOURCE if repository == DEFAULT_REPOSITORY else Path(Path(repository).name)
 
 
-def fetch_to(output: Output, repository: str, revision: str | None, out: Path) -> dict[str, Any]:
-    """Download a model, as `fetch_listed`."""
+def fetch_to(
+    output: Output,
+    repository: str,
+    revision: str | None,
+    out: Path,
+    *,
+    for_conversion: bool = False,
+) -> dict[str, Any]:
+    """Download a model, as `fetch_listed`; see `list_model`."""
     from gptj_convert.model_files import list_model
 
-    return fetch_listed(output, list_model(repository, revision, out), out)
+    listing = list_model(repository, revision, out, for_conversion=for_conversion)
+    return fetch_listed(output, listing, out)
 
 
 def fetch_listed(
@@ -59,6 +82,8 @@ def fetch_listed(
     )
     if listing.offline:
         output.note("the hub cannot be reached; the folder is complete, and stays as it is")
+    if listing.cached:
+        output.note("the hub cannot be reached; its cache on this machine holds the files")
     with progress(output, "downloading") as report:
         fetched = fetch(
             listing,

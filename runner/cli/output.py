@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import GptjError
@@ -72,6 +74,33 @@ class Output:
     def live(self) -> bool:
         """Whether bars may be drawn."""
         return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class _Notes(logging.Handler):
+    """Says what the core has logged, once each, as a note."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.INFO)
+        self._output = output
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) not in self._said:
+            self._said.add(text)
+            self._output.note(f"note: {text}")
+
+
+@contextmanager
+def notes_of_core(output: Output) -> Generator[None]:
+    """Show what `gptj_convert` logs meanwhile: what it has ignored, altered or guessed."""
+    logger, handler = logging.getLogger("gptj_convert"), _Notes(output)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def abandon_stdout() -> None:

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from gptj_convert.download import DATA_SET, Contents, Listing, list_files
+from gptj_convert.download import list_files
+from gptj_convert.listing import DATA_SET, Contents, Listing
 from gptj_model.errors import HubFault, UsageError
 from runner.data.sources import TEST, TRAIN, VALIDATION, split_of
 

@@ -387,7 +387,7 @@ def test_too_little_space_is_known_before_the_first_byte(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, len(WEIGHTS)))
     _refused(gptj("download", REPOSITORY), 1, "GB needed", "0.00 GB free", "--out")
-    assert not hub.served
+    assert set(hub.served) <= {"config.json"}
     assert not FOLDER.exists()
 
 
