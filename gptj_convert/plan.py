@@ -19,7 +19,7 @@ from gptj_convert.formats.torch_optimizer import optimizer_file
 from gptj_convert.optimizer.state import DTYPE
 from gptj_convert.optimizer.target import Continuation, cs_tree, torch_state
 from gptj_convert.options import KEEP
-from gptj_convert.panels import Panels
+from gptj_convert.panels import Panels, stored_op
 from gptj_convert.survey import same_bits, settle_copies, survey
 from gptj_convert.tensor_problems import hint, whole_problem
 from gptj_model.config import GPTJConfig
@@ -41,8 +41,14 @@ class Move:
     target_name: str
     target: TensorInfo
     op: Op
+    """What is done to the tensor."""
     is_moment: bool = False
     """Of the optimizer: a moment of the weight `tensor`."""
+
+    @property
+    def stored_op(self) -> Op:
+        """What is done to the array that the source's file holds."""
+        return stored_op(self.source, self.op)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ such as a transposed weight, is read as it lies (`TensorInfo.storage_op`).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 
+_log = logging.getLogger(__name__)
+
 MAX_DIMENSIONS = 8
 
 
@@ -41,9 +44,6 @@ class PickleSource:
             the member, the tensor or the byte of data.pkl, and what was expected.
     """
 
-    #: What a dict's keys may be.
-    _keys: tuple[type, ...] = (str,)
-
     def __init__(self, path: Path) -> None:
         self._file = RangedFile(path)
         try:
@@ -51,7 +51,7 @@ class PickleSource:
             self.checksummed = self._zip.checksummed
             self.tensors: dict[str, TensorInfo] = {}
             self._places: dict[str, tuple[Member, StridedView]] = {}
-            values = read_pickle(self._zip.pickle(MAX_PICKLE_BYTES), path, self._keys)
+            values = read_pickle(self._zip.pickle(MAX_PICKLE_BYTES), path)
             for name, value in self._named(values).items():
                 self._add(name, value)
         except BaseException:
@@ -88,10 +88,28 @@ class PickleSource:
         self._file.close()
 
     def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:
-        """The tensors by name, of what the pickle describes."""
-        return values
+        """The tensors by name, of what the pickle describes.
 
-    def _add(self, name: str, value: Any) -> None:
+        A program of somebody's own may have saved the state dict as one of several things.
+        """
+        inner = {key: value for key, value in values.items() if _is_state_dict(value)}
+        if len(inner) != 1 or any(isinstance(v, PickledTensor) for v in values.values()):
+            return values
+        ((key, found),) = inner.items()
+        others = ", ".join(repr(k) for k in values if k != key)
+        _log.warning(
+            "%s: holds several things; the tensors are those of %r%s",
+            *(self._file.path, key, f", not {others}" if others else ""),
+        )
+        return found
+
+    def _add(self, name: Any, value: Any) -> None:
+        if not isinstance(name, str):
+            raise FileFault(
+                f"{self._file.path}: a dict's key is of type {kind_of(name)}, expected a tensor's "
+                "name",
+                hint=STATE_DICT_HINT,
+            )
         where = f"{self._file.path}: tensor {name!r}"
         if not isinstance(value, PickledTensor):
             raise FileFault(
@@ -114,6 +132,14 @@ class PickleSource:
         op, view = _view(value).in_storage_order()
         self.tensors[name] = TensorInfo(storage.dtype, value.shape, op)
         self._places[name] = member, view.merged()
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(v, PickledTensor) for v in value.values())
+    )
 
 
 def _view(tensor: PickledTensor) -> StridedView:

@@ -34,8 +34,6 @@ class OptimizerSource(PickleSource):
         FileFault: see `PickleSource`; or it is not an optimizer's state dict.
     """
 
-    _keys = (str, int)
-
     def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:
         self.plain: dict[str, Any] = {}
         self.more = dict(values)

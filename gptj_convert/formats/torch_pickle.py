@@ -23,22 +23,23 @@ MAX_PICKLE_BYTES = 16 * 2**20
 MAX_OPERATIONS = 2**20
 MAX_MARKS = 64
 MAX_STRING_BYTES = 1024
+#: Types of a dict's keys: names, and the numbers of an optimizer's parameters.
+_KEYS = (str, int)
 
 STATE_DICT_HINT = "save only the model's state dict: torch.save(model.state_dict(), FILE)"
 
 
-def read_pickle(data: bytes, path: Path, keys: tuple[type, ...] = (str,)) -> dict[str, Any]:
+def read_pickle(data: bytes, path: Path) -> dict[Any, Any]:
     """The dict that a data.pkl describes; its tensors are `PickledTensor`, their claims unproven.
 
     Args:
         data: the content.
         path: the archive, for messages.
-        keys: what a dict's keys may be.
 
     Raises:
         FileFault: it describes something else, or asks for what is not in its format.
     """
-    return _Machine(data, path, keys).run()
+    return _Machine(data, path).run()
 
 
 def kind_of(value: Any) -> str:
@@ -108,10 +109,9 @@ class _Machine:
     """Runs one data.pkl. Values are only built, never compared, hashed or shown: a few bytes
     suffice to describe a tuple that cannot be walked through in a lifetime."""
 
-    def __init__(self, data: bytes, path: Path, keys: tuple[type, ...]) -> None:
+    def __init__(self, data: bytes, path: Path) -> None:
         self._data = data
         self._path = path
-        self._keys = keys
         self._next = 0
         self._op_at = 0
         self._stack: list[Any] = []
@@ -119,7 +119,7 @@ class _Machine:
         """The stacks under each mark."""
         self._memo: dict[int, Any] = {}
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[Any, Any]:
         if self._take(2) != b"\x80\x02":
             raise self._fault(f"begins with {self._data[:2]!r}, expected pickle protocol 2")
         for _ in range(MAX_OPERATIONS):
@@ -134,7 +134,7 @@ class _Machine:
             operation(self)
         raise self._fault(f"has more than {MAX_OPERATIONS} operations")
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self) -> dict[Any, Any]:
         if self._next != len(self._data):
             raise self._fault(f"STOP with {len(self._data) - self._next} bytes left over")
         value = self.pop()
@@ -233,7 +233,7 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise self._fault(f"sets {len(items)} keys and values in a {kind_of(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in self._keys:
+            if type(key) not in _KEYS:
                 raise self._fault(
                     f"a dict's key is of type {kind_of(key)}, expected a tensor's name",
                     hint=STATE_DICT_HINT,

@@ -180,7 +180,7 @@ def convert(
             check_space(plan.disk_bytes, out)
             for move in plan.moves:
                 output.data(
-                    f"{move.source_name}  →  {move.target_name}  {move.op.value}  "
+                    f"{move.source_name}  →  {move.target_name}  {move.stored_op.value}  "
                     f"{move.source.dtype} {list(move.source.shape)} → "
                     f"{move.target.dtype} {list(move.target.shape)}"
                 )

@@ -27,10 +27,13 @@ LFS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ot", ".zst", ".parq
 class FakeHub:
     """What is served, what goes wrong with it, and what was asked for."""
 
-    def __init__(self, files: dict[str, bytes], kind: str = "model") -> None:
+    def __init__(
+        self, files: dict[str, bytes], kind: str = "model", repository: str = REPOSITORY
+    ) -> None:
         self.files = files
         #: Of the repository: model or dataset.
         self.kind = kind
+        self.repository = repository
         self.commit = COMMIT
         self.revisions = {"main", "float16"}
         #: Listed in the repository's information without being there.
@@ -62,16 +65,24 @@ class FakeHub:
         """As the hub describes a repository when asked for its blobs."""
         siblings = [_sibling(name, data) for name, data in self.files.items()]
         siblings += [_sibling(name, b"x" * 100) for name in self.listed_only]
-        return {"id": REPOSITORY, "sha": self.commit, "siblings": siblings, "private": False}
+        return {"id": self.repository, "sha": self.commit, "siblings": siblings, "private": False}
 
 
 def _sibling(name: str, data: bytes) -> dict[str, Any]:
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    found: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": blob}
+    found: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": _git(data)}
     if name.endswith(LFS):
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = _etag(name, data)
         found["lfs"] = {"size": len(data), "sha256": sha256, "pointerSize": 134}
     return found
+
+
+def _git(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _etag(name: str, data: bytes) -> str:
+    """By which the hub's cache names a file: large ones by what Git LFS hashes."""
+    return hashlib.sha256(data).hexdigest() if name.endswith(LFS) else _git(data)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(self.hub.api_statuses.pop(0))
         if self.hub.refusal:
             return self._answer(self.hub.refusal[0], code=self.hub.refusal[1])
-        if repository != REPOSITORY:
+        if repository != self.hub.repository:
             return self._answer(404, code="RepoNotFound")
         if revision and revision not in {*self.hub.revisions, self.hub.commit}:
             return self._answer(404, code="RevisionNotFound")
@@ -111,7 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, path: str) -> None:
         hub = self.hub
         place = "" if hub.kind == "model" else f"{hub.kind}s/"
-        name = path.removeprefix(f"/{place}{REPOSITORY}/resolve/{hub.commit}/")
+        inner = path.removeprefix(f"/{place}{hub.repository}/resolve/")
+        revision, _, name = inner.partition("/")
+        if revision not in {hub.commit, *hub.revisions}:
+            return self._answer(404, code="RevisionNotFound")
         if hub.file_statuses:
             return self._answer(hub.file_statuses.pop(0))
         if name not in hub.files:
@@ -131,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{_etag(name, data)}"')
         self.send_header("X-Repo-Commit", hub.commit)
         self.send_header("Accept-Ranges", "bytes")
         if start:
@@ -184,6 +198,7 @@ def client_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "agents.json"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
     monkeypatch.setattr("gptj_convert.hub.WAIT", 0.001)
     yield
     huggingface_hub.close_session()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from gptj_convert import download
 from gptj_convert.hub import TRIES
@@ -362,6 +362,118 @@ def test_a_complete_folder_needs_no_network(
     _refused(gptj("download", REPOSITORY), 1, "cannot be reached")
 
 
+# The hub's cache, as its own library fills it.
+
+
+def _cached(hub: FakeHub, endpoint: str, *names: str, revision: str | None = None) -> None:
+    for name in names or hub.files:
+        # Its arguments' defaults were read when it was imported.
+        hf_hub_download(
+            REPOSITORY, name, revision=revision, endpoint=endpoint, cache_dir=constants.HF_HUB_CACHE
+        )
+    hub.served.clear()
+
+
+def test_the_cache_stands_in_for_the_hub(
+    hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
+):
+    _cached(hub, constants.ENDPOINT)
+    point_at(refused_endpoint, monkeypatch)
+    done = gptj("download", REPOSITORY, "--json")
+    assert done.code == 0, done.stderr
+    assert "its cache on this machine holds the files" in done.stderr
+    assert done.json["commit"] == COMMIT
+    assert {n: (FOLDER / n).read_bytes() for n in hub.files} == hub.files
+    assert gptj("download", REPOSITORY, "--json").json["offline"] is True
+    by_commit = ("--revision", COMMIT, "--out", "elsewhere")
+    assert gptj("download", REPOSITORY, *by_commit).code == 0
+    for other in ("float16", "../../../refs/main", "1" * 40):
+        where = ("--revision", other, "--out", "x")
+        _refused(gptj("download", REPOSITORY, *where), 1, "cannot be reached")
+
+
+def test_the_cache_saves_the_transfer(hub: FakeHub, gptj):
+    _cached(hub, constants.ENDPOINT, "model.safetensors")
+    assert gptj("download", REPOSITORY).code == 0
+    assert "model.safetensors" not in hub.served
+    assert WEIGHTS_FILE.read_bytes() == WEIGHTS
+
+
+def test_a_damaged_file_of_the_cache_is_never_taken(
+    hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
+):
+    _cached(hub, constants.ENDPOINT)
+    (blob,) = (p for p in Path(constants.HF_HUB_CACHE).rglob("blobs/*") if len(p.name) == 64)
+    blob.write_bytes(bytes(len(WEIGHTS)))
+    done = gptj("download", REPOSITORY)
+    assert done.code == 0
+    assert "is damaged in the hub's cache" in done.stderr
+    assert WEIGHTS_FILE.read_bytes() == WEIGHTS
+    shutil.rmtree(FOLDER)
+    point_at(refused_endpoint, monkeypatch)
+    _refused(gptj("download", REPOSITORY), 1, "model.safetensors: the hub cannot be reached")
+    assert not WEIGHTS_FILE.exists()
+
+
+@pytest.mark.parametrize("names", [["config.json"], ["model.safetensors"]])
+def test_a_cache_that_lacks_files_is_no_hub(
+    names: list[str], hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
+):
+    _cached(hub, constants.ENDPOINT, *names)
+    point_at(refused_endpoint, monkeypatch)
+    _refused(gptj("download", REPOSITORY), 1, "cannot be reached")
+    assert not FOLDER.exists()
+
+
+def test_files_that_are_no_links_into_the_cache_prove_nothing(
+    hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
+):
+    _cached(hub, constants.ENDPOINT)
+    (weights,) = Path(constants.HF_HUB_CACHE).rglob("snapshots/*/model.safetensors")
+    weights.unlink()
+    weights.write_bytes(WEIGHTS)
+    point_at(refused_endpoint, monkeypatch)
+    _refused(gptj("download", REPOSITORY), 1, "cannot be reached")
+
+
+# Addresses, and what is no GPT-J.
+
+
+def test_an_address_with_a_revision(hub: FakeHub, gptj):
+    for n, address in enumerate(
+        (f"{REPOSITORY}@float16", f"https://huggingface.co/{REPOSITORY}/tree/float16")
+    ):
+        assert gptj("download", address, "--out", f"out{n}").code == 0
+        assert ("GET", f"/api/models/{REPOSITORY}/revision/float16") in hub.requests
+        hub.requests.clear()
+    done = gptj("download", f"{REPOSITORY}@float16", "--revision", "main")
+    _refused(done, 2, "'float16'", "'main'")
+    hub.files["model.safetensors"] = WEIGHTS
+    page = f"https://huggingface.co/{REPOSITORY}"
+    assert "is taken for" not in gptj("convert", page, "--to", "tf").stderr
+    assert hub.requests
+
+
+def test_another_architecture_is_refused_before_its_weights(hub: FakeHub, gptj):
+    hub.files["config.json"] = b'{"model_type": "gpt_neox"}'
+    done = gptj("convert", REPOSITORY, "--to", "tf")
+    _refused(done, 2, "config.json: model_type is 'gpt_neox', expected 'gptj'")
+    assert set(hub.served) == {"config.json"}
+    assert not FOLDER.exists()
+    done = gptj("download", REPOSITORY)
+    assert done.code == 0
+    assert "note: " in done.stderr
+    assert "it is downloaded, but cannot be converted" in done.stderr
+    assert WEIGHTS_FILE.read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"x" * 2**21])
+def test_a_config_that_is_none(text: bytes, hub: FakeHub, gptj):
+    hub.files["config.json"] = text
+    _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: config.json")
+    assert set(hub.served) <= {"config.json"}
+
+
 def test_an_unfinished_folder_needs_the_network(
     hub: FakeHub, refused_endpoint: str, monkeypatch: pytest.MonkeyPatch, gptj
 ):
@@ -415,7 +527,7 @@ def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, gptj):
     WEIGHTS_FILE.write_bytes(b"precious")
     _refused(gptj("download", REPOSITORY), 2, "exists already", "--out")
     assert WEIGHTS_FILE.read_bytes() == b"precious"
-    assert not hub.served
+    assert set(hub.served) <= {"config.json"}
 
 
 def test_two_downloads_into_one_folder(hub: FakeHub, gptj):
@@ -523,7 +635,7 @@ def test_shards_whose_names_lead_elsewhere(name: object, sharded_hub: FakeHub, g
     if isinstance(name, str) and name not in sharded_hub.files:
         sharded_hub.listed_only = [name]
     _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}", "is no name of a shard")
-    assert sharded_hub.fetched == {INDEX}
+    assert sharded_hub.fetched == {"config.json", INDEX}
     assert not list(Path.cwd().iterdir())
 
 
@@ -538,7 +650,7 @@ def test_shards_that_are_not_there(sharded_hub: FakeHub, gptj):
 def test_an_index_that_is_none(text: bytes, sharded_hub: FakeHub, gptj):
     sharded_hub.files[INDEX] = text
     _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}")
-    assert sharded_hub.fetched == ({INDEX} if len(text) < 2**22 else set())
+    assert sharded_hub.fetched == {"config.json", *([INDEX] if len(text) < 2**22 else [])}
 
 
 def test_weights_that_would_be_taken_instead_of_those_to_come(sharded_hub: FakeHub, gptj):
@@ -546,7 +658,7 @@ def test_weights_that_would_be_taken_instead_of_those_to_come(sharded_hub: FakeH
     WEIGHTS_FILE.write_bytes(b"precious")
     _refused(gptj("download", REPOSITORY), 2, "model.safetensors: is there", INDEX, "--out")
     assert WEIGHTS_FILE.read_bytes() == b"precious"
-    assert sharded_hub.fetched == {INDEX}
+    assert sharded_hub.fetched == {"config.json", INDEX}
 
 
 # What else is refused.
