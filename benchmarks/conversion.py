@@ -112,6 +112,30 @@ def run_of(converted: Path) -> Path:
     return run
 
 
+def write_gapped(transposed: Path, out: Path) -> None:
+    """The same weights as columns of wider storages, none of whose rows is one range.
+
+    q, k and v are parts of one fused projection, as what splits such a weight saves them; the
+    feed-forward weights lie in storages of 64 columns more.
+    """
+    import torch
+
+    state = torch.load(transposed / "pytorch_model.bin", weights_only=True, mmap=True)
+    for name in [n for n in state if n.endswith("q_proj.weight")]:
+        names = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
+        fused = torch.cat([state[n].t() for n in names], dim=1)
+        for n, part in zip(names, fused.chunk(3, dim=1), strict=True):
+            state[n] = part.t()
+    for name in [n for n in state if ".fc_" in n and n.endswith(".weight")]:
+        rows, columns = state[name].shape
+        storage = torch.zeros(columns, rows + 64, dtype=state[name].dtype)
+        storage[:, :rows] = state[name].t()
+        state[name] = storage[:, :rows].t()
+    out.mkdir()
+    torch.save(state, out / "pytorch_model.bin")
+    shutil.copy(transposed / "config.json", out)
+
+
 def main() -> None:
     """Run the races and print the table."""
     parser = argparse.ArgumentParser()
@@ -119,12 +143,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--with-transformers", action="store_true")
+    parser.add_argument("--only-bin", action="store_true", help="the rows of .bin files alone")
     options = parser.parse_args()
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     source, float32 = folder / "source", folder / "float32"
     new = ("new", "--preset", "6b", "--set", f"n_layer={options.layers}", "--dtype", "float16")
-    if not source.exists():
+    if not source.exists() and not options.only_bin:
         timed(*GPTJ, *new, "--out", source, "--quiet")
     written, read = device_rates(folder / "rate", 4 * 2**30)
     print(f"Layers: {options.layers}. Device: {written:.1f} GB/s writing, {read:.1f} reading.\n")
@@ -138,6 +163,20 @@ def main() -> None:
             flush=True,
         )
 
+    transposed, gapped = folder / "transposed", folder / "gapped"
+    timed(*GPTJ, *new, "--file-format", "bin", "--layout", "transposed", "--out", transposed)
+    row("transposed .bin float16 → TF float32", "--to", "tf", of=transposed)
+    row("transposed .bin float16 → TF float16", "--to", "tf", "--dtype", "keep", of=transposed)
+    row("transposed .bin float16 → HF float16", "--to", "hf", of=transposed)
+    with ProcessPoolExecutor(1) as other:
+        other.submit(write_gapped, transposed, gapped).result()
+    shutil.rmtree(transposed)
+    row(".bin of column views, float16 → TF float32", "--to", "tf", of=gapped)
+    row(".bin of column views, float16 → TF float16", "--to", "tf", "--dtype", "keep", of=gapped)
+    shutil.rmtree(gapped)
+    if options.only_bin:
+        shutil.rmtree(folder)
+        return
     row("HF float16 → TF float32", "--to", "tf", out=float32)
     row("HF float16 → TF float16", "--to", "tf", "--dtype", "keep")
     row("HF float16 → CS float16", "--to", "cs")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GOLDEN_RUNS, make_checkpoint
+from tests.public_layout import write_public_bin
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
@@ -108,6 +109,17 @@ def test_killed_at_twenty_calls(whole: dict[str, bytes]):
 @pytest.mark.full
 def test_killed_at_every_call(whole: dict[str, bytes]):
     _kill_everywhere(whole, 0)
+
+
+def test_killed_while_transposed_weights_are_read(whole: dict[str, bytes]):
+    """The public model's own layout, whose weights become TensorFlow's as they lie."""
+    write_public_bin(Path("hf"))
+    assert _traced("").returncode == 0
+    public = _content("converted")
+    shutil.rmtree("converted")
+    (data,) = (name for name in public if ".data-" in name)
+    assert public[data] == whole[data]
+    _kill_everywhere(public, 8)
 
 
 def test_killed_while_replacing(whole: dict[str, bytes]):

@@ -124,6 +124,9 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     hf = make_checkpoint(folder / "hf", n_layer=1, vocab_size=20, n_embd=8, rotary_dim=2, n_head=2)
     state = load_file(hf / "model.safetensors")
     torch.save(state, folder / "pytorch_model.bin")
+    views = {n: v.t().contiguous().t() if v.dim() == 2 else v for n, v in state.items()}
+    views["columns"] = torch.rand(6, 20)[:, 3:11]
+    torch.save(views, folder / "views.bin")
     sharded = folder / "sharded"
     sharded.mkdir()
     names = sorted(state)
@@ -145,6 +148,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     return {
         "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
         "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(PickleSource(p)), 6000),
+        "views": Reader(folder / "views.bin", lambda p: read_all(PickleSource(p)), 6000),
         "index.json": Reader(
             sharded / "pytorch_model.bin.index.json", lambda p: read_all(ShardedSource(p))
         ),
@@ -160,7 +164,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 
 KINDS = (
     *("safetensors", "bin", "index.json", "config.json", "params.yaml", "bundle", "tfrecord"),
-    "hdf5",
+    *("hdf5", "views"),
 )
 
 
