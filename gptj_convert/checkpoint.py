@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptj_convert import vocabulary
@@ -36,6 +36,8 @@ class Checkpoint:
     """Where its vocab_size is from: one of `options.VOCAB_SIZES`; None: both must agree."""
     optimizer: OptimizerSource | None = None
     """A file with an optimizer's state beside the weights, if it was asked for and is there."""
+    config_file: Path | None = None
+    """The config.json that describes it; None: there is none, and a YAML file does."""
 
     @property
     def everything(self) -> TensorSource:
@@ -54,10 +56,9 @@ class Checkpoint:
         return widest(self.source.tensors[name].dtype for name in names)
 
     @property
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files beside the weights."""
-        names = (*hf.TOKENIZER_FILES, hf.GENERATION_FILE)
-        return [self.folder / n for n in names if (self.folder / n).is_file()]
+    def companions(self) -> list[str]:
+        """Settings beside the weights that go with them, by their paths in the folder."""
+        return hf.choose_companions(hf.settings_files(self.folder))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -104,11 +105,19 @@ def open_checkpoint(
     source, files = open_source(location)
     config = vocabulary.settle(config, location.scheme, source.tensors, vocab_choice)
     state = location.weights.with_name(OPTIMIZER_FILE)
-    if not (with_optimizer and location.scheme is Scheme.HF and state.is_file()):
-        return Checkpoint(path, location.scheme, config, source, files, vocab_choice)
-    return Checkpoint(
-        path, location.scheme, config, source, (*files, state), vocab_choice, OptimizerSource(state)
+    beside = location.weights.with_name(CONFIG_FILE)
+    checkpoint = Checkpoint(
+        path,
+        location.scheme,
+        config,
+        source,
+        files,
+        vocab_choice,
+        config_file=config_file or (beside if beside.is_file() else None),
     )
+    if not (with_optimizer and location.scheme is Scheme.HF and state.is_file()):
+        return checkpoint
+    return replace(checkpoint, files=(*files, state), optimizer=OptimizerSource(state))
 
 
 def locate(path: Path) -> Location:

@@ -6,12 +6,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from gptj_convert.download import Contents, Listing, list_files
-from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.formats.hf import WEIGHT_FILES, choose_companions
 from gptj_convert.formats.sharded import MAX_INDEX_BYTES, is_index, parse_index
 from gptj_model.config import CONFIG_FILE
 from gptj_model.errors import FileFault, HubFault, TensorFault, UsageError
 
-_EXTRAS = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".bin", ".safetensors")
 _HINT = "name another repository, or with --revision another branch"
 
@@ -50,7 +49,8 @@ def choose_model(contents: Contents) -> Iterable[str]:
     if not weights or CONFIG_FILE not in contents.names:
         raise _unreadable(contents)
     yield weights
-    yield from (name for name in _EXTRAS if name in contents.names)
+    yield CONFIG_FILE
+    yield from choose_companions(contents.names)
     if is_index(weights):
         yield from _shards(contents, weights)
 

@@ -43,12 +43,14 @@ def evaluate_summaries(
     if not sources:
         raise click.UsageError("--task summarization needs a test set: --data FILE")
     paths = [path for path, _ in find_sources(sources, PAIR_FILES)]
-    tokenizer = load_tokenizer(model if model.is_dir() else model.parent)
+    folder = model if model.is_dir() else model.parent
+    tokenizer, end = load_tokenizer(folder), end_of_text(folder)
     loaded = load_model(model)
     if loaded.config.vocab_size <= SEPARATOR_ID:
         raise click.UsageError(f"{model}: its vocabulary has no slot for the separator")
     prompting = Prompting(
         tokenizer=tokenizer,
+        begin=end,
         longest=loaded.config.n_positions - max_new_tokens,
         truncate_article=truncate_article,
     )
@@ -59,7 +61,7 @@ def evaluate_summaries(
             width=width,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
-            end=end_of_text(tokenizer),
+            end=end,
         )
         name = "greedy" if width == 1 else f"beam{width}"
         found = []
