@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gptj_convert.formats import sharded
 from gptj_convert.formats.layout import Layout
@@ -61,12 +61,22 @@ def choose_companions(names: Iterable[str]) -> list[str]:
 def settings_files(folder: Path) -> list[str]:
     """Return the paths in a folder of the files that may hold settings of a model, sorted."""
     paths = (*folder.glob("*"), *folder.glob(f"{_CHAT_TEMPLATES}/*"))
-    names = (
-        p.relative_to(folder).as_posix()
-        for p in paths
-        if p.is_file() and (p.suffix in _SETTINGS or p.name in TOKENIZER_FILES)
-    )
-    return sorted(name for name in names if not name.startswith("."))
+    return choose_settings(p.relative_to(folder).as_posix() for p in paths if p.is_file())
+
+
+def choose_settings(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that may hold settings of a model, by their names, sorted.
+
+    Args:
+        names: see `choose_companions`.
+    """
+    found: list[str] = []
+    for name in names:
+        path = PurePosixPath(name)
+        is_setting = path.suffix in _SETTINGS or path.name in TOKENIZER_FILES
+        if is_setting and str(path.parent) in (".", _CHAT_TEMPLATES) and name[0] != ".":
+            found.append(name)
+    return sorted(found)
 
 
 def find_weights(path: Path) -> Path | None:

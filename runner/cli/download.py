@@ -39,9 +39,15 @@ def default_folder(repository: str) -> Path:
 
 def fetch_to(output: Output, repository: str, revision: str | None, out: Path) -> dict[str, Any]:
     """Download a model, as `fetch_listed`."""
+    from gptj_convert.formats.hf import choose_settings
+    from gptj_convert.formats.sharded import is_index
     from gptj_convert.model_files import list_model
 
-    return fetch_listed(output, list_model(repository, revision, out), out)
+    listing = list_model(repository, revision, out)
+    fields = fetch_listed(output, listing, out)
+    if left := [name for name in choose_settings(listing.others) if not is_index(name)]:
+        output.note(f"note: not fetched: {', '.join(left)}")
+    return fields
 
 
 def fetch_listed(

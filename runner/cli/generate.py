@@ -99,7 +99,7 @@ def generate(
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
-    tokenizer = _tokenizer_if_any(folder) if ids is not None else _tokenizer(output, folder)
+    tokenizer = (_tokenizer if ids is None else _tokenizer_if_any)(output, folder)
     if texts is not None:
         prompts = [tokenizer.encode(text).ids for text in texts]
     else:
@@ -187,13 +187,13 @@ def _tokenizer(output: Output, folder: Path) -> Any:
     return load_tokenizer(folder, allow_special=None)
 
 
-def _tokenizer_if_any(folder: Path) -> Any:
+def _tokenizer_if_any(output: Output, folder: Path) -> Any:
     from gptj_model.errors import FileFault
-    from runner.data.tokenizer import load_tokenizer
 
     try:
-        return load_tokenizer(folder)
-    except FileFault:
+        return _tokenizer(output, folder)
+    except FileFault as fault:
+        output.note(f"note: {fault.message}; ids are printed instead of text")
         return None
 
 
