@@ -36,7 +36,7 @@ def evaluate_summaries(
     from gptj_model.errors import DataFault
     from runner.data.sources import find_sources
     from runner.data.summarization import SEPARATOR_ID
-    from runner.data.tokenizer import end_of_text, load_tokenizer
+    from runner.data.tokenizer import end_of_text, load_tokenizer, notes
     from runner.restore import load_model
     from runner.summaries import METRICS, Prompting, read_pairs, summarize
 
@@ -44,6 +44,8 @@ def evaluate_summaries(
         raise click.UsageError("--task summarization needs a test set: --data FILE")
     paths = [path for path, _ in find_sources(sources, PAIR_FILES)]
     folder = model if model.is_dir() else model.parent
+    for note in notes(folder):
+        output.note(note)
     tokenizer, end = load_tokenizer(folder), end_of_text(folder)
     loaded = load_model(model)
     if loaded.config.vocab_size <= SEPARATOR_ID:
