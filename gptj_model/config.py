@@ -208,7 +208,7 @@ class GPTJConfig:
         }
 
     def own_fields(self) -> dict[str, Any]:
-        """The fields but `carried`, as JSON has them."""
+        """Return the fields but `carried`, as JSON has them."""
         values = {name: getattr(self, name) for name in _OWN_FIELDS}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -240,20 +240,20 @@ _ALIASES = {
 
 
 def as_tokens(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The ids that a field with one, several or none holds."""
+    """Return the ids that a field with one, several or none holds."""
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def default_ends(vocab_size: Any) -> dict[str, Any]:
-    """The ends of a text for a model that nothing states them of: GPT-2's, if it has that token."""
+    """Return where a text begins and ends if nothing says it: GPT-2's end-of-text, if it exists."""
     end = END_OF_TEXT_ID if type(vocab_size) is int and vocab_size > END_OF_TEXT_ID else None
     return {"bos_token_id": end, "eos_token_id": end}
 
 
 def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields under their own names.
+    """Return the fields under their own names.
 
     Raises:
         ConfigError: a field has two names and two values.

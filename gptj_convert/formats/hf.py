@@ -65,7 +65,7 @@ def settings_files(folder: Path) -> list[str]:
 
 
 def choose_settings(names: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that may hold settings of a model, by their names, sorted.
+    """Return those of a folder's files that may hold settings of a model, sorted.
 
     Args:
         names: see `choose_companions`.

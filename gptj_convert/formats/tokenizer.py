@@ -63,7 +63,7 @@ class _Rules:
     reads_post_processor: bool = True
 
 
-_ENDS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
+_ENDS: dict[str, str] = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
 _GPT2 = "GPT2Tokenizer"
 _RULES = {
     _GPT2: _Rules(_ENDS),
@@ -74,7 +74,7 @@ _RULES = {
         reads_post_processor=False,
     ),
 }
-#: Classes of the models whose config.json is all that says which one it is.
+#: The class by model_type, where no file names one.
 _OF_MODEL = {"gptj": _GPT2, "gpt2": _GPT2, "gpt_neo": _GPT2, "gpt_neox": "GPTNeoXTokenizer"}
 #: Classes without rules of their own.
 _PLAIN = ("PreTrainedTokenizer", "TokenizersBackend")
@@ -127,7 +127,7 @@ def _missing(path: Path) -> FileFault:
 
 @dataclass(slots=True)
 class _Added:
-    """Tokens by the id that a file states, and by name."""
+    """Added tokens by the id that a file states, and by name."""
 
     by_id: dict[int, AddedToken] = field(default_factory=dict[int, AddedToken])
     by_name: dict[str, AddedToken] = field(default_factory=dict[str, AddedToken])
@@ -149,8 +149,8 @@ class _Reading:
     def tokenizer(self) -> LoadedTokenizer:
         rules = self._rules()
         # A tokenizer.json has these in its post-processor.
-        keys = ("add_bos_token", "add_eos_token")
-        adds = {} if self._json else {k: self._config[k] for k in keys if k in self._config}
+        keys, has_json = ("add_bos_token", "add_eos_token"), self._json is not None
+        adds = {} if has_json else {k: self._config[k] for k in keys if k in self._config}
         tokenizer = self._backend(rules)
         named, extra, added = self._special_tokens(rules)
         self._add(tokenizer, named, extra, added)
@@ -177,20 +177,20 @@ class _Reading:
         return read_json(path, expected="a JSON object", max_bytes=MAX_BYTES, max_marks=MAX_MARKS)
 
     def _rules(self) -> _Rules | None:
-        """The rules of the class that the files name; None: it has none of its own."""
+        """Return the rules of the class that the files name; None if it has none of its own."""
         model = self._read(CONFIG_FILE) or {}
         named = self._config.get("tokenizer_class") or model.get("tokenizer_class")
         if named is None:
             # Without a model to go by, transformers takes tokenizer.json as it is.
             named = _OF_MODEL.get(str(model.get("model_type")))
-            return _RULES[named or _GPT2] if named or not self._json else None
+            return _RULES[named or _GPT2] if named or self._json is None else None
         stated = f"{TOKENIZER_CONFIG_FILE}: tokenizer_class is {named!r}"
         if not isinstance(named, str):
             raise FileFault(f"{self._folder}: {stated}, expected a name")
         named = named.removesuffix("Fast")
         if named in _RULES:
             return _RULES[named]
-        if not self._json:
+        if self._json is None:
             self._notes.append(
                 f"note: {stated}; without {TOKENIZER_FILE} the vocabulary is read as {_GPT2} does"
             )
@@ -205,7 +205,7 @@ class _Reading:
         if rules is None:
             return Tokenizer.from_file(str(self._folder / TOKENIZER_FILE))
         post_processor = rules.post_processor
-        if self._json:
+        if self._json is not None:
             vocab, merges = self._vocabulary(self._json)
             stated = Tokenizer.from_str(_without_tokens(self._json)).post_processor
             if rules.reads_post_processor:
@@ -256,7 +256,7 @@ class _Reading:
     def _special_tokens(
         self, rules: _Rules | None
     ) -> tuple[dict[str, str | AddedToken], list[str | AddedToken], _Added]:
-        """Special tokens with a name and without one, and all added tokens."""
+        """Return the special tokens with a name, those without one, and all added tokens."""
         settings = dict(self._config)
         if _ADDITIONAL in settings and not settings.get(_EXTRA):
             settings[_EXTRA] = settings.pop(_ADDITIONAL)
@@ -275,16 +275,15 @@ class _Reading:
             names |= self._merge_special_tokens(settings)
             self._read_added_tokens(settings, added)
             self._read_tokenizer_json(added)
-        padding = self._json.get("padding") if self._json else None
-        if rules is None and isinstance(padding, dict):
-            settings.setdefault("pad_token", padding.get("pad_token"))
+        defaults = rules.defaults if rules else self._padding()
         file = self._folder / TOKENIZER_CONFIG_FILE
         tokens: dict[str, str | AddedToken] = {}
         for key in _NAMED:
-            default = rules.defaults.get(key) if rules else None
-            value = _token(settings.get(key, default), file, key)
+            value = _token(settings.get(key, defaults.get(key)), file, key)
+            if value is not None and key in settings:  # a default stays what it is
+                value = added.by_name.get(str(_content(value)), value)
             if value is not None:
-                tokens[key] = added.by_name.get(str(_content(value)), value)
+                tokens[key] = value
         own = {
             key: value
             for key, value in settings.items()
@@ -298,6 +297,11 @@ class _Reading:
             raise FileFault(f"{file}: {_EXTRA} is {_kind(extra)}, expected a list of tokens")
         each = (_token(value, file, _EXTRA) for value in extra)
         return tokens, [token for token in each if token is not None], added
+
+    def _padding(self) -> dict[str, Any]:
+        """Return the special token that tokenizer.json pads with, if it pads."""
+        padding = self._json.get("padding") if self._json else None
+        return {"pad_token": padding.get("pad_token")} if isinstance(padding, dict) else {}
 
     def _read_decoder(self, values: Any, added: _Added) -> None:
         file = self._folder / TOKENIZER_CONFIG_FILE
@@ -313,7 +317,7 @@ class _Reading:
             added.put(int(stated), _added_token(value, file))
 
     def _merge_special_tokens(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Let special_tokens_map.json have its way; gives tokens that it names itself."""
+        """Let special_tokens_map.json overrule `settings`; return the tokens that it names."""
         file = self._folder / SPECIAL_TOKENS_FILE
         for key, value in (self._read(SPECIAL_TOKENS_FILE) or {}).items():
             if isinstance(value, dict) and key != _EXTRA:
@@ -394,7 +398,7 @@ class _Reading:
 def _template(
     tokenizer: Tokenizer, bos: str | None, eos: str | None
 ) -> processors.TemplateProcessing:
-    """The post-processor that puts a text between these tokens."""
+    """Return the post-processor that puts a text between these tokens."""
     ends = [token for token in (bos, eos) if token]
     parts = [f"{bos}:0" if bos else "", "$A:0", f"{eos}:0" if eos else ""]
     return processors.TemplateProcessing(
@@ -404,14 +408,14 @@ def _template(
 
 
 def _content(token: Any) -> Any:
-    """The text of a token in any of the forms that files have."""
+    """Return the text of a token in any of the forms that files have."""
     if isinstance(token, AddedToken):
         return token.content
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _token(value: Any, file: Path, key: str) -> str | AddedToken | None:
-    """A special token: a name, an object that says it is one, or null."""
+    """Return a special token that a file states as a name, as an object, or not, as null."""
     if value is None or isinstance(value, str | AddedToken):
         return value
     if isinstance(value, dict):
@@ -420,7 +424,7 @@ def _token(value: Any, file: Path, key: str) -> str | AddedToken | None:
 
 
 def _added_token(values: Mapping[str, Any], file: Path) -> AddedToken:
-    """A token with its flags; what else its object holds is nobody's."""
+    """Return the token that an object states; what else the object holds has no meaning."""
     content = values.get("content", "")
     flags = {flag: values[flag] for flag in _FLAGS if flag in values}
     wrong = next((f for f, value in flags.items() if not isinstance(value, bool)), None)
@@ -432,7 +436,7 @@ def _added_token(values: Mapping[str, Any], file: Path) -> AddedToken:
 
 
 def _is_token(value: Any) -> bool:
-    """Whether a setting of any name is a token, by its form."""
+    """Return whether a setting of any name is a token, by its form."""
     is_tagged = isinstance(value, dict) and value.get("__type") == "AddedToken"
     return is_tagged or isinstance(value, str | AddedToken)
 
@@ -446,6 +450,6 @@ def _kind(value: Any) -> str:
 
 
 def _without_tokens(values: Mapping[str, Any]) -> str:
-    """The text of a tokenizer.json without its vocabulary, to have its other parts made."""
+    """Return a tokenizer.json without its vocabulary, to have its other parts made."""
     model = values["model"] | {"vocab": {}, "merges": []}
     return json.dumps({**values, "model": model, "added_tokens": []})

@@ -250,6 +250,7 @@ CONFIG = "tokenizer_config.json"
         (CONFIG, '{"tokenizer_class": 5}', "tokenizer_class is 5, expected a name"),
         (CONFIG, '{"add_prefix_space": "no"}', "add_prefix_space is 'no', expected true or false"),
         ("tokenizer.json", '{"model": {}}', "its model is no byte-pair encoding"),
+        ("tokenizer.json", "{}", "its model is no byte-pair encoding"),
         ("special_tokens_map.json", '{"pad_token": 1}', "pad_token is a JSON int"),
         ("merges.txt", None, "merges.txt: not found, expected the merges that go with vocab.json"),
     ],
