@@ -128,6 +128,11 @@ def is_resumable(out: Path) -> bool:
     return read_journal(staging_root(out) / JOURNAL_FILE, Moved) is not None
 
 
+def states_no_end(checkpoint: Checkpoint) -> bool:
+    """Return whether no file beside the weights says where texts end."""
+    return not checkpoint.config_file and GENERATION_FILE not in checkpoint.companions
+
+
 def not_carried(checkpoint: Checkpoint) -> list[str]:
     """Say what may be settings of a checkpoint and is not in what it is converted to."""
     used = {*checkpoint.companions, *(p.name for p in checkpoint.files), CONFIG_FILE, MANIFEST_FILE}
@@ -322,7 +327,7 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
     for name in checkpoint.companions:
         (staging / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint.folder / name, staging / name)
-    if not checkpoint.config_file and GENERATION_FILE not in checkpoint.companions:
+    if states_no_end(checkpoint):
         (staging / GENERATION_FILE).write_text(generation_text(plan.config), encoding="utf-8")
 
 

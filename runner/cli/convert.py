@@ -102,7 +102,14 @@ def convert(
     """
     from gptj_convert.capacity import conversion_memory
     from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.execute import Result, check_space, execute, is_resumable, not_carried
+    from gptj_convert.execute import (
+        Result,
+        check_space,
+        execute,
+        is_resumable,
+        not_carried,
+        states_no_end,
+    )
     from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
     from gptj_convert.staging import refuse_overlap
@@ -164,6 +171,12 @@ def convert(
             )
         for left_behind in not_carried(checkpoint):
             output.note(f"note: {left_behind}")
+        if states_no_end(checkpoint):
+            end = checkpoint.config.eos_token_id
+            output.note(
+                "note: no config.json or generation_config.json says where texts end: "
+                + ("nothing ends them" if end is None else f"end-of-text does, token {end}")
+            )
         if dry_run:
             output.note(
                 f"needs {figures['disk_bytes'] / 1e9:.2f} GB of disk and "

@@ -365,8 +365,11 @@ def test_a_bundle_with_a_yaml_alone_ends_its_texts(workdir: Path, gptj):
     assert gptj("convert", hf, "--to", "tf").code == 0
     for name in ("config.json", "generation_config.json", "manifest.json"):
         Path("converted", name).unlink()
-    assert gptj("convert", "converted", "--to", "hf").code == 0
+    done = gptj("convert", "converted", "--to", "hf")
+    assert done.code == 0
+    assert "says where texts end: end-of-text does, token 50256" in done.stderr
     _ends_at("converted-hf", 50256)
+    assert "where texts end" not in gptj("convert", "converted-hf", "--to", "tf", "--force").stderr
 
 
 def test_a_client_s_file_with_a_yaml_alone_ends_its_texts(workdir: Path, gptj):
@@ -399,7 +402,9 @@ def test_a_run_from_random_weights_ends_its_texts(workdir: Path, gptj):
 def test_a_vocabulary_without_that_token_has_no_end(workdir: Path, gptj):
     shutil.copytree(GOLDEN_RUNS / "adamw", "run")
     assert json.loads(Path("run/hf/config.json").read_text())["vocab_size"] <= 50256
-    assert gptj("convert", "run/tf_model.ckpt", "--to", "hf").code == 0
+    done = gptj("convert", "run/tf_model.ckpt", "--to", "hf")
+    assert done.code == 0
+    assert "says where texts end: nothing ends them" in done.stderr
     _ends_at("converted-hf", None)
 
 
