@@ -70,7 +70,7 @@ class StreamedReference:
         self._source = source
         self._scheme = scheme
         self._round_to = NUMPY[round_to] if round_to else None
-        self._hf_config = HFConfig(**config.to_hf(dtype="float32"))
+        self._hf_config = HFConfig(**config.own_fields())
         self._hf_config._attn_implementation = "eager"
         self._block = GPTJBlock(self._hf_config, layer_idx=0).eval()
         self._prefix = ""

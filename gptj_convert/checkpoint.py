@@ -49,6 +49,8 @@ class Checkpoint:
     """Names, in its files, of tensors that were left out because they were asked to be."""
     optimizer: OptimizerSource | None = None
     """A file with an optimizer's state beside the weights, if it was asked for and is there."""
+    config_file: Path | None = None
+    """The config.json that describes it; None: there is none, and a YAML file does."""
 
     @property
     def everything(self) -> TensorSource:
@@ -67,10 +69,9 @@ class Checkpoint:
         return widest(self.source.tensors[name].dtype for name in names)
 
     @property
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files beside the weights."""
-        names = (*hf.TOKENIZER_FILES, hf.GENERATION_FILE)
-        return [self.folder / n for n in names if (self.folder / n).is_file()]
+    def companions(self) -> list[str]:
+        """Settings beside the weights that go with them, by their paths in the folder."""
+        return hf.choose_companions(hf.settings_files(self.folder))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -136,7 +137,18 @@ def open_checkpoint(
     optimizer = None
     if with_optimizer and scheme is Scheme.HF and state.is_file():
         optimizer, files = OptimizerSource(state), (*files, state)
-    return Checkpoint(path, scheme, config, source, files, vocab_choice, dropped, optimizer)
+    beside = location.weights.with_name(CONFIG_FILE)
+    return Checkpoint(
+        path,
+        scheme,
+        config,
+        source,
+        files,
+        vocab_choice,
+        dropped,
+        optimizer,
+        config_file or (beside if beside.is_file() else None),
+    )
 
 
 def open_named(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gptj_convert.formats.cs import MODEL_FILE
 from gptj_convert.reference_yaml import EPSILON, MIXED_EPSILON, MODEL_KEYS, read_yaml
-from gptj_model.config import GPTJConfig
+from gptj_model.config import GPTJConfig, default_ends
 from gptj_model.errors import ConfigError
 from gptj_model.moments import ADAMS
 
@@ -277,7 +277,7 @@ def _config(values: Mapping[str, Any], where: str) -> GPTJConfig:
     if missing:
         raise ConfigError(f"{where}: trainer.init.model lacks {', '.join(missing)}")
     known: dict[str, Any] = {f: section.get(key, 0.0) for key, f in _MODEL_KEYS.items()}
-    known |= {"bos_token_id": None, "eos_token_id": None}
+    known |= default_ends(known["vocab_size"])
     try:
         return GPTJConfig(**known)
     except ConfigError as e:

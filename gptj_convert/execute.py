@@ -20,8 +20,11 @@ from crc32c import crc32c
 
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.cs_trainer import TRAINER_FILE, trainer
+from gptj_convert.formats.hf import GENERATION_FILE, settings_files
 from gptj_convert.formats.keras import write_model
+from gptj_convert.formats.sharded import is_index
 from gptj_convert.formats.tf import CONVERTED_PREFIX, STATE_FILE, state_text
+from gptj_convert.generation_settings import generation_text
 from gptj_convert.journal import JOURNAL_FILE, Journal, Moved, read_journal
 from gptj_convert.manifest import (
     MANIFEST_FILE,
@@ -38,7 +41,7 @@ from gptj_convert.read_ahead import ReadAhead, Wanted
 from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining, yaml_text
 from gptj_convert.staging import has_content, remove_staging, staged_folder, staging_root
 from gptj_convert.writer import Start, find_start, reserve, write_files
-from gptj_model.config import CONFIG_FILE
+from gptj_model.config import CONFIG_FILE, NOT_CARRIED
 from gptj_model.dtypes import count_nonfinite, count_overflows, largest, saturate
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.op import Op
@@ -125,6 +128,28 @@ def execute(
 def is_resumable(out: Path) -> bool:
     """Whether an interrupted conversion to `out` can be gone on with."""
     return read_journal(staging_root(out) / JOURNAL_FILE, Moved) is not None
+
+
+def states_no_end(checkpoint: Checkpoint) -> bool:
+    """Return whether no file beside the weights says where texts end."""
+    return not checkpoint.config_file and GENERATION_FILE not in checkpoint.companions
+
+
+def not_carried(checkpoint: Checkpoint) -> list[str]:
+    """Say what may be settings of a checkpoint and is not in what it is converted to."""
+    used = {*checkpoint.companions, *(p.name for p in checkpoint.files), CONFIG_FILE, MANIFEST_FILE}
+    files = [
+        name
+        for name in settings_files(checkpoint.folder)
+        if name not in used and not is_index(name)
+    ]
+    config = checkpoint.config_file and checkpoint.config_file.name
+    fields = [
+        f"{config}: {name} is not carried: {why}"
+        for name, why in NOT_CARRIED.items()
+        if name in checkpoint.config.carried
+    ]
+    return [*fields, f"not carried: {', '.join(files)}"] if files else fields
 
 
 def check_space(needed: int, out: Path, *, there: Path | None = None) -> None:
@@ -303,8 +328,11 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
         (staging / TRAINER_FILE).write_text(text, encoding="utf-8")
     if plan.scheme is Scheme.KERAS:
         write_model(staging, plan.config, plan.dtype)
-    for path in checkpoint.companions:
-        shutil.copyfile(path, staging / path.name)
+    for name in checkpoint.companions:
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(checkpoint.folder / name, staging / name)
+    if states_no_end(checkpoint):
+        (staging / GENERATION_FILE).write_text(generation_text(plan.config), encoding="utf-8")
 
 
 def _manifest(
@@ -318,11 +346,12 @@ def _manifest(
         file.name: {"bytes": plan.layout.size(file), "sha256": digests[file.name]}
         for file in plan.layout.files
     }
-    small = (p for p in folder.iterdir() if p.name not in {*files, *_EDITED, MANIFEST_FILE})
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    small = paths.keys() - {*files, *_EDITED, MANIFEST_FILE}
     return Manifest(
         source=job["source"],
         target=job["target"],
-        files=files | {p.name: describe_file(p) for p in small},
+        files=files | {name: describe_file(paths[name]) for name in small},
         tensors={
             m.tensor.hf: {
                 "source_crc32c": f"{moved[m.target_name].source_crc32c:08x}",

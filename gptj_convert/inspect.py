@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Inspection:
             "path": str(self.path),
             "format": self.scheme.value,
             "files": [str(f) for f in self.files],
-            "config": asdict(self.config) if self.config else None,
+            "config": self.config.own_fields() if self.config else None,
             "tensors": [_tensor_json(f, statistics or {}) for f in self.findings],
             "totals": self.totals(),
             "problems": self.problems,

@@ -199,7 +199,7 @@ def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -
             RECORD_FILE,
             PARAMS_FILE,
             TRAINER_FILE,
-            *(f.path.name for _, f in stated),
+            *(f.path.relative_to(folder).parts[0] for _, f in stated),
         }
         result.extra += sorted({p.name for p in folder.iterdir()} - known)
     return [_Work(f.path.name, f.size, _file(f, by, result)) for by, f in stated]

@@ -12,7 +12,7 @@ from typing import Any
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.digest import SHA256, digest
 from gptj_convert.download import read_record
-from gptj_convert.file_name import is_file_name
+from gptj_convert.file_name import is_inner_path
 from gptj_convert.plan import Plan
 from gptj_model import __version__
 from gptj_model.errors import FileFault
@@ -68,7 +68,7 @@ def _check(manifest: Manifest) -> None:
     """Raise one of `_NOT_A_MANIFEST` unless files and tensors are described as they must be."""
     manifest.source.items()
     for name, stated in manifest.files.items():
-        if not is_file_name(name) or type(stated["bytes"]) is not int:
+        if not is_inner_path(name) or type(stated["bytes"]) is not int:
             raise ValueError(f"{name!r} is not a file with its size")
         if not re.fullmatch("[0-9a-f]{64}", stated["sha256"]):
             raise ValueError(f"SHA-256 of {name!r} is not 64 hexadecimal digits")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gptj_convert.download import list_files
-from gptj_convert.formats.hf import GENERATION_FILE, TOKENIZER_FILES, WEIGHT_FILES
+from gptj_convert.formats.hf import WEIGHT_FILES, choose_companions
 from gptj_convert.formats.json_file import parse_json
 from gptj_convert.formats.sharded import MAX_INDEX_BYTES, is_index, parse_index
 from gptj_convert.listing import Contents, Listing
@@ -21,7 +21,6 @@ _log = logging.getLogger(__name__)
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_MARKS = 2**15
 
-_EXTRAS = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".bin", ".safetensors")
 _HINT = "name another repository, or with --revision another branch"
 
@@ -73,7 +72,8 @@ def choose_model(contents: Contents, *, for_conversion: bool = False) -> Iterabl
         raise _unreadable(contents)
     _check_config(contents, for_conversion=for_conversion)
     yield weights
-    yield from (name for name in _EXTRAS if name in contents.names)
+    yield CONFIG_FILE
+    yield from choose_companions(contents.names)
     if is_index(weights):
         yield from _shards(contents, weights)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptj_convert.execute import check_space
 from gptj_convert.formats.hf import GENERATION_FILE, hf_layout
+from gptj_convert.generation_settings import generation_text
 from gptj_convert.options import FILE_FORMATS
 from gptj_convert.panels import PANEL_BYTES, Strip
 from gptj_convert.pipeline import Pipeline
@@ -83,8 +84,7 @@ def write_random_checkpoint(
         folder = staging.content
         hf_config = json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(hf_config, encoding="utf-8")
-        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        (folder / GENERATION_FILE).write_text(json.dumps(ends) + "\n", encoding="utf-8")
+        (folder / GENERATION_FILE).write_text(generation_text(config), encoding="utf-8")
         if config.vocab_size == VOCAB_SIZE:
             write_tokenizer(folder)
 

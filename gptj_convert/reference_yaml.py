@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from gptj_convert import capacity, machine
-from gptj_model.config import GPTJConfig
+from gptj_model.config import GPTJConfig, default_ends
 from gptj_model.errors import ConfigError
 
 PARAMS_FILE = "params.yaml"
@@ -162,7 +162,7 @@ def config_from_model_section(
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number each")
     known: dict[str, Any] = {field: values.get(key) for key, field in MODEL_KEYS.items()}
-    known |= {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
+    known |= {"vocab_size": vocab_size} | default_ends(vocab_size)
     try:
         return GPTJConfig(**known)
     except ConfigError as e:

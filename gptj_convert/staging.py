@@ -23,7 +23,17 @@ _LOCK = "lock"
 _REPLACED = "replaced"
 #: Names of the files that outputs hold.
 _WRITTEN = (
-    *("*.json", "*.jsonl", "*.yaml", "merges.txt", "LICENSE*", "README.md", "checkpoint"),
+    *(
+        "*.json",
+        "*.jsonl",
+        "*.yaml",
+        "*.jinja",
+        "merges.txt",
+        "vocab.bpe",
+        "LICENSE*",
+        "README.md",
+        "checkpoint",
+    ),
     *("*.safetensors", "*.bin", "*.pt", "*.ckpt*", "*.h5", "*.keras", "*.mdl", "*.model"),
     *("*.tfrecord*", "*.hdf5"),
 )
@@ -117,9 +127,8 @@ def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Generator[St
         staging.content.mkdir(exist_ok=True)
         try:
             yield staging
-            for path in staging.content.iterdir():
+            for path in (*staging.content.rglob("*"), staging.content):
                 sync(path)
-            sync(staging.content)
             _replace(staging, out)
         except BaseException:
             if not staging.keep:

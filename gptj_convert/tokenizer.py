@@ -14,33 +14,35 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from gptj_convert.formats.hf import ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from gptj_convert.formats.json_file import read_json
+from gptj_convert.formats.tokenizer import END_OF_TEXT, MAX_BYTES, MAX_MARKS
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 
-END_OF_TEXT = "<|endoftext|>"
 EXTRA_TOKENS = tuple(f"<|extratoken_{n}|>" for n in range(1, VOCAB_SIZE - END_OF_TEXT_ID))
 
-TOKENIZER_FILE = "tokenizer.json"
 
-#: GPT-J's has 2.1 MB, 50,400 tokens and 50,000 merges.
-MAX_BYTES = 32 * 2**20
-MAX_MARKS = 2**21
-
-
-def last_token_id(files: Iterable[Path]) -> int | None:
-    """The largest id in the tokenizer.json among these files; None when there is none.
+def last_token_id(files: Iterable[Path]) -> tuple[int, str] | None:
+    """Return the largest id that a tokenizer's file among these states, and the file's name.
 
     Raises:
         FileFault: a JSON file among them, whichever, holds something else.
     """
-    last = None
+    found: list[tuple[int, str]] = []
     for path in files:
         if path.suffix == ".json":
             limits = {"max_bytes": MAX_BYTES, "max_marks": MAX_MARKS}
             values = read_json(path, expected="a JSON object", **limits)
             if path.name == TOKENIZER_FILE:
-                last = max(_ids(values), default=None)
-    return last
+                ids = _ids(values)
+            elif path.name == ADDED_TOKENS_FILE:
+                ids = [i for i in values.values() if type(i) is int]
+            elif path.name == TOKENIZER_CONFIG_FILE:
+                ids = _decoder_ids(values)
+            else:
+                continue
+            found += [(max(ids), path.name)] if ids else []
+    return max(found, key=lambda last: last[0], default=None)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -67,14 +69,21 @@ def write_tokenizer(folder: Path) -> None:
         "unk_token": END_OF_TEXT,
     }
     added = {token: END_OF_TEXT_ID + n for n, token in enumerate(EXTRA_TOKENS, start=1)}
-    _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "added_tokens.json", added)
+    _write_json(folder / TOKENIZER_CONFIG_FILE, settings)
+    _write_json(folder / ADDED_TOKENS_FILE, added)
     _write_json(folder / "vocab.json", vocab)
     (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _decoder_ids(settings: dict[str, Any]) -> list[int]:
+    """Every id of an added token in the content of a tokenizer_config.json."""
+    decoder = settings.get("added_tokens_decoder")
+    stated = decoder if isinstance(decoder, dict) else {}
+    return [int(i) for i in stated if i.isdecimal() and i.isascii() and len(i) < 19]
 
 
 def _ids(tokenizer: dict[str, Any]) -> list[int]:

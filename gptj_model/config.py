@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,13 @@ class GPTJConfig:
     """Whether the head multiplies by the embedding instead of weights of its own."""
 
     bos_token_id: int | None = END_OF_TEXT_ID
-    eos_token_id: int | None = END_OF_TEXT_ID
+    """Token that a text begins with."""
+
+    eos_token_id: int | tuple[int, ...] | None = END_OF_TEXT_ID
+    """Token that ends a text, or several of which each does; None means that nothing does."""
+
+    carried: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    """Fields of a config.json that nothing here reads, kept for the programs that do."""
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -116,7 +122,7 @@ class GPTJConfig:
         """
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown, expected one of {', '.join(PRESETS)}")
-        known = {f.name for f in fields(cls)}
+        known = set(_OWN_FIELDS)
         for key in overrides:
             if key not in known:
                 raise ConfigError(
@@ -148,7 +154,7 @@ class GPTJConfig:
                 f"{where}: model_type is {found!r}, expected {MODEL_TYPE!r}",
                 hint="only GPT-J checkpoints can be read; other GPT models compute otherwise",
             )
-        known = {f.name for f in fields(cls)}
+        values = _without_aliases(values, where)
         needed = ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")
         missing = [name for name in needed if name not in values]
         if missing:
@@ -156,7 +162,10 @@ class GPTJConfig:
         if values.get("scale_attn_weights", True) is not True:
             raise ConfigError(f"{where}: scale_attn_weights is off, which GPT-J does not implement")
         try:
-            return cls(**{k: v for k, v in values.items() if k in known})
+            return cls(
+                **{k: _as_tuple(v) for k, v in values.items() if k in _OWN_FIELDS},
+                carried={k: v for k, v in values.items() if k not in _WRITTEN_FIELDS},
+            )
         except ConfigError as e:
             raise ConfigError(f"{where}: {e.message}", hint=e.hint) from None
 
@@ -191,11 +200,76 @@ class GPTJConfig:
         return {
             "model_type": MODEL_TYPE,
             "architectures": [ARCHITECTURE],
-            **asdict(self),
+            **self.own_fields(),
             "dtype": dtype,
             "use_cache": True,
             "initializer_range": 0.02,
+            **{k: v for k, v in self.carried.items() if k not in NOT_CARRIED},
         }
+
+    def own_fields(self) -> dict[str, Any]:
+        """Return the fields but `carried`, as JSON has them."""
+        values = {name: getattr(self, name) for name in _OWN_FIELDS}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens of which each ends a text."""
+        return as_tokens(self.eos_token_id)
+
+
+#: The fields that decide, in the order in which they are written.
+_OWN_FIELDS = tuple(f.name for f in fields(GPTJConfig) if f.name != "carried")
+
+#: Fields of a config.json that are written from what is known here, never carried.
+_WRITTEN_FIELDS = frozenset({*_OWN_FIELDS, "model_type", "architectures", "dtype", "torch_dtype"})
+
+#: Fields of a config.json that speak of what is not beside the new weights, with what that is.
+NOT_CARRIED = {
+    "auto_map": "it names program code, which is never run",
+    "quantization_config": "the weights are written unquantised",
+}
+
+#: Other names that transformers gives to fields, and prefers where a file has both.
+_ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+def as_tokens(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return the ids that a field with one, several or none holds."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def default_ends(vocab_size: Any) -> dict[str, Any]:
+    """Return where a text begins and ends if nothing says it: GPT-2's end-of-text, if it exists."""
+    end = END_OF_TEXT_ID if type(vocab_size) is int and vocab_size > END_OF_TEXT_ID else None
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
+def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields under their own names.
+
+    Raises:
+        ConfigError: a field has two names and two values.
+    """
+    found = {k: v for k, v in values.items() if k not in _ALIASES}
+    for alias, name in _ALIASES.items():
+        if alias in values and found.setdefault(name, values[alias]) != values[alias]:
+            raise ConfigError(
+                f"{where}: {name} is {found[name]!r} and {alias}, another name of it, is "
+                f"{values[alias]!r}, expected one value"
+            )
+    return found
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 #: Fields that do not change what is computed from the weights.
@@ -206,7 +280,7 @@ NOT_COMPUTED = frozenset(
 
 def differing_fields(a: GPTJConfig, b: GPTJConfig) -> dict[str, tuple[Any, Any]]:
     """Fields in which two configs differ, with both values; `ffn_dim` stands for `n_inner`."""
-    names = [*(f.name for f in fields(GPTJConfig) if f.name != "n_inner"), "ffn_dim"]
+    names = [*(name for name in _OWN_FIELDS if name != "n_inner"), "ffn_dim"]
     pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -216,6 +290,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "125m": {"n_embd": 768, "n_layer": 12, "n_head": 12, "rotary_dim": 32},
     "6b": {},
 }
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _problems(config: GPTJConfig) -> list[str]:
@@ -242,10 +320,11 @@ def _problems(config: GPTJConfig) -> list[str]:
         problems.append(
             f"tie_word_embeddings is {config.tie_word_embeddings!r}, expected true or false"
         )
-    for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(config, name)
-        if value is not None and type(value) is not int:
-            problems.append(f"{name} is {value!r}, expected a token id or null")
+    if config.bos_token_id is not None and type(config.bos_token_id) is not int:
+        problems.append(f"bos_token_id is {config.bos_token_id!r}, expected a token id or null")
+    ends = config.eos_token_id
+    if ends is not None and any(type(i) is not int for i in _several(ends)):
+        problems.append(f"eos_token_id is {ends!r}, expected a token id, a list of them or null")
     if problems:
         return problems
     if config.n_embd % config.n_head:

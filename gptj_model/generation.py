@@ -117,15 +117,15 @@ class Generator:
     Args:
         model: with its weights loaded, or read for every token.
         sampling: how each token is chosen.
-        stop_at: a token id that ends a text and is not part of it, such as end-of-text.
+        stop_at: token ids of which each ends a text and is not part of it, such as end-of-text.
     """
 
     def __init__(
-        self, model: GPTJ | StreamedModel, sampling: Sampling, *, stop_at: int | None = None
+        self, model: GPTJ | StreamedModel, sampling: Sampling, *, stop_at: Collection[int] = ()
     ) -> None:
         self._model = model
         self._sampling = sampling
-        self._stop_at = stop_at
+        self._stop_at = frozenset(stop_at)
         self._step = None if isinstance(model, StreamedModel) else _compiled(model)
 
     def __call__(
@@ -182,7 +182,7 @@ class Generator:
                     continue
                 ids_BT[n] = choose(logits_V, self._sampling, randoms[n], seen[n])
                 seen[n].add(int(ids_BT[n, 0]))
-                ended[n] = ids_BT[n, 0] == self._stop_at
+                ended[n] = int(ids_BT[n, 0]) in self._stop_at
             if all(ended):
                 return
             yield [None if end else int(i) for end, i in zip(ended, ids_BT[:, 0], strict=True)]

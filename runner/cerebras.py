@@ -19,7 +19,7 @@ from typing import Any
 
 from gptj_convert.checkpoint import locate, read_config
 from gptj_convert.cs_trainer import TRAINER_FILE, trainer_from_params
-from gptj_convert.formats import cs, tf
+from gptj_convert.formats import cs, hf, tf
 from gptj_convert.reference_yaml import (
     PARAMS_FILE,
     config_from_model_section,
@@ -27,7 +27,7 @@ from gptj_convert.reference_yaml import (
     yaml_text,
 )
 from gptj_convert.whole_file import write_whole
-from gptj_model.config import GPTJConfig
+from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
 from runner.cs_target import Target
 from runner.params_file import load_params
@@ -82,7 +82,7 @@ class Launch:
     """A client ready to be called."""
 
     command: tuple[str, ...]
-    writes: Mapping[Path, str]
+    writes: Mapping[Path, str | bytes]
     """Files that are made before, with their content."""
     problems: tuple[GptjError, ...] = ()
     """What is not there yet; a dry run only tells."""
@@ -151,9 +151,22 @@ def _csx(job: CsJob) -> Launch:
     effective = job.model_dir / TRAINER_FILE
     return Launch(
         command=("cszoo", "fit" if job.mode == "train" else "validate", str(effective)),
-        writes={effective: yaml_text(values | {"trainer": _trainer(init, fit, validate)})},
+        writes={
+            effective: yaml_text(values | {"trainer": _trainer(init, fit, validate)}),
+            **_settings(job, named),
+        },
         problems=(*_no_program("cszoo"), *_no_records(folders, "*.h5", "hdf5")),
     )
+
+
+def _settings(job: CsJob, checkpoint: Path | None) -> dict[Path, bytes]:
+    """Files beside the checkpoint that training begins with, for the run's folder: what converts
+    the run's own checkpoints has them from there."""
+    if checkpoint is None or job.mode != "train" or checkpoint.parent == job.model_dir:
+        return {}
+    names = hf.settings_files(checkpoint.parent)
+    names = [*(n for n in names if n == CONFIG_FILE), *hf.choose_companions(names)]
+    return {job.model_dir / name: (checkpoint.parent / name).read_bytes() for name in names}
 
 
 def _weights(path: Path) -> Path:
@@ -197,7 +210,7 @@ def _legacy(job: CsJob) -> Launch:
     records = "train_input" if job.mode == "train" else "eval_input"
     return Launch(
         command=tuple(command),
-        writes={},
+        writes=_settings(job, prefix),
         problems=(
             *_no_program("csrun_wse"),
             *_no_records(_data_folders(values, records), "*.tfrecord*", "tfrecord"),

@@ -12,7 +12,6 @@ from gptj_model.errors import DataFault
 from runner.data.long_line import Damaged
 from runner.data.sources import Reading, read
 from runner.data.summarization import ABSTRACT, ARTICLE, SEPARATOR_ID, pair
-from runner.data.tokenizer import end_of_text
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 
@@ -31,6 +30,8 @@ class Prompting:
     """How an article becomes a prompt, as the records of the fine-tune have it."""
 
     tokenizer: Tokenizer
+    begin: int
+    """The token that a prompt begins with."""
     longest: int
     """Tokens that a prompt may have."""
     truncate_article: bool = False
@@ -49,7 +50,7 @@ class Prompting:
                 "leave room for the summary; a test set is neither shortened nor thinned out",
                 hint="generate fewer with --max-new-tokens, or shorten with --truncate-article",
             )
-        return [end_of_text(self.tokenizer), *ids[: self.longest - 2], SEPARATOR_ID]
+        return [self.begin, *ids[: self.longest - 2], SEPARATOR_ID]
 
 
 def read_pairs(

@@ -13,7 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
+from gptj_convert.formats.hf import GENERATION_FILE
 from gptj_convert.formats.tf import STATE_FILE
+from gptj_convert.generation_settings import generation_text
 from gptj_convert.optimizer.find import find_state
 from gptj_convert.optimizer.in_tf import StateInTf
 from gptj_convert.plan import match
@@ -90,7 +92,7 @@ class Run:
             self._continue(strict)
         elif init_from is None:
             self._build(params.config)
-            self._keep_config(params.config)
+            self._keep_config(params.config, from_yaml=True)
             self.executor.initialize()
         else:
             self._begin(init_from, weights_only)
@@ -144,9 +146,10 @@ class Run:
         match(checkpoint)
         state = None if weights_only else self._state_in(checkpoint)
         self._build(reconcile(self.params, checkpoint.config, init_from))
-        self._keep_config(checkpoint.config)
-        for path in () if self.workers.index else checkpoint.companions:
-            write_whole(self.model_dir / path.name, path.read_bytes())
+        self._keep_config(checkpoint.config, from_yaml=not checkpoint.config_file)
+        for name in () if self.workers.index else checkpoint.companions:
+            (self.model_dir / name).parent.mkdir(exist_ok=True)
+            write_whole(self.model_dir / name, (checkpoint.folder / name).read_bytes())
         self.executor.load(checkpoint.source, checkpoint.scheme)
         if state:
             self._load_state(state, stored_step(state))
@@ -168,12 +171,15 @@ class Run:
             self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
         return None
 
-    def _keep_config(self, config: GPTJConfig) -> None:
+    def _keep_config(self, config: GPTJConfig, *, from_yaml: bool) -> None:
+        """Write the files that describe the model, unless there is a worker that does."""
         if self.workers.index:
             return
         self.model_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_hf(dtype="float32"), indent=2) + "\n"
         write_whole(self.model_dir / CONFIG_FILE, text)
+        if from_yaml:
+            write_whole(self.model_dir / GENERATION_FILE, generation_text(config))
 
     def _load_state(self, source: TensorSource, step: int) -> None:
         if not step:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from gptj_convert.formats import sharded
 from gptj_convert.formats.layout import FileLayout, Layout
@@ -26,16 +27,60 @@ WEIGHT_FILES = (
     PICKLE_FILE + INDEX_SUFFIX,
 )
 
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+#: Vocabulary and merges, as GPT-2's, EleutherAI's and others' files are named.
+VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 #: Files that go with the weights whatever their format.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    *(name for pair in VOCABULARY_FILES for name in pair),
+    ADDED_TOKENS_FILE,
+    SPECIAL_TOKENS_FILE,
 )
 GENERATION_FILE = "generation_config.json"
+#: A chat's template, as tokenizers have it and as processors had it before; and further ones.
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_CHAT_TEMPLATES = "additional_chat_templates"
+#: How the names of files end that may hold settings of a model.
+_SETTINGS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+
+
+def choose_companions(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that go with the weights, whatever their format.
+
+    Args:
+        names: paths in the folder, with `/` between their parts.
+    """
+    present = set(names)
+    known = (*TOKENIZER_FILES, GENERATION_FILE, *CHAT_TEMPLATE_FILES)
+    folder, pattern = f"{_CHAT_TEMPLATES}/", f"{_CHAT_TEMPLATES}/*.jinja"
+    templates = (n for n in present if fnmatchcase(n, pattern) and "/" not in n[len(folder) :])
+    return [*(name for name in known if name in present), *sorted(templates)]
+
+
+def settings_files(folder: Path) -> list[str]:
+    """Return the paths in a folder of the files that may hold settings of a model, sorted."""
+    paths = (*folder.glob("*"), *folder.glob(f"{_CHAT_TEMPLATES}/*"))
+    return choose_settings(p.relative_to(folder).as_posix() for p in paths if p.is_file())
+
+
+def choose_settings(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that may hold settings of a model, sorted.
+
+    Args:
+        names: see `choose_companions`.
+    """
+    found: list[str] = []
+    for name in names:
+        path = PurePosixPath(name)
+        is_setting = path.suffix in _SETTINGS or path.name in TOKENIZER_FILES
+        if is_setting and str(path.parent) in (".", _CHAT_TEMPLATES) and name[0] != ".":
+            found.append(name)
+    return sorted(found)
 
 
 def find_weights(path: Path) -> Path | None:

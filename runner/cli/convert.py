@@ -107,7 +107,14 @@ def convert(
     """
     from gptj_convert.capacity import conversion_memory
     from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.execute import Result, check_space, execute, is_resumable
+    from gptj_convert.execute import (
+        Result,
+        check_space,
+        execute,
+        is_resumable,
+        not_carried,
+        states_no_end,
+    )
     from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
     from gptj_convert.source_names import refuse_unmatched
@@ -146,7 +153,8 @@ def convert(
             saturate=saturate,
             continuation=carried,
         )
-        last_id, vocab_size = last_token_id(checkpoint.companions), plan.config.vocab_size
+        beside = [checkpoint.folder / name for name in checkpoint.companions]
+        last_id, vocab_size = last_token_id(beside), plan.config.vocab_size
         figures = {
             "output": str(out),
             "tensors": len(plan.weights),
@@ -167,10 +175,18 @@ def convert(
             output.note(f"note: dropped, as asked: {', '.join(checkpoint.dropped[:3])}{more}")
         if has_adapter(checkpoint):
             output.note("note: a run with LoRA: its kernels are written with the adapter merged")
-        if last_id is not None and last_id >= vocab_size:
+        if last_id and last_id[0] >= vocab_size:
             output.note(
-                f"note: tokenizer.json has ids up to {last_id}, the model only {vocab_size} rows, "
-                f"0 to {vocab_size - 1}"
+                f"note: {last_id[1]} has ids up to {last_id[0]}, the model only "
+                f"{vocab_size} rows, 0 to {vocab_size - 1}"
+            )
+        for left_behind in not_carried(checkpoint):
+            output.note(f"note: {left_behind}")
+        if states_no_end(checkpoint):
+            end = checkpoint.config.eos_token_id
+            output.note(
+                "note: no config.json or generation_config.json says where texts end: "
+                + ("nothing ends them" if end is None else f"end-of-text does, token {end}")
             )
         if dry_run:
             output.note(

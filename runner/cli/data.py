@@ -55,6 +55,12 @@ _building = _options(
         help="Folder with tokenizer.json, or with a vocabulary and merges.",
     ),
     click.option(
+        "--allow-special",
+        is_flag=True,
+        help="Read the names of special tokens in a text, such as <|endoftext|>, as these tokens; "
+        "else they are text.",
+    ),
+    click.option(
         "--max-sequence-length", type=click.IntRange(min=1), default=2048, show_default=True
     ),
     click.option("--out", type=PATH, default=DEFAULT_OUT, show_default=True, help="Folder."),
@@ -110,9 +116,6 @@ _packing = _options(
         is_flag=True,
         help="Drop the last sequence, which is not whole, as the reference does.",
     ),
-    click.option(
-        "--allow-special", is_flag=True, help="<|endoftext|> in a text is that token, not text."
-    ),
     click.option("--ftfy", is_flag=True, help="Repair mojibake, and normalise, with ftfy."),
     click.option(
         "--ftfy-normalizer",
@@ -139,7 +142,7 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
     """
     from runner.data.sources import by_split
 
-    _check(options)
+    _check(output, options)
     recipe = _text_recipe(options, key=text_key)
     found, fetched = _found(output, sources, PILE_FILES, PILE, recipe, options)
     return _build(output, by_split(found), recipe, **options) | fetched
@@ -173,10 +176,11 @@ def summarization(
     from runner.data.sources import by_split
     from runner.data.summarization import ABSTRACT, PairOptions, SummarizationRecipe
 
-    _check(options)
+    _check(output, options)
     recipe = SummarizationRecipe(
         options=PairOptions(
             tokenizer=options.pop("tokenizer"),
+            allow_special=options.pop("allow_special"),
             length=options.pop("max_sequence_length"),
             article=article_column,
             abstract=summary_column or ABSTRACT,
@@ -205,17 +209,21 @@ def text(
     """Pack text or source files into records, one document each."""
     from runner.data.sources import Part, find_sources
 
-    _check(options)
+    _check(output, options)
     recipe = _text_recipe(options, whole_files=True)
     files = tuple(path for path, _ in find_sources(_given(sources), patterns))
     return _build(output, [Part(files=files)], recipe, **options)
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(output: Output, options: Mapping[str, Any]) -> None:
+    from runner.data.tokenizer import notes
+
     if options["resume"] and options["force"]:
         raise click.UsageError("--resume goes on, --force begins anew: give one of them")
     if options["compress"] and options["file_format"] == "hdf5":
         raise click.UsageError("--gzip is for TFRecords, expected it without --format hdf5")
+    for note in notes(options["tokenizer"]):
+        output.note(note)
 
 
 def _given(sources: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -61,10 +61,15 @@ def fetch_to(
     for_conversion: bool = False,
 ) -> dict[str, Any]:
     """Download a model, as `fetch_listed`; see `list_model`."""
+    from gptj_convert.formats.hf import choose_settings
+    from gptj_convert.formats.sharded import is_index
     from gptj_convert.model_files import list_model
 
     listing = list_model(repository, revision, out, for_conversion=for_conversion)
-    return fetch_listed(output, listing, out)
+    fields = fetch_listed(output, listing, out)
+    if left := [name for name in choose_settings(listing.others) if not is_index(name)]:
+        output.note(f"note: not fetched: {', '.join(left)}")
+    return fields
 
 
 def fetch_listed(

@@ -141,10 +141,14 @@ def _evaluate_text(
     streamed: MemoryBudget | None,
 ) -> dict[str, Any]:
     from gptj_convert.checkpoint import open_checkpoint
+    from runner.data.tokenizer import notes
     from runner.text_perplexity import Window, evaluate_text, read_text
 
     if not sources:
         raise click.UsageError("--task text needs a text: --data FILE")
+    folder = model if model.is_dir() else model.parent
+    for note in notes(folder):
+        output.note(note)
     with (
         open_checkpoint(model) as checkpoint,
         progress(output, "evaluating", in_bytes=False) as report,
@@ -157,7 +161,7 @@ def _evaluate_text(
                 f"a window is {length} tokens and the next {stride} further on, expected at most "
                 f"{config.n_positions} and {length}"
             )
-        ids_N, size = read_text(sources, model if model.is_dir() else model.parent)
+        ids_N, size = read_text(sources, folder)
         window = Window(length=length, stride=stride, batch_size=batch_size)
         if streamed:
             evaluator = _streamed(checkpoint, streamed, batch_size, length)

@@ -36,19 +36,23 @@ def evaluate_summaries(
     from gptj_model.errors import DataFault
     from runner.data.sources import find_sources
     from runner.data.summarization import SEPARATOR_ID
-    from runner.data.tokenizer import end_of_text, load_tokenizer
+    from runner.data.tokenizer import end_of_text, load_tokenizer, notes
     from runner.restore import load_model
     from runner.summaries import METRICS, Prompting, read_pairs, summarize
 
     if not sources:
         raise click.UsageError("--task summarization needs a test set: --data FILE")
     paths = [path for path, _ in find_sources(sources, PAIR_FILES)]
-    tokenizer = load_tokenizer(model if model.is_dir() else model.parent)
+    folder = model if model.is_dir() else model.parent
+    for note in notes(folder):
+        output.note(note)
+    tokenizer, end = load_tokenizer(folder), end_of_text(folder)
     loaded = load_model(model)
     if loaded.config.vocab_size <= SEPARATOR_ID:
         raise click.UsageError(f"{model}: its vocabulary has no slot for the separator")
     prompting = Prompting(
         tokenizer=tokenizer,
+        begin=end,
         longest=loaded.config.n_positions - max_new_tokens,
         truncate_article=truncate_article,
     )
@@ -59,7 +63,7 @@ def evaluate_summaries(
             width=width,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
-            end=end_of_text(tokenizer),
+            end=end,
         )
         name = "greedy" if width == 1 else f"beam{width}"
         found = []

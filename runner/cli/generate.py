@@ -93,13 +93,13 @@ def generate(
 
     tensorflow.prepare()
     from gptj_convert.capacity import cache_bytes
+    from gptj_convert.generation_settings import stop_tokens, unapplied
     from gptj_model.generation import Generator, Sampling
-    from runner.data.tokenizer import load_tokenizer
     from runner.restore import opened_model
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
-    tokenizer = _tokenizer_if_any(folder) if ids is not None else load_tokenizer(folder)
+    tokenizer = (_tokenizer if ids is None else _tokenizer_if_any)(output, folder)
     if texts is not None:
         prompts = [tokenizer.encode(text).ids for text in texts]
     else:
@@ -121,7 +121,9 @@ def generate(
 
     way = execution_within(memory, execution, lambda: stated_execution(folder))
     with opened_model(path, keep=keep if way == Execution.STREAMING else None) as loaded:
-        generator = Generator(loaded, sampling, stop_at=loaded.config.eos_token_id)
+        if asked := unapplied(folder, loaded.config):
+            output.note(f"note: {asked}, of which nothing is applied: the options decide alone")
+        generator = Generator(loaded, sampling, stop_at=stop_tokens(folder, loaded.config))
         if texts is None:
             made = _continue(output, generator, tokenizer, prompts[0], max_new_tokens)
             return made | budget.fields
@@ -131,7 +133,8 @@ def generate(
             new = generator(prompts[group], max_new_tokens, first=at)
             for text, begun, more in zip(texts[group], prompts[group], new, strict=True):
                 every = [*begun, *more]
-                found.append({"prompt": text, "text": tokenizer.decode(every), "ids": every})
+                made = tokenizer.decode(every, skip_special_tokens=False)
+                found.append({"prompt": text, "text": made, "ids": every})
                 output.data(json.dumps(found[-1], ensure_ascii=False))
         return {"continuations": found, **budget.fields}
 
@@ -144,12 +147,12 @@ def _continue(
     for (token,) in generator.stream([begun], max_new_tokens):
         assert token is not None, "it would have ended"
         ids.append(token)
-        text = tokenizer.decode(ids) if tokenizer else ""
+        text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else ""
         # The bytes of a character may come in several tokens.
         if text.startswith(shown) and not text.endswith("\ufffd"):
             output.part(text[len(shown) :])
             shown = text
-    text = tokenizer.decode(ids) if tokenizer else None
+    text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else None
     if text is None:
         output.data(" ".join(map(str, ids)))
     else:
@@ -175,13 +178,22 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def _tokenizer_if_any(folder: Path) -> Any:
+def _tokenizer(output: Output, folder: Path) -> Any:
+    """The model's tokenizer, for which a special token's name in a prompt is that token."""
+    from runner.data.tokenizer import load_tokenizer, notes
+
+    for note in notes(folder):
+        output.note(note)
+    return load_tokenizer(folder, allow_special=None)
+
+
+def _tokenizer_if_any(output: Output, folder: Path) -> Any:
     from gptj_model.errors import FileFault
-    from runner.data.tokenizer import load_tokenizer
 
     try:
-        return load_tokenizer(folder)
-    except FileFault:
+        return _tokenizer(output, folder)
+    except FileFault as fault:
+        output.note(f"note: {fault.message}; ids are printed instead of text")
         return None
 
 

@@ -103,6 +103,8 @@ class PairOptions:
 
     tokenizer: Path
     length: int
+    allow_special: bool = False
+    """Read a special token's name in a text as that token, not as text."""
     article: str = ARTICLE
     abstract: str = ABSTRACT
     truncate_article: bool = False
@@ -126,8 +128,8 @@ class PairEncoder:
     def __init__(self, options: PairOptions) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it instead
         self._options = options
-        self._tokenizer = loaded(options.tokenizer)
-        self._end = end_of_text(self._tokenizer)
+        self._tokenizer = loaded(options.tokenizer, options.allow_special)
+        self._end = end_of_text(options.tokenizer)
         if (size := self._tokenizer.get_vocab_size()) <= SEPARATOR_ID:
             raise UsageError(
                 f"{options.tokenizer}: has {size} tokens, expected GPT-J's 50400: "
@@ -239,6 +241,7 @@ class SummarizationRecipe:
             "kind": "summarization",
             "max_sequence_length": self.length,
             **facts(self.options.tokenizer),
+            "allow_special": self.options.allow_special,
             "article": self.options.article,
             "abstract": self.options.abstract,
             "truncate_article": self.options.truncate_article,

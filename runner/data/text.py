@@ -51,7 +51,7 @@ class TextEncoder:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it instead
         self._options = options
         self._tokenizer = loaded(options.tokenizer, options.allow_special)
-        self._end = end_of_text(self._tokenizer)
+        self._end = end_of_text(options.tokenizer)
         self._may_cut = may_cut(self._tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:
@@ -194,7 +194,7 @@ class TextRecipe:
         """See `Recipe`."""
         return Packer(
             self.length,
-            end_of_text(loaded(self.options.tokenizer)),
+            end_of_text(self.options.tokenizer),
             short_seq_prob=self.short_seq_prob,
             seed=self.seed,
             made=made,

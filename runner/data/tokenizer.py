@@ -3,97 +3,100 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 
-from gptj_convert.tokenizer import END_OF_TEXT, TOKENIZER_FILE
+from gptj_convert.formats.tokenizer import END_OF_TEXT, LoadedTokenizer, read_tokenizer
 from gptj_model.errors import FileFault
 from runner.data import pieces
 
-#: Vocabulary and merges, as GPT-2's, EleutherAI's and others' files are named.
-VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
-
-def load_tokenizer(folder: Path, *, allow_special: bool = False) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder, without truncation or padding.
+def load_tokenizer(folder: Path, *, allow_special: bool | None = False) -> Tokenizer:
+    """Load the tokenizer of a checkpoint's folder, without truncation or padding.
 
     Args:
-        folder: with tokenizer.json, or with a vocabulary and merges; or the first file itself.
-        allow_special: a special token's name in the text is read as that token, not as text.
+        folder: holds tokenizer.json, or a vocabulary and merges; or the first file itself.
+        allow_special: read a special token's name in a text as that token, not as text; None:
+            as the tokenizer's own files say.
 
     Raises:
-        FileFault: there is none.
+        FileFault: see `read_tokenizer`.
     """
-    path = folder / TOKENIZER_FILE if folder.is_dir() else folder
-    pairs = [(folder / v, folder / m) for v, m in VOCABULARY_FILES]
-    try:
-        if path.is_file():
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            pair = next((p for p in pairs if all(f.is_file() for f in p)), None)
-            if pair is None:
-                raise FileFault(
-                    f"{path}: not found, expected a tokenizer",
-                    hint="name a folder with tokenizer.json, such as ./gpt-j-6b",
-                )
-            tokenizer = _from_vocabulary(*map(str, pair))
-    except FileFault:
-        raise
-    except Exception as e:  # the library raises bare Exception for a bad file
-        raise FileFault(f"{path}: is not a tokenizer: {e}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = not allow_special
-    return tokenizer
+    return _set(read_tokenizer(folder), allow_special)
 
 
 def loaded(folder: Path, allow_special: bool = False) -> Tokenizer:
     """See `load_tokenizer`; the same object for the same arguments, not to be changed."""
-    return _loaded(folder, allow_special)
+    return _set(_read(folder, allow_special), allow_special)
+
+
+def _read(folder: Path, allow_special: bool = False) -> LoadedTokenizer:
+    return _read_once(folder, allow_special, _state(folder))
 
 
 @lru_cache(maxsize=4)
-def _loaded(folder: Path, allow_special: bool) -> Tokenizer:
-    return load_tokenizer(folder, allow_special=allow_special)
+def _read_once(folder: Path, allow_special: bool, state: object) -> LoadedTokenizer:
+    return read_tokenizer(folder)
+
+
+def _state(folder: Path) -> object:
+    """Return what changes with the files, so that none is taken for what stood there before."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    return tuple((p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in files if (s := _stat(p)))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _set(found: LoadedTokenizer, allow_special: bool | None) -> Tokenizer:
+    splits = found.splits_special if allow_special is None else not allow_special
+    found.backend.encode_special_tokens = splits
+    return found.backend
+
+
+def notes(folder: Path) -> tuple[str, ...]:
+    """Return what a person should know of a folder's tokenizer.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    return _read(folder).notes
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What records depend on, for JSON.
+    """Return what records depend on, for JSON.
 
     Raises:
-        FileFault: there is no tokenizer.
+        FileFault: see `read_tokenizer`.
     """
     tokenizer = loaded(folder)
     return {
         "vocab_size": tokenizer.get_vocab_size(),
-        "eos_id": end_of_text(tokenizer),
+        "eos_id": end_of_text(folder),
         "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
     }
 
 
-def _from_vocabulary(vocabulary: str, merges: str) -> Tokenizer:
-    tokenizer = Tokenizer(BPE.from_file(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=True, special=True)])
-    return tokenizer
-
-
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The token that separates documents.
+def end_of_text(folder: Path) -> int:
+    """Return the id of the token that ends a document: the tokenizer's eos_token.
 
     Raises:
-        FileFault: the tokenizer has none.
+        FileFault: the tokenizer has neither one nor a token called <|endoftext|>.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = _read(folder).end
     if end is None:
         raise FileFault(
-            f"the tokenizer has no {END_OF_TEXT}, which separates documents",
+            f"{folder}: the tokenizer has neither an eos_token nor {END_OF_TEXT}, one of which "
+            "ends a document",
             hint="name GPT-J's own tokenizer, or one made from it",
         )
     return end

@@ -267,3 +267,22 @@ def test_neither_a_checkpoint_nor_parameters(client: Path, gptj):
     Path("records/data.tfrecord").touch()
     assert gptj(*legacy, "--params", params).code == 0
     assert "--checkpoint_path" not in _called()
+
+
+def test_a_run_keeps_the_settings_of_what_it_began_with(for_cs: Path, gptj):
+    settings = for_cs / "config.json"
+    values = json.loads(settings.read_text()) | {"eos_token_id": [3, 4], "pad_token_id": 1}
+    settings.write_text(json.dumps(values))
+    (for_cs / "chat_template.jinja").write_text("{{ messages }}")
+    (for_cs / "additional_chat_templates").mkdir()
+    (for_cs / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    begin = ("train", "--init-from", for_cs, "--target", "csx", "--max-steps", 20)
+    assert gptj(*begin, "--dry-run").code == 0
+    assert not Path("model_dir").exists()
+    assert gptj(*begin).code == 0
+    shutil.copyfile(GOLDEN_RUNS / "cs" / "checkpoint_20.mdl", "model_dir/checkpoint_20.mdl")
+    assert gptj("convert", "model_dir", "--to", "hf").code == 0
+    found = json.loads(Path("converted-hf/config.json").read_text())
+    assert (found["eos_token_id"], found["pad_token_id"]) == ([3, 4], 1)
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
+        assert Path("converted-hf", name).read_bytes() == (for_cs / name).read_bytes()

@@ -14,12 +14,12 @@ from runner.cli.root import root
 
 COMMON = {"--json", "--quiet"}
 BUILDING = {
-    "--tokenizer", "--max-sequence-length", "--out", "--format", "--gzip", "--files-per-record",
-    "--write-remainder", "--processes", "--on-error", "--resume", "--force",
+    "--tokenizer", "--allow-special", "--max-sequence-length", "--out", "--format", "--gzip",
+    "--files-per-record", "--write-remainder", "--processes", "--on-error", "--resume", "--force",
 }  # fmt: skip
 PACKING = {
-    "--short-seq-prob", "--seed", "--reference-remainder", "--allow-special", "--ftfy",
-    "--ftfy-normalizer", "--wikitext-detokenize",
+    "--short-seq-prob", "--seed", "--reference-remainder", "--ftfy", "--ftfy-normalizer",
+    "--wikitext-detokenize",
 }  # fmt: skip
 DOWNLOADING = {"--download", "--repository", "--part"}
 OPTIONS = {

@@ -162,7 +162,7 @@ def test_a_text_that_has_ended_does_not_end_the_others(small_hf: Path):
     whole = Generator(model, Sampling())(prompts, 20)
     end = next(i for i in whole[0][3:] if i not in whole[1])
     at = whole[0].index(end)
-    assert Generator(model, Sampling(), stop_at=end)(prompts, 20) == [whole[0][:at], whole[1]]
+    assert Generator(model, Sampling(), stop_at=[end])(prompts, 20) == [whole[0][:at], whole[1]]
 
 
 @pytest.mark.parametrize(("width", "least"), [(1, 0), (4, 0), (4, 6)])
