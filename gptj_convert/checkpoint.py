@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_convert import vocabulary
+from gptj_convert.config_file import config_from_file
 from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.cs_trainer import config_beside as config_beside_model
 from gptj_convert.formats import cs, hf, keras, sharded, tf
@@ -90,7 +91,7 @@ def open_checkpoint(
 
     Args:
         path: a folder, a weight file, an index of shards, or a bundle's prefix.
-        config_file: a config.json to use instead of the one beside the weights.
+        config_file: a file that states the config, to use instead of the one beside the weights.
         vocab_choice: see `Checkpoint`.
         with_optimizer: open an optimizer.pt beside Hugging Face's weights, too.
 
@@ -175,7 +176,7 @@ def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
     beside = location.weights.parent / CONFIG_FILE
     yaml = _CONFIG_FROM_YAML.get(location.scheme)
     if config_file or yaml is None or beside.is_file():
-        return GPTJConfig.from_file(config_file or beside)
+        return config_from_file(config_file) if config_file else GPTJConfig.from_file(beside)
     name, config_beside = yaml
     config = config_beside(location.weights)
     if config is None:

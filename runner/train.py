@@ -14,8 +14,10 @@ import tensorflow as tf
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.formats.tf import STATE_FILE
+from gptj_convert.optimizer.decay import decayed, describe
 from gptj_convert.optimizer.find import find_state
 from gptj_convert.optimizer.in_tf import StateInTf
+from gptj_convert.optimizer.state import OptimizerState
 from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -37,6 +39,7 @@ from runner.meter import Meter
 from runner.params import Params
 from runner.params_file import reconcile
 from runner.resident_executor import ResidentExecutor
+from runner.run_folder import kept_config
 from runner.schedules import learning_rate
 from runner.streamed_adapter import StreamedAdapterExecutor
 from runner.streamed_executor import StreamedExecutor
@@ -127,9 +130,7 @@ class Run:
 
     def _continue(self, strict: bool) -> None:
         step, source = checkpoints.open_newest(self.model_dir, strict=strict, warn=self._warn)
-        path = self.model_dir / CONFIG_FILE
-        # A run of the reference has only its params.yaml.
-        config = GPTJConfig.from_file(path) if path.is_file() else self.params.config
+        config = kept_config(self.model_dir, self.params)
         found = Checkpoint(source.prefix, Scheme.TF, config, source, tuple(source.files))
         checkpoint = self._files.enter_context(found)
         match(checkpoint)
@@ -163,10 +164,26 @@ class Run:
                     hint=f"make one: `gptj convert {checkpoint.path} --to tf --optimizer-state`; "
                     "or take the weights alone, with --checkpoint-path",
                 )
+            self._compare_decay(checkpoint, state)
             return StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
         if checkpoint.scheme is not Scheme.HF:  # a published model has none
             self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
         return None
+
+    def _compare_decay(self, checkpoint: Checkpoint, state: OptimizerState) -> None:
+        """Warn where these parameters decay other weights than the checkpoint's optimizer did."""
+        before, now = state.settings, self.params.optimizer
+        if not (before and before.weight_decay_rate and now.weight_decay_rate):
+            return
+        config = checkpoint.config
+        theirs = decayed(config, before.exclude_from_weight_decay)
+        ours = decayed(config, now.exclude_from_weight_decay)
+        if ours != theirs and now.optimizer_type == "adamw":
+            self._warn(
+                f"the optimizer of {checkpoint.path} decayed {describe(config, theirs)}, these "
+                f"parameters decay {describe(config, ours)}: to decay as before, set "
+                f"optimizer.exclude_from_weight_decay to {list(before.exclude_from_weight_decay)}"
+            )
 
     def _keep_config(self, config: GPTJConfig) -> None:
         if self.workers.index:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import (
+    CS_BACKENDS,
     DEFAULT_DTYPE,
     DEFAULT_OUT,
     DEFAULT_SOURCE,
@@ -20,7 +21,7 @@ from gptj_convert.options import (
     PEFT_OUT,
     VOCAB_SIZES,
 )
-from runner.cli.command import PATH, SIZE, command, note_memory
+from runner.cli.command import CONFIG_HELP, PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
 from runner.cli.errors import Terminated
 from runner.cli.output import Output
@@ -29,6 +30,7 @@ from runner.cli.progress import progress
 if TYPE_CHECKING:
     from gptj_convert.checkpoint import Checkpoint
     from gptj_convert.optimizer.target import Continuation
+    from gptj_model.tensors import Scheme
 
 #: OWNER/NAME[@REVISION], as no file is likely to be called.
 _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -69,7 +71,13 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
     help="Of optimizer.pt: model.parameters(), or those with weight decay first, as "
     "transformers' Trainer has them.  [default: one]",
 )
-@click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
+@click.option(
+    "--cs-backend",
+    type=click.Choice(CS_BACKENDS),
+    help="Backend in the trainer.yaml of --to cs: the CS system, or this machine's processor.  "
+    "[default: CSX]",
+)
+@click.option("--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if none is beside SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--saturate", is_flag=True, help="Values too large for the dtype become its largest.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
@@ -85,6 +93,7 @@ def convert(
     share_embeddings: bool,
     optimizer_state: bool,
     param_groups: str | None,
+    cs_backend: str | None,
     config_file: Path | None,
     dry_run: bool,
     saturate: bool,
@@ -103,6 +112,7 @@ def convert(
     from gptj_convert.capacity import conversion_memory
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
+    from gptj_convert.optimizer.decay import decay_notes
     from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
     from gptj_convert.staging import refuse_overlap
@@ -115,7 +125,9 @@ def convert(
     if param_groups and not (optimizer_state and target == Scheme.HF.value):
         raise click.UsageError("--param-groups goes with --to hf --optimizer-state")
     if target == PEFT:
-        others = (dtype, max_shard_bytes, vocab_choice, share_embeddings, optimizer_state)
+        others = (
+            dtype, max_shard_bytes, vocab_choice, share_embeddings, optimizer_state, cs_backend,
+        )  # fmt: skip
         if any((*others, dry_run, saturate, resume)):
             raise click.UsageError("--to peft takes no options but --out, --config and --force")
         return _adapter(output, source, out or PEFT_OUT, config_file, force=force)
@@ -128,7 +140,7 @@ def convert(
         with_optimizer=optimizer_state,
     ) as checkpoint:
         refuse_overlap(out, checkpoint.path, checkpoint.files)
-        carried = _carried(checkpoint, param_groups) if optimizer_state else None
+        carried = _carried(checkpoint, scheme, param_groups) if optimizer_state else None
         plan = make_plan(
             checkpoint,
             scheme,
@@ -137,6 +149,7 @@ def convert(
             share_embeddings=share_embeddings,
             saturate=saturate,
             continuation=carried,
+            cs_backend=cs_backend,
         )
         last_id, vocab_size = last_token_id(checkpoint.companions), plan.config.vocab_size
         figures = {
@@ -154,6 +167,8 @@ def convert(
         if carried:
             figures["optimizer_step"] = carried.state.step
             output.note(f"with the optimizer's state after step {carried.state.step}")
+            for text in decay_notes(plan.config, scheme, carried.grouping, carried.settings):
+                output.note(f"note: {text}")
         if has_adapter(checkpoint):
             output.note("note: a run with LoRA: its kernels are written with the adapter merged")
         if last_id is not None and last_id >= vocab_size:
@@ -207,12 +222,13 @@ def convert(
     }
 
 
-def _carried(checkpoint: Checkpoint, param_groups: str | None) -> Continuation:
+def _carried(checkpoint: Checkpoint, target: Scheme, param_groups: str | None) -> Continuation:
     from gptj_convert.optimizer.find import read_state
-    from gptj_model.moments import Grouping
+    from gptj_model.moments import GROUPINGS, Grouping
     from runner.continuation import continuation
 
-    grouping = Grouping(param_groups) if param_groups else Grouping.ONE
+    usual, *_ = GROUPINGS.get(target, (Grouping.ONE,))
+    grouping = Grouping(param_groups) if param_groups else usual
     return continuation(checkpoint, read_state(checkpoint), grouping)
 
 

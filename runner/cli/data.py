@@ -108,7 +108,8 @@ _packing = _options(
     click.option(
         "--reference-remainder",
         is_flag=True,
-        help="Drop the last sequence, which is not whole, as the reference does.",
+        help="Drop the tokens that the reference drops: the last, incomplete sequence, and what "
+        "--short-seq-prob cuts off.",
     ),
     click.option(
         "--allow-special", is_flag=True, help="<|endoftext|> in a text is that token, not text."
@@ -267,7 +268,7 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
         whole_files=whole_files,
         short_seq_prob=options.pop("short_seq_prob"),
         seed=options.pop("seed"),
-        write_last=not options.pop("reference_remainder"),
+        keep_all=not options.pop("reference_remainder"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import ALL_LEVELS, DEFAULT_LEVEL, DEFAULT_OUT, LEVELS, MODEL_LEVELS
-from runner.cli.command import PATH, command, note_memory
+from runner.cli.command import CONFIG_HELP, PATH, command, note_memory
 from runner.cli.errors import Exit
 from runner.cli.output import Output
 from runner.cli.progress import progress
@@ -56,7 +56,7 @@ _OWN_RECORDING = "the program's own"
     is_flag=True,
     help="Instead: plant faults in memory, and show how each is found and by what margin.",
 )
-@click.option("--config", "config_file", type=PATH, help="config.json, if a side has none.")
+@click.option("--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if a side has none.")
 def verify(
     output: Output,
     converted: Path,

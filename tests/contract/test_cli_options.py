@@ -25,8 +25,8 @@ DOWNLOADING = {"--download", "--repository", "--part"}
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
-        "--optimizer-state", "--param-groups", "--config", "--dry-run", "--saturate", "--resume",
-        "--force",
+        "--optimizer-state", "--param-groups", "--cs-backend", "--config", "--dry-run",
+        "--saturate", "--resume", "--force",
     },
     "data inspect": {"--tokenizer", "--samples", "--html"},
     "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},
