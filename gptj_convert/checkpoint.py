@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_convert import vocabulary
+from gptj_convert.adapter_folder import PeftAdapter, refuse_without_base
 from gptj_convert.config_file import config_from_file
 from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.cs_trainer import config_beside as config_beside_model
@@ -13,6 +14,7 @@ from gptj_convert.formats import cs, hf, keras, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
 from gptj_convert.joined_source import JoinedSource
+from gptj_convert.merged_source import MergedSource
 from gptj_convert.reference_yaml import PARAMS_FILE
 from gptj_convert.reference_yaml import config_beside as config_beside_bundle
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -37,6 +39,8 @@ class Checkpoint:
     """Where its vocab_size is from: one of `options.VOCAB_SIZES`; None: both must agree."""
     optimizer: OptimizerSource | None = None
     """A file with an optimizer's state beside the weights, if it was asked for and is there."""
+    adapter: PeftAdapter | None = None
+    """The adapter that is merged into `source`; see `merged_checkpoint`."""
 
     @property
     def everything(self) -> TensorSource:
@@ -53,6 +57,16 @@ class Checkpoint:
         """The widest dtype of its weights, which are those of the table; see `plan.match`."""
         names = (t.name(self.scheme) for t in table(self.config))
         return widest(self.source.tensors[name].dtype for name in names)
+
+    def stored_dtype(self, name: str) -> str:
+        """Return the dtype of a tensor in the files; one that is merged is read in a wider one."""
+        source = self.source.base if isinstance(self.source, MergedSource) else self.source
+        return source.tensors[name].dtype
+
+    @property
+    def merging_memory(self) -> int:
+        """Bytes that reading takes beside a buffer; 0 where nothing is merged."""
+        return self.source.memory if isinstance(self.source, MergedSource) else 0
 
     @property
     def companions(self) -> list[Path]:
@@ -134,6 +148,7 @@ def locate(path: Path) -> Location:
             hint="`gptj download` fetches GPT-J-6B to ./gpt-j-6b; "
             "`gptj new` makes a random one for trials",
         )
+    refuse_without_base(path)
     if path.is_dir():
         if shards := hf.shards_without_index(path):
             raise FileFault(

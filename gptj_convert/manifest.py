@@ -26,7 +26,8 @@ class Manifest:
     """The content of a manifest.json. It holds no time: the same source gives the same file."""
 
     source: Mapping[str, Any]
-    """path, format, size in bytes of each file, and `vocab_size`: `Checkpoint.vocab_choice`."""
+    """path, format, size in bytes of each file, and `vocab_size`: `Checkpoint.vocab_choice`; of
+    what was merged into it, `adapter`: `PeftAdapter.describe`."""
     target: Mapping[str, Any]
     """format and dtype."""
     files: Mapping[str, Mapping[str, Any]]
@@ -86,12 +87,13 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
         stated = record.files.get(path.name) if record else None
         if stated and stated.kind == SHA256:
             files[path.name]["sha256"] = stated.hex
+    adapter = {"adapter": checkpoint.adapter.describe()} if checkpoint.adapter else {}
     return {
         "path": str(checkpoint.path.absolute()),
         "format": checkpoint.scheme.value,
         "vocab_size": checkpoint.vocab_choice,
         "files": files,
-    }
+    } | adapter
 
 
 def describe_target(plan: Plan) -> dict[str, Any]:

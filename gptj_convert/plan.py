@@ -179,7 +179,9 @@ def make_plan(
     moves = []
     for tensor in table(config):
         name, info = found[tensor.hf]
-        stored = TensorInfo(info.dtype if dtype == KEEP else dtype, tensor.shape_in(target))
+        stored = TensorInfo(
+            checkpoint.stored_dtype(name) if dtype == KEEP else dtype, tensor.shape_in(target)
+        )
         op = tensor.op(checkpoint.scheme, target)
         for target_name in (tensor.name(target), *tensor.copies(target)):
             moves.append(Move(tensor, name, info, target_name, stored, op))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from gptj_convert.optimizer.decay import decayed, describe
 from gptj_convert.optimizer.find import find_state
 from gptj_convert.optimizer.in_tf import StateInTf
 from gptj_convert.optimizer.state import OptimizerState
+from gptj_convert.origin import ORIGIN_KEY, origin
 from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -25,6 +26,7 @@ from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
+from runner.adapter_factors import factors, without_base
 from runner.backend import check_backend
 from runner.data.input_fn import Batch, batches
 from runner.distribution import Alone, Workers, check_same
@@ -55,6 +57,7 @@ class Run:
         model_dir: the run's folder; made if it does not exist.
         init_from: where a run without checkpoints takes its weights from, and its step and
             slots, if there are any. None: random weights.
+        adapter: folder of an adapter (peft) that A and B of a run without checkpoints begin with.
         weights_only: take nothing but the weights from there.
         strict: a damaged newest checkpoint is an error.
         workers: that train the same model; the first one alone writes to the folder.
@@ -71,6 +74,7 @@ class Run:
         model_dir: Path,
         *,
         init_from: Path | None,
+        adapter: Path | None = None,
         weights_only: bool = False,
         strict: bool = False,
         workers: Workers | None = None,
@@ -92,11 +96,13 @@ class Run:
         if self.continued or (model_dir / STATE_FILE).exists():
             self._continue(strict)
         elif init_from is None:
+            if adapter:
+                raise without_base(adapter)
             self._build(params.config)
-            self._keep_config(params.config)
+            self._keep_config(params.config, {})
             self.executor.initialize()
         else:
-            self._begin(init_from, weights_only)
+            self._begin(init_from, adapter, weights_only)
 
     def __enter__(self) -> Run:
         return self
@@ -138,17 +144,20 @@ class Run:
         self.executor.load(source, Scheme.TF)
         self._load_state(source, step)
 
-    def _begin(self, init_from: Path, weights_only: bool) -> None:
+    def _begin(self, init_from: Path, adapter: Path | None, weights_only: bool) -> None:
         # A streamed model may be read from there as long as the run goes on.
         found = open_checkpoint(init_from, with_optimizer=not weights_only)
         checkpoint = self._files.enter_context(found)
         match(checkpoint)
-        state = None if weights_only else self._state_in(checkpoint)
+        found_adapter = factors(adapter, checkpoint.config, self.params) if adapter else None
+        state = None if weights_only or found_adapter else self._state_in(checkpoint)
         self._build(reconcile(self.params, checkpoint.config, init_from))
-        self._keep_config(checkpoint.config)
+        self._keep_config(checkpoint.config, {ORIGIN_KEY: origin(checkpoint)})
         for path in () if self.workers.index else checkpoint.companions:
             write_whole(self.model_dir / path.name, path.read_bytes())
         self.executor.load(checkpoint.source, checkpoint.scheme)
+        if found_adapter:
+            self.executor.load_adapter(found_adapter)
         if state:
             self._load_state(state, stored_step(state))
 
@@ -185,11 +194,11 @@ class Run:
                 f"optimizer.exclude_from_weight_decay to {list(before.exclude_from_weight_decay)}"
             )
 
-    def _keep_config(self, config: GPTJConfig) -> None:
+    def _keep_config(self, config: GPTJConfig, more: Mapping[str, str]) -> None:
         if self.workers.index:
             return
         self.model_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_hf(dtype="float32"), indent=2) + "\n"
+        text = json.dumps(config.to_hf(dtype="float32") | dict(more), indent=2) + "\n"
         write_whole(self.model_dir / CONFIG_FILE, text)
 
     def _load_state(self, source: TensorSource, step: int) -> None:

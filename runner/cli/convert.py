@@ -61,6 +61,11 @@ _REPOSITORY = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./
     "--share-embeddings", is_flag=True, help="Leave out a head that equals the embedding."
 )
 @click.option(
+    "--adapter",
+    type=PATH,
+    help="Folder of a LoRA adapter, as the peft library saves it, to merge into SRC.",
+)
+@click.option(
     "--optimizer-state",
     is_flag=True,
     help="Carry over what AdamW keeps: moments, step, beta powers, loss scale.",
@@ -91,6 +96,7 @@ def convert(
     max_shard_bytes: int | None,
     vocab_choice: str | None,
     share_embeddings: bool,
+    adapter: Path | None,
     optimizer_state: bool,
     param_groups: str | None,
     cs_backend: str | None,
@@ -107,11 +113,12 @@ def convert(
     is downloaded to ./NAME first.
 
     A run with LoRA is written with its adapter merged; `--to peft` writes the adapter alone, for
-    the peft library.
+    the peft library. An adapter of that library is merged into SRC with `--adapter DIR`, with the
+    bits of `merge_and_unload` in float32.
     """
     from gptj_convert.capacity import conversion_memory
-    from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import Result, check_space, execute, is_resumable
+    from gptj_convert.merged_checkpoint import is_base, open_merged
     from gptj_convert.optimizer.decay import decay_notes
     from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
@@ -125,21 +132,25 @@ def convert(
     if param_groups and not (optimizer_state and target == Scheme.HF.value):
         raise click.UsageError("--param-groups goes with --to hf --optimizer-state")
     if target == PEFT:
-        others = (
-            dtype, max_shard_bytes, vocab_choice, share_embeddings, optimizer_state, cs_backend,
-        )  # fmt: skip
-        if any((*others, dry_run, saturate, resume)):
+        others = (dtype, max_shard_bytes, vocab_choice, share_embeddings, adapter, optimizer_state)
+        if any((*others, cs_backend, dry_run, saturate, resume)):
             raise click.UsageError("--to peft takes no options but --out, --config and --force")
         return _adapter(output, source, out or PEFT_OUT, config_file, force=force)
+    if adapter and optimizer_state:
+        raise click.UsageError(
+            "--adapter does not go with --optimizer-state, which is of the weights before the merge"
+        )
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    with open_checkpoint(
+    with open_merged(
         source,
+        adapter,
         config_file=config_file,
         vocab_choice=vocab_choice,
         with_optimizer=optimizer_state,
     ) as checkpoint:
-        refuse_overlap(out, checkpoint.path, checkpoint.files)
+        merged = checkpoint.adapter
+        refuse_overlap(out, checkpoint.path, (*checkpoint.files, *(merged.files if merged else ())))
         carried = _carried(checkpoint, scheme, param_groups) if optimizer_state else None
         plan = make_plan(
             checkpoint,
@@ -158,7 +169,7 @@ def convert(
             "source_bytes": plan.source_bytes,
             "target_bytes": plan.target_bytes,
             "disk_bytes": plan.disk_bytes,
-            "planned_rss_bytes": conversion_memory(plan),
+            "planned_rss_bytes": conversion_memory(plan) + checkpoint.merging_memory,
         }
         output.note(
             f"{checkpoint.path} → {out}: {len(plan.weights)} tensors, "
@@ -169,6 +180,17 @@ def convert(
             output.note(f"with the optimizer's state after step {carried.state.step}")
             for text in decay_notes(plan.config, scheme, carried.grouping, carried.settings):
                 output.note(f"note: {text}")
+        if merged:
+            figures["adapter"] = merged.describe()
+            output.note(
+                f"with {merged.folder} merged in float32: {len(merged.updates)} kernels updated, "
+                f"{len(merged.replaced)} tensors replaced"
+            )
+            if (base := merged.settings.base) and not is_base(checkpoint, base):
+                output.note(
+                    f"note: the adapter was made for {base}; that {source} is this model, only its "
+                    "shapes say"
+                )
         if has_adapter(checkpoint):
             output.note("note: a run with LoRA: its kernels are written with the adapter merged")
         if last_id is not None and last_id >= vocab_size:
@@ -239,13 +261,24 @@ def _adapter(
     from gptj_convert.peft_adapter import write_adapter
 
     with open_checkpoint(source, config_file=config_file) as checkpoint:
-        lora = write_adapter(checkpoint, out, force=force)
+        lora, base = write_adapter(checkpoint, out, force=force)
     output.note(
         f"{source} → {out}: the adapter of rank {lora.rank}, alpha {lora.alpha:g}, "
         f"for {', '.join(lora.targets)}"
     )
+    if base is None:
+        output.note(
+            "note: the run does not say what it began from: base_model_name_or_path in "
+            "adapter_config.json is null, and PeftModel.from_pretrained needs the model named"
+        )
     output.data(str(out))
-    return {"output": str(out), "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
+    return {
+        "output": str(out),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": lora.targets,
+        "base": base,
+    }
 
 
 def _on_the_disk(output: Output, source: Path) -> Path:

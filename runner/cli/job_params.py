@@ -68,7 +68,7 @@ def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
 
 def config_of(job: Job, params: Params) -> GPTJConfig:
     """Return the config to train, from the folder of a run that has checkpoints, else from the
-    weights that it begins with, whose headers are checked.
+    weights that it begins with, whose headers are checked, and those of an adapter for them.
 
     Raises:
         ConfigError: YAML and checkpoint disagree.
@@ -77,6 +77,7 @@ def config_of(job: Job, params: Params) -> GPTJConfig:
     from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.plan import match
     from runner import checkpoints
+    from runner.adapter_factors import factors, without_base
     from runner.params_file import reconcile
     from runner.run_folder import kept_config
 
@@ -85,9 +86,13 @@ def config_of(job: Job, params: Params) -> GPTJConfig:
         return reconcile(params, kept_config(job.model_dir, params), job.model_dir)
     begin = weights_to_begin_with(job, params)
     if begin is None:
+        if job.adapter:
+            raise without_base(job.adapter)
         return params.config
     with open_checkpoint(begin) as checkpoint:
         match(checkpoint)
+        if job.adapter:
+            factors(job.adapter, checkpoint.config, params)
         return reconcile(params, checkpoint.config, begin)
 
 

@@ -46,13 +46,14 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
             params,
             job.model_dir,
             init_from=begin,
+            adapter=job.adapter,
             weights_only=job.init_from is None,
             strict=job.strict,
             workers=workers,
             warn=_warner(output),
         )
         stack.enter_context(run)
-        if begin and run.continued:
+        if (begin or job.adapter) and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
         target = target_of(job, params, run.step)
         kept = job.model_dir / PARAMS_FILE

@@ -25,7 +25,7 @@ DOWNLOADING = {"--download", "--repository", "--part"}
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
-        "--optimizer-state", "--param-groups", "--cs-backend", "--config", "--dry-run",
+        "--adapter", "--optimizer-state", "--param-groups", "--cs-backend", "--config", "--dry-run",
         "--saturate", "--resume", "--force",
     },
     "data inspect": {"--tokenizer", "--samples", "--html"},
@@ -52,13 +52,14 @@ OPTIONS = {
     "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
     "runs": {"--html"},
     "train": {
-        "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
-        "--steps", "--eval-steps", "--execution", "--backend", "--set", "--workers", "--strict",
-        "--validate-only", "--compile-only", "--cs-ip", "--target", "--run-py", "--dry-run",
+        "--init-from", "--checkpoint-path", "--adapter", "--params", "--model-dir", "--mode",
+        "--max-steps", "--steps", "--eval-steps", "--execution", "--backend", "--set",
+        "--workers", "--strict", "--validate-only", "--compile-only", "--cs-ip", "--target",
+        "--run-py", "--dry-run",
     },
     "verify": {
         "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",
-        "--report", "--self-test", "--config",
+        "--report", "--self-test", "--adapter", "--config",
     },
 }  # fmt: skip
 
