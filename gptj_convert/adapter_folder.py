@@ -16,7 +16,7 @@ from typing import Any
 
 from gptj_convert.digest import digest
 from gptj_convert.formats import hf
-from gptj_model.adapter import PEFT_PREFIX, Lora, adapter_rows, target_of
+from gptj_model.adapter import PEFT_PREFIX, TARGETS, Lora, adapter_rows, target_of
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import ConfigError, FileFault, TensorFault
@@ -95,7 +95,7 @@ class AdapterSettings:
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
             return False
         if self.targets == _ALL_LINEAR:
-            return module != _HEAD
+            return module.rpartition(".")[2] in TARGETS
         if not _is_named(self.targets, module):
             return False
         if isinstance(self.targets, str) or module in self.targets or not self.layers:
@@ -107,7 +107,7 @@ class AdapterSettings:
 
     def replaces(self, module: str) -> bool:
         """Return whether a module is replaced as a whole."""
-        return _is_named(self.saved, module)
+        return any(module.endswith(name) for name in self.saved)
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapter."""
@@ -444,8 +444,8 @@ def _layer_problems(settings: AdapterSettings, config: GPTJConfig) -> Iterator[s
     kernels = {_module(t) for t in _kernels(config)}
     modules = dict.fromkeys(_module(t) for t in table(config))
     adapted = [name for name in modules if settings.adapts(name)]
-    others = [name for name in adapted if name not in kernels]
-    if others and settings.targets != _ALL_LINEAR:
+    others = [name for name in adapted if name not in {*kernels, _HEAD}]
+    if others:
         yield (
             f"target_modules names {', '.join(others[:3])}, expected dense layers: only these are "
             "adapted"
@@ -453,11 +453,11 @@ def _layer_problems(settings: AdapterSettings, config: GPTJConfig) -> Iterator[s
     if not any(name in kernels for name in adapted):
         yield f"target_modules is {settings.targets!r}, and no dense layer of GPT-J is called so"
     for name in settings.saved:
-        if not any(_is_named((name,), module) for module in modules):
+        if not any(module.endswith(name) for module in modules):
             yield f"modules_to_save names {name!r}, which GPT-J does not have"
     if config.tie_word_embeddings:
         shared = [n for n in (_HEAD, "transformer.wte") if settings.replaces(n)]
-        if settings.targets != _ALL_LINEAR and settings.adapts(_HEAD):
+        if settings.adapts(_HEAD):
             shared.append(_HEAD)
         for name in dict.fromkeys(shared):
             yield f"{name} is changed, which this model ties to another one"
