@@ -153,6 +153,12 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
 @click.option("--summary-column", help="[default: abstract, highlights or summary]")
 @click.option("--truncate-article", is_flag=True, help="Shorten articles of pairs too long.")
 @click.option(
+    "--compare-bytes",
+    is_flag=True,
+    help="Leave out abstracts of more bytes than their article, as the reference does, not of "
+    "more tokens.",
+)
+@click.option(
     "--test-set", is_flag=True, help="Take every pair, and whole, as for files called test."
 )
 def summarization(
@@ -161,6 +167,7 @@ def summarization(
     article_column: str,
     summary_column: str | None,
     truncate_article: bool,
+    compare_bytes: bool,
     test_set: bool,
     **options: Any,
 ) -> dict:
@@ -182,6 +189,7 @@ def summarization(
             article=article_column,
             abstract=summary_column or ABSTRACT,
             truncate_article=truncate_article,
+            compare_bytes=compare_bytes,
             test=test_set,
         )
     )

@@ -31,7 +31,8 @@ OPTIONS = {
     "data inspect": {"--tokenizer", "--samples", "--html"},
     "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},
     "data summarization": BUILDING | DOWNLOADING | {
-        "--article-column", "--summary-column", "--truncate-article", "--test-set",
+        "--article-column", "--summary-column", "--truncate-article", "--compare-bytes",
+        "--test-set",
     },
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
