@@ -167,11 +167,6 @@ def training_memory(
     return _TENSORFLOW + _COMPILER + state + batch * sequence_activations(config, length)
 
 
-def training_disk(config: GPTJConfig) -> int:
-    """A run's checkpoints, weights and two slots each, while one more than is kept is written."""
-    return (KEPT_CHECKPOINTS + 1) * 12 * parameters(config)
-
-
 def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int:
     """Peak of `gptj train --execution streaming`, which the number of blocks does not change.
 

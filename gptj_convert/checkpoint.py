@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj_convert import vocabulary
+from gptj_convert.adapter_folder import PeftAdapter
+from gptj_convert.config_file import config_from_file
 from gptj_convert.cs_trainer import TRAINER_FILE
 from gptj_convert.cs_trainer import config_beside as config_beside_model
 from gptj_convert.formats import cs, hf, keras, sharded, tf
 from gptj_convert.formats.bundle import BundleSource
 from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
 from gptj_convert.joined_source import JoinedSource
+from gptj_convert.merged_source import MergedSource
 from gptj_convert.other_files import no_checkpoint
 from gptj_convert.reference_yaml import PARAMS_FILE
 from gptj_convert.reference_yaml import config_beside as config_beside_bundle
@@ -51,6 +54,8 @@ class Checkpoint:
     """A file with an optimizer's state beside the weights, if it was asked for and is there."""
     config_file: Path | None = None
     """The config.json that describes it; None: there is none, and a YAML file does."""
+    adapter: PeftAdapter | None = None
+    """The adapter that is merged into `source`; see `merged_checkpoint`."""
 
     @property
     def everything(self) -> TensorSource:
@@ -67,6 +72,16 @@ class Checkpoint:
         """The widest dtype of its weights, which are those of the table; see `plan.match`."""
         names = (t.name(self.scheme) for t in table(self.config))
         return widest(self.source.tensors[name].dtype for name in names)
+
+    def stored_dtype(self, name: str) -> str:
+        """Return the dtype of a tensor in the files; one that is merged is read in a wider one."""
+        source = self.source.base if isinstance(self.source, MergedSource) else self.source
+        return source.tensors[name].dtype
+
+    @property
+    def merging_memory(self) -> int:
+        """Bytes that reading takes beside a buffer; 0 where nothing is merged."""
+        return self.source.memory if isinstance(self.source, MergedSource) else 0
 
     @property
     def companions(self) -> list[str]:
@@ -108,7 +123,7 @@ def open_checkpoint(
 
     Args:
         path: a folder, a weight file, an index of shards, or a bundle's prefix.
-        config_file: a config.json to use instead of the one beside the weights.
+        config_file: a file that states the config, to use instead of the one beside the weights.
         vocab_choice: see `Checkpoint`.
         drop: names of tensors to leave out, or patterns as a shell has them.
         with_optimizer: open an optimizer.pt beside Hugging Face's weights, too.
@@ -225,7 +240,7 @@ def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
     beside = location.weights.parent / CONFIG_FILE
     yaml = _CONFIG_FROM_YAML.get(location.scheme)
     if config_file or yaml is None or beside.is_file():
-        return GPTJConfig.from_file(config_file or beside)
+        return config_from_file(config_file) if config_file else GPTJConfig.from_file(beside)
     name, config_beside = yaml
     config = config_beside(location.weights)
     if config is None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptj_convert.formats.cs import MODEL_FILE
+from gptj_convert.options import CS_BACKENDS
 from gptj_convert.reference_yaml import EPSILON, MIXED_EPSILON, MODEL_KEYS, read_yaml
 from gptj_model.config import GPTJConfig, default_ends
 from gptj_model.errors import ConfigError
@@ -57,9 +58,11 @@ _DATA = "data"
 _PROCESSOR = "GptHDF5MapDataProcessor"
 
 
-def trainer(config: GPTJConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole `cszoo fit` configuration that goes on with `model.mdl` beside it."""
-    return trainer_from_params(config, params, checkpoint=MODEL_FILE, data=[_DATA])
+def trainer(
+    config: GPTJConfig, params: Mapping[str, Any], backend: str = CS_BACKENDS[0]
+) -> dict[str, Any]:
+    """Return a whole `cszoo fit` configuration that continues from `model.mdl` beside it."""
+    return trainer_from_params(config, params, checkpoint=MODEL_FILE, data=[_DATA], backend=backend)
 
 
 def trainer_from_params(
@@ -68,7 +71,7 @@ def trainer_from_params(
     *,
     checkpoint: str | None,
     data: Sequence[str],
-    backend: str = "CSX",
+    backend: str = CS_BACKENDS[0],
 ) -> dict[str, Any]:
     """The same from the reference's parameters.
 
@@ -77,7 +80,7 @@ def trainer_from_params(
         params: the content of a params.yaml.
         checkpoint: path of the `.mdl` to begin with; None: random weights, or the run's own.
         data: folders of HDF5 records.
-        backend: "CSX" or "CPU".
+        backend: one of `options.CS_BACKENDS`.
 
     Raises:
         ConfigError: the client has no such optimizer or schedule.
@@ -258,24 +261,42 @@ def config_beside(checkpoint: Path) -> GPTJConfig | None:
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         path = folder / TRAINER_FILE
         if path.is_file():
-            return _config(read_yaml(path), str(path))
+            return config_from_trainer(read_yaml(path), where=str(path))
     return None
 
 
-def _config(values: Mapping[str, Any], where: str) -> GPTJConfig:
+def is_clients(values: Mapping[str, Any]) -> bool:
+    """Return whether the content of a YAML is the client's: a whole configuration, or what its
+    converter writes, whose section `model` also holds the size of the vocabulary."""
+    model = values.get("model")
+    return "trainer" in values or (isinstance(model, dict) and "vocab_size" in model)
+
+
+def config_from_trainer(values: Mapping[str, Any], *, where: str) -> GPTJConfig:
+    """Return the config that the content of one of the client's YAML files describes.
+
+    Args:
+        values: the parsed file.
+        where: the file's name, for errors.
+
+    Raises:
+        ConfigError: it describes no model, or another one than a GPT-J.
+    """
+    path = ("trainer", "init", "model") if "trainer" in values else ("model",)
     section: Any = values
-    for key in ("trainer", "init", "model"):
+    for key in path:
+        if isinstance(section, list) and section:  # of trainers that run one after the other
+            section = section[0].get("trainer") if isinstance(section[0], dict) else None
         section = section.get(key) if isinstance(section, dict) else None
+    at = ".".join(path)
     if not isinstance(section, dict):
-        raise ConfigError(f"{where}: has no section trainer.init.model")
+        raise ConfigError(f"{where}: has no section {at}")
     for key, only in _FIXED_KEYS.items():
         if section.get(key, only) != only:
-            raise ConfigError(
-                f"{where}: trainer.init.model.{key} is {section[key]!r}, expected {only!r}"
-            )
+            raise ConfigError(f"{where}: {at}.{key} is {section[key]!r}, expected {only!r}")
     missing = [key for key in _MODEL_KEYS if key not in section and not key.endswith("_rate")]
     if missing:
-        raise ConfigError(f"{where}: trainer.init.model lacks {', '.join(missing)}")
+        raise ConfigError(f"{where}: {at} lacks {', '.join(missing)}")
     known: dict[str, Any] = {f: section.get(key, 0.0) for key, f in _MODEL_KEYS.items()}
     known |= default_ends(known["vocab_size"])
     try:

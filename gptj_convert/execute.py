@@ -324,7 +324,7 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
         (staging / STATE_FILE).write_text(state, encoding="utf-8")
         (staging / PARAMS_FILE).write_text(yaml_text(params), encoding="utf-8")
     if plan.scheme is Scheme.CS:
-        text = yaml_text(trainer(plan.config, params))
+        text = yaml_text(trainer(plan.config, params, plan.cs_backend))
         (staging / TRAINER_FILE).write_text(text, encoding="utf-8")
     if plan.scheme is Scheme.KERAS:
         write_model(staging, plan.config, plan.dtype)

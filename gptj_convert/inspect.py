@@ -106,7 +106,7 @@ def inspect(path: Path, *, config_file: Path | None = None) -> Inspection:
 
     Args:
         path: a folder, a weight file, or a bundle's prefix.
-        config_file: a config.json to use instead of the one beside the weights.
+        config_file: a file that states the config, to use instead of the one beside the weights.
 
     Raises:
         ConfigError: `config_file` is not a GPT-J's.

@@ -26,8 +26,9 @@ class Manifest:
     """The content of a manifest.json. It holds no time: the same source gives the same file."""
 
     source: Mapping[str, Any]
-    """path, format, size in bytes of each file, `vocab_size` (`Checkpoint.vocab_choice`) and,
-    if any were, the names of tensors that were `dropped`."""
+    """path, format, size in bytes of each file, `vocab_size` (`Checkpoint.vocab_choice`) and, where
+    they apply, names of tensors that were `dropped`, and of what was merged `adapter`:
+    `PeftAdapter.describe`."""
     target: Mapping[str, Any]
     """format and dtype."""
     files: Mapping[str, Mapping[str, Any]]
@@ -87,13 +88,17 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
         stated = record.files.get(path.name) if record else None
         if stated and stated.kind == SHA256:
             files[path.name]["sha256"] = stated.hex
-    dropped = {"dropped": list(checkpoint.dropped)} if checkpoint.dropped else {}
+    choices: dict[str, Any] = {}
+    if checkpoint.dropped:
+        choices["dropped"] = list(checkpoint.dropped)
+    if checkpoint.adapter:
+        choices["adapter"] = checkpoint.adapter.describe()
     return {
         "path": str(checkpoint.path.absolute()),
         "format": checkpoint.scheme.value,
         "vocab_size": checkpoint.vocab_choice,
         "files": files,
-        **dropped,
+        **choices,
     }
 
 

@@ -35,6 +35,9 @@ PEFT_OUT = Path("converted-peft")
 #: How PyTorch's optimizer was, or will be, given the parameters: `gptj_model.moments.Grouping`.
 GROUPINGS = ("one", "decay")
 
+#: What the CS client computes on, its systems first.
+CS_BACKENDS = ("CSX", "CPU")
+
 #: Where the number of tokens comes from if config.json and tensors disagree.
 FROM_TENSORS = "from-tensors"
 FROM_CONFIG = "from-config"

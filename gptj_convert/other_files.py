@@ -5,19 +5,18 @@ Every row of `ROWS` is a kind of folder that people hold; the first that applies
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from gptj_convert.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
+from gptj_convert.adapter_folder import is_adapter, stated_base
 from gptj_convert.formats import cs, hf, keras, sharded, tf
 from gptj_model.config import CONFIG_FILE
 from gptj_model.errors import FileFault
 
-ADAPTER_CONFIG = "adapter_config.json"
 #: What transformers' Trainer and peft put beside weights under names like theirs.
 _BESIDE = r"(optimizer|scheduler|scaler|rng_state|training_args|adapter_model)\b.*|rng_state_\d+.*"
 #: Folders of a folder that are looked into.
@@ -64,9 +63,7 @@ def no_checkpoint(path: Path) -> FileFault:
         )
     for row in ROWS:
         if found := row.look(path):
-            return FileFault(
-                f"{path}: holds {found.what}, but no checkpoint that can be read", hint=found.hint
-            )
+            return FileFault(f"{path}: holds {found.what}, expected a checkpoint", hint=found.hint)
     wanted = ", ".join(
         (*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index", keras.WEIGHTS_FILE, cs.MODEL_FILE)
     )
@@ -146,23 +143,13 @@ def _cache(folder: Path) -> Found | None:
 
 
 def _adapter(folder: Path) -> Found | None:
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not is_adapter(folder):
         return None
-    base = _adapter_base(folder / ADAPTER_CONFIG)
-    command = f"gptj convert {base or 'BASE'} --adapter {_quoted(folder)} --to tf"
+    base = shlex.quote(stated_base(folder) or "BASE")
     return Found(
-        "an adapter of the peft library, which is no model by itself",
-        f"merge it into its base: `{command}`",
+        f"an adapter ({ADAPTER_CONFIG}) and no model",
+        f"merge it into its base: `gptj convert {base} --adapter {_quoted(folder)} --to hf`",
     )
-
-
-def _adapter_base(path: Path) -> str | None:
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        base = values["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return shlex.quote(base) if isinstance(base, str) and base and base.isprintable() else None
 
 
 def _other_framework(kind: str, file: str, option: str) -> Row:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gptj_convert.adapter_folder import CONFIG_FILE, WEIGHTS_FILES
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.formats.safetensors import safetensors_file
+from gptj_convert.origin import stated_origin
 from gptj_convert.plan import match
 from gptj_convert.staging import refuse_overlap, staged_folder
 from gptj_model.adapter import Lora, peft_config, stored_lora
@@ -16,8 +18,7 @@ from gptj_model.errors import UsageError
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import LORA_ALPHA, Scheme, Tensor
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE = WEIGHTS_FILES[0]
 
 
 def has_adapter(checkpoint: Checkpoint) -> bool:
@@ -25,8 +26,8 @@ def has_adapter(checkpoint: Checkpoint) -> bool:
     return checkpoint.scheme is Scheme.TF and LORA_ALPHA in checkpoint.source.tensors
 
 
-def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> Lora:
-    """Write the adapter to `out`, which appears when it is complete.
+def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> tuple[Lora, str | None]:
+    """Write the adapter to `out`, which appears when it is complete; returns it and its base.
 
     Args:
         checkpoint: of a run.
@@ -50,15 +51,16 @@ def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> Lora:
     lora = stored_lora(config, shapes, float(read_tensor(source, LORA_ALPHA)))
     rows = {row.hf: row for pair in lora.rows(config).values() for row in pair}
     infos = {name: TensorInfo("float32", row.shape) for name, row in rows.items()}
+    base = stated_origin(checkpoint.folder)
     # As transformers' own files, which say which library's layout they have.
     layout = safetensors_file(WEIGHTS_FILE, infos, {"format": "pt"})
     with staged_folder(out, force=force) as staging:
         with (staging.content / WEIGHTS_FILE).open("wb") as f:
             for part in layout.parts:
                 f.write(part if isinstance(part, bytes) else _values(checkpoint, rows[part]))
-        text = json.dumps(peft_config(lora), indent=2) + "\n"
+        text = json.dumps(peft_config(lora, base), indent=2) + "\n"
         (staging.content / CONFIG_FILE).write_text(text, encoding="utf-8")
-    return lora
+    return lora, base
 
 
 def _values(checkpoint: Checkpoint, row: Tensor) -> memoryview:

@@ -18,14 +18,14 @@ from gptj_convert.formats.tf import tf_layout
 from gptj_convert.formats.torch_optimizer import optimizer_file
 from gptj_convert.optimizer.state import DTYPE
 from gptj_convert.optimizer.target import Continuation, cs_tree, torch_state
-from gptj_convert.options import KEEP
+from gptj_convert.options import CS_BACKENDS, KEEP
 from gptj_convert.panels import Panels, stored_op
 from gptj_convert.survey import same_bits, settle_copies, survey
 from gptj_convert.tensor_problems import hint, whole_problem
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import widest
 from gptj_model.errors import FileFault, TensorFault, UsageError
-from gptj_model.moments import ADAMS, Grouping, named_moments, numbered_moments
+from gptj_model.moments import ADAMS, named_moments, numbered_moments
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import EMBEDDING, GLOBAL_STEP, HEAD_WEIGHT, Scheme, Tensor, table
@@ -69,6 +69,8 @@ class Plan:
     """Small tensors of the target that no tensor of the source becomes, by name."""
     continuation: Continuation | None = None
     """Optimizer state that is carried over."""
+    cs_backend: str = CS_BACKENDS[0]
+    """What the CS client is to compute on: one of `options.CS_BACKENDS`."""
 
     @property
     def weights(self) -> list[Move]:
@@ -142,6 +144,7 @@ def make_plan(
     share_embeddings: bool = False,
     saturate: bool = False,
     continuation: Continuation | None = None,
+    cs_backend: str | None = None,
 ) -> Plan:
     """Plan the conversion of an open checkpoint.
 
@@ -153,6 +156,7 @@ def make_plan(
         share_embeddings: leave out a head that is the embedding once more.
         saturate: see `Plan`.
         continuation: optimizer state of the checkpoint to carry over.
+        cs_backend: one of `options.CS_BACKENDS`, for `Scheme.CS`; None: the first.
 
     Raises:
         TensorFault: see `match`.
@@ -165,6 +169,8 @@ def make_plan(
             f"--max-shard-size does not go with --to {target.value}, whose weights are one file",
             hint="leave it out, or choose --to hf",
         )
+    if cs_backend and target is not Scheme.CS:
+        raise UsageError(f"--cs-backend does not go with --to {target.value}, only with --to cs")
     if continuation and (target is Scheme.KERAS or share_embeddings):
         raise UsageError(
             "--optimizer-state does not go with "
@@ -184,7 +190,9 @@ def make_plan(
     moves = []
     for tensor in table(config):
         name, info = found[tensor.hf]
-        stored = TensorInfo(info.dtype if dtype == KEEP else dtype, tensor.shape_in(target))
+        stored = TensorInfo(
+            checkpoint.stored_dtype(name) if dtype == KEEP else dtype, tensor.shape_in(target)
+        )
         op = tensor.op(checkpoint.scheme, target)
         for target_name in (tensor.name(target), *tensor.copies(target)):
             moves.append(Move(tensor, name, info, target_name, stored, op))
@@ -192,7 +200,15 @@ def make_plan(
         moves += _moments(checkpoint, target, continuation)
     layout, values = _layout(target, config, moves, max_shard_bytes, continuation)
     return Plan(
-        checkpoint.config, config, target, tuple(moves), layout, saturate, values, continuation
+        checkpoint.config,
+        config,
+        target,
+        tuple(moves),
+        layout,
+        saturate,
+        values,
+        continuation,
+        cs_backend or CS_BACKENDS[0],
     )
 
 
@@ -202,9 +218,7 @@ def _moments(checkpoint: Checkpoint, target: Scheme, continuation: Continuation)
     names = (
         named_moments(config, ADAMS[0])
         if target is Scheme.TF
-        else numbered_moments(
-            config, target, continuation.grouping if target is Scheme.HF else Grouping.DECAY
-        )
+        else numbered_moments(config, target, continuation.grouping)
     )
     infos = checkpoint.everything.tensors
     return [
@@ -255,7 +269,9 @@ def _layout(
         if not continuation:
             return cs_layout(weights), {}
         schedulers = scheduler_states(continuation.params, continuation.state.step)
-        tree, values = cs_tree(config, continuation.state, continuation.settings, schedulers)
+        tree, values = cs_tree(
+            config, continuation.state, continuation.settings, continuation.grouping, schedulers
+        )
         return cs_layout(weights, tree), values
     layout = hf_layout(weights, max_shard_bytes)
     if not continuation:

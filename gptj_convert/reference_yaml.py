@@ -13,7 +13,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from gptj_convert import capacity, machine
 from gptj_model.config import GPTJConfig, default_ends
@@ -55,6 +56,13 @@ FIXED_MODEL_KEYS: dict[str, Any] = {
     "use_untied_layer_norm": False,
     "use_position_embeddings": False,
     "nonlinearity": NONLINEARITY,
+}
+
+#: Keys of `model` that the reference reads without a default and that do not describe the model.
+READ_WITHOUT_DEFAULT: dict[str, Any] = {
+    "mixed_precision": False,
+    "boundary_casting": False,
+    "tf_summary": False,
 }
 
 #: Of adam and adamw when none is given, in 32 bits and with mixed_precision.
@@ -128,14 +136,51 @@ def line_finder(path: Path) -> Callable[[Sequence[Any]], int | None]:
     return find
 
 
+class _Representer(RoundTripRepresenter):
+    """Scalars that readers of YAML 1.1, such as PyYAML, and of YAML 1.2 understand alike."""
+
+    def represent_number(self, data: float) -> ScalarNode:
+        """A float with a point: YAML 1.1 takes `5e-05` for text."""
+        text = _NOT_FINITE.get(str(data), repr(data))
+        if "." not in text:
+            text = text.replace("e", ".0e")
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+    def represent_text(self, data: str) -> ScalarNode:
+        """A string in quotes unless it is a word that neither version takes for anything else."""
+        plain = _PLAIN.fullmatch(data) and data.lower() not in _NOT_TEXT
+        quotes = None if plain else "'" if data.isascii() and data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=quotes)
+
+
+_NOT_FINITE = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
+#: Strings that begin as no number, date or other type does, and need no quotes for their syntax.
+_PLAIN = re.compile(r"[A-Za-z_/][\w./@+-]*", re.ASCII)
+#: Words of YAML 1.1 for a truth value or for nothing.
+_NOT_TEXT = frozenset(("y", "yes", "n", "no", "on", "off", "true", "false", "null"))
+
+_Representer.add_representer(float, _Representer.represent_number)
+_Representer.add_representer(str, _Representer.represent_text)
+
+
 def yaml_text(values: Mapping[str, Any]) -> str:
-    """A mapping as YAML 1.2."""
+    """Return a mapping as YAML that readers of versions 1.1 and 1.2 understand alike."""
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.indent(mapping=2, sequence=4, offset=2)
     stream = StringIO()
     yaml.dump(dict(values), stream)
     return stream.getvalue()
+
+
+def complete_for_reference(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters with every section and key that the reference reads without a default."""
+    model = READ_WITHOUT_DEFAULT | FIXED_MODEL_KEYS | values["model"]
+    if model.get("filter_size") is None:
+        model["filter_size"] = 4 * model["hidden_size"]
+    run = values.get("runconfig") or {}
+    return {"eval_input": {}, **values, "model": model, "runconfig": run}
 
 
 def config_from_model_section(
@@ -186,10 +231,22 @@ def config_beside(checkpoint: Path) -> GPTJConfig | None:
     path = params_beside(checkpoint)
     if path is None:
         return None
-    values = read_yaml(path)
+    return config_from_params(read_yaml(path), where=str(path))
+
+
+def config_from_params(values: Mapping[str, Any], *, where: str) -> GPTJConfig:
+    """Return the config that the content of a params.yaml describes.
+
+    Args:
+        values: the parsed file.
+        where: the file's name, for errors.
+
+    Raises:
+        ConfigError: it has no section `model`, or see `config_from_model_section`.
+    """
     section = values.get("model")
     if not isinstance(section, dict):
-        raise ConfigError(f"{path}: has no section `model`")
+        raise ConfigError(f"{where}: has no section `model`")
     vocab = next(
         (
             values[s]["vocab_size"]
@@ -198,7 +255,7 @@ def config_beside(checkpoint: Path) -> GPTJConfig | None:
         ),
         None,
     )
-    return config_from_model_section(section, vocab_size=vocab, where=str(path))
+    return config_from_model_section(section, vocab_size=vocab, where=where)
 
 
 def params_beside(checkpoint: Path) -> Path | None:
@@ -223,7 +280,7 @@ def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:
     return {
         "train_input": inputs | {"shuffle": True, "shuffle_seed": 1, "repeat": True},
         "eval_input": inputs | {"shuffle": False, "repeat": False},
-        "model": model_section(config) | {"mixed_precision": False},
+        "model": model_section(config) | READ_WITHOUT_DEFAULT,
         "optimizer": {
             "optimizer_type": "adamw",
             "epsilon": 1e-6,

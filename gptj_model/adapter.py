@@ -6,6 +6,7 @@ A kernel W (inputs × outputs) is applied as W + alpha / rank · A · B, A (inpu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,7 +22,7 @@ Target = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
 #: What the peft library puts before the names of the model it has adapted.
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,19 @@ class Lora:
     def scale(self) -> float:
         """What A · B is multiplied by."""
         return self.alpha / self.rank
+
+    @property
+    def in_words(self) -> str:
+        """The adapter as a person reads it."""
+        return f"rank {self.rank}, alpha {self.alpha:g}, for {', '.join(self.targets)}"
+
+    def equals(self, other: Lora) -> bool:
+        """Return whether both adapt the same layers alike; alpha may have been rounded."""
+        return (
+            self.rank == other.rank
+            and set(self.targets) == set(other.targets)
+            and math.isclose(self.alpha, other.alpha, rel_tol=1e-6)
+        )
 
     def rows(self, config: GPTJConfig) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """Rows of A and B by the row of the kernel that they adapt, in the table's order."""
@@ -62,7 +76,7 @@ def adapter_rows(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     def row(letter: str, tf: str, shape: tuple[int, int]) -> Tensor:
         return Tensor(
-            hf=f"{_PEFT_PREFIX}{layer}lora_{letter}.weight",
+            hf=f"{PEFT_PREFIX}{layer}lora_{letter}.weight",
             tf=f"{kernel.tf}/{tf}",
             keras=f"{folder}lora_kernel_{letter.lower()}",
             cs=(),
@@ -74,12 +88,17 @@ def adapter_rows(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return row("A", LORA_A, (rank, inputs)), row("B", LORA_B, (outputs, rank))
 
 
-def peft_config(lora: Lora) -> dict[str, Any]:
-    """The content of the adapter_config.json that peft loads."""
+def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
+    """Return the content of the adapter_config.json that peft loads.
+
+    Args:
+        lora: the adapter.
+        base: the model that it was trained on, a folder or a repository; None: not known.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": lora.rank,
         # Whole numbers are what peft's field is declared for.
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,

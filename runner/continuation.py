@@ -7,7 +7,12 @@ from typing import Any
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.optimizer.state import AdamSettings, OptimizerState
 from gptj_convert.optimizer.target import Continuation
-from gptj_convert.reference_yaml import continued_pretraining, params_beside, read_yaml
+from gptj_convert.reference_yaml import (
+    complete_for_reference,
+    continued_pretraining,
+    params_beside,
+    read_yaml,
+)
 from gptj_model.errors import ConfigError
 from gptj_model.moments import ADAMS, Grouping
 from gptj_model.tensors import Scheme
@@ -37,6 +42,7 @@ def continuation(checkpoint: Checkpoint, state: OptimizerState, grouping: Groupi
         beta2=optimizer.beta2,
         epsilon=optimizer.epsilon,
         weight_decay_rate=0.0 if is_adam else optimizer.weight_decay_rate,
+        exclude_from_weight_decay=tuple(optimizer.exclude_from_weight_decay),
         use_bias_correction=bool(state.powers),
     )
     return Continuation(state=state, settings=settings, params=values, grouping=grouping)
@@ -45,7 +51,7 @@ def continuation(checkpoint: Checkpoint, state: OptimizerState, grouping: Groupi
 def _params(checkpoint: Checkpoint, state: OptimizerState) -> dict[str, Any]:
     if checkpoint.scheme is Scheme.TF and (path := params_beside(checkpoint.files[0])):
         load_params(path)  # for its errors, which have lines
-        return read_yaml(path)
+        return complete_for_reference(read_yaml(path))
     values = continued_pretraining(checkpoint.config)
     values["optimizer"] |= {"use_bias_correction": bool(state.powers)}
     if own := state.settings:
@@ -55,6 +61,7 @@ def _params(checkpoint: Checkpoint, state: OptimizerState) -> dict[str, Any]:
             "beta2": own.beta2,
             "epsilon": own.epsilon,
             "weight_decay_rate": own.weight_decay_rate,
+            "exclude_from_weight_decay": list(own.exclude_from_weight_decay),
         }
     values["runconfig"]["max_steps"] += state.step
     return values

@@ -56,6 +56,10 @@ class Executor(Protocol):
         """Give the weights random values, as the YAML says."""
         ...
 
+    def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take A and B of the adapter that is trained, by HF name and in HF's layout."""
+        ...
+
     def load_state(self, source: TensorSource, step: int) -> str | None:
         """Take what else there is in a checkpoint of this step: slots, an adapter.
 

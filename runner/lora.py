@@ -14,7 +14,7 @@ import numpy as np
 from gptj_model.adapter import Lora, adapter_rows
 from gptj_model.model import GPTJ
 from gptj_model.source import TensorSource, read_tensor
-from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Tensor
+from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Scheme, Tensor
 from gptj_model.weights import enable_lora, variables
 from runner.initialize import initialization_seed
 from runner.lazy_array import LazyArray
@@ -77,6 +77,11 @@ class Adapter:
         for row, variable in self._variables.items():
             variable.assign(read_tensor(source, row.tf))
         return True
+
+    def begin(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take A and B from elsewhere, by HF name and in HF's layout."""
+        for row, variable in self._variables.items():
+            variable.assign(row.op(Scheme.HF, Scheme.KERAS)(values[row.hf]))
 
     def load_kernels(self, source: TensorSource) -> None:
         """Take the kernels that the run began with, which are variables here."""

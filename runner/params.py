@@ -16,6 +16,7 @@ from gptj_convert.reference_yaml import (
     EPSILON,
     FIXED_MODEL_KEYS,
     MIXED_EPSILON,
+    complete_for_reference,
     config_from_model_section,
     yaml_text,
 )
@@ -25,6 +26,9 @@ from runner.execution import Backend, Execution
 
 #: Tokens per byte of text, by data set, for bits per byte.
 TOKENS_PER_BYTE = {"pile": 0.29335, "openwebtext2": 0.2434}
+
+#: The shuffle's seed when the YAML names none.
+DEFAULT_SEED = 1
 
 #: The largest float32, which no loss scale may exceed, and the smallest scale there may be.
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -93,6 +97,16 @@ class InputParams(Section):
     """Batches to leave out at the beginning."""
     mixed_precision: bool = False
     """Of the mask; the reference notes it here from `model`. No effect."""
+
+    @property
+    def effective_shuffle_seed(self) -> int:
+        """Seed of the shuffle; without one given it is fixed, for a run must be able to resume."""
+        return DEFAULT_SEED if self.shuffle_seed is None else self.shuffle_seed
+
+    @property
+    def effective_shuffle_buffer(self) -> int:
+        """Number of records to draw from."""
+        return self.shuffle_buffer or 10 * self.batch_size
 
 
 class Initializer(Section):
@@ -490,5 +504,5 @@ class Params(Section):
         return TOKENS_PER_BYTE.get((self.model.bits_per_x_dataset or "").lower(), 1.0)
 
     def to_yaml(self) -> str:
-        """The parameters as YAML, defaults included."""
-        return yaml_text(self.model_dump(mode="json", exclude_none=True))
+        """Return the parameters as YAML, defaults included, which the reference reads too."""
+        return yaml_text(complete_for_reference(self.model_dump(mode="json", exclude_none=True)))

@@ -13,11 +13,11 @@ from gptj_convert.gpu import Gpu, gpus
 from gptj_convert.options import DEFAULT_OUT, DEFAULT_SOURCE, KEEP
 from gptj_convert.plan import Plan, make_plan
 from gptj_convert.rates import Rates
-from gptj_convert.reference_yaml import continued_pretraining, fitting_batch_size
-from gptj_model.config import GPTJConfig
+from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining, fitting_batch_size
+from gptj_model.config import NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.tensors import Scheme
 from runner.execution import Execution
-from runner.params_file import validate
+from runner.params_file import load_params, validate
 from runner.prospective_source import Source
 from runner.training_plan import plan_training
 
@@ -171,7 +171,7 @@ def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> 
     step = Step(
         command + smaller,
         capacity.training_memory(config, batch),
-        capacity.training_disk(config),
+        plan_training(config, validate(_parameters(config), {}, where="the plan")).disk,
         capacity.step_seconds(config, batch, rates),
         per="a step",
     )
@@ -189,10 +189,22 @@ def _trainings(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) ->
         for values, given in ways:
             settings |= values
             command += f" {given}"
-        params = validate(continued_pretraining(config), settings, where="the plan")
+        params = validate(_parameters(config), settings, where="the plan")
         plan = plan_training(config, params)
         step = Step(command + smaller, plan.memory, plan.disk, plan.seconds(rates), per="a step")
         yield _judged(step, has, taken=taken)
+
+
+def _parameters(config: GPTJConfig) -> dict[str, Any]:
+    """Return the parameters that the planned run will have: continued pre-training, as far and
+    with as many checkpoints as the converted folder says, if there is one of this model."""
+    values = continued_pretraining(config)
+    path = _CONVERTED / PARAMS_FILE
+    if path.is_file():
+        own = load_params(path)
+        if not differing_fields(own.config, config).keys() - NOT_COMPUTED:
+            values["runconfig"] = own.runconfig.model_dump(mode="json", exclude_unset=True)
+    return values
 
 
 def _inference(way: _Way, has: Machine, rates: Rates) -> Iterator[Step]:

@@ -65,6 +65,11 @@ class ResidentExecutor:
         """See `Executor`."""
         initialize(self.model, self._params)
 
+    def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
+        """See `Executor`."""
+        assert self._adapter, "checked"
+        self._adapter.begin(values)
+
     def load_state(self, source: TensorSource, step: int) -> str | None:
         """See `Executor`."""
         if self._adapter:

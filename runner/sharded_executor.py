@@ -104,6 +104,10 @@ class ShardedExecutor:
         """See `Executor`."""
         initialize(self._model, self._params)
 
+    def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
+        """See `Executor`; all weights are trained here."""
+        raise NotImplementedError
+
     def load_state(self, source: TensorSource, step: int) -> str | None:
         """See `Executor`."""
         if any(name not in source.tensors for t in self.trained for name in self._rule.slots(t)):

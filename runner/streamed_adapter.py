@@ -87,6 +87,10 @@ class StreamedAdapterExecutor:
             hint="name one with --init-from",
         )
 
+    def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
+        """See `Executor`."""
+        self._adapter.begin(values)
+
     def load_state(self, source: TensorSource, step: int) -> str | None:
         """See `Executor`."""
         if not self._adapter.load(source):

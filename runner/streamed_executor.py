@@ -89,6 +89,10 @@ class StreamedExecutor:
         """See `Executor`."""
         self._state.begin(first_values(self._config, self._params))
 
+    def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
+        """See `Executor`; all weights are trained here."""
+        raise NotImplementedError
+
     def load_state(self, source: TensorSource, step: int) -> str | None:
         """See `Executor`."""
         if not self._state.take_slots():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +16,11 @@ from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.formats.hf import GENERATION_FILE
 from gptj_convert.formats.tf import STATE_FILE
 from gptj_convert.generation_settings import generation_text
+from gptj_convert.optimizer.decay import decayed, describe
 from gptj_convert.optimizer.find import find_state
 from gptj_convert.optimizer.in_tf import StateInTf
+from gptj_convert.optimizer.state import OptimizerState
+from gptj_convert.origin import ORIGIN_KEY, origin
 from gptj_convert.plan import match
 from gptj_convert.whole_file import write_whole
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -25,6 +28,7 @@ from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
 from runner import checkpoints
+from runner.adapter_factors import factors, without_base
 from runner.backend import check_backend
 from runner.data.input_fn import Batch, batches
 from runner.distribution import Alone, Workers, check_same
@@ -39,6 +43,7 @@ from runner.meter import Meter
 from runner.params import Params
 from runner.params_file import reconcile
 from runner.resident_executor import ResidentExecutor
+from runner.run_folder import kept_config
 from runner.schedules import learning_rate
 from runner.streamed_adapter import StreamedAdapterExecutor
 from runner.streamed_executor import StreamedExecutor
@@ -54,6 +59,7 @@ class Run:
         model_dir: the run's folder; made if it does not exist.
         init_from: where a run without checkpoints takes its weights from, and its step and
             slots, if there are any. None: random weights.
+        adapter: folder of an adapter (peft) that A and B of a run without checkpoints begin with.
         weights_only: take nothing but the weights from there.
         strict: a damaged newest checkpoint is an error.
         workers: that train the same model; the first one alone writes to the folder.
@@ -70,6 +76,7 @@ class Run:
         model_dir: Path,
         *,
         init_from: Path | None,
+        adapter: Path | None = None,
         weights_only: bool = False,
         strict: bool = False,
         workers: Workers | None = None,
@@ -91,11 +98,13 @@ class Run:
         if self.continued or (model_dir / STATE_FILE).exists():
             self._continue(strict)
         elif init_from is None:
+            if adapter:
+                raise without_base(adapter)
             self._build(params.config)
-            self._keep_config(params.config, from_yaml=True)
+            self._keep_config(params.config, {}, from_yaml=True)
             self.executor.initialize()
         else:
-            self._begin(init_from, weights_only)
+            self._begin(init_from, adapter, weights_only)
 
     def __enter__(self) -> Run:
         return self
@@ -129,9 +138,7 @@ class Run:
 
     def _continue(self, strict: bool) -> None:
         step, source = checkpoints.open_newest(self.model_dir, strict=strict, warn=self._warn)
-        path = self.model_dir / CONFIG_FILE
-        # A run of the reference has only its params.yaml.
-        config = GPTJConfig.from_file(path) if path.is_file() else self.params.config
+        config = kept_config(self.model_dir, self.params)
         found = Checkpoint(source.prefix, Scheme.TF, config, source, tuple(source.files))
         checkpoint = self._files.enter_context(found)
         match(checkpoint)
@@ -139,18 +146,22 @@ class Run:
         self.executor.load(source, Scheme.TF)
         self._load_state(source, step)
 
-    def _begin(self, init_from: Path, weights_only: bool) -> None:
+    def _begin(self, init_from: Path, adapter: Path | None, weights_only: bool) -> None:
         # A streamed model may be read from there as long as the run goes on.
         found = open_checkpoint(init_from, with_optimizer=not weights_only)
         checkpoint = self._files.enter_context(found)
         match(checkpoint)
-        state = None if weights_only else self._state_in(checkpoint)
+        found_adapter = factors(adapter, checkpoint.config, self.params) if adapter else None
+        state = None if weights_only or found_adapter else self._state_in(checkpoint)
         self._build(reconcile(self.params, checkpoint.config, init_from))
-        self._keep_config(checkpoint.config, from_yaml=not checkpoint.config_file)
+        from_yaml = not checkpoint.config_file
+        self._keep_config(checkpoint.config, {ORIGIN_KEY: origin(checkpoint)}, from_yaml=from_yaml)
         for name in () if self.workers.index else checkpoint.companions:
             (self.model_dir / name).parent.mkdir(exist_ok=True)
             write_whole(self.model_dir / name, (checkpoint.folder / name).read_bytes())
         self.executor.load(checkpoint.source, checkpoint.scheme)
+        if found_adapter:
+            self.executor.load_adapter(found_adapter)
         if state:
             self._load_state(state, stored_step(state))
 
@@ -166,17 +177,33 @@ class Run:
                     hint=f"make one: `gptj convert {checkpoint.path} --to tf --optimizer-state`; "
                     "or take the weights alone, with --checkpoint-path",
                 )
+            self._compare_decay(checkpoint, state)
             return StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
         if checkpoint.scheme is not Scheme.HF:  # a published model has none
             self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
         return None
 
-    def _keep_config(self, config: GPTJConfig, *, from_yaml: bool) -> None:
+    def _compare_decay(self, checkpoint: Checkpoint, state: OptimizerState) -> None:
+        """Warn where these parameters decay other weights than the checkpoint's optimizer did."""
+        before, now = state.settings, self.params.optimizer
+        if not (before and before.weight_decay_rate and now.weight_decay_rate):
+            return
+        config = checkpoint.config
+        theirs = decayed(config, before.exclude_from_weight_decay)
+        ours = decayed(config, now.exclude_from_weight_decay)
+        if ours != theirs and now.optimizer_type == "adamw":
+            self._warn(
+                f"the optimizer of {checkpoint.path} decayed {describe(config, theirs)}, these "
+                f"parameters decay {describe(config, ours)}: to decay as before, set "
+                f"optimizer.exclude_from_weight_decay to {list(before.exclude_from_weight_decay)}"
+            )
+
+    def _keep_config(self, config: GPTJConfig, more: Mapping[str, str], *, from_yaml: bool) -> None:
         """Write the files that describe the model, unless there is a worker that does."""
         if self.workers.index:
             return
         self.model_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_hf(dtype="float32"), indent=2) + "\n"
+        text = json.dumps(config.to_hf(dtype="float32") | dict(more), indent=2) + "\n"
         write_whole(self.model_dir / CONFIG_FILE, text)
         if from_yaml:
             write_whole(self.model_dir / GENERATION_FILE, generation_text(config))

@@ -12,7 +12,7 @@ from gptj_model.dtypes import NUMPY
 from gptj_model.errors import ConfigError
 from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
 from runner.execution import Execution
-from runner.params import Params
+from runner.params import Params, RunConfig
 from runner.trained import trained_rows
 
 
@@ -26,7 +26,8 @@ class TrainingPlan:
     state: int
     """Of one checkpoint: weights and slots."""
     states: int
-    """Checkpoints that are there at once, at most: those that are kept, and one being written."""
+    """Number of checkpoints on the disk at once, at most: those that are kept, and one being
+    written; if all are kept, those of the whole run."""
     scratch: int
     """What a step keeps on the disk while it goes on."""
     read: int
@@ -96,8 +97,37 @@ def slots_dtype(params: Params) -> str:
     return dtype
 
 
-def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """From where to where a run trains."""
+
+    begin: int = 0
+    """Step that it begins after."""
+    end: int
+    """Step that it stops after."""
+    existing: int = 0
+    """Number of checkpoints in its folder."""
+
+    def checkpoints(self, runconfig: RunConfig) -> int:
+        """Return how many checkpoints are on the disk at once, at most."""
+        if self.end <= self.begin:
+            return self.existing
+        every = runconfig.save_checkpoints_steps
+        made = (self.end - 1) // every - self.begin // every + 1
+        # A streamed run writes a checkpoint each step, most of which the next one supersedes.
+        passing = runconfig.execution == Execution.STREAMING
+        kept = runconfig.keep_checkpoint_max
+        whole = self.existing + made + passing
+        return min(kept + 1, whole) if kept else whole
+
+
+def plan_training(config: GPTJConfig, params: Params, span: Span | None = None) -> TrainingPlan:
     """Plan a run, whose parameters and weights are reconciled.
+
+    Args:
+        config: of the model.
+        params: of the run.
+        span: the steps to train; None: all of `max_steps`.
 
     Raises:
         ConfigError: see `trained_rows` and `slots_dtype`.
@@ -112,7 +142,8 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
     slots = len(SLOTS[optimizer.optimizer_type]) * slot
     # Kernels with an adapter are there merged and as they were.
     state = 4 * total + slots + (8 * trained if params.model.lora else 0)
-    keep = params.runconfig.keep_checkpoint_max or 1
+    span = span or Span(end=params.runconfig.max_steps)
+    states = span.checkpoints(params.runconfig)
     flops = tokens * capacity.token_flops(config, length, rows)
     again = flops * 4 / 3
     if params.runconfig.execution == Execution.RESIDENT:
@@ -120,7 +151,7 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
             execution=Execution.RESIDENT,
             memory=capacity.training_memory(config, batch, rows, length=length),
             state=state,
-            states=keep + 1,
+            states=states,
             scratch=0,
             read=0,
             written=0,
@@ -141,7 +172,7 @@ def plan_training(config: GPTJConfig, params: Params) -> TrainingPlan:
         execution=Execution.STREAMING,
         memory=capacity.streamed_training_memory(config, batch, length),
         state=state,
-        states=keep + 1,
+        states=states,
         scratch=capacity.streamed_scratch(config, tokens, waiting),
         read=passes + update + waiting,
         written=update + waiting,

@@ -6,6 +6,7 @@ import numpy as np
 
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.formats.cs import CsSource
+from gptj_convert.optimizer.decay import exclusions_of_groups
 from gptj_convert.optimizer.state import (
     BETAS,
     AdamSettings,
@@ -35,6 +36,8 @@ CS_LOSS_SCALE = {
     SKIPPED_STEPS: "num_skipped_steps",
 }
 CS_SCALER = "grad_scaler"
+#: The decay of norms and biases.
+_SECOND_DECAY = "optimizer.param_groups.1.weight_decay"
 
 
 def from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
@@ -66,7 +69,7 @@ def from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
 
 
 def _cs_settings(checkpoint: Checkpoint, source: CsSource) -> AdamSettings | None:
-    """Those of the first group, whose parameters are decayed."""
+    """Return the settings of the first group, which holds the matrices, and what decays."""
     group = "optimizer.param_groups.0"
     keys = ("lr", "betas.0", "betas.1", "eps", "weight_decay", "correct_bias")
     lr, beta1, beta2, eps, decay, corrects = (source.number(f"{group}.{key}") for key in keys)
@@ -76,4 +79,10 @@ def _cs_settings(checkpoint: Checkpoint, source: CsSource) -> AdamSettings | Non
         )
     if None in (lr, beta1, beta2, eps, decay):
         return None
-    return adam_settings(lr, beta1, beta2, eps, decay, corrects is None or bool(corrects))
+    try:
+        exclusions = exclusions_of_groups((decay, source.number(_SECOND_DECAY)))
+    except ValueError:
+        refuse(checkpoint, [f"'{_SECOND_DECAY}' is neither 0 nor the decay of the first group"])
+        raise
+    corrects = corrects is None or bool(corrects)
+    return adam_settings(lr, beta1, beta2, eps, decay, exclusions, corrects)

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptj_convert.checkpoint import Checkpoint
 from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
+from gptj_convert.optimizer.decay import exclusions_of_groups
 from gptj_convert.optimizer.state import (
     BETAS,
     WITHOUT,
@@ -121,4 +122,6 @@ def _torch_settings(groups: list[dict[str, Any]]) -> AdamSettings:
     corrects = bool(group.get("correct_bias", True))
     # A rate may be a tensor; then the one that a schedule began with must do.
     rate = next(r for r in (group["lr"], group.get("initial_lr")) if isinstance(r, int | float))
-    return adam_settings(rate, beta1, beta2, group["eps"], group["weight_decay"], corrects)
+    exclusions = exclusions_of_groups([float(g["weight_decay"]) for g in groups])
+    decay = group["weight_decay"]
+    return adam_settings(rate, beta1, beta2, group["eps"], decay, exclusions, corrects)

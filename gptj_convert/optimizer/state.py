@@ -56,6 +56,7 @@ class AdamSettings:
     beta2: float
     epsilon: float
     weight_decay_rate: float
+    exclude_from_weight_decay: tuple[str, ...]
     use_bias_correction: bool
 
 
@@ -145,7 +146,13 @@ def scale_variables(
 
 
 def adam_settings(
-    rate: Any, beta1: Any, beta2: Any, epsilon: Any, decay: Any, corrects: bool
+    rate: Any,
+    beta1: Any,
+    beta2: Any,
+    epsilon: Any,
+    decay: Any,
+    exclusions: tuple[str, ...],
+    corrects: bool,
 ) -> AdamSettings:
     """From numbers of whatever type a file has.
 
@@ -158,5 +165,6 @@ def adam_settings(
         beta2=float(beta2),
         epsilon=float(epsilon),
         weight_decay_rate=float(decay),
+        exclude_from_weight_decay=exclusions,
         use_bias_correction=corrects,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gptj_convert.optimizer.decay import group_decays
 from gptj_convert.optimizer.from_cs import CS_LOSS_SCALE, CS_SCALER
 from gptj_convert.optimizer.from_torch import TORCH_MORE
 from gptj_convert.optimizer.state import DTYPE, AdamSettings, OptimizerState
@@ -27,13 +28,14 @@ class Continuation:
     params: Mapping[str, Any]
     """The content of a params.yaml."""
     grouping: Grouping = Grouping.ONE
-    """Of the parameters, for PyTorch."""
+    """How the new checkpoint numbers the parameters, where it does."""
 
 
 def cs_tree(
     config: GPTJConfig,
     state: OptimizerState,
     settings: AdamSettings,
+    grouping: Grouping,
     schedulers: list[dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What the CS client keeps beside the model, and the values of its small tensors by path.
@@ -42,6 +44,7 @@ def cs_tree(
         config: of the model.
         state: to be kept.
         settings: of the optimizer, at that step.
+        grouping: how the parameters are numbered.
         schedulers: their states, a dict of arrays each.
     """
     values: dict[str, np.ndarray] = {}
@@ -59,7 +62,8 @@ def cs_tree(
             case _:
                 return tensor(path, tree)
 
-    groups = parameter_groups(config, Scheme.CS, Grouping.DECAY)
+    groups = parameter_groups(config, Scheme.CS, grouping)
+    decays = group_decays(config, Scheme.CS, grouping, settings)
     rows = [t for group in groups for t in group]
     kept = {
         n: dict.fromkeys(MOMENTS, TensorInfo(DTYPE, t.shape))
@@ -77,7 +81,7 @@ def cs_tree(
     numbers = iter(range(len(rows)))
     param_groups = [
         {"weight_decay": decay, **shared, "params": [next(numbers) for _ in group]}
-        for decay, group in zip((settings.weight_decay_rate, 0.0), groups, strict=True)
+        for decay, group in zip(decays, groups, strict=True)
     ]
     tree: dict[str, Any] = {
         "optimizer": {"state": kept, "param_groups": param_groups},
@@ -105,7 +109,7 @@ def torch_state(
         for n, t in enumerate(rows)
     }
     numbers = iter(range(len(rows)))
-    decays = (settings.weight_decay_rate, 0.0)
+    decays = group_decays(config, Scheme.HF, grouping, settings)
     param_groups = [
         {
             "lr": settings.learning_rate,
@@ -122,7 +126,7 @@ def torch_state(
             "correct_bias": bool(state.powers),
             "params": [next(numbers) for _ in group],
         }
-        for decay, group in zip(decays, groups, strict=False)
+        for decay, group in zip(decays, groups, strict=True)
     ]
     more = {name: value.item() for name, value in state.scalars.items() if name != GLOBAL_STEP}
     return kept, param_groups, {TORCH_MORE: {"step": state.step, **more}}

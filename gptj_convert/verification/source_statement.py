@@ -14,6 +14,9 @@ def is_stated(source: Checkpoint, manifest: Manifest | None) -> bool:
     if not manifest:
         return False
     now = describe_source(source)
+    merged, stated = now.get("adapter"), manifest.source.get("adapter")
+    if (merged and merged["path"]) != (stated and stated.get("path")):
+        return False
     return all(manifest.source.get(key) == now[key] for key in ("path", "format"))
 
 
@@ -32,7 +35,10 @@ def refuse_changed_source(
     if not manifest or not is_stated(source, manifest):
         return
     what = f"tensor {changed[0]}" if changed else "the size of its files"
-    if changed or manifest.source.get("files") != describe_source(source)["files"]:
+    now = describe_source(source)
+    if manifest.source.get("adapter") != now.get("adapter"):
+        what = "the adapter that was merged into it"
+    if changed or any(manifest.source.get(key) != now.get(key) for key in ("files", "adapter")):
         more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
         raise FileFault(
             f"{source.path}: has changed since it was converted, by {MANIFEST_FILE}: {what}{more}",

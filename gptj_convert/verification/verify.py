@@ -13,6 +13,7 @@ from typing import Any
 
 from gptj_convert.checkpoint import Checkpoint, open_checkpoint
 from gptj_convert.manifest import MANIFEST_FILE, Manifest
+from gptj_convert.merged_checkpoint import open_merged
 from gptj_convert.options import ALL_LEVELS, LEVELS, MODEL_LEVELS
 from gptj_convert.plan import match
 from gptj_convert.progress import Progress
@@ -49,6 +50,19 @@ def source_of(converted: Path) -> Path:
     return Path(path)
 
 
+def adapter_of(converted: Path, against: Path) -> Path | None:
+    """Return the adapter that was merged into a source, if the manifest names both.
+
+    Raises:
+        FileFault: what is there is not a manifest.
+    """
+    stated = _stated_source(converted)
+    adapter = stated.get("adapter")
+    same = stated.get("path") == str(against.absolute())
+    path = adapter.get("path") if same and isinstance(adapter, dict) else None
+    return Path(path) if isinstance(path, str) else None
+
+
 def _folder(converted: Path) -> Path:
     return converted if converted.is_dir() else converted.parent
 
@@ -77,6 +91,7 @@ def verify(
     against: Path,
     verdict: Verdict,
     *,
+    adapter: Path | None = None,
     config_file: Path | None = None,
     keep_going: bool = False,
     thorough: bool = False,
@@ -88,6 +103,7 @@ def verify(
         against: what it must equal.
         verdict: is filled; its tolerance is the largest |Δ| of logits over their standard
             deviation that passes.
+        adapter: folder of an adapter that is merged into the source first.
         config_file: for a bundle without a config beside it.
         keep_going: run a level, as far as that is possible, although one before it failed.
         thorough: level logits also runs a prompt of the model's full length.
@@ -97,8 +113,8 @@ def verify(
     """
     _refuse_nothing_there(converted)
     choice, dropped = _choices(converted)
-    with open_checkpoint(
-        against, config_file=config_file, vocab_choice=choice, drop=dropped
+    with open_merged(
+        against, adapter, config_file=config_file, vocab_choice=choice, drop=dropped
     ) as source:
         expected = match(source)
         result = verdict.levels["structure"] = LevelResult(ok=False)

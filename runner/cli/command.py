@@ -19,6 +19,10 @@ from runner.cli.output import Output, notes_of_core
 PATH = click.Path(path_type=Path)
 
 
+#: What an option `--config` takes.
+CONFIG_HELP = "config.json, params.yaml or the CS client's YAML of the model"
+
+
 class _ByteSize(click.ParamType):
     name = "size"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import (
+    CS_BACKENDS,
     DEFAULT_DTYPE,
     DEFAULT_OUT,
     DEFAULT_SOURCE,
@@ -20,7 +21,7 @@ from gptj_convert.options import (
     VOCAB_SIZES,
 )
 from gptj_model.errors import UsageError
-from runner.cli.command import PATH, SIZE, command, note_memory
+from runner.cli.command import CONFIG_HELP, PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
 from runner.cli.errors import Terminated
 from runner.cli.output import Output
@@ -29,6 +30,7 @@ from runner.cli.progress import progress
 if TYPE_CHECKING:
     from gptj_convert.checkpoint import Checkpoint
     from gptj_convert.optimizer.target import Continuation
+    from gptj_model.tensors import Scheme
 
 
 @command
@@ -63,6 +65,11 @@ if TYPE_CHECKING:
     "--share-embeddings", is_flag=True, help="Leave out a head that equals the embedding."
 )
 @click.option(
+    "--adapter",
+    type=PATH,
+    help="Folder of a LoRA adapter, as the peft library saves it, to merge into SRC.",
+)
+@click.option(
     "--optimizer-state",
     is_flag=True,
     help="Carry over what AdamW keeps: moments, step, beta powers, loss scale.",
@@ -73,7 +80,13 @@ if TYPE_CHECKING:
     help="Of optimizer.pt: model.parameters(), or those with weight decay first, as "
     "transformers' Trainer has them.  [default: one]",
 )
-@click.option("--config", "config_file", type=PATH, help="config.json, if none is beside SRC.")
+@click.option(
+    "--cs-backend",
+    type=click.Choice(CS_BACKENDS),
+    help="Backend in the trainer.yaml of --to cs: the CS system, or this machine's processor.  "
+    "[default: CSX]",
+)
+@click.option("--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if none is beside SRC.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--saturate", is_flag=True, help="Values too large for the dtype become its largest.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
@@ -88,8 +101,10 @@ def convert(
     vocab_choice: str | None,
     drop: tuple[str, ...],
     share_embeddings: bool,
+    adapter: Path | None,
     optimizer_state: bool,
     param_groups: str | None,
+    cs_backend: str | None,
     config_file: Path | None,
     dry_run: bool,
     saturate: bool,
@@ -103,10 +118,10 @@ def convert(
     OWNER/NAME, OWNER/NAME@REVISION or its page's address, which is downloaded to ./NAME first.
 
     A run with LoRA is written with its adapter merged; `--to peft` writes the adapter alone, for
-    the peft library.
+    the peft library. An adapter of that library is merged into SRC with `--adapter DIR`, with the
+    bits of `merge_and_unload` in float32.
     """
     from gptj_convert.capacity import conversion_memory
-    from gptj_convert.checkpoint import open_checkpoint
     from gptj_convert.execute import (
         Result,
         check_space,
@@ -115,6 +130,8 @@ def convert(
         not_carried,
         states_no_end,
     )
+    from gptj_convert.merged_checkpoint import is_base, open_merged
+    from gptj_convert.optimizer.decay import decay_notes
     from gptj_convert.peft_adapter import has_adapter
     from gptj_convert.plan import make_plan
     from gptj_convert.source_names import refuse_unmatched
@@ -128,22 +145,28 @@ def convert(
     if param_groups and not (optimizer_state and target == Scheme.HF.value):
         raise click.UsageError("--param-groups goes with --to hf --optimizer-state")
     if target == PEFT:
-        others = (dtype, max_shard_bytes, vocab_choice, drop, share_embeddings, optimizer_state)
-        if any((*others, dry_run, saturate, resume)):
+        others = (dtype, max_shard_bytes, vocab_choice, drop, share_embeddings, adapter)
+        if any((*others, optimizer_state, cs_backend, dry_run, saturate, resume)):
             raise click.UsageError("--to peft takes no options but --out, --config and --force")
         return _adapter(output, source, out or PEFT_OUT, config_file, force=force)
+    if adapter and optimizer_state:
+        raise click.UsageError(
+            "--adapter does not go with --optimizer-state, which is of the weights before the merge"
+        )
     scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    with open_checkpoint(
+    with open_merged(
         source,
+        adapter,
         config_file=config_file,
         vocab_choice=vocab_choice,
         drop=drop,
         with_optimizer=optimizer_state,
     ) as checkpoint:
         refuse_unmatched(drop, checkpoint.dropped)
-        refuse_overlap(out, checkpoint.path, checkpoint.files)
-        carried = _carried(checkpoint, param_groups) if optimizer_state else None
+        merged = checkpoint.adapter
+        refuse_overlap(out, checkpoint.path, (*checkpoint.files, *(merged.files if merged else ())))
+        carried = _carried(checkpoint, scheme, param_groups) if optimizer_state else None
         plan = make_plan(
             checkpoint,
             scheme,
@@ -152,6 +175,7 @@ def convert(
             share_embeddings=share_embeddings,
             saturate=saturate,
             continuation=carried,
+            cs_backend=cs_backend,
         )
         beside = [checkpoint.folder / name for name in checkpoint.companions]
         last_id, vocab_size = last_token_id(beside), plan.config.vocab_size
@@ -161,7 +185,7 @@ def convert(
             "source_bytes": plan.source_bytes,
             "target_bytes": plan.target_bytes,
             "disk_bytes": plan.disk_bytes,
-            "planned_rss_bytes": conversion_memory(plan),
+            "planned_rss_bytes": conversion_memory(plan) + checkpoint.merging_memory,
         }
         output.note(
             f"{checkpoint.path} → {out}: {len(plan.weights)} tensors, "
@@ -170,6 +194,19 @@ def convert(
         if carried:
             figures["optimizer_step"] = carried.state.step
             output.note(f"with the optimizer's state after step {carried.state.step}")
+            for text in decay_notes(plan.config, scheme, carried.grouping, carried.settings):
+                output.note(f"note: {text}")
+        if merged:
+            figures["adapter"] = merged.describe()
+            output.note(
+                f"with {merged.folder} merged in float32: {len(merged.updates)} kernels updated, "
+                f"{len(merged.replaced)} tensors replaced"
+            )
+            if (base := merged.settings.base) and not is_base(checkpoint, base):
+                output.note(
+                    f"note: the adapter was made for {base}; that {source} is this model, only its "
+                    "shapes say"
+                )
         if checkpoint.dropped:
             more = f" and {len(checkpoint.dropped) - 3} more" if checkpoint.dropped[3:] else ""
             output.note(f"note: dropped, as asked: {', '.join(checkpoint.dropped[:3])}{more}")
@@ -234,12 +271,13 @@ def convert(
     }
 
 
-def _carried(checkpoint: Checkpoint, param_groups: str | None) -> Continuation:
+def _carried(checkpoint: Checkpoint, target: Scheme, param_groups: str | None) -> Continuation:
     from gptj_convert.optimizer.find import read_state
-    from gptj_model.moments import Grouping
+    from gptj_model.moments import GROUPINGS, Grouping
     from runner.continuation import continuation
 
-    grouping = Grouping(param_groups) if param_groups else Grouping.ONE
+    usual, *_ = GROUPINGS.get(target, (Grouping.ONE,))
+    grouping = Grouping(param_groups) if param_groups else usual
     return continuation(checkpoint, read_state(checkpoint), grouping)
 
 
@@ -250,13 +288,24 @@ def _adapter(
     from gptj_convert.peft_adapter import write_adapter
 
     with open_checkpoint(source, config_file=config_file) as checkpoint:
-        lora = write_adapter(checkpoint, out, force=force)
+        lora, base = write_adapter(checkpoint, out, force=force)
     output.note(
         f"{source} → {out}: the adapter of rank {lora.rank}, alpha {lora.alpha:g}, "
         f"for {', '.join(lora.targets)}"
     )
+    if base is None:
+        output.note(
+            "note: the run does not say what it began from: base_model_name_or_path in "
+            "adapter_config.json is null, and PeftModel.from_pretrained needs the model named"
+        )
     output.data(str(out))
-    return {"output": str(out), "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
+    return {
+        "output": str(out),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": lora.targets,
+        "base": base,
+    }
 
 
 def _on_the_disk(output: Output, source: Path) -> Path:

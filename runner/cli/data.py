@@ -114,7 +114,8 @@ _packing = _options(
     click.option(
         "--reference-remainder",
         is_flag=True,
-        help="Drop the last sequence, which is not whole, as the reference does.",
+        help="Drop the tokens that the reference drops: the last, incomplete sequence, and what "
+        "--short-seq-prob cuts off.",
     ),
     click.option("--ftfy", is_flag=True, help="Repair mojibake, and normalise, with ftfy."),
     click.option(
@@ -155,6 +156,12 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
 @click.option("--summary-column", help="[default: abstract, highlights or summary]")
 @click.option("--truncate-article", is_flag=True, help="Shorten articles of pairs too long.")
 @click.option(
+    "--compare-bytes",
+    is_flag=True,
+    help="Leave out abstracts of more bytes than their article, as the reference does, not of "
+    "more tokens.",
+)
+@click.option(
     "--test-set", is_flag=True, help="Take every pair, and whole, as for files called test."
 )
 def summarization(
@@ -163,6 +170,7 @@ def summarization(
     article_column: str,
     summary_column: str | None,
     truncate_article: bool,
+    compare_bytes: bool,
     test_set: bool,
     **options: Any,
 ) -> dict:
@@ -185,6 +193,7 @@ def summarization(
             article=article_column,
             abstract=summary_column or ABSTRACT,
             truncate_article=truncate_article,
+            compare_bytes=compare_bytes,
             test=test_set,
         )
     )
@@ -275,7 +284,7 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
         whole_files=whole_files,
         short_seq_prob=options.pop("short_seq_prob"),
         seed=options.pop("seed"),
-        write_last=not options.pop("reference_remainder"),
+        keep_all=not options.pop("reference_remainder"),
     )
 
 

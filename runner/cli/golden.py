@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from gptj_convert.options import DTYPES
-from runner.cli.command import PATH, command
+from runner.cli.command import CONFIG_HELP, PATH, command
 from runner.cli.output import Output
 from runner.cli.progress import progress
 
@@ -27,7 +27,7 @@ def golden() -> None:
     "--dtype", type=click.Choice(DTYPES), help="Round the weights to it first.  [default: do not]"
 )
 @click.option("--note", help="What the recording is of, in words.  [default: the model's path]")
-@click.option("--config", "config_file", type=PATH, help="config.json, if there is none beside.")
+@click.option("--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if none is beside it.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def record(
     output: Output,

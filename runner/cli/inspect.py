@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.command import PATH, command
+from runner.cli.command import CONFIG_HELP, PATH, command
 from runner.cli.errors import Exit
 from runner.cli.output import Output, one_line
 from runner.cli.progress import progress
@@ -32,7 +32,7 @@ _NAME = 72
 @click.option("--check", is_flag=True, help="Compare with the hashes and checksums that are kept.")
 @click.option("--diff", "other", metavar="OTHER", type=PATH, help="Compare with a checkpoint.")
 @click.option(
-    "--config", "config_file", type=PATH, help="config.json, where none is beside the weights."
+    "--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if none is beside the weights."
 )
 def inspect(
     output: Output,

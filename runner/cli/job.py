@@ -28,6 +28,8 @@ class Job:
     params_file: Path | None = None
     init_from: Path | None = None
     """Weights to begin with, and their step and slots."""
+    adapter: Path | None = None
+    """Folder of an adapter (peft) to begin with."""
     checkpoint_path: Path | None = None
     """Weights to begin with and nothing else, or to evaluate."""
     max_steps: int | None = None
@@ -42,6 +44,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.steps is not None:
             raise click.UsageError("--max-steps and --steps exclude each other")
+        if self.adapter and self.mode not in ("train", "train_and_eval"):
+            raise click.UsageError(f"--adapter begins a training, and the mode is {self.mode}")
         if self.only and self.mode not in ("train", "eval"):
             raise click.UsageError(f"mode {self.mode} cannot be compiled, expected train or eval")
 

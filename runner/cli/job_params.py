@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
     from runner.cli.job import Job
     from runner.params import Params
 
@@ -63,6 +64,44 @@ def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
     if before and job.mode in ("train", "train_and_eval"):
         accept_changes(params, before, job.settings)
     return params
+
+
+def config_of(job: Job, params: Params) -> GPTJConfig:
+    """Return the config to train, from the folder of a run that has checkpoints, else from the
+    weights that it begins with, whose headers are checked, and those of an adapter for them.
+
+    Raises:
+        ConfigError: YAML and checkpoint disagree.
+        FileFault, TensorFault: the weights to begin with cannot be read, or are not whole.
+    """
+    from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.plan import match
+    from runner import checkpoints
+    from runner.adapter_factors import factors, without_base
+    from runner.params_file import reconcile
+    from runner.run_folder import kept_config
+
+    named = job.checkpoint_path if job.mode == "eval" else None
+    if checkpoints.steps(job.model_dir) and not named:
+        return reconcile(params, kept_config(job.model_dir, params), job.model_dir)
+    begin = weights_to_begin_with(job, params)
+    if begin is None:
+        if job.adapter:
+            raise without_base(job.adapter)
+        return params.config
+    with open_checkpoint(begin) as checkpoint:
+        match(checkpoint)
+        if job.adapter:
+            factors(job.adapter, checkpoint.config, params)
+        return reconcile(params, checkpoint.config, begin)
+
+
+def target_of(job: Job, params: Params, step: int) -> int:
+    """Return the step that a run which has reached `step` trains to."""
+    if job.max_steps is not None:
+        return job.max_steps
+    more = job.steps if job.steps is not None else params.runconfig.steps
+    return params.runconfig.max_steps if more is None else step + more
 
 
 def weights_to_begin_with(job: Job, params: Params) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runner.cli.job_params import accepted, params_of, weights_to_begin_with
+from runner.cli.job_params import accepted, config_of, params_of, target_of
 from runner.cli.output import Output
 
 if TYPE_CHECKING:
@@ -70,15 +70,10 @@ def refuse_a_full_disk(job: Job, params: Params) -> None:
 
 
 def _plan(job: Job, params: Params) -> TrainingPlan:
-    from gptj_convert.checkpoint import open_checkpoint
     from runner import checkpoints
-    from runner.params_file import reconcile
-    from runner.training_plan import plan_training
+    from runner.training_plan import Span, plan_training
 
     steps = checkpoints.steps(job.model_dir)
-    begin = checkpoints.prefix(job.model_dir, steps[-1]) if steps else None
-    begin = begin or weights_to_begin_with(job, params)
-    if begin is None:
-        return plan_training(params.config, params)
-    with open_checkpoint(begin) as checkpoint:
-        return plan_training(reconcile(params, checkpoint.config, begin), params)
+    step = steps[-1] if steps else 0
+    span = Span(begin=step, end=target_of(job, params, step), existing=len(steps))
+    return plan_training(config_of(job, params), params, span)

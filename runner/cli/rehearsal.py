@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.job_params import weights_to_begin_with
+from runner.cli.job_params import config_of
 from runner.cli.output import Output
 from runner.execution import Backend, Execution
 
@@ -22,23 +22,16 @@ if TYPE_CHECKING:
 def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
     """Everything up to the first step: parameters, records and headers; compiled if asked."""
     from gptj_convert import capacity
-    from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.plan import match
     from runner.data.records import check_records, find_records
-    from runner.params_file import reconcile
     from runner.trained import trained_rows
     from runner.training_plan import plan_training
 
     if job.only == "compile" and params.runconfig.execution == Execution.STREAMING:
         raise click.UsageError("--compile-only compiles the step of a resident run")
-    config = params.config
     section = params.train_input if job.mode == "train" else params.eval_input
     if section is None:
         raise click.UsageError("eval_input is missing, expected the records to evaluate on")
-    if begin := weights_to_begin_with(job, params):
-        with open_checkpoint(begin) as checkpoint:
-            match(checkpoint)
-            config = reconcile(params, checkpoint.config, begin)
+    config = config_of(job, params)
     paths = find_records(section.data_dir)
     check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
                   only_first=True)  # fmt: skip

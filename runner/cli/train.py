@@ -20,6 +20,9 @@ from runner.execution import Backend, Execution
 @command
 @click.option("--init-from", type=PATH, help="Weights to begin with, and their step if any.")
 @click.option("--checkpoint-path", type=PATH, help="Weights alone to begin with, at step 0.")
+@click.option(
+    "--adapter", type=PATH, help="Folder of a LoRA adapter (peft) to continue; needs model.lora."
+)
 @click.option("--params", "params_file", type=PATH, help="YAML.  [default: beside the weights]")
 @click.option("--model-dir", type=PATH, default=DEFAULT_MODEL_DIR, show_default=True)
 @click.option("--mode", type=click.Choice(MODES), default="train", show_default=True)
@@ -64,6 +67,7 @@ def train(
     output: Output,
     init_from: Path | None,
     checkpoint_path: Path | None,
+    adapter: Path | None,
     params_file: Path | None,
     model_dir: Path,
     mode: str,
@@ -91,6 +95,8 @@ def train(
         raise click.UsageError("--validate-only and --compile-only exclude each other")
     if init_from and checkpoint_path:
         raise click.UsageError("--init-from and --checkpoint-path exclude each other")
+    if adapter and (cs_ip or target):
+        raise click.UsageError("--adapter is for training on this machine, not on a CS system")
     if cs_ip or target:
         from runner.cerebras import CsJob
 
@@ -126,6 +132,7 @@ def train(
         params_file=params_file,
         init_from=init_from,
         checkpoint_path=checkpoint_path,
+        adapter=adapter,
         max_steps=max_steps,
         steps=steps,
         settings=parsed,

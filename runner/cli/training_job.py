@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import ConfigError
 from runner.cli.errors import Exit
-from runner.cli.job_params import weights_to_begin_with
+from runner.cli.job_params import target_of, weights_to_begin_with
 from runner.cli.job_plan import refuse_a_full_disk
 from runner.cli.output import Output
 from runner.cli.stop_signals import StopSignals
 from runner.cli.training_display import training_display
-from runner.execution import Backend, Execution
+from runner.execution import Backend
 
 if TYPE_CHECKING:
     from runner.cli.job import Job
@@ -39,7 +39,6 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
     with ExitStack() as stack:
         if not workers.index:
             stack.enter_context(locked(job.model_dir))
-        if params.runconfig.execution == Execution.STREAMING:
             refuse_a_full_disk(job, params)
         stack.enter_context(stop)
         stack.enter_context(tf.device(_device(params.runconfig.device)))
@@ -47,15 +46,16 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
             params,
             job.model_dir,
             init_from=begin,
+            adapter=job.adapter,
             weights_only=job.init_from is None,
             strict=job.strict,
             workers=workers,
             warn=_warner(output),
         )
         stack.enter_context(run)
-        if begin and run.continued:
+        if (begin or job.adapter) and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
-        target = _target(job, params, run.step)
+        target = target_of(job, params, run.step)
         kept = job.model_dir / PARAMS_FILE
         if not workers.index and (run.step < target or not kept.exists()):
             write_whole(kept, params.to_yaml())
@@ -93,14 +93,6 @@ def _device(name: str | None) -> str | None:
             hint="leave it out, and TensorFlow chooses; `gptj doctor` lists GPUs",
         )
     return name
-
-
-def _target(job: Job, params: Params, step: int) -> int:
-    """The step to train to."""
-    if job.max_steps is not None:
-        return job.max_steps
-    more = job.steps if job.steps is not None else params.runconfig.steps
-    return params.runconfig.max_steps if more is None else step + more
 
 
 def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import ALL_LEVELS, DEFAULT_LEVEL, DEFAULT_OUT, LEVELS, MODEL_LEVELS
-from runner.cli.command import PATH, command, note_memory
+from runner.cli.command import CONFIG_HELP, PATH, command, note_memory
 from runner.cli.errors import Exit
 from runner.cli.output import Output
 from runner.cli.progress import progress
@@ -56,7 +56,13 @@ _OWN_RECORDING = "the program's own"
     is_flag=True,
     help="Instead: plant faults in memory, and show how each is found and by what margin.",
 )
-@click.option("--config", "config_file", type=PATH, help="config.json, if a side has none.")
+@click.option(
+    "--adapter",
+    type=PATH,
+    help="Folder of an adapter (peft) that is merged into the source first.  "
+    "[default: the one that the manifest names]",
+)
+@click.option("--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if a side has none.")
 def verify(
     output: Output,
     converted: Path,
@@ -68,6 +74,7 @@ def verify(
     keep_going: bool,
     report: Path | None,
     self_test: bool,
+    adapter: Path | None,
     config_file: Path | None,
 ) -> dict[str, Any]:
     """Compare a converted checkpoint with its source; exit 3 if they differ.
@@ -78,6 +85,8 @@ def verify(
     """
     if against and against_golden:
         raise click.UsageError("--against and --against-golden exclude each other")
+    if adapter and against_golden:
+        raise click.UsageError("--adapter is merged into a source, which --against-golden has not")
     if self_test and (against_golden or report):
         raise click.UsageError("--self-test goes with neither --against-golden nor --report")
     if against_golden and LEVELS.index(DEFAULT_LEVEL) < _index(level):
@@ -92,10 +101,10 @@ def verify(
         tensorflow.prepare(proving=True)
     tolerance = tolerance or tolerances.LOGITS
     if self_test:
-        return _self_test(output, converted, against, tolerance, config_file)
+        return _self_test(output, converted, against, adapter, tolerance, config_file)
 
     from gptj_convert.verification.verdict import Verdict
-    from gptj_convert.verification.verify import levels_up_to, source_of
+    from gptj_convert.verification.verify import adapter_of, levels_up_to, source_of
     from gptj_convert.verification.verify import verify as run
 
     verdict = Verdict(tolerance, levels_up_to(level))
@@ -109,11 +118,13 @@ def verify(
         events = verify_against_recording(converted, recording, verdict, config_file=config_file)
     else:
         source = against or source_of(converted)
-        held_against = str(source)
+        adapter = adapter or adapter_of(converted, source)
+        held_against = f"{source} with {adapter}" if adapter else str(source)
         events = run(
             converted,
             source,
             verdict,
+            adapter=adapter,
             config_file=config_file,
             keep_going=keep_going,
             thorough=thorough,
@@ -185,18 +196,21 @@ def _self_test(
     output: Output,
     converted: Path,
     against: Path | None,
+    adapter: Path | None,
     tolerance: float,
     config_file: Path | None,
 ) -> dict[str, Any]:
     from gptj_convert.checkpoint import open_checkpoint
+    from gptj_convert.merged_checkpoint import open_merged
     from gptj_convert.verification.self_test import SelfTest, self_test
-    from gptj_convert.verification.verify import source_of
+    from gptj_convert.verification.verify import adapter_of, source_of
 
     source = against or source_of(converted)
+    adapter = adapter or adapter_of(converted, source)
     result = SelfTest(tolerance, [])
     with (
         open_checkpoint(converted, config_file=config_file) as checkpoint,
-        open_checkpoint(source, config_file=config_file) as original,
+        open_merged(source, adapter, config_file=config_file) as original,
         progress(output, "planting", in_bytes=False) as tell,
     ):
         for event in self_test(checkpoint, original, result):

@@ -20,8 +20,6 @@ from runner.params import InputParams
 #: labels int32 (B, T).
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
-#: The shuffle's seed when the YAML names none: a run must be able to continue.
-DEFAULT_SEED = 1
 #: What TensorFlow mixes into every seed where nobody has set a global one.
 _GLOBAL_SEED = 87654321
 #: From the seed of one epoch to that of the next.
@@ -133,7 +131,7 @@ def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
     """What makes an epoch of its number: batches of serialized records."""
     names = [str(p) for p in paths]
     kinds = ["GZIP" if is_compressed(p) else "" for p in paths]
-    seed = DEFAULT_SEED if params.shuffle_seed is None else params.shuffle_seed
+    seed = params.effective_shuffle_seed
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
         records = tf.data.Dataset.from_tensor_slices((names, kinds)).interleave(
@@ -143,7 +141,7 @@ def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
         if shuffle:
             # Of this function's graph alone: what others do with the global seed must not matter.
             tf.compat.v1.set_random_seed(_GLOBAL_SEED)
-            buffer = params.shuffle_buffer or 10 * params.batch_size
+            buffer = params.effective_shuffle_buffer
             own: Any = seed + number * _SEED_STEP
             records = records.shuffle(buffer, seed=own, reshuffle_each_iteration=False)
         return records.batch(params.batch_size, drop_remainder=True)

@@ -21,7 +21,8 @@ class Packer:
         short_seq_prob: this share of the sequences is shorter, by a random number of tokens.
         seed: of which, and how much.
         made: examples that a run before this one has made of the same stream.
-        write_last: also make the last sequence, which may be shorter.
+        keep_all: every token goes into an example: what a shortened sequence leaves over comes
+            next, and the last sequence is padded. The reference drops both.
     """
 
     def __init__(
@@ -32,14 +33,14 @@ class Packer:
         short_seq_prob: float = 0.0,
         seed: int = 0,
         made: int = 0,
-        write_last: bool = True,
+        keep_all: bool = True,
     ) -> None:
         self._length = length
         self._end = end
         self._short = short_seq_prob
         self._seed = seed
         self._made = made
-        self._write_last = write_last
+        self._keep_all = keep_all
         self._pending = np.empty(0, np.int32)
 
     @property
@@ -64,13 +65,14 @@ class Packer:
     def finish(self) -> np.ndarray:
         """The last example, of what is left, if anything is."""
         rest, self._pending = self._pending, self._pending[:0]
-        return self._padded(rest) if self._write_last and len(rest) else self._nothing()
+        return self._padded(rest) if self._keep_all and len(rest) else self._nothing()
 
     def _cut_one(self, most: int) -> np.ndarray:
         size = self._next_size()
-        if not most or len(self._pending) < size:
+        used = size if self._keep_all else self._length + 1
+        if not most or len(self._pending) < used:
             return self._nothing()
-        tokens, self._pending = self._pending[:size], self._pending[size:]
+        tokens, self._pending = self._pending[:size], self._pending[used:]
         self._made += 1
         return self._padded(tokens)
 

@@ -109,6 +109,9 @@ class PairOptions:
     abstract: str = ABSTRACT
     truncate_article: bool = False
     """Shorten the article of a pair that is too long, instead of leaving the pair out."""
+    compare_bytes: bool = False
+    """Leave out an abstract of more bytes than its article, as the reference does, not of more
+    tokens."""
     test: bool = False
     """Take every pair, and whole."""
 
@@ -159,8 +162,9 @@ class PairEncoder:
         examples = []
         for item, article, abstract in pairs:
             found.documents += 1
-            found.bytes += len(article.encode()) + len(abstract.encode())
-            made = self._example(item, next(ids), next(ids), found)
+            sizes = len(article.encode()), len(abstract.encode())
+            found.bytes += sum(sizes)
+            made = self._example(item, next(ids), next(ids), sizes, found)
             if made is not None:
                 examples.append(made)
         if examples:
@@ -168,7 +172,12 @@ class PairEncoder:
         return found
 
     def _example(
-        self, item: Raw, article: list[int], abstract: list[int], found: Encoded
+        self,
+        item: Raw,
+        article: list[int],
+        abstract: list[int],
+        sizes: tuple[int, int],
+        found: Encoded,
     ) -> np.ndarray | None:
         options = self._options
         needed = tokens_needed(article, abstract)
@@ -180,18 +189,20 @@ class PairEncoder:
                     hint=f"--max-sequence-length {needed} or more",
                 )
         else:
-            if rule := self._rule(article, abstract):
+            if rule := self._rule(article, abstract, sizes):
                 found.left_out[rule] = found.left_out.get(rule, 0) + 1
                 return None
             article = article[: options.length - len(abstract) - 2]
         found.tokens += tokens_needed(article, abstract)
         return example(article, abstract, options.length, end=self._end)
 
-    def _rule(self, article: list[int], abstract: list[int]) -> str | None:
-        """Why a pair is left out; None when it is not."""
+    def _rule(self, article: list[int], abstract: list[int], sizes: tuple[int, int]) -> str | None:
+        """Why a pair is left out; None when it is not. Sizes are in bytes."""
         if not article or not abstract:
             return EMPTY
-        if len(abstract) > len(article):
+        ours = len(article), len(abstract)
+        of_article, of_abstract = sizes if self._options.compare_bytes else ours
+        if of_abstract > of_article:
             return LONGER
         # Of an article that is shortened something must be left.
         least = article[:1] if self._options.truncate_article else article
@@ -245,6 +256,7 @@ class SummarizationRecipe:
             "article": self.options.article,
             "abstract": self.options.abstract,
             "truncate_article": self.options.truncate_article,
+            "compare_bytes": self.options.compare_bytes,
             "test": self.options.test,
         }
 

@@ -162,8 +162,8 @@ class TextRecipe:
     """Every file is one document."""
     short_seq_prob: float = 0.0
     seed: int = 0
-    write_last: bool = True
-    """Also the last sequence, padded; the reference drops it."""
+    keep_all: bool = True
+    """Every token goes into an example; see `Packer`."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class TextRecipe:
             "whole_files": self.whole_files,
             "short_seq_prob": self.short_seq_prob,
             "seed": self.seed,
-            "reference_remainder": not self.write_last,
+            "reference_remainder": not self.keep_all,
         }
 
     def reading(self, spool: Path) -> Reading:
@@ -198,5 +198,5 @@ class TextRecipe:
             short_seq_prob=self.short_seq_prob,
             seed=self.seed,
             made=made,
-            write_last=self.write_last,
+            keep_all=self.keep_all,
         )

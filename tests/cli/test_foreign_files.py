@@ -262,7 +262,7 @@ def _adapter(folder: Path) -> str:
     text = json.dumps({"base_model_name_or_path": "EleutherAI/gpt-j-6b"})
     (folder / "adapter_config.json").write_text(text)
     (folder / "adapter_model.safetensors").write_bytes(b"x")
-    return f"gptj convert EleutherAI/gpt-j-6b --adapter {folder} --to tf"
+    return f"gptj convert EleutherAI/gpt-j-6b --adapter {folder} --to hf"
 
 
 def _by_another_name(folder: Path) -> str:
@@ -280,7 +280,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], str], str]] = {
     "trainer": (_trainer, "checkpoints of transformers' Trainer, the last checkpoint-1000"),
     "cache": (_cache, "the hub's cache"),
     "repository of the cache": (_repository_of_cache, "the hub's cache"),
-    "adapter": (_adapter, "an adapter of the peft library"),
+    "adapter": (_adapter, "an adapter (adapter_config.json) and no model"),
     "deepspeed": (
         _files("global_step20/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
         "a checkpoint of DeepSpeed",

@@ -149,3 +149,28 @@ def test_a_record_that_is_no_example(data):
     assert "a.bin:1: is not a tf.train.Example" in data("a.bin").stderr
     Path("b.jsonl").write_text('{"article": "a", "highlights": null}\n')
     assert "b.jsonl:1: abstract or highlights or summary is null" in data("b.jsonl").stderr
+
+
+def test_lengths_are_compared_in_tokens_or_in_bytes(data, tokenizer_folder: Path):
+    """One emoji is several tokens, a common word of as many bytes is one."""
+    dense, plain = "🦜🦜", "international news"
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert len(tokenizer.encode(dense).ids) > len(tokenizer.encode(plain).ids)
+    assert len(dense.encode()) < len(plain.encode())
+    Path("pairs.bin").write_bytes(_binary([(plain, dense), (dense, plain)]))
+    by_tokens, by_bytes = data("pairs.bin", "--out", "a"), data("pairs.bin", "--out", "b",
+                                                                "--compare-bytes")  # fmt: skip
+    first, second = (_ids(folder) for folder in ("a", "b"))
+    assert by_tokens.code == by_bytes.code == 0
+    assert len(first) == len(second) == 1
+    assert first[0][1] == tokenizer.encode(dense).ids[0]
+    assert second[0][1] == tokenizer.encode(plain).ids[0]
+
+
+def _ids(folder: str) -> list[list[int]]:
+    spec = {FEATURES[0]: tf.io.VarLenFeature(tf.int64)}
+    paths = [str(p) for p in Path(folder).glob("*.tfrecord")]
+    return [
+        tf.sparse.to_dense(tf.io.parse_single_example(raw, spec)[FEATURES[0]]).numpy().tolist()
+        for raw in tf.data.TFRecordDataset(paths)
+    ]

@@ -25,13 +25,14 @@ DOWNLOADING = {"--download", "--repository", "--part"}
 OPTIONS = {
     "convert": {
         "--to", "--out", "--dtype", "--max-shard-size", "--vocab-size", "--share-embeddings",
-        "--optimizer-state", "--param-groups", "--config", "--dry-run", "--saturate", "--resume",
-        "--force",
+        "--adapter", "--drop", "--optimizer-state", "--param-groups", "--cs-backend", "--config",
+        "--dry-run", "--saturate", "--resume", "--force",
     },
     "data inspect": {"--tokenizer", "--samples", "--html"},
     "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},
     "data summarization": BUILDING | DOWNLOADING | {
-        "--article-column", "--summary-column", "--truncate-article", "--test-set",
+        "--article-column", "--summary-column", "--truncate-article", "--compare-bytes",
+        "--test-set",
     },
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},
@@ -49,16 +50,20 @@ OPTIONS = {
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
-    "new": {"--preset", "--out", "--seed", "--set", "--dtype", "--max-shard-size", "--force"},
+    "new": {
+        "--preset", "--out", "--seed", "--set", "--dtype", "--file-format", "--layout",
+        "--max-shard-size", "--force",
+    },
     "runs": {"--html"},
     "train": {
-        "--init-from", "--checkpoint-path", "--params", "--model-dir", "--mode", "--max-steps",
-        "--steps", "--eval-steps", "--execution", "--backend", "--set", "--workers", "--strict",
-        "--validate-only", "--compile-only", "--cs-ip", "--target", "--run-py", "--dry-run",
+        "--init-from", "--checkpoint-path", "--adapter", "--params", "--model-dir", "--mode",
+        "--max-steps", "--steps", "--eval-steps", "--execution", "--backend", "--set",
+        "--workers", "--strict", "--validate-only", "--compile-only", "--cs-ip", "--target",
+        "--run-py", "--dry-run",
     },
     "verify": {
         "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",
-        "--report", "--self-test", "--config",
+        "--report", "--self-test", "--adapter", "--config",
     },
 }  # fmt: skip
 

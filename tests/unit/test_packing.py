@@ -145,7 +145,7 @@ def test_a_stream_is_cut_into_sequences_that_do_not_overlap():
 
 
 def test_the_last_sequence_may_be_left_out():
-    packer = Packer(3, END_OF_TEXT_ID, write_last=False)
+    packer = Packer(3, END_OF_TEXT_ID, keep_all=False)
     packer.add(_stream(5))
     assert len(packer.cut(5)) == 1
     nothing = packer.finish()
@@ -160,6 +160,18 @@ def _sizes(length: int, count: int, **options: Any) -> list[int]:
     while len(block := packer.cut(1)):
         sizes.append(1 + int(block[0, 1].sum()))
     return sizes
+
+
+def test_what_a_shortened_sequence_cuts_off_may_be_left_out():
+    """As the reference does: the next sequence begins where a whole one would have ended."""
+    packer = Packer(9, END_OF_TEXT_ID, short_seq_prob=0.5, keep_all=False)
+    packer.add(_stream(2000))
+    begins, sizes = [], []
+    while len(block := packer.cut(1)):
+        begins.append(int(block[0, 0, 0]))
+        sizes.append(1 + int(block[0, 1].sum()))
+    assert begins == [int(_stream(2000)[10 * n]) for n in range(200)]
+    assert sizes == _sizes(9, 2000, short_seq_prob=0.5)[:200]
 
 
 def test_shortened_sequences_are_drawn_by_seed_and_number():
