@@ -218,15 +218,16 @@ def test_generate_stops_where_transformers_does(case: str, chat: Path, gptj):
     whole = generated(chat, prompt, 24)
     new = whole[len(prompt) :]
     assert len(new) == 24
-    # Two tokens that come for the first time late, the second before the first.
-    late = [t for n, t in enumerate(new) if n >= 4 and t not in new[:n]][:2]
-    ends = late[::-1]
+    # A token that comes for the first time late, between two that never come.
+    late = next(t for n, t in enumerate(new) if n >= 4 and t not in new[:n] and 0 < t < 299)
+    never = [t for t in range(300) if t not in new]
+    ends = [next(t for t in never if t < late), late, next(t for t in never if t > late)]
     change_config(chat, eos_token_id=ends if case == "only config" else [new[0]])
     if case == "only config":
         generation.unlink()
     else:
         stated = {"both": {"eos_token_id": ends}, "generation null": {"eos_token_id": None}}
-        stated |= {"no end": {}, "one": {"eos_token_id": late[1]}}
+        stated |= {"no end": {}, "one": {"eos_token_id": late}}
         generation.write_text(json.dumps(stated[case]))
     expected = generated(chat, prompt, 24)
     assert (len(expected) < len(whole)) == (case not in ("no end", "generation null"))

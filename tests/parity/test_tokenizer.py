@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -153,6 +153,33 @@ def same_as_transformers(folder: Path, texts: list[str]) -> None:
 
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+# Which of two overlapping tokens is found first hangs on whether each is special from the start.
+@example(
+    {
+        "config.json": {"model_type": "gptj"},
+        "special_tokens_map.json": {"pad_token": "lo"},
+        "added_tokens.json": {"hello": 263, "lo": 264},
+    },
+    ["hello"],
+)
+@example(
+    {
+        "config.json": {"model_type": "gptj"},
+        "tokenizer_config.json": {
+            "additional_special_tokens": [{"__type": "AddedToken", "content": "lo"}]
+        },
+        "added_tokens.json": {"hello": 263, "lo": 264},
+    },
+    ["hello"],
+)
+# A token that is named by a default alone is not the one that another file states.
+@example(
+    {
+        "config.json": {"model_type": "gptj"},
+        "added_tokens.json": {END: 263, "lo": 263, f"{END}x": 264},
+    },
+    [f"{END}xhello"],
 )
 @given(folders(), st.lists(TEXTS, min_size=1, max_size=4))
 def test_ids_are_those_of_transformers(folder: Path, files: dict[str, Any], texts: list[str]):
