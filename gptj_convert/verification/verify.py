@@ -51,12 +51,12 @@ def source_of(converted: Path) -> Path:
 
 
 def adapter_of(converted: Path, against: Path) -> Path | None:
-    """Return the adapter that was merged into a source, if the manifest names both.
-
-    Raises:
-        FileFault: what is there is not a manifest.
-    """
-    stated = _stated_source(converted)
+    """Return the adapter that was merged into a source, if the manifest names both; a damaged
+    manifest is found later."""
+    try:
+        stated = _stated_source(converted)
+    except FileFault:
+        return None
     adapter = stated.get("adapter")
     same = stated.get("path") == str(against.absolute())
     path = adapter.get("path") if same and isinstance(adapter, dict) else None
