@@ -144,6 +144,8 @@ def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -
         for key in sorted(given.keys() | before.keys())
         if (key in _BOUND or not _is_under(key, _FREE))
         and given.get(key) != before.get(key)
+        # What one of the two does not read follows from another difference, which is named.
+        and (key.startswith("model.") or (key in given and key in before))
         and not _is_under(key, settings)
     ]
     if problems:
