@@ -329,7 +329,8 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
     if plan.scheme is Scheme.KERAS:
         write_model(staging, plan.config, plan.dtype)
     for name in checkpoint.companions:
-        (staging / name).parent.mkdir(exist_ok=True)
+        if not (folder := (staging / name).parent).is_dir():
+            folder.mkdir()
         shutil.copyfile(checkpoint.folder / name, staging / name)
     if states_no_end(checkpoint):
         (staging / GENERATION_FILE).write_text(generation_text(plan.config), encoding="utf-8")

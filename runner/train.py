@@ -157,7 +157,8 @@ class Run:
         from_yaml = not checkpoint.config_file
         self._keep_config(checkpoint.config, {ORIGIN_KEY: origin(checkpoint)}, from_yaml=from_yaml)
         for name in () if self.workers.index else checkpoint.companions:
-            (self.model_dir / name).parent.mkdir(exist_ok=True)
+            if not (folder := (self.model_dir / name).parent).is_dir():
+                folder.mkdir()
             write_whole(self.model_dir / name, (checkpoint.folder / name).read_bytes())
         self.executor.load(checkpoint.source, checkpoint.scheme)
         if found_adapter:
