@@ -17,6 +17,7 @@ import numpy as np
 from gptj_convert.checkpoint import locate, open_named, read_config
 from gptj_convert.panels import Panels
 from gptj_convert.progress import Progress
+from gptj_convert.source_names import RenamedSource
 from gptj_convert.survey import Finding, Role, survey
 from gptj_convert.tensor_problems import hint, whole_problem
 from gptj_model.config import GPTJConfig
@@ -68,6 +69,11 @@ class Inspection:
             return "name the model's configuration with `--config FILE`"
         return hint(self.findings, self.scheme, self.config) if self.problems else None
 
+    def name_in_file(self, finding: Finding) -> str:
+        """Return what the file itself calls a tensor; of one that is missing, the table's name."""
+        renamed = self.source.in_file if isinstance(self.source, RenamedSource) else {}
+        return renamed.get(finding.name, finding.name)
+
     def totals(self) -> dict[str, Any]:
         """Number of tensors, of parameters (values of weights) and of bytes; these by dtype."""
         present = [(f, f.info) for f in self.findings if f.info]
@@ -87,14 +93,16 @@ class Inspection:
         """The fields of the JSON object.
 
         Args:
-            statistics: by name in the file; the tensors' `stats`.
+            statistics: by name in the source; the tensors' `stats`.
         """
         return {
             "path": str(self.path),
             "format": self.scheme.value,
             "files": [str(f) for f in self.files],
             "config": self.config.own_fields() if self.config else None,
-            "tensors": [_tensor_json(f, statistics or {}) for f in self.findings],
+            "tensors": [
+                _tensor_json(f, self.name_in_file(f), statistics or {}) for f in self.findings
+            ],
             "totals": self.totals(),
             "problems": self.problems,
             "hint": self.hint,
@@ -222,10 +230,10 @@ def gather_statistics(
             yield Progress(done := done + values.nbytes, total, name)
 
 
-def _tensor_json(finding: Finding, statistics: dict[str, Statistics]) -> dict[str, Any]:
+def _tensor_json(finding: Finding, name: str, statistics: dict[str, Statistics]) -> dict[str, Any]:
     tensor, info = finding.tensor, finding.info
     shown: dict[str, Any] = {
-        "name": finding.name,
+        "name": name,
         "hf": tensor.hf if tensor else None,
         "tf": tensor.tf if tensor else None,
         "cs": list(tensor.cs) if tensor else None,

@@ -108,18 +108,21 @@ class RenamedSource:
     Args:
         source: of the tensors.
         in_file: the source's name by the new one; a tensor that is not among them is left out.
+
+    Attributes:
+        in_file: as given.
     """
 
     def __init__(self, source: TensorSource, in_file: Mapping[str, str]) -> None:
         self._source = source
-        self._in_file = in_file
+        self.in_file = in_file
         self.tensors: dict[str, TensorInfo] = {
             name: source.tensors[inner] for name, inner in in_file.items()
         }
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `TensorSource.read_into`."""
-        self._source.read_into(self._in_file[name], offset, buffer)
+        self._source.read_into(self.in_file[name], offset, buffer)
 
     def close(self) -> None:
         """Close the source."""

@@ -90,7 +90,7 @@ def _show(output: Output, opened: Inspection, statistics: dict[str, Statistics])
         findings = [f for f in opened.findings if f.role is role]
         if findings and role is not Role.WEIGHT:
             output.data(f"\n{role.value} ({len(findings)}):")
-        for line in _table(findings, statistics):
+        for line in _table(opened, findings, statistics):
             output.data(line)
     totals, config = opened.totals(), opened.config
     dtypes = ", ".join(f"{d['tensors']} {name}" for name, d in totals["dtypes"].items())
@@ -112,7 +112,9 @@ def _show(output: Output, opened: Inspection, statistics: dict[str, Statistics])
         output.note(f"hint: {opened.hint}")
 
 
-def _table(findings: Sequence[Finding], statistics: dict[str, Statistics]) -> Iterator[str]:
+def _table(
+    opened: Inspection, findings: Sequence[Finding], statistics: dict[str, Statistics]
+) -> Iterator[str]:
     """Aligned lines: what the file holds, then other names and figures.
 
     On a terminal that is too narrow for both, the second part stands below the first. A pipe has
@@ -127,8 +129,9 @@ def _table(findings: Sequence[Finding], statistics: dict[str, Statistics]) -> It
         if f.info:
             kind = (str(list(f.info.shape)), f.info.dtype, _size(f.info.nbytes))
         block = f.tensor.block if f.tensor else None
-        held.append((one_line(f.name, _NAME), *kind, "" if block is None else str(block)))
-        others = [n for n in (f.tensor.hf, f.tensor.tf) if n != f.name] if f.tensor else []
+        name = opened.name_in_file(f)
+        held.append((one_line(name, _NAME), *kind, "" if block is None else str(block)))
+        others = [n for n in (f.tensor.hf, f.tensor.tf) if n != name] if f.tensor else []
         figures = _figures(statistics[f.name]) if f.info and f.name in statistics else ""
         more.append(("  ".join(others), figures, "PROBLEM" if f.problem and f.tensor else ""))
     wide = _aligned([a + b for a, b in zip(held, more, strict=True)], "<<<>><<<")

@@ -314,7 +314,7 @@ def test_metadata_that_is_no_object(metadata: object, sharded: Path, gptj):
 def _converts_with_note(done, words: str) -> None:
     assert done.code == 0, done.stderr
     assert done.stderr.count("note: ") == 1
-    assert f"note: sharded/{INDEX}: {words}" in done.stderr
+    assert f"sharded/{INDEX}: {words}" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,9 @@ def test_2000_mutated_indexes(sharded: Path):
 def test_shards_without_their_index(sharded: Path, gptj):
     (sharded / INDEX).unlink()
     done = gptj("convert", sharded, "--to", "tf")
-    _refused(done, 1, "model-00001-of-00006.safetensors and 5 more, but no index", INDEX)
+    _refused(
+        done, 1, "shards (model-00001-of-00006.safetensors and 5 more) without their index", INDEX
+    )
 
 
 def test_one_shard_of_several(sharded: Path, gptj):
