@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,11 @@ from gptj_convert.random_checkpoint import write_random_checkpoint
 from gptj_convert.tokenizer import write_tokenizer
 from gptj_model.config import GPTJConfig
 from tests.cli.fake_hub import FakeHub, client_alone, point_at, serving
-from tests.conftest import make_checkpoint
+from tests.conftest import make_checkpoint, write_records
 from tests.public_layout import public_state, write_public_bin
 
 DATA = "tf_model.ckpt.data-00000-of-00001"
+RUN = "model.ckpt-1.data-00000-of-00001"
 
 
 @pytest.fixture
@@ -109,6 +111,47 @@ def test_runs_and_texts_are_those_of_the_original(public: Path, hf: Path, gptj):
         ]
         assert said[0].code == 0, said[0].stderr
         assert said[0].stdout == said[1].stdout
+
+
+def test_training_begins_with_the_same_weights(public: Path, hf: Path, gptj):
+    Path("data").mkdir()
+    rows = (np.arange(16) + 16 * n for n in range(4))
+    write_records(Path("data/a.tfrecord"), [(r, np.ones(16, int), r + 1) for r in rows])
+    assert gptj("convert", hf, "--to", "tf").code == 0
+    for source in (hf, public):
+        done = gptj(
+            *("train", "--init-from", source, "--model-dir", f"run-{source.name}"),
+            *("--max-steps", "1", "--set", "train_input.batch_size=4"),
+            *("--params", "converted/params.yaml", "--set", "train_input.max_sequence_length=16"),
+        )
+        assert done.code == 0, done.stderr
+    (ours, theirs) = (Path(f"run-{x.name}/{RUN}").read_bytes() for x in (public, hf))
+    assert ours == theirs
+
+
+def test_an_optimizers_state_lies_as_its_weights_do(public: Path, hf: Path, gptj):
+    """AdamW makes its moments with the strides of the weights, and torch.save keeps those."""
+    shutil.copytree(hf, "rows")
+    for folder, state in (
+        (public, public_state(hf)),
+        (Path("rows"), load_file(hf / "model.safetensors")),
+    ):
+        weights = [v for n, v in state.items() if ".attn.bias" not in n and "masked" not in n]
+        parameters = [torch.nn.Parameter(w) for w in weights]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        for n, parameter in enumerate(parameters):
+            generator = torch.Generator().manual_seed(n)
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    moment = torch.load(public / "optimizer.pt", weights_only=True)["state"]
+    assert any(m["exp_avg"].stride()[:1] == (1,) != m["exp_avg"].shape[1:] for m in moment.values())
+    options = ("--to", "tf", "--optimizer-state")
+    for folder in (public, Path("rows")):
+        done = gptj("convert", folder, *options, "--out", f"{folder.name}-tf")
+        assert done.code == 0, done.stderr
+    assert Path("public-tf", DATA).read_bytes() == Path("rows-tf", DATA).read_bytes()
 
 
 def test_views_of_one_fused_projection_convert(hf: Path, gptj):
