@@ -236,6 +236,8 @@ def open_adapter(folder: Path, config: GPTJConfig) -> PeftAdapter:
         ConfigError: a setting is not implemented, or names what GPT-J has not; all are named.
         TensorFault: its tensors are not those that the settings call for; all are named.
     """
+    if not folder.exists():
+        raise FileFault(f"{folder}: not found, expected a folder with {CONFIG_FILE}")
     if not is_adapter(folder):
         raise FileFault(
             f"{folder}: holds no {CONFIG_FILE}, expected a folder that peft's save_pretrained wrote"

@@ -32,7 +32,7 @@ def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[No
     from httpx2 import RequestError
     from huggingface_hub import errors
 
-    again = "run the same command again to resume; a finished folder needs no download"
+    again = "check the network, then run the same command again: a partial download is resumed"
     try:
         yield
     except errors.GatedRepoError:

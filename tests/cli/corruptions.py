@@ -446,7 +446,7 @@ CASES: list[Corruption] = [
         for what, after, level, named, diagnosis in (
             ("a file's size", f'"{INDEX}": {{\n   "bytes": ', "structure", INDEX,
              "it ends at byte 1764, of 2764 that were written"),
-            ("a file's SHA-256", '"sha256": "', "structure", "config.json", _CHANGED),
+            ("a file's SHA-256", '"sha256": "', "structure", "checkpoint", _CHANGED),
             ("a tensor's crc32c", '"crc32c": "', "weights", "lm_head.bias",
              "the values are the source's; their checksum in this file is not theirs"),
             ("a crc32c of the source", '"source_crc32c": "', "weights", "manifest.json",
