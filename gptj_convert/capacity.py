@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from gptj_convert.panels import CONVERTED_STRIPS, PANEL_BYTES, STRIPS, strip_sizes
+from gptj_convert.panels import (
+    CONVERTED_STRIPS,
+    PANEL_BYTES,
+    SMALL_STRIP_BYTES,
+    STRIPS,
+    strip_sizes,
+    strips_around,
+)
 from gptj_convert.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
@@ -42,7 +49,8 @@ KEPT_CHECKPOINTS = 2
 
 def conversion_memory(plan: Plan) -> int:
     """Peak of `execute`: strips and blocks; columns are cut from whole rows in a panel more."""
-    strips = _strips(size for m in plan.in_file_order for size in strip_sizes(m.source, m.op))
+    sizes = [size for m in plan.in_file_order for size in strip_sizes(m.source, m.op)]
+    strips = _strips(sizes, strips_around(max(sizes, default=0)))
     blocks = min(plan.layout.total, BLOCKS * BLOCK_BYTES)
     return INTERPRETER + _TOKENIZER + strips + blocks + PANEL_BYTES
 
@@ -65,13 +73,13 @@ def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int
         target_bytes += target.nbytes
         mask = max(mask, PANEL_BYTES // NUMPY[target.dtype].itemsize)
     panels = min(target_bytes, (CONVERTED_STRIPS + 2) * PANEL_BYTES)
-    return INTERPRETER + _TOKENIZER + _strips(sizes) + panels + mask
+    return INTERPRETER + _TOKENIZER + _strips(sizes, STRIPS) + panels + mask
 
 
-def _strips(sizes: Iterable[int]) -> int:
+def _strips(sizes: Iterable[int], count: int) -> int:
     """Of strips that go around in turn: each buffer grows to the largest of every so many."""
-    listed = list(sizes)
-    return sum(max(listed[n::STRIPS], default=0) for n in range(STRIPS))
+    large = [size for size in sizes if size > SMALL_STRIP_BYTES]
+    return sum(max(large[n::count], default=0) for n in range(count))
 
 
 def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:

@@ -33,7 +33,7 @@ from gptj_convert.manifest import (
     describe_source,
     describe_target,
 )
-from gptj_convert.panels import STRIPS, Strip
+from gptj_convert.panels import Strip
 from gptj_convert.pipeline import Pipeline
 from gptj_convert.plan import Move, Plan
 from gptj_convert.progress import Progress
@@ -265,7 +265,7 @@ class _Reader:
         names = plan.layout.tensors_from(start.file, start.offset)
         moves = [self._moves[name] for name in names if name in self._moves]
         wanted = [Wanted(m.source_name, m.op, partial(self._look, m)) for m in moves]
-        self._ahead = ReadAhead(checkpoint.everything, wanted, pipeline, STRIPS)
+        self._ahead = ReadAhead(checkpoint.everything, wanted, pipeline, None)
 
     def strips(self, name: str) -> Iterator[Strip]:
         """The strips of a tensor of the target; tensors must be asked for in order."""

@@ -23,8 +23,14 @@ PANEL_BYTES = 8 * 2**20
 #: Bytes of a matrix that are held to be transposed; a larger one is read in strips of columns.
 #: The 6B's feed-forward matrices in float32 just fit.
 STRIP_BYTES = 256 * 2**20
+#: A strip up to this size has memory of its own: in the place of a large one, as between two
+#: matrices the bias is, it would keep the next one from being read.
+SMALL_STRIP_BYTES = 2**20
 #: Strips that go around in a conversion: one is laid out while the next is read.
 STRIPS = 2
+#: Where strips are panels, more of them go around, up to so many bytes: reading and writing then
+#: wait less for each other.
+_AROUND_BYTES = 64 * 2**20
 #: The same of a converted checkpoint in a verification, where each is a panel.
 CONVERTED_STRIPS = 4
 
@@ -87,6 +93,11 @@ def strip_bytes(info: TensorInfo, op: Op) -> int:
     return max(strip_sizes(info, op), default=0)
 
 
+def strips_around(largest: int) -> int:
+    """Number of strips that go around in a conversion, by the bytes of the largest."""
+    return max(STRIPS, min(_AROUND_BYTES // PANEL_BYTES, _AROUND_BYTES // max(largest, 1)))
+
+
 class Strips:
     """One tensor, laid out by an op, as consecutive strips.
 
@@ -95,8 +106,11 @@ class Strips:
         op: what is to be done to it.
         buffer: gives memory (uint8) for a strip of at most `strip_bytes`; by default new memory.
         look: is shown every part of the tensor once, in the source's dtype.
+        deferred: leave it to the caller to `count` every strip, in order, where `are_parts`.
 
-    Afterwards `crc` is the crc32c of the tensor's bytes as the source has them.
+    Attributes:
+        crc: afterwards the crc32c of the tensor's bytes as the source has them.
+        are_parts: whether the strips are the tensor's bytes as they come, one after the other.
     """
 
     def __init__(
@@ -107,6 +121,7 @@ class Strips:
         *,
         buffer: Callable[[int], np.ndarray] | None = None,
         look: Callable[[np.ndarray], None] | None = None,
+        deferred: bool = False,
     ) -> None:
         self._source = source
         self._name = name
@@ -116,6 +131,8 @@ class Strips:
         self._sizes = strip_sizes(self._info, op)
         self._buffer = buffer or _new_memory
         self._look = look
+        self.are_parts = self._op is Op.COPY or len(self._sizes) == 1
+        self._deferred = deferred and self.are_parts
         self.crc = 0
 
     def __iter__(self) -> Iterator[Strip]:
@@ -128,7 +145,8 @@ class Strips:
         for size in self._sizes:
             values = self._memory((size // self._dtype.itemsize,))
             self._source.read_into(self._name, begin, raw_bytes(values))
-            self._count(values)
+            if not self._deferred:
+                self.count(values)
             yield Strip(values, Op.COPY)
             begin += size
 
@@ -140,7 +158,8 @@ class Strips:
         if len(sizes) == 1:
             values = self._memory((rows, columns))
             self._source.read_into(self._name, 0, raw_bytes(values))
-            self._count(values)
+            if not self._deferred:
+                self.count(values)
             yield Strip(values, self._op)
             return
         # Whole rows are read for every strip: the disk gives them faster than parts of them.
@@ -154,7 +173,7 @@ class Strips:
                 part = scratch[: rows - top]
                 self._source.read_into(self._name, top * row_bytes, raw_bytes(part))
                 if left == 0:
-                    self._count(part)
+                    self.count(part)
                 values[top : top + len(scratch)] = part[:, left : left + width]
             yield Strip(values, self._op)
             left += width
@@ -163,7 +182,8 @@ class Strips:
         size = math.prod(shape) * self._dtype.itemsize
         return self._buffer(size)[:size].view(self._dtype).reshape(shape)
 
-    def _count(self, values: np.ndarray) -> None:
+    def count(self, values: np.ndarray) -> None:
+        """Add a part of the tensor to `crc`, and show it to `look`."""
         self.crc = crc32c(raw_bytes(values), self.crc)
         if self._look:
             self._look(values)

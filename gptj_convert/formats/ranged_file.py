@@ -17,7 +17,7 @@ DOWNLOAD_HINT = "fetch the file again, for example with `gptj download`"
 
 #: Offsets, sizes and addresses of this alignment may go to and from a device directly.
 ALIGNMENT = 4096
-#: Ranges from this size on are read directly, so many bytes at once.
+#: Ranges from this size on are read directly, and how much of one at once, wherever it begins.
 _DIRECT_FROM = 2**20
 _DIRECT_BYTES = 8 * 2**20
 #: Pages that tell whether a file is in the page cache.
@@ -78,9 +78,13 @@ class RangedFile:
             FileFault: the file ends before, or the device fails.
         """
         done = 0
+        # Long ranges of a file that is not in the page cache go around it, to their last byte:
+        # filling it costs more processor time than converting what is read.
+        directly = self._direct >= 0 and len(buffer) >= _DIRECT_FROM
+        read = self._read_directly if directly else self._read_cached
         while done < len(buffer):
             try:
-                got = self._read_some(offset + done, buffer[done:])
+                got = read(offset + done, buffer[done:])
             except OSError as e:
                 raise FileFault(
                     f"{self.path}: cannot be read at byte {offset + done} ({what}): {e.strerror}"
@@ -93,23 +97,24 @@ class RangedFile:
                 )
             done += got
 
-    def _read_some(self, offset: int, buffer: memoryview) -> int:
-        """What one call of the system gives. Returns 0 at the end of the file only.
+    def _read_cached(self, offset: int, buffer: memoryview) -> int:
+        return os.preadv(self._fd, [buffer], offset)
 
-        Long ranges of a file that is not in the page cache go around it: filling it costs more
-        processor time than converting what is read.
-        """
-        if self._direct < 0 or len(buffer) < _DIRECT_FROM:
-            return os.preadv(self._fd, [buffer], offset)
+    def _read_directly(self, offset: int, buffer: memoryview) -> int:
+        """What one call of the system gives. Returns 0 at the end of the file only."""
         skip = offset % ALIGNMENT
-        aligned = not skip and _address(buffer) % ALIGNMENT == 0
-        memory = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT] if aligned else bounce_memory()
+        whole = len(buffer) // ALIGNMENT * ALIGNMENT
+        aligned = whole and not skip and _address(buffer) % ALIGNMENT == 0
+        if aligned:
+            memory = buffer[:whole]
+        else:
+            memory = bounce_memory()[: -(-(skip + len(buffer)) // ALIGNMENT) * ALIGNMENT]
         try:
             got = os.preadv(self._direct, [memory], offset - skip) - skip
         except OSError as e:
             if e.errno != errno.EINVAL:  # a device that wants a stricter alignment
                 raise
-            return os.preadv(self._fd, [buffer], offset)
+            return self._read_cached(offset, buffer)
         got = max(0, min(got, len(buffer)))
         if not aligned:
             buffer[:got] = memory[skip : skip + got]
@@ -156,5 +161,5 @@ def _address(buffer: memoryview) -> int:
 def bounce_memory() -> memoryview:
     """Aligned memory of this thread, for what goes to or from a device directly."""
     if not hasattr(_of_thread, "bounce"):
-        _of_thread.bounce = memoryview(mmap.mmap(-1, _DIRECT_BYTES))
+        _of_thread.bounce = memoryview(mmap.mmap(-1, _DIRECT_BYTES + ALIGNMENT))
     return _of_thread.bounce
