@@ -23,6 +23,8 @@ PANEL_BYTES = 8 * 2**20
 #: Bytes of a matrix that are held to be transposed; a larger one is read in strips of columns.
 #: The 6B's feed-forward matrices in float32 just fit.
 STRIP_BYTES = 256 * 2**20
+#: Columns of a strip are a multiple of this number, where it has more.
+_COLUMNS = 64
 #: A strip up to this size has memory of its own: in the place of a large one, as between two
 #: matrices the bias is, it would keep the next one from being read.
 SMALL_STRIP_BYTES = 2**20
@@ -84,7 +86,11 @@ def strip_sizes(info: TensorInfo, op: Op) -> list[int]:
         step = max(PANEL_BYTES // width, 1) * width
     else:
         column = max(info.storage_shape[0] * width, 1)
-        step = max(STRIP_BYTES // column, 1) * column
+        columns = max(STRIP_BYTES // column, 1)
+        # A strip's rows then begin with whole words, as `transpose` is fastest with.
+        if columns > _COLUMNS:
+            columns -= columns % _COLUMNS
+        step = columns * column
     return [min(step, info.nbytes - begin) for begin in range(0, info.nbytes, step)]
 
 

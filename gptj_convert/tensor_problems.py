@@ -63,11 +63,11 @@ WHOLES: tuple[Whole, ...] = (
 
 def whole_problem(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
     """What all of a file is that cannot be read as weights, in one line, and a hint."""
-    if len(prefixes := model_prefixes(tensors)) > 1:
-        shown = " and ".join(map(repr, prefixes))
-        drop = " ".join(f"--drop '{p}*'" for p in prefixes[1:] if p)
+    if len(prefixes := sorted(model_prefixes(tensors))) > 1:
+        shown = " and ".join(repr(p) if p else "no prefix" for p in prefixes)
+        drop = " ".join(f"--drop '{p}*'" for p in prefixes[1:])
         return (
-            f"holds {len(prefixes)} models, with names that begin with {shown}",
+            f"holds {len(prefixes)} models, whose names of tensors begin with {shown}",
             f"convert one of them: leave out the others, as with {drop}",
         )
     for whole in WHOLES:
@@ -88,11 +88,6 @@ class Situation:
     findings: Sequence[Finding]
     scheme: Scheme
     config: GPTJConfig
-
-    @property
-    def present(self) -> set[str]:
-        """Names of tensors that are there and are as they must be."""
-        return {f.name for f in self.findings if f.info and not f.problem}
 
     @property
     def unknown(self) -> list[str]:

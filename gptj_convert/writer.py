@@ -28,6 +28,7 @@ from gptj_model.op import Op
 #: Bytes that are handed on and written at once, and how many such blocks go around.
 BLOCK_BYTES = 8 * 2**20
 BLOCKS = 8
+_ROWS_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +192,7 @@ def _lay_out(
             name = None if isinstance(part, bytes) else part
             for strip, dtype in _strips(layout, part, content):
                 size, at = strip.values.size * dtype.itemsize, 0
-                # Whole rows: parts of a transposed one are gathered from all over the strip.
-                row = strip.row_elements * dtype.itemsize
+                row = _together(strip.row_elements * dtype.itemsize)
                 while at < size:
                     room = len(block.memory) - block.end
                     count = size - at if size - at <= room else room // row * row
@@ -211,6 +211,16 @@ def _lay_out(
         block.is_last = True
         yield block
         offset, head = 0, b""
+
+
+def _together(row: int) -> int:
+    """Bytes of whole rows that are laid out at once, by those of one.
+
+    A transposed row is gathered from all over the strip, where a line of the cache holds a value
+    of each of `_ROWS_TOGETHER`.
+    """
+    fits = (n for n in range(_ROWS_TOGETHER, 1, -1) if n * row <= BLOCK_BYTES and not n & n - 1)
+    return next(fits, 1) * row
 
 
 def _tail(block: _Block) -> np.ndarray:

@@ -89,12 +89,13 @@ def test_every_command_reads_such_names(state: State, gptj):
     assert "'module.'" in wrapped.stderr
 
 
-def test_two_models_in_one_file_are_one_line(state: State, gptj):
-    both = {f"{p}.{name}": values for p in ("policy", "value") for name, values in state.items()}
+@pytest.mark.parametrize("first", ["policy.", ""])
+def test_two_models_in_one_file_are_one_line(first: str, state: State, gptj):
+    both = {f"{p}{name}": values for p in ("value.", first) for name, values in state.items()}
     save(both)
-    hint = refused(
-        gptj("convert", "hf", "--to", "tf"), 1, "holds 2 models", "'policy.'", "'value.'"
-    )
+    shown = repr(first) if first else "no prefix"
+    done = gptj("convert", "hf", "--to", "tf")
+    hint = refused(done, 1, f"holds 2 models, whose names of tensors begin with {shown}")
     assert hint.endswith("--drop 'value.*'")
     converts(gptj, state, "hf", "--drop", "value.*")
 
