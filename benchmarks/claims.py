@@ -59,6 +59,10 @@ class Claim:
 
 
 CLAIMS = (
+    Claim("conversion", "transposed .bin float16 → TF float32", "ratio", 1.0, at_most=True),
+    Claim("conversion", "transposed .bin float16 → TF float16", "ratio", 1.1, at_most=True),
+    Claim("conversion", "transposed .bin float16 → TF float32", "memory", 0.6, at_most=True),
+    Claim("conversion", ".bin of column views, float16 → TF float32", "ratio", 2.0, at_most=True),
     Claim("conversion", "HF float16 → TF float32", "ratio", 1.15, at_most=True),
     Claim("conversion", "HF float16 → TF float16", "ratio", 1.15, at_most=True),
     Claim("conversion", "HF float16 → HF float16", "ratio", 1.15, at_most=True),
