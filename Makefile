@@ -53,7 +53,7 @@ CS_VENV := .venv-cs
 test-cs: setup
 	@test -x $(CS_VENV)/bin/python || $(PYTHON) -m venv $(CS_VENV)
 	$(CS_VENV)/bin/$(INSTALL) cerebras-pytorch==2.10.0
-	GPTJ_CS_PYTHON=$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
+	GPTJ_CS_PYTHON=$(CURDIR)/$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
 
 # Do the unit tests notice a changed line? 15 to 30 minutes on one core, 3 GB of memory; one part
 # again: make mutation MODULES="runner/schedules.py". docs/testing.md has the results.
