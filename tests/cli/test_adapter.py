@@ -343,7 +343,7 @@ def test_what_an_adapter_does_not_go_with(options: tuple, words: str, workdir: P
     assert words in done.stderr
     missing = gptj("convert", HF, "--adapter", "adapter", "--to", "tf")
     assert missing.code == 1
-    assert "holds no adapter_config.json" in missing.stderr
+    assert "expected a folder with adapter_config.json" in missing.stderr
 
 
 LORA = ("--set", "model.lora.rank=8", "--set", "model.lora.alpha=8",
