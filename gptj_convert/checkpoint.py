@@ -138,7 +138,7 @@ def open_checkpoint(
     scheme = location.scheme
     config = read_config(location, config_file)
     source, files = open_source(location)
-    in_file = source_names(source.tensors).in_file
+    in_file = source_names(source.tensors).in_file if drop else {}
     source, dropped = _renamed(path, source, scheme, drop)
     config = vocabulary.settle(config, scheme, source.tensors, vocab_choice)
     weights = {t.name(scheme) for t in table(config)} - source.tensors.keys()
