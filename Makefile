@@ -56,7 +56,7 @@ test-cs: setup
 	GPTJ_CS_PYTHON=$(CURDIR)/$(CS_VENV)/bin/python $(BIN)/pytest tests/contract/test_cs_client.py
 
 # Do the unit tests notice a changed line? 15 to 30 minutes on one core, 3 GB of memory; one part
-# again: make mutation MODULES="runner/schedules.py". docs/testing.md has the results.
+# again: make mutation MODULES="runner/training/update/schedules.py". docs/testing.md has the results.
 mutation: setup
 	$(BIN)/python tests/mutation.py $(MODULES)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptj_convert import machine
+from gptj_convert.resources import machine
 from gptj_model import __version__
 
 #: The arguments of each program; `{}` is a folder of its own.

@@ -21,8 +21,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from gptj_convert.formats.bundle import BundleSource, write_tensors
-from gptj_convert.formats.tf import state_text
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, write_tensors
+from gptj_convert.formats.layouts.tf import state_text
 from gptj_model.source import read_tensor
 from gptj_model.tensors import GLOBAL_STEP, SLOTS, slot_name
 

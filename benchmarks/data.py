@@ -26,14 +26,14 @@ from pathlib import Path
 
 from backports import zstd
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
 
 BARE = """
 import json, sys, time
 from backports import zstd
-from runner.data.tokenizer import load_tokenizer
+from runner.data.making.tokenizer import load_tokenizer
 from pathlib import Path
 tokenizer = load_tokenizer(Path(sys.argv[2]))
 texts = [json.loads(line)["text"] for line in zstd.open(sys.argv[1])]

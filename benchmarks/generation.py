@@ -54,11 +54,11 @@ def transformers(folder: Path) -> Continue:
 
 def gptj(folder: Path) -> Continue:
     """Ours."""
-    from runner.cli import tensorflow
+    from runner.cli.shared import framework
 
-    tensorflow.prepare()
-    from gptj_model.generation import Generator, Sampling
-    from runner.restore import load_model
+    framework.prepare()
+    from gptj_model.decoding.generation import Generator, Sampling
+    from runner.evaluation.restore import load_model
 
     generator = Generator(load_model(folder), Sampling())
 

@@ -25,13 +25,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 
-from gptj_convert.random_checkpoint import write_random_checkpoint
-from gptj_convert.reference_yaml import PARAMS_FILE, continued_pretraining
+from gptj_convert.conversion.random_checkpoint import write_random_checkpoint
+from gptj_convert.settings.params_yaml import PARAMS_FILE, continued_pretraining
 from gptj_model.config import GPTJConfig
-from runner.data.example import FEATURES
-from runner.data.input_fn import batches
-from runner.data.records import RecordWriter
-from runner.params import InputParams
+from runner.config.params import InputParams
+from runner.data.reading.example import FEATURES
+from runner.data.reading.input_fn import batches
+from runner.data.reading.records import RecordWriter
 
 LENGTH, FILES, EXAMPLES = 2048, 4, 1024
 GPTJ = (sys.executable, "-m", "runner.cli.root")

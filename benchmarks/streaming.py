@@ -37,10 +37,10 @@ from typing import Any
 import numpy as np
 from side import Side
 
-from gptj_convert import capacity
-from gptj_convert.rates import Rates, measure
+from gptj_convert.resources import footprint
+from gptj_convert.resources.rates import Rates, measure
 from gptj_model.config import GPTJConfig
-from gptj_model.kept import Kept
+from gptj_model.streaming.residency import Kept
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
 STREAMING = {"runconfig.execution": "streaming"}
@@ -109,13 +109,13 @@ def settings(records: Path, length: int, way: str) -> dict[str, Any]:
 
 def serve(folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None:
     """Be one way: a line after each step, and one is waited for before the next."""
-    from runner.cli import tensorflow
+    from runner.cli.shared import framework
 
-    tensorflow.prepare()
-    from gptj_convert import machine
-    from runner.events import StepDone
-    from runner.params_file import load_params
-    from runner.train import Run, train
+    framework.prepare()
+    from gptj_convert.resources import machine
+    from runner.config.params_file import load_params
+    from runner.training.run.events import StepDone
+    from runner.training.train import Run, train
 
     params = load_params(weights / "params.yaml", values)
     model_dir = folder / f"model_dir-{list(WAYS).index(way)}"
@@ -236,9 +236,9 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
     weights = prepare(folder, options.layers, options.vocabulary, "float16")
     config = GPTJConfig.from_file(weights / "config.json")
     length = len(PROMPT) + 1 + options.tokens
-    states = capacity.cache_bytes(config, 1, length)
+    states = footprint.cache_bytes(config, 1, length)
     needed = partial(
-        capacity.streamed_memory,
+        footprint.streamed_memory,
         config,
         stored="float16",
         batch=1,
@@ -246,7 +246,7 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
         states=states,
     )
     embedding = config.vocab_size * config.n_embd
-    block = (capacity.parameters(config) - 2 * embedding) // config.n_layer
+    block = (footprint.parameters(config) - 2 * embedding) // config.n_layer
     base = ("generate", "--model", weights, "--ids", ",".join(map(str, PROMPT)), "--json")
     print("| kept | tokens/s | the disk allows | of it | peak | planned |\n" + "| --- " * 6 + "|")
     for count in (0, config.n_layer // 2, config.n_layer):

@@ -58,12 +58,12 @@ def write_records(path: Path, shape: tuple[int, int], steps: int) -> None:
 
 def ours(folder: Path, shape: tuple[int, int], dtype: str, recompute: bool) -> Iterator[float]:
     """Losses of steps of the loop that `gptj train` runs."""
-    from runner.cli import tensorflow
+    from runner.cli.shared import framework
 
-    tensorflow.prepare()
-    from runner.events import StepDone
-    from runner.params_file import validate
-    from runner.train import Run, train
+    framework.prepare()
+    from runner.config.params_file import validate
+    from runner.training.run.events import StepDone
+    from runner.training.train import Run, train
 
     config = json.loads((folder / "hf/config.json").read_text())
     B, T = shape
@@ -120,7 +120,7 @@ SIDES = {"transformers": peer, "gptj": ours}
 
 def serve(name: str, *arguments: Any) -> None:
     """Be one side: a line in, a step, a line out."""
-    from gptj_convert import machine
+    from gptj_convert.resources import machine
 
     steps = SIDES[name](*arguments)
     for _ in sys.stdin:

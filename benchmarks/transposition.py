@@ -2,7 +2,7 @@
 
     python benchmarks/transposition.py
 
-What `gptj_convert.panels` does must not be slower than the plain copy of a transposed view.
+What `gptj_convert.streams.strips` does must not be slower than the plain copy of a transposed view.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from gptj_convert.panels import Strip
+from gptj_convert.streams.strips import Strip
 from gptj_model.op import Op
 
 SIZE = 4096
@@ -33,7 +33,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 if __name__ == "__main__":
     values = np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32)
-    print("| from → to | numpy's copy of the view | gptj_convert.panels |\n| --- | --- | --- |")
+    print("| from → to | numpy's copy of the view | gptj_convert.streams.strips |")
+    print("| --- | --- | --- |")
     for source in ("float16", "float32"):
         for target in ("float16", "float32"):
             matrix = values.astype(source)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from runner.cli import tensorflow
+from runner.cli.shared import framework
 
 if __name__ == "__main__":
     folder, checkpoint, prompt, tokens = sys.argv[1:]
@@ -31,8 +31,8 @@ if __name__ == "__main__":
             **ids, max_new_tokens=int(tokens), do_sample=False, pad_token_id=tokenizer.eos_token_id
         )
 
-    tensorflow.prepare()
-    from runner.restore import load_model
+    framework.prepare()
+    from runner.evaluation.restore import load_model
 
     ours = np.asarray(load_model(Path(checkpoint))(ids["input_ids"].numpy().astype(np.int32)))
     difference = float(np.abs(ours - logits).max())

@@ -10,9 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
-from gptj_convert.formats.tf import CONVERTED_PREFIX
-from gptj_convert.manifest import MANIFEST_FILE
+from gptj_convert.conversion.manifest import MANIFEST_FILE
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, write_bundle
+from gptj_convert.formats.layouts.tf import CONVERTED_PREFIX
 from gptj_model.source import read_tensor
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are not installed
 
-from runner import params
-from runner.cli import tensorflow
+from runner.cli.shared import framework
+from runner.config import params
 
-tensorflow.prepare()
+framework.prepare()
 
-from runner.cli.errors import Exit  # noqa: E402
 from runner.cli.root import root  # noqa: E402
+from runner.cli.shared.errors import Exit  # noqa: E402
 from tests.cli.corruptions import CASES  # noqa: E402
 from tests.cli.mutants import MUTANTS  # noqa: E402
 

@@ -46,7 +46,7 @@ _resolve_vector_math()
 
 
 class StreamedReference:
-    """The stages of a forward pass; the same calls as `gptj_model.streaming.StreamedModel`.
+    """The stages of a forward pass; the same calls as `gptj_model.streaming.forward.StreamedModel`.
 
     The dtype of the hidden states, float32 or float64, is that of the computation; attention
     scores and their softmax are float32 in either, as the model itself has it.
@@ -114,7 +114,7 @@ class StreamedReference:
 
     @torch.no_grad()
     def operations(self, x_BTD: np.ndarray, positions_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """What each of `gptj_model.observation.OPERATIONS` of the resident block gives."""
+        """What each of `gptj_model.network.observation.OPERATIONS` of the resident block gives."""
         seen: dict[str, torch.Tensor] = {}
         attn, mlp = self._block.attn, self._block.mlp
         modules = {

@@ -19,7 +19,7 @@ Gradients = dict[str, np.ndarray]
 
 
 class ReferenceGradients(StreamedReference):
-    """The same calls as `gptj_model.streamed_gradients.StreamedGradients`, by torch's autograd."""
+    """The same calls as `gptj_model.streaming.backward.StreamedGradients`, by torch's autograd."""
 
     def loss_gradients(
         self, logits_NV: np.ndarray, labels_N: np.ndarray

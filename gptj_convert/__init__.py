@@ -1,1 +1,1 @@
-"""Moving GPT-J checkpoints between formats, and proving the result."""
+"""Move GPT-J checkpoints between formats, and prove the result."""

@@ -32,7 +32,8 @@ ROW_MAJOR, TRANSPOSED = LAYOUTS = ("row-major", "transposed")
 PEFT = "peft"
 PEFT_OUT = Path("converted-peft")
 
-#: How PyTorch's optimizer was, or will be, given the parameters: `gptj_model.moments.Grouping`.
+#: How PyTorch's optimizer was, or will be, given the parameters:
+#: `gptj_model.optimizer_names.Grouping`.
 GROUPINGS = ("one", "decay")
 
 #: What the CS client computes on, its systems first.

@@ -1,6 +1,6 @@
 """A run on a CS system: what its client is called with, checked before, and followed to its end.
 
-See `runner.cs_target` for the two generations of clients.
+See `runner.config.cs_target` for the two generations of clients.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.checkpoint import locate, read_config
-from gptj_convert.cs_trainer import TRAINER_FILE, trainer_from_params
-from gptj_convert.formats import cs, hf, tf
-from gptj_convert.reference_yaml import (
+from gptj_convert.checkpoint.open import locate, read_config
+from gptj_convert.files.whole_file import write_whole
+from gptj_convert.formats.layouts import cs, hf, tf
+from gptj_convert.settings.params_yaml import (
     PARAMS_FILE,
     config_from_model_section,
     read_yaml,
     yaml_text,
 )
-from gptj_convert.whole_file import write_whole
+from gptj_convert.settings.trainer_yaml import TRAINER_FILE, trainer_from_params
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, FileFault, GptjError, UsageError
-from runner.cs_target import Target
-from runner.params_file import load_params
+from runner.config.cs_target import Target
+from runner.config.params_file import load_params
 
 #: Port of a system's address when none is given.
 PORT = 9000

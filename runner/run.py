@@ -14,13 +14,13 @@ if not __package__:  # run as a file: the folder to import from is the one above
 
 import rich_click as click
 
-from runner.cli.command import PATH, command, parse_settings
-from runner.cli.cs_job import run_on_cs
-from runner.cli.job import MODES, Job, run_job
-from runner.cli.model_choice import DEFAULT_MODEL_DIR
-from runner.cli.output import Output
 from runner.cli.root import main
-from runner.cs_target import Target
+from runner.cli.shared.command import PATH, command, parse_settings
+from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
+from runner.cli.shared.output import Output
+from runner.cli.training.cs_launch import run_on_cs
+from runner.cli.training.request import MODES, Job, run_job
+from runner.config.cs_target import Target
 
 
 @command

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner.cli import tensorflow
+from runner.cli.shared import framework
 from tests.small_model import SMALL
 
 #: Where XLA keeps what it has compiled, for all processes of this session: most of a test of
@@ -29,12 +29,12 @@ if _COMPILED not in os.environ:
         f"{os.environ.get('TF_XLA_FLAGS', '')} --tf_xla_persistent_cache_device_types=CPU "
         f"--tf_xla_persistent_cache_directory={os.environ[_COMPILED]}"
     )
-tensorflow.prepare()
+framework.prepare()
 # Tests have no terminal, whatever a runner of several processes says of its width.
 os.environ.pop("COLUMNS", None)
 
-from gptj_convert import panels  # noqa: E402
-from gptj_convert.random_checkpoint import write_random_checkpoint  # noqa: E402
+from gptj_convert.conversion.random_checkpoint import write_random_checkpoint  # noqa: E402
+from gptj_convert.streams import strips  # noqa: E402
 from gptj_model.config import GPTJConfig  # noqa: E402
 from runner.cli.root import main  # noqa: E402
 
@@ -109,8 +109,8 @@ def converted(hf: Path, gptj: Callable[..., Outcome]) -> Path:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut tensors as those of the true size are cut: panels and strips far smaller than them."""
-    monkeypatch.setattr(panels, "PANEL_BYTES", 1000)
-    monkeypatch.setattr(panels, "STRIP_BYTES", 5000)
+    monkeypatch.setattr(strips, "PANEL_BYTES", 1000)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 5000)
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Checkpoint file formats (safetensors, pickle, bundle) and layouts built on them (hf, tf)."""
+"""Checkpoint files (`containers`) and what GPT-J looks like in them (`layouts`)."""

@@ -1,1 +1,1 @@
-"""The state of an optimizer: found in a checkpoint of any format, and put into another."""
+"""Optimizer state: found in a checkpoint of any format, and written into another."""

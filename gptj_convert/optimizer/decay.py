@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from gptj_convert.optimizer.state import AdamSettings
 from gptj_model.config import GPTJConfig
-from gptj_model.moments import Grouping, parameter_groups
+from gptj_model.optimizer_names import Grouping, parameter_groups
 from gptj_model.tensors import Scheme, Tensor, table
 
 #: Value of `exclude_from_weight_decay` with which matrices alone are decayed.

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE
+from gptj_convert.checkpoint.open import Checkpoint
+from gptj_convert.formats.layouts.torch_optimizer import OPTIMIZER_FILE
 from gptj_convert.optimizer.from_cs import from_cs
 from gptj_convert.optimizer.from_tf import from_tf
 from gptj_convert.optimizer.from_torch import from_torch
 from gptj_convert.optimizer.state import DTYPE, WITHOUT, OptimizerState, refuse
 from gptj_model.dtypes import FLOATS, is_lossless
 from gptj_model.errors import FileFault
-from gptj_model.moments import ADAMS, MOMENTS, STATE
+from gptj_model.optimizer_names import ADAMS, MOMENTS, STATE
 from gptj_model.tensors import SLOTS, Scheme, table
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.formats.cs import CsSource
+from gptj_convert.checkpoint.open import Checkpoint
+from gptj_convert.formats.layouts.cs import CsSource
 from gptj_convert.optimizer.decay import exclusions_of_groups
 from gptj_convert.optimizer.state import (
     BETAS,
@@ -18,7 +18,7 @@ from gptj_convert.optimizer.state import (
     scale_variables,
     whole_number,
 )
-from gptj_model.moments import MOMENTS, STATE, Grouping, numbered_moments
+from gptj_model.optimizer_names import MOMENTS, STATE, Grouping, numbered_moments
 from gptj_model.tensors import (
     CURRENT_LOSS_SCALE,
     OVERFLOWS_SINCE_RESCALE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.optimizer.state import (
     BETAS,
     LOSS_SCALE,
@@ -14,7 +14,7 @@ from gptj_convert.optimizer.state import (
     scale_variables,
     whole_number,
 )
-from gptj_model.moments import ADAMS, named_moments
+from gptj_model.optimizer_names import ADAMS, named_moments
 from gptj_model.tensors import GLOBAL_STEP, LORA_ALPHA, SLOTS
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.formats.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
+from gptj_convert.checkpoint.open import Checkpoint
+from gptj_convert.formats.layouts.torch_optimizer import OPTIMIZER_FILE, OptimizerSource
 from gptj_convert.optimizer.decay import exclusions_of_groups
 from gptj_convert.optimizer.state import (
     BETAS,
@@ -23,7 +23,7 @@ from gptj_convert.optimizer.state import (
     whole_number,
 )
 from gptj_model.errors import TensorFault
-from gptj_model.moments import (
+from gptj_model.optimizer_names import (
     GROUPINGS,
     MOMENTS,
     STATE,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.optimizer.state import DTYPE, OptimizerState
-from gptj_model.moments import ADAMS, named_moments
 from gptj_model.op import Op
+from gptj_model.optimizer_names import ADAMS, named_moments
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import Scheme, table
 

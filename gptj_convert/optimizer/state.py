@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gptj_convert.checkpoint import Checkpoint
+from gptj_convert.checkpoint.open import Checkpoint
 from gptj_model.errors import TensorFault
-from gptj_model.moments import ADAMS
+from gptj_model.optimizer_names import ADAMS
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import (
     BETA1_POWER,

@@ -13,7 +13,7 @@ from gptj_convert.optimizer.from_cs import CS_LOSS_SCALE, CS_SCALER
 from gptj_convert.optimizer.from_torch import TORCH_MORE
 from gptj_convert.optimizer.state import DTYPE, AdamSettings, OptimizerState
 from gptj_model.config import GPTJConfig
-from gptj_model.moments import MOMENTS, STATE, Grouping, numbered_moments, parameter_groups
+from gptj_model.optimizer_names import MOMENTS, STATE, Grouping, numbered_moments, parameter_groups
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import GLOBAL_STEP, Scheme
 

@@ -1,1 +1,1 @@
-"""Is a converted checkpoint its source? Level by level, with what is found explained."""
+"""Proof that two checkpoints compute the same, level by level."""

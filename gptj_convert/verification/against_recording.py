@@ -17,17 +17,17 @@ import numpy as np
 
 from golden.compare import compare_logits, relative_difference
 from golden.recording import Recording
-from gptj_convert.capacity import logits_memory
-from gptj_convert.checkpoint import Checkpoint, open_checkpoint
-from gptj_convert.json_numbers import json_number, three_digits
-from gptj_convert.plan import match
-from gptj_convert.progress import Progress
-from gptj_convert.verification.record import checksum
-from gptj_convert.verification.structure_level import config_differences
+from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
+from gptj_convert.conversion.plan import match
+from gptj_convert.inspection.json_numbers import json_number, three_digits
+from gptj_convert.resources.footprint import logits_memory
+from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.levels.structure import config_differences
+from gptj_convert.verification.recording import checksum
 from gptj_convert.verification.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault
-from gptj_model.streaming import StreamedModel
+from gptj_model.streaming.forward import StreamedModel
 
 
 def verify_against_recording(

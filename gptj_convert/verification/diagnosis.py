@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
-from gptj_convert.difference import in_step
-from gptj_convert.panels import Panels
-from gptj_convert.verification.weights_comparison import Compared, Pair
+from gptj_convert.inspection.diff import in_step
+from gptj_convert.streams.strips import Panels
+from gptj_convert.verification.bitwise import Compared, Pair
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS, NUMPY
 from gptj_model.op import Op

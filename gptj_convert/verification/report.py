@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.html_page import write_page
+from gptj_convert.files.html_page import write_page
 from gptj_convert.options import LEVELS
 
 TEMPLATE_FILE = "report.html.j2"

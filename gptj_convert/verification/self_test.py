@@ -16,11 +16,12 @@ import numpy as np
 from golden.compare import relative_difference
 from golden.prompts import Prompt, short
 from golden.reference import StreamedReference
-from gptj_convert.checkpoint import Checkpoint
-from gptj_convert.json_numbers import json_number
-from gptj_convert.plan import match
-from gptj_convert.progress import Progress
-from gptj_convert.verification.logits_level import common_dtype
+from gptj_convert.checkpoint.open import Checkpoint
+from gptj_convert.conversion.plan import match
+from gptj_convert.inspection.json_numbers import json_number
+from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.bitwise import Compared, compare_weights, pair_up
+from gptj_convert.verification.levels.logits import common_dtype
 from gptj_convert.verification.planted_faults import (
     FaultySource,
     PlantedFault,
@@ -28,9 +29,8 @@ from gptj_convert.verification.planted_faults import (
     planted_faults,
     reading,
 )
-from gptj_convert.verification.weights_comparison import Compared, compare_weights, pair_up
 from gptj_model.config import differing_fields
-from gptj_model.streaming import StreamedModel
+from gptj_model.streaming.forward import StreamedModel
 
 _Streamed = StreamedModel | StreamedReference
 

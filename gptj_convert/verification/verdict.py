@@ -20,7 +20,8 @@ class Difference:
     """The tensor's names: {hf, tf, cs}."""
     block: int | None = None
     operation: str | None = None
-    """Of the block, by `gptj_model.observation`; outside of blocks embedding, ln_f or lm_head."""
+    """Of the block, by `gptj_model.network.observation`; outside of blocks embedding, ln_f or
+    lm_head."""
     prompt: str | None = None
     file: str | None = None
     diagnosis: str | None = None

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.checkpoint import Checkpoint, open_checkpoint
-from gptj_convert.manifest import MANIFEST_FILE, Manifest
-from gptj_convert.merged_checkpoint import open_merged
+from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
+from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
+from gptj_convert.conversion.merged_checkpoint import open_merged
+from gptj_convert.conversion.plan import match
 from gptj_convert.options import ALL_LEVELS, LEVELS, MODEL_LEVELS
-from gptj_convert.plan import match
-from gptj_convert.progress import Progress
-from gptj_convert.verification import weights_level
-from gptj_convert.verification.source_statement import refuse_changed_source
-from gptj_convert.verification.structure_level import check_files, check_structure, unopened
+from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.levels import weights
+from gptj_convert.verification.levels.structure import check_files, check_structure, unopened
+from gptj_convert.verification.source_check import refuse_changed_source
 from gptj_convert.verification.verdict import LevelResult, Verdict
 from gptj_model.config import differing_fields
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
@@ -141,9 +141,7 @@ def verify(
             # A file's hash says less than a tensor's name: it ends nothing yet, and comes last.
             if "weights" in verdict.asked and (keep_going or not faults):
                 named = {d.file for d in of_files}
-                yield from weights_level.compare(
-                    checkpoint, source, expected, manifest, verdict, named
-                )
+                yield from weights.compare(checkpoint, source, expected, manifest, verdict, named)
             verdict.note(*of_files)
             for level in MODEL_LEVELS:
                 if level in verdict.asked and (keep_going or not verdict.differences):
@@ -166,14 +164,14 @@ _Run = Callable[[Checkpoint, Checkpoint, Verdict], Iterator[Progress]]
 def _model_level(level: str, *, thorough: bool) -> _Run:
     """What runs a level; the models' libraries are loaded only here."""
     if level == "logits":
-        from gptj_convert.verification.logits_level import compare_outputs
+        from gptj_convert.verification.levels.logits import compare_outputs
 
         return lambda *sides: compare_outputs(*sides, thorough=thorough)
     if level == "gradients":
-        from gptj_convert.verification.gradients_level import compare_gradients
+        from gptj_convert.verification.levels.gradients import compare_gradients
 
         return compare_gradients
-    from gptj_convert.verification.generation_level import compare_generation
+    from gptj_convert.verification.levels.generation import compare_generation
 
     return compare_generation
 

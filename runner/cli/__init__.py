@@ -1,1 +1,1 @@
-"""The `gptj` command: `root` holds the program, one file a command."""
+"""The command line: one file per command."""

@@ -21,14 +21,14 @@ from gptj_convert.options import (
     VOCAB_SIZES,
 )
 from gptj_model.errors import UsageError
-from runner.cli.command import CONFIG_HELP, PATH, SIZE, command, note_memory
 from runner.cli.download import default_folder, fetch_to
-from runner.cli.errors import Terminated
-from runner.cli.output import Output
-from runner.cli.progress import progress
+from runner.cli.shared.command import CONFIG_HELP, PATH, SIZE, command, note_memory
+from runner.cli.shared.errors import Terminated
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
 
 if TYPE_CHECKING:
-    from gptj_convert.checkpoint import Checkpoint
+    from gptj_convert.checkpoint.open import Checkpoint
     from gptj_convert.optimizer.target import Continuation
     from gptj_model.tensors import Scheme
 
@@ -121,8 +121,8 @@ def convert(
     the peft library. An adapter of that library is merged into SRC with `--adapter DIR`, with the
     bits of `merge_and_unload` in float32.
     """
-    from gptj_convert.capacity import conversion_memory
-    from gptj_convert.execute import (
+    from gptj_convert.checkpoint.source_names import refuse_unmatched
+    from gptj_convert.conversion.execute import (
         Result,
         check_space,
         execute,
@@ -130,13 +130,13 @@ def convert(
         not_carried,
         states_no_end,
     )
-    from gptj_convert.merged_checkpoint import is_base, open_merged
+    from gptj_convert.conversion.merged_checkpoint import is_base, open_merged
+    from gptj_convert.conversion.peft_adapter import has_adapter
+    from gptj_convert.conversion.plan import make_plan
+    from gptj_convert.files.output_folder import refuse_overlap
+    from gptj_convert.formats.layouts.gpt2_tokenizer import last_token_id
     from gptj_convert.optimizer.decay import decay_notes
-    from gptj_convert.peft_adapter import has_adapter
-    from gptj_convert.plan import make_plan
-    from gptj_convert.source_names import refuse_unmatched
-    from gptj_convert.staging import refuse_overlap
-    from gptj_convert.tokenizer import last_token_id
+    from gptj_convert.resources.footprint import conversion_memory
     from gptj_model.tensors import Scheme
 
     if resume and force:
@@ -273,8 +273,8 @@ def convert(
 
 def _carried(checkpoint: Checkpoint, target: Scheme, param_groups: str | None) -> Continuation:
     from gptj_convert.optimizer.find import read_state
-    from gptj_model.moments import GROUPINGS, Grouping
-    from runner.continuation import continuation
+    from gptj_model.optimizer_names import GROUPINGS, Grouping
+    from runner.training.run.continuation import continuation
 
     usual, *_ = GROUPINGS.get(target, (Grouping.ONE,))
     grouping = Grouping(param_groups) if param_groups else usual
@@ -284,8 +284,8 @@ def _carried(checkpoint: Checkpoint, target: Scheme, param_groups: str | None) -
 def _adapter(
     output: Output, source: Path, out: Path, config_file: Path | None, *, force: bool
 ) -> dict[str, Any]:
-    from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.peft_adapter import write_adapter
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from gptj_convert.conversion.peft_adapter import write_adapter
 
     with open_checkpoint(source, config_file=config_file) as checkpoint:
         lora, base = write_adapter(checkpoint, out, force=force)
@@ -310,7 +310,7 @@ def _adapter(
 
 def _on_the_disk(output: Output, source: Path) -> Path:
     """The source, or where a repository of that name has been downloaded to."""
-    from gptj_convert.hub_address import is_address, parse_address
+    from gptj_convert.hub.address import is_address, parse_address
 
     if source.exists():
         return source

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.command import command
-from runner.cli.errors import Exit
-from runner.cli.output import Output, one_line
+from runner.cli.shared.command import command
+from runner.cli.shared.errors import Exit
+from runner.cli.shared.output import Output, one_line
 
 if TYPE_CHECKING:
-    from runner.planning import Machine, Outlook
+    from runner.planning.command_plan import Machine, Outlook
 
 _DEFAULT_MODEL = "6b"
 
@@ -38,7 +38,7 @@ def doctor(output: Output, model: str | None) -> dict[str, Any]:
 
 
 def _examine(output: Output) -> dict[str, Any]:
-    from runner.doctor import State, examine
+    from runner.planning.doctor import State, examine
 
     facts = examine()
     for fact in facts:
@@ -55,10 +55,10 @@ def _examine(output: Output) -> dict[str, Any]:
 def _plan(output: Output, model: str) -> dict[str, Any]:
     from pathlib import Path
 
-    from gptj_convert.capacity import parameters
-    from gptj_convert.rates import measure
-    from runner.planning import Machine, plan_commands
-    from runner.prospective_source import find_sources
+    from gptj_convert.resources.footprint import parameters
+    from gptj_convert.resources.rates import measure
+    from runner.planning.command_plan import Machine, plan_commands
+    from runner.planning.planned_source import find_sources
 
     sources = find_sources(model)
     has, rates = Machine.here(), measure(Path())

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import DEFAULT_SOURCE
-from runner.cli.command import PATH, command
-from runner.cli.output import Output
-from runner.cli.progress import progress
+from runner.cli.shared.command import PATH, command
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
 
 if TYPE_CHECKING:
-    from gptj_convert.listing import Listing
+    from gptj_convert.hub.listing import Listing
 
 DEFAULT_REPOSITORY = "EleutherAI/gpt-j-6b"
 
@@ -33,7 +33,7 @@ def download(
     REPO is OWNER/NAME, OWNER/NAME@REVISION, or the address of the model's page on the hub. A file
     that the hub's cache on this machine holds is copied from there.
     """
-    from gptj_convert.hub_address import parse_address
+    from gptj_convert.hub.address import parse_address
 
     found = parse_address(address)
     if revision and found.revision and revision != found.revision:
@@ -61,9 +61,9 @@ def fetch_to(
     for_conversion: bool = False,
 ) -> dict[str, Any]:
     """Download a model, as `fetch_listed`; see `list_model`."""
-    from gptj_convert.formats.hf import choose_settings
-    from gptj_convert.formats.sharded import is_index
-    from gptj_convert.model_files import list_model
+    from gptj_convert.formats.containers.sharded import is_index
+    from gptj_convert.formats.layouts.hf import choose_settings
+    from gptj_convert.hub.model_files import list_model
 
     listing = list_model(repository, revision, out, for_conversion=for_conversion)
     fields = fetch_listed(output, listing, out)
@@ -79,7 +79,7 @@ def fetch_listed(
 
     `named_by` says how another folder is chosen.
     """
-    from gptj_convert.download import fetch
+    from gptj_convert.hub.download import fetch
 
     output.note(
         f"{listing.repository} at {listing.commit[:12]}: {len(listing.files)} files, "

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.command import PATH, command, parse_settings
-from runner.cli.memory_budget import Load, MemoryBudget, execution_within, memory_option
-from runner.cli.model_choice import default_model, params_for
-from runner.cli.output import Output
-from runner.cli.progress import progress
-from runner.execution import Execution
+from runner.cli.shared.command import PATH, command, parse_settings
+from runner.cli.shared.memory_budget import Load, MemoryBudget, execution_within, memory_option
+from runner.cli.shared.model_choice import default_model, params_for
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
+from runner.config.execution import Execution
 
 if TYPE_CHECKING:
-    from gptj_convert.checkpoint import Checkpoint
+    from gptj_convert.checkpoint.open import Checkpoint
     from gptj_model.config import GPTJConfig
-    from runner.evaluate import Evaluator
-    from runner.params import Params
+    from runner.config.params import Params
+    from runner.evaluation.evaluate import Evaluator
 
 
 @command
@@ -101,16 +101,16 @@ def evaluate(
     scored once; with --task summarization the mean ROUGE-1, -2 and -L of generated summaries.
     Options from --window to --batch-size are of the first, those from --beams on of the second.
     """
-    from runner.cli import tensorflow
+    from runner.cli.shared import framework
 
-    tensorflow.prepare()
-    from gptj_convert.checkpoint import open_checkpoint
+    framework.prepare()
+    from gptj_convert.checkpoint.open import open_checkpoint
 
     model = model or default_model()
     if task == "summarization":
         if memory is not None:
             raise click.UsageError("--memory is of --task records and text")
-        from runner.cli.eval_summaries import evaluate_summaries
+        from runner.cli.shared.summaries import evaluate_summaries
 
         return evaluate_summaries(output, model, sources, **generation)
     budget = MemoryBudget(output, memory)
@@ -140,9 +140,9 @@ def _evaluate_text(
     batch_size: int,
     streamed: MemoryBudget | None,
 ) -> dict[str, Any]:
-    from gptj_convert.checkpoint import open_checkpoint
-    from runner.data.tokenizer import notes
-    from runner.text_perplexity import Window, evaluate_text, read_text
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from runner.data.making.tokenizer import notes
+    from runner.evaluation.text import Window, evaluate_text, read_text
 
     if not sources:
         raise click.UsageError("--task text needs a text: --data FILE")
@@ -179,10 +179,10 @@ def evaluate_model(
     output: Output, model: Path, params: Params, budget: MemoryBudget | None = None
 ) -> dict[str, float]:
     """Load a model, evaluate it, print the metrics line and return the metrics."""
-    from gptj_convert.checkpoint import open_checkpoint
-    from runner.evaluate import evaluate as run
-    from runner.params_file import reconcile
-    from runner.train import evaluation_batches
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from runner.config.params_file import reconcile
+    from runner.evaluation.evaluate import evaluate as run
+    from runner.training.train import evaluation_batches
 
     with (
         open_checkpoint(model) as checkpoint,
@@ -209,16 +209,16 @@ def evaluate_model(
 
 
 def _resident(model: Path, config: GPTJConfig) -> Evaluator:
-    from runner.evaluate import ResidentEvaluator
-    from runner.restore import load_model
+    from runner.evaluation.evaluate import ResidentEvaluator
+    from runner.evaluation.restore import load_model
 
     return ResidentEvaluator(load_model(model, adapt=lambda _: config))
 
 
 def _streamed(checkpoint: Checkpoint, budget: MemoryBudget, batch: int, length: int) -> Evaluator:
-    from gptj_convert.plan import match
-    from gptj_model.streaming import StreamedModel
-    from runner.evaluate import STATES, StreamedEvaluator
+    from gptj_convert.conversion.plan import match
+    from gptj_model.streaming.forward import StreamedModel
+    from runner.evaluation.evaluate import STATES, StreamedEvaluator
 
     match(checkpoint)
     config = checkpoint.config

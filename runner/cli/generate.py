@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.command import PATH, command
-from runner.cli.memory_budget import Load, MemoryBudget, execution_within, memory_option
-from runner.cli.model_choice import default_model, stated_execution
-from runner.cli.output import Output
-from runner.execution import Execution
+from runner.cli.shared.command import PATH, command
+from runner.cli.shared.memory_budget import Load, MemoryBudget, execution_within, memory_option
+from runner.cli.shared.model_choice import default_model, stated_execution
+from runner.cli.shared.output import Output
+from runner.config.execution import Execution
 
 if TYPE_CHECKING:
-    from gptj_convert.checkpoint import Checkpoint
-    from gptj_model.generation import Generator
-    from gptj_model.kept import Kept
+    from gptj_convert.checkpoint.open import Checkpoint
+    from gptj_model.decoding.generation import Generator
+    from gptj_model.streaming.residency import Kept
 
 
 @command
@@ -89,13 +89,13 @@ def generate(
     if sum(given is not None for given in (prompt, ids, prompts_file)) != 1:
         raise click.UsageError("give one of --prompt, --ids and --prompts")
     texts = _read_lines(prompts_file) if prompts_file else None
-    from runner.cli import tensorflow
+    from runner.cli.shared import framework
 
-    tensorflow.prepare()
-    from gptj_convert.capacity import cache_bytes
-    from gptj_convert.generation_settings import stop_tokens, unapplied
-    from gptj_model.generation import Generator, Sampling
-    from runner.restore import opened_model
+    framework.prepare()
+    from gptj_convert.resources.footprint import cache_bytes
+    from gptj_convert.settings.generation_settings import stop_tokens, unapplied
+    from gptj_model.decoding.generation import Generator, Sampling
+    from runner.evaluation.restore import opened_model
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
@@ -180,7 +180,7 @@ def _read_lines(path: Path) -> list[str]:
 
 def _tokenizer(output: Output, folder: Path) -> Any:
     """The model's tokenizer, for which a special token's name in a prompt is that token."""
-    from runner.data.tokenizer import load_tokenizer, notes
+    from runner.data.making.tokenizer import load_tokenizer, notes
 
     for note in notes(folder):
         output.note(note)

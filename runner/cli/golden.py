@@ -8,9 +8,9 @@ from typing import Any
 import rich_click as click
 
 from gptj_convert.options import DTYPES
-from runner.cli.command import CONFIG_HELP, PATH, command
-from runner.cli.output import Output
-from runner.cli.progress import progress
+from runner.cli.shared.command import CONFIG_HELP, PATH, command
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
 
 DEFAULT_OUT = Path("golden-recording")
 
@@ -42,8 +42,8 @@ def record(
 
     `gptj verify --against-golden DIR` holds a converted checkpoint against the recording.
     """
-    from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.verification.record import record as run
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from gptj_convert.verification.recording import record as run
 
     with (
         open_checkpoint(model, config_file=config_file) as checkpoint,

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.command import CONFIG_HELP, PATH, command
-from runner.cli.errors import Exit
-from runner.cli.output import Output, one_line
-from runner.cli.progress import progress
+from runner.cli.shared.command import CONFIG_HELP, PATH, command
+from runner.cli.shared.errors import Exit
+from runner.cli.shared.output import Output, one_line
+from runner.cli.shared.progress import progress
 
 if TYPE_CHECKING:
-    from gptj_convert.difference import TensorComparison
-    from gptj_convert.inspect import Inspection, Statistics
-    from gptj_convert.survey import Finding
+    from gptj_convert.checkpoint.match import Finding
+    from gptj_convert.inspection.diff import TensorComparison
+    from gptj_convert.inspection.inspect import Inspection, Statistics
     from gptj_model.errors import FileFault
 
 #: Problems that are printed at most, and letters of a tensor's name; --json has all.
@@ -54,8 +54,8 @@ def inspect(
     Figures are of the finite values. --json has null for one that no value gives, and "nan",
     "inf" or "-inf" for a value that is such.
     """
-    from gptj_convert.inspect import gather_statistics
-    from gptj_convert.inspect import inspect as run
+    from gptj_convert.inspection.inspect import gather_statistics
+    from gptj_convert.inspection.inspect import inspect as run
     from gptj_model.errors import FileFault
 
     try:
@@ -84,7 +84,7 @@ def inspect(
 
 def _show(output: Output, opened: Inspection, statistics: dict[str, Statistics]) -> None:
     """A table for each role, then totals, config and problems."""
-    from gptj_convert.survey import Role
+    from gptj_convert.checkpoint.match import Role
 
     for role in Role:
         findings = [f for f in opened.findings if f.role is role]
@@ -175,7 +175,7 @@ def _size(count: int) -> str:
 
 
 def _check(output: Output, path: Path, opened: Inspection | FileFault) -> dict[str, Any]:
-    from gptj_convert.integrity import Check, check
+    from gptj_convert.inspection.integrity import Check, check
 
     result = Check()
     with progress(output, "checking") as report:
@@ -198,8 +198,8 @@ def _check(output: Output, path: Path, opened: Inspection | FileFault) -> dict[s
 def _compare(
     output: Output, opened: Inspection, other: Path, config_file: Path | None
 ) -> dict[str, Any]:
-    from gptj_convert.difference import Comparison, Outcome, compare
-    from gptj_convert.inspect import inspect as run
+    from gptj_convert.inspection.diff import Comparison, Outcome, compare
+    from gptj_convert.inspection.inspect import inspect as run
 
     result = Comparison()
     theirs = run(other)

@@ -9,9 +9,9 @@ import rich_click as click
 
 from gptj_convert.options import DTYPES, FILE_FORMATS, LAYOUTS, ROW_MAJOR, TRANSPOSED
 from gptj_model.config import PRESETS
-from runner.cli.command import PATH, SIZE, command, parse_settings
-from runner.cli.output import Output
-from runner.cli.progress import progress
+from runner.cli.shared.command import PATH, SIZE, command, parse_settings
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
 
 
 @command
@@ -73,7 +73,7 @@ def new(
     force: bool,
 ) -> dict[str, Any]:
     """Write a random Hugging Face GPT-J of the true structure, with its tokenizer."""
-    from gptj_convert.random_checkpoint import write_random_checkpoint
+    from gptj_convert.conversion.random_checkpoint import write_random_checkpoint
     from gptj_model.config import GPTJConfig
 
     if layout == TRANSPOSED and file_format != "bin":

@@ -12,20 +12,20 @@ import rich_click as click
 from gptj_model import __version__
 from gptj_model.errors import FileFault
 from runner.cli.convert import convert
-from runner.cli.data import data
+from runner.cli.data.making import data
 from runner.cli.doctor import doctor
 from runner.cli.download import download
-from runner.cli.errors import Exit, Terminated, as_fault, exit_code
 from runner.cli.eval import evaluate
 from runner.cli.generate import generate
 from runner.cli.golden import golden
 from runner.cli.inspect import inspect
 from runner.cli.new import new
-from runner.cli.output import Output, abandon_stdout
 from runner.cli.runs import runs
+from runner.cli.shared.errors import Exit, Terminated, as_fault, exit_code
+from runner.cli.shared.output import Output, abandon_stdout
 from runner.cli.train import train
 from runner.cli.verify import verify
-from runner.extras import installed_versions
+from runner.planning.extras import installed_versions
 
 
 def _show_version(context: click.Context, option: click.Parameter, value: bool) -> None:

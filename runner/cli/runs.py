@@ -8,8 +8,8 @@ from typing import Any
 
 import rich_click as click
 
-from runner.cli.command import PATH, command
-from runner.cli.output import Output
+from runner.cli.shared.command import PATH, command
+from runner.cli.shared.output import Output
 
 
 @command
@@ -20,8 +20,8 @@ def runs(output: Output, model_dirs: tuple[Path, ...], html: Path | None) -> dic
 
     Reads metrics.jsonl and params.yaml of each; the runs may be going on.
     """
-    from runner.run_history import differences, read_run
-    from runner.runs_page import figure, write_page
+    from runner.reports.run_history import differences, read_run
+    from runner.reports.runs_page import figure, write_page
 
     found = [read_run(folder) for folder in model_dirs]
     differing = differences(found)

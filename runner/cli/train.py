@@ -7,14 +7,14 @@ from typing import Any
 
 import rich_click as click
 
-from runner.cli.command import PATH, command, parse_settings
-from runner.cli.cs_job import run_on_cs
-from runner.cli.job import MODES, Job, run_job
-from runner.cli.job_plan import plan_job
-from runner.cli.model_choice import DEFAULT_MODEL_DIR
-from runner.cli.output import Output
-from runner.cs_target import Target
-from runner.execution import Backend, Execution
+from runner.cli.shared.command import PATH, command, parse_settings
+from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
+from runner.cli.shared.output import Output
+from runner.cli.training.cs_launch import run_on_cs
+from runner.cli.training.dry_run import plan_job
+from runner.cli.training.request import MODES, Job, run_job
+from runner.config.cs_target import Target
+from runner.config.execution import Backend, Execution
 
 
 @command

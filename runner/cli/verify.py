@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_convert.options import ALL_LEVELS, DEFAULT_LEVEL, DEFAULT_OUT, LEVELS, MODEL_LEVELS
-from runner.cli.command import CONFIG_HELP, PATH, command, note_memory
-from runner.cli.errors import Exit
-from runner.cli.output import Output
-from runner.cli.progress import progress
-from runner.cli.verdict_lines import say_self_test, say_verdict
+from runner.cli.shared.command import CONFIG_HELP, PATH, command, note_memory
+from runner.cli.shared.errors import Exit
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
+from runner.cli.shared.verdict_lines import say_self_test, say_verdict
 
 if TYPE_CHECKING:
     from gptj_convert.verification.verdict import Verdict
@@ -96,9 +96,9 @@ def verify(
     from golden import tolerances
 
     if self_test or level in (*MODEL_LEVELS, ALL_LEVELS):
-        from runner.cli import tensorflow
+        from runner.cli.shared import framework
 
-        tensorflow.prepare(proving=True)
+        framework.prepare(proving=True)
     tolerance = tolerance or tolerances.LOGITS
     if self_test:
         return _self_test(output, converted, against, adapter, tolerance, config_file)
@@ -164,8 +164,8 @@ def _refuse_unwritable(report: Path) -> None:
 
 
 def _write_report(report: Path, fields: dict[str, Any], converted: Path) -> None:
-    from gptj_convert.environment import describe
-    from gptj_convert.manifest import Manifest
+    from gptj_convert.conversion.manifest import Manifest
+    from gptj_convert.resources.environment import describe
     from gptj_convert.verification.report import write_report
     from gptj_model.errors import FileFault
 
@@ -200,8 +200,8 @@ def _self_test(
     tolerance: float,
     config_file: Path | None,
 ) -> dict[str, Any]:
-    from gptj_convert.checkpoint import open_checkpoint
-    from gptj_convert.merged_checkpoint import open_merged
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from gptj_convert.conversion.merged_checkpoint import open_merged
     from gptj_convert.verification.self_test import SelfTest, self_test
     from gptj_convert.verification.verify import adapter_of, source_of
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from gptj_convert.digest import digest
-from gptj_convert.progress import Progress
+from gptj_convert.files.digest import digest
+from gptj_convert.streams.progress import Progress
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault, UsageError
-from runner.data.data_params import PARAMS_FILE, read_params, stated_files
-from runner.data.example import FEATURES
-from runner.data.hdf5 import PATTERN as HDF5_PATTERN
-from runner.data.hdf5 import read_checked
-from runner.data.records import DATA_HINT, PATTERN, check_files, read_examples
+from runner.data.reading.data_params import PARAMS_FILE, read_params, stated_files
+from runner.data.reading.example import FEATURES
+from runner.data.reading.hdf5 import PATTERN as HDF5_PATTERN
+from runner.data.reading.hdf5 import read_checked
+from runner.data.reading.records import DATA_HINT, PATTERN, check_files, read_examples
 
 #: Examples whose figures are taken together.
 _TOGETHER = 64

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptj_convert import html_page
+from gptj_convert.files import html_page
 from runner.data.inspection import Inspection
 
 TEMPLATE_FILE = "inspection.html.j2"

@@ -199,7 +199,7 @@ def client_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "agents.json"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
-    monkeypatch.setattr("gptj_convert.hub.WAIT", 0.001)
+    monkeypatch.setattr("gptj_convert.hub.client.WAIT", 0.001)
     yield
     huggingface_hub.close_session()
 

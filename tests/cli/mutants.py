@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gptj_model import layers, model, rotary, streaming
+from gptj_model.network import layers, model, rotary
+from gptj_model.streaming import forward
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _norm(change: Callable[[keras.layers.LayerNormalization], None], name: str):
                 change(layer)
             return layer
 
-        for module in (layers, streaming):
+        for module in (layers, forward):
             patch.setattr(module, "layer_norm", made)
 
     return apply
@@ -118,7 +119,7 @@ def _other_epsilon(layer: keras.layers.LayerNormalization) -> None:
 def _context(change: Callable) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
         sound = model.make_context
-        patch.setattr(streaming, "make_context", lambda *a, **k: change(sound(*a, **k)))
+        patch.setattr(forward, "make_context", lambda *a, **k: change(sound(*a, **k)))
 
     return apply
 
@@ -145,7 +146,7 @@ def _without_padding_mask(patch: pytest.MonkeyPatch) -> None:
     def context(config, T, S, positions_BT=None, attention_mask_BS=None, start=0):
         return sound(config, T, S, positions_BT, None, start)
 
-    patch.setattr(streaming, "make_context", context)
+    patch.setattr(forward, "make_context", context)
 
 
 def _cache_one_late(patch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def _cache_one_late(patch: pytest.MonkeyPatch) -> None:
         late = start + 1 if start else start
         return sound(config, T, S, positions_BT, attention_mask_BS, late)
 
-    patch.setattr(streaming, "make_context", context)
+    patch.setattr(forward, "make_context", context)
 
 
 MUTANTS = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, write_bundle
 from gptj_model.source import read_tensor
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPTJForCausalLM
 
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
 from tests.conftest import GOLDEN_RUNS, load_tensors, make_checkpoint
 

@@ -18,7 +18,7 @@ import pytest
 
 import runner
 from golden.tolerances import TRAINING
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.config import GPTJConfig
 from gptj_model.source import read_tensor
 from runner.cli.root import main

@@ -12,12 +12,12 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
-from gptj_convert.reference_yaml import yaml_text
+from gptj_convert.settings.params_yaml import yaml_text
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import table
-from runner.params import Section
-from runner.params_file import load_params, validate
-from runner.run_folder import accept_changes
+from runner.config.params import Section
+from runner.config.params_file import load_params, validate
+from runner.training.run.folder import accept_changes
 from tests.conftest import GOLDEN_RUNS
 
 ADAMW = GOLDEN_RUNS / "adamw"
@@ -221,7 +221,7 @@ def _planned(gptj: Any, *options: object) -> dict[str, Any]:
 def test_disk_is_planned_for_every_checkpoint_that_is_kept(
     execution: str, workdir: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
-    from gptj_convert import machine
+    from gptj_convert.resources import machine
 
     shutil.copytree(ADAMW / "records", "records")
     shutil.copyfile(ADAMW / "params.yaml", "params.yaml")

@@ -14,11 +14,11 @@ import tensorflow as tf
 import torch
 from safetensors.torch import load_file
 
-from gptj_convert import writer
-from gptj_convert.checkpoint import open_checkpoint
-from gptj_convert.execute import execute
-from gptj_convert.formats.ranged_file import ALIGNMENT
-from gptj_convert.plan import make_plan
+from gptj_convert.checkpoint.open import open_checkpoint
+from gptj_convert.conversion.execute import execute
+from gptj_convert.conversion.plan import make_plan
+from gptj_convert.files.ranged_file import ALIGNMENT
+from gptj_convert.streams import writer
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import TensorFault

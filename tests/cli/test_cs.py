@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from gptj_convert.cs_trainer import trainer_from_params
+from gptj_convert.settings.trainer_yaml import trainer_from_params
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import Scheme, table
 from tests.conftest import GOLDEN_RUNS, load_tensors, make_checkpoint

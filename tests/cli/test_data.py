@@ -19,13 +19,13 @@ import pytest
 import tensorflow as tf
 from backports import zstd
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.config import END_OF_TEXT_ID
-from runner.cli import progress
-from runner.data import encoding, long_line, sources
-from runner.data.example import FEATURES
-from runner.data.records import is_compressed
-from runner.data.tokenizer import load_tokenizer
+from runner.cli.shared import progress
+from runner.data.making import encoding, long_line, sources
+from runner.data.making.tokenizer import load_tokenizer
+from runner.data.reading.example import FEATURES
+from runner.data.reading.records import is_compressed
 
 DOCUMENTS = [
     "The quick brown fox.",

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from gptj_convert.download import RECORD_FILE
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
+from gptj_convert.hub.download import RECORD_FILE
 from tests.cli.fake_hub import (
     COMMIT,
     REPOSITORY,

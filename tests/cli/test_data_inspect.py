@@ -10,9 +10,9 @@ from pathlib import Path
 import h5py
 import pytest
 
-from gptj_convert.tokenizer import write_tokenizer
-from runner.data.records import read_records
-from runner.data.tokenizer import load_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
+from runner.data.making.tokenizer import load_tokenizer
+from runner.data.reading.records import read_records
 from tests.conftest import write_records
 
 LENGTH, END, SEPARATOR = 48, 50256, 50257

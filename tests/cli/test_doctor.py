@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj_convert import machine
+from gptj_convert.resources import machine
 from tests.conftest import make_checkpoint
 
 GB = 10**9

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-from gptj_convert import download
-from gptj_convert.hub import TRIES
-from gptj_convert.model_files import list_model
-from gptj_convert.progress import Progress
+from gptj_convert.hub.client import TRIES, download
+from gptj_convert.hub.model_files import list_model
+from gptj_convert.streams.progress import Progress
 from tests.cli import fake_hub
 from tests.cli.fake_hub import COMMIT, REPOSITORY, FakeHub, client_alone, point_at, serving
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import GPTJForCausalLM
 
-from gptj_convert.capacity import cache_bytes, streamed_memory
+from gptj_convert.resources.footprint import cache_bytes, streamed_memory
 from gptj_model.config import GPTJConfig
-from gptj_model.kept import Kept
-from runner import evaluate
-from runner.cli.output import printable
-from runner.data.tokenizer import load_tokenizer
-from runner.params_file import load_params
+from gptj_model.streaming.residency import Kept
+from runner.cli.shared.output import printable
+from runner.config.params_file import load_params
+from runner.data.making.tokenizer import load_tokenizer
+from runner.evaluation import evaluate
 from tests.conftest import make_checkpoint
 
 

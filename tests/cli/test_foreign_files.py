@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptj_convert.other_files import FILES, ROWS
-from gptj_convert.tensor_problems import HINTS, WHOLES
+from gptj_convert.checkpoint.other_files import FILES, ROWS
+from gptj_convert.checkpoint.tensor_problems import HINTS, WHOLES
 
 State = dict[str, torch.Tensor]
 

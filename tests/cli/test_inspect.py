@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
-from gptj_convert.formats.tf import state_text
-from gptj_convert.inspect import Statistics
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, write_bundle
+from gptj_convert.formats.layouts.tf import state_text
+from gptj_convert.inspection.inspect import Statistics
 from gptj_model.config import GPTJConfig
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Scheme, table

@@ -9,11 +9,11 @@ import keras
 import numpy as np
 import pytest
 
-from gptj_convert.random_checkpoint import write_random_checkpoint
+from gptj_convert.conversion.random_checkpoint import write_random_checkpoint
 from gptj_model.config import GPTJConfig
-from gptj_model.model import GPTJ
+from gptj_model.network.model import GPTJ
+from gptj_model.network.weights import variables
 from gptj_model.tensors import Scheme, table
-from gptj_model.weights import variables
 from tests.conftest import load_tensors, make_checkpoint
 
 WEIGHTS = Path("converted-keras/model.weights.h5")

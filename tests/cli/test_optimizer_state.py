@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, write_bundle
 from gptj_model.source import read_tensor
 from tests.conftest import GOLDEN_RUNS, make_checkpoint
 

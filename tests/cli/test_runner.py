@@ -14,16 +14,16 @@ import pytest
 import tensorflow as tf
 
 from golden.tolerances import TRAINING
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.config import GPTJConfig
-from gptj_model.model import GPTJ
+from gptj_model.network.model import GPTJ
+from gptj_model.network.weights import variables
 from gptj_model.source import read_tensor
 from gptj_model.tensors import table
-from gptj_model.weights import variables
 from runner import run as reference
 from runner.cli.root import main
-from runner.initialize import initialize
-from runner.params_file import load_params, validate
+from runner.config.params_file import load_params, validate
+from runner.training.initialize import initialize
 from tests.cli.test_train import MEASURED
 from tests.conftest import Outcome
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from gptj_convert.formats import cs
+from gptj_convert.formats.layouts import cs
 from tests.cli.fake_hub import REPOSITORY, FakeHub, point_at, serving
 from tests.conftest import GOLDEN_RUNS, make_checkpoint, write_records
 from tests.small_tokenizer import END_ID, write_vocabulary
@@ -307,7 +307,7 @@ def test_records_have_the_ids_of_transformers(kind: str, special: bool, chat: Pa
 
 @pytest.mark.parametrize("special", [False, True])
 def test_summaries_have_the_ids_of_transformers(special: bool, workdir: Path, gptj):
-    from gptj_convert.tokenizer import write_tokenizer
+    from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 
     folder = workdir / "tokenizer"
     folder.mkdir()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gptj_convert.formats.sharded import ShardedSource
+from gptj_convert.formats.containers.sharded import ShardedSource
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import FileFault, TensorFault
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT, table

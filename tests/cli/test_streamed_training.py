@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptj_convert import machine
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
+from gptj_convert.resources import machine
 from gptj_model.source import read_tensor
-from runner import disk_state
+from runner.training.streamed import state
 from tests.cli.rewriting import rewrite_bundle
 from tests.cli.test_train import MEASURED
 from tests.conftest import load_tensors, save_tensors
@@ -197,8 +197,8 @@ def _slot_dtypes(prefix: str) -> set[str]:
 
 
 def _update_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_state, "PIECE", 2**12)
-    monkeypatch.setattr(disk_state, "_UPDATED", 2**10)
+    monkeypatch.setattr(state, "PIECE", 2**12)
+    monkeypatch.setattr(state, "_UPDATED", 2**10)
 
 
 @adamw

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from gptj_convert.tokenizer import write_tokenizer
-from runner.data.example import FEATURES
-from runner.data.tokenizer import load_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
+from runner.data.making.tokenizer import load_tokenizer
+from runner.data.reading.example import FEATURES
 
 PAIRS = [
     ("The quick brown fox jumps over the lazy dog.", "A fox jumps."),

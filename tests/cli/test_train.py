@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptj_convert.formats.bundle import BundleSource, data_path, index_path
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, data_path, index_path
 from gptj_model.source import read_tensor
 from tests.conftest import load_tensors, save_tensors, write_records
 
@@ -190,7 +190,7 @@ def test_a_run_cannot_become_another_in_silence(golden_run: Path, gptj):
 
 @adamw
 def test_a_second_trainer_is_refused(golden_run: Path, gptj):
-    from runner.run_folder import locked
+    from runner.training.run.folder import locked
 
     with locked(Path("model_dir")):
         _refused(gptj(*BEGIN), 1, "another run is writing there")

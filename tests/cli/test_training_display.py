@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli.training_display import sparkline
+from runner.cli.training.display import sparkline
 
 
 def test_a_curve_of_losses():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptj_convert.random_checkpoint import write_random_checkpoint
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.conversion.random_checkpoint import write_random_checkpoint
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.config import GPTJConfig
 from tests.cli.fake_hub import FakeHub, client_alone, point_at, serving
 from tests.conftest import make_checkpoint, write_records

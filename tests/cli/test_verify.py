@@ -15,7 +15,7 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_convert.verification.verdict import Verdict
 from gptj_convert.verification.verify import levels_up_to, verify
 from gptj_model.config import GPTJConfig
@@ -332,7 +332,7 @@ def test_values_that_a_narrow_dtype_makes_zero_are_told(workdir: Path, gptj):
 
 
 def test_large_files_are_hashed_with_the_weights(workdir: Path, monkeypatch, gptj):
-    monkeypatch.setattr("gptj_convert.digest._PIECE", 300)  # many pieces, as of a large file
+    monkeypatch.setattr("gptj_convert.files.digest._PIECE", 300)  # many pieces, as of a large file
     make_checkpoint(workdir / "hf", vocab_size=3001)
     assert gptj("convert", "hf", "--to", "hf").code == 0
     assert gptj("verify", "converted-hf", "--level", "weights").code == 0

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gptj_model import layers, streaming
+from gptj_model.network import layers
+from gptj_model.streaming import forward
 from tests.cli.rewriting import rewrite_bundle
 from tests.conftest import load_tensors, make_checkpoint, save_tensors
 
@@ -68,7 +69,7 @@ def test_what_rounding_changes_is_told_and_not_judged(hf: Path, gptj):
 def test_wrong_gradients_name_the_tensor(converted: Path, gptj, monkeypatch: pytest.MonkeyPatch):
     # Forwards it is right; backwards nothing goes through the values of block 1's attention.
     sound = layers.Attention.call
-    resident = streaming.StreamedModel.load_block
+    resident = forward.StreamedModel.load_block
     at: list[int] = []
 
     def load(self, i):
@@ -79,7 +80,7 @@ def test_wrong_gradients_name_the_tensor(converted: Path, gptj, monkeypatch: pyt
         out, cache = sound(self, h_BTD, *rest, **options)
         return (ops.stop_gradient(out) if at == [1] else out), cache
 
-    monkeypatch.setattr(streaming.StreamedModel, "load_block", load)
+    monkeypatch.setattr(forward.StreamedModel, "load_block", load)
     monkeypatch.setattr(layers.Attention, "call", call)
     done = gptj("verify", "--level", "gradients", "--json")
     assert done.code == 3

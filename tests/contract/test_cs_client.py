@@ -121,12 +121,12 @@ def test_it_goes_on_with_a_tensorflow_run(workdir: Path, gptj):
     import numpy as np
     import tensorflow as tf
 
-    from gptj_convert.formats.bundle import BundleSource
+    from gptj_convert.formats.containers.tensor_bundle import BundleSource
     from gptj_model.config import GPTJConfig
     from gptj_model.source import read_tensor
     from gptj_model.tensors import Scheme, table
-    from runner.optimizer import Optimizer
-    from runner.params import OptimizerParams
+    from runner.config.params import OptimizerParams
+    from runner.training.update.optimizer import Optimizer
 
     run = shutil.copytree(GOLDEN_RUNS / "adamw" / "ckpt", workdir / "run") / "model.ckpt-20"
     for name in ("params.yaml", "hf/config.json"):

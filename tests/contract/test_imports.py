@@ -51,7 +51,7 @@ def test_inspecting_needs_no_framework(small_hf: Path, tmp_path: Path):
 
 
 def test_making_records_needs_no_framework(tmp_path: Path):
-    from gptj_convert.tokenizer import write_tokenizer
+    from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 
     write_tokenizer(tmp_path)
     (tmp_path / "a.txt").write_text("text")

@@ -14,11 +14,11 @@ import transformers
 from crc32c import crc32c
 
 from gptj_model.config import GPTJConfig
-from gptj_model.model import GPTJ
+from gptj_model.network.model import GPTJ
+from gptj_model.network.weights import variables
 from gptj_model.sharding import MODEL, SPLITS, Mesh, axes, part_size
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Scheme, ignored_hf, is_training_state, slot_name, table
-from gptj_model.weights import variables
 from tests.conftest import GOLDEN_RUNS, SMALL, load_tensors
 
 SIX_B = GPTJConfig()
@@ -59,7 +59,7 @@ def test_names_and_shapes_are_those_of_the_keras_model(config: GPTJConfig):
 
 @pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
 def test_names_and_shapes_are_those_of_the_reference(case: str):
-    from gptj_convert.formats.bundle import BundleSource
+    from gptj_convert.formats.containers.tensor_bundle import BundleSource
 
     folder = GOLDEN_RUNS / case
     config = GPTJConfig.from_file(folder / "hf/config.json")
@@ -71,7 +71,7 @@ def test_names_and_shapes_are_those_of_the_reference(case: str):
 
 @pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
 def test_training_state_of_the_reference_is_told_from_weights(case: str):
-    from gptj_convert.formats.bundle import BundleSource
+    from gptj_convert.formats.containers.tensor_bundle import BundleSource
 
     folder = GOLDEN_RUNS / case
     config = GPTJConfig.from_file(folder / "hf/config.json")
@@ -129,8 +129,8 @@ def anew() -> ModuleType:
 
 @pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
 def test_rows_are_made_as_four_sides_name_them(anew: ModuleType, case: str):
-    from gptj_convert.formats.bundle import BundleSource
-    from gptj_convert.formats.safetensors import SafetensorsSource
+    from gptj_convert.formats.containers.safetensors import SafetensorsSource
+    from gptj_convert.formats.containers.tensor_bundle import BundleSource
 
     config = GPTJConfig.from_file(GOLDEN_RUNS / case / "hf/config.json")
     rows = anew.table(config)

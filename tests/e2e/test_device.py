@@ -23,7 +23,7 @@ tensorflow.prepare()
 import tensorflow as tf
 processor, one = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDeviceConfiguration()
 tf.config.set_logical_device_configuration(processor, [one, one])
-from gptj_model.streamed_training import StreamedTraining
+from gptj_model.streaming.training import StreamedTraining
 from runner.cli.root import main
 found, load = set(), StreamedTraining.load
 def watched(self, weights):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from tests.conftest import make_checkpoint
 from tests.doc_commands import PAGES, REPOSITORY, blocks
 

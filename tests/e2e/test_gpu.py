@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from runner.execution import Execution
+from runner.config.execution import Execution
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from tests.cli.fake_hub import REPOSITORY, FakeHub, serving
 
 pytestmark = pytest.mark.skipif(

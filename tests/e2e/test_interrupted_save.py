@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
-from runner import checkpoints
-from runner.run_folder import locked
+from runner.training.run import checkpoints
+from runner.training.run.folder import locked
 from tests.cli.test_train import MEASURED
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
 from tests.cli.test_train import MEASURED
 from tests.conftest import make_checkpoint

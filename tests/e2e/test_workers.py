@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from gptj_model.errors import ConfigError, TrainingFault
-from runner import checkpoints
-from runner.distribution import TF_CONFIG, Alone, Cluster, cluster_here, join
-from runner.params_file import load_params
-from runner.train import Run
+from runner.config.params_file import load_params
+from runner.training.distribution import TF_CONFIG, Alone, Cluster, cluster_here, join
+from runner.training.run import checkpoints
+from runner.training.train import Run
 from tests.cli.test_train import BEGIN, _tensors
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
@@ -134,7 +134,7 @@ class _Second(Alone):
 
 @adamw
 def test_workers_that_do_not_begin_at_the_same_place(golden_run: Path):
-    from runner.train import train
+    from runner.training.train import train
 
     params = load_params(Path("params.yaml"), {})
     run = Run(params, Path("model_dir"), init_from=Path("hf"), workers=_Second())

@@ -20,21 +20,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptj_convert.checkpoint import open_checkpoint
-from gptj_convert.execute import execute
-from gptj_convert.formats.bundle import BundleSource
-from gptj_convert.formats.hdf5 import Hdf5Source
-from gptj_convert.formats.pickle import PickleSource
-from gptj_convert.formats.safetensors import SafetensorsSource
-from gptj_convert.formats.sharded import ShardedSource
-from gptj_convert.plan import make_plan
-from gptj_convert.reference_yaml import read_yaml
+from gptj_convert.checkpoint.open import open_checkpoint
+from gptj_convert.conversion.execute import execute
+from gptj_convert.conversion.plan import make_plan
+from gptj_convert.formats.containers.hdf5 import Hdf5Source
+from gptj_convert.formats.containers.safetensors import SafetensorsSource
+from gptj_convert.formats.containers.sharded import ShardedSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
+from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.settings.params_yaml import read_yaml
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import GptjError
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme
-from runner.data.records import read_records
-from runner.params_file import load_params
+from runner.config.params_file import load_params
+from runner.data.reading.records import read_records
 from tests.conftest import GOLDEN_RUNS, make_checkpoint
 
 #: Seconds that one file may take.

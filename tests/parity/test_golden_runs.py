@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from golden.tolerances import TRAINING
-from gptj_convert.formats.bundle import BundleSource
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
 from tests.conftest import GOLDEN_RUNS
 

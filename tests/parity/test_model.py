@@ -10,12 +10,12 @@ import tensorflow as tf
 import torch
 import transformers
 
-from gptj_model.beam_search import Beam, BeamSearch
-from gptj_model.generation import Generator, Sampling
-from gptj_model.loss import token_loss
+from gptj_model.decoding.beam_search import Beam, BeamSearch
+from gptj_model.decoding.generation import Generator, Sampling
+from gptj_model.network.loss import token_loss
+from gptj_model.network.weights import variables
 from gptj_model.tensors import Scheme, table
-from gptj_model.weights import variables
-from runner.restore import load_model
+from runner.evaluation.restore import load_model
 from tests.conftest import make_checkpoint
 
 #: Largest |Δ| of a logit; the logits' standard deviation is about 1. Measured: 4e-6.

@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.errors import FileFault
-from runner.data.tokenizer import end_of_text, load_tokenizer, notes
+from runner.data.making.tokenizer import end_of_text, load_tokenizer, notes
 from tests.small_tokenizer import END, END_ID, MERGES, VOCAB, write_vocabulary
 
 NAMES = (END, "<|im_start|>", "<|im_end|>", "<pad>", " wo", "hello", "lo", "Ⅸ")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gptj_model.block_memory import BlockMemory
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
+from gptj_model.network.weights import read_values
 from gptj_model.source import TensorInfo
+from gptj_model.streaming.block_buffers import BlockMemory
 from gptj_model.tensors import Scheme, block
-from gptj_model.weights import read_values
 from tests.small_model import SMALL
 
 CONFIG = GPTJConfig(**SMALL)

@@ -20,7 +20,7 @@ from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats.bundle import (
+from gptj_convert.formats.containers.tensor_bundle import (
     DTYPES,
     MAX_INDEX_BYTES,
     MAX_TENSORS,

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj_convert import panels
-from gptj_convert.difference import Comparison, Outcome, compare, in_step
-from gptj_convert.inspect import Inspection
-from gptj_convert.survey import survey
+from gptj_convert.checkpoint.match import survey
+from gptj_convert.inspection.diff import Comparison, Outcome, compare, in_step
+from gptj_convert.inspection.inspect import Inspection
+from gptj_convert.streams import strips
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.tensors import Scheme, table
@@ -52,7 +52,7 @@ def _inspection(
 
 def _compare(first: Inspection, second: Inspection) -> Comparison:
     result = Comparison()
-    with patch.object(panels, "PANEL_BYTES", 400), patch.object(panels, "STRIP_BYTES", 2000):
+    with patch.object(strips, "PANEL_BYTES", 400), patch.object(strips, "STRIP_BYTES", 2000):
         progress = list(compare(first, second, result))
     done = [p.done for p in progress]
     assert done == sorted(done)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptj_convert.hub_address import HubAddress, parse_address
+from gptj_convert.hub.address import HubAddress, parse_address
 from gptj_model.errors import UsageError
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gptj_convert.tokenizer import write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.errors import ConfigError, DataFault
-from runner.data.build import Options, build
-from runner.data.input_fn import Batches, batches
-from runner.data.records import count_records, read_records
-from runner.data.sources import Part
-from runner.data.text import TextOptions, TextRecipe
-from runner.params import InputParams
+from runner.config.params import InputParams
+from runner.data.making.build import Options, build
+from runner.data.making.sources import Part
+from runner.data.making.text import TextOptions, TextRecipe
+from runner.data.reading.input_fn import Batches, batches
+from runner.data.reading.records import count_records, read_records
 from tests.conftest import write_records
 
 LENGTH, VOCAB = 4, 50400

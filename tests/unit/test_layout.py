@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptj_convert.formats.layout import FileLayout, Layout
+from gptj_convert.formats.containers.layout import FileLayout, Layout
 from gptj_model.source import TensorInfo
 
 A, B, C = (TensorInfo("float32", (n,)) for n in (2, 0, 3))

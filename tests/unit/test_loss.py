@@ -8,8 +8,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptj_model import loss
-from gptj_model.loss import RunningLoss, head_loss, token_loss
+from gptj_model.network import loss
+from gptj_model.network.loss import RunningLoss, head_loss, token_loss
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,10 +8,10 @@ import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats.bundle import BundleSource, write_bundle
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, write_bundle
 from gptj_model.tensors import CURRENT_LOSS_SCALE, GOOD_STEPS
-from runner.loss_scale import loss_scale
-from runner.params import OptimizerParams
+from runner.config.params import OptimizerParams
+from runner.training.update.loss_scale import loss_scale
 from tests.unit.memory_source import MemorySource
 
 overflows = st.lists(st.sampled_from([True, True, True, False]), max_size=60)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj_convert import machine
+from gptj_convert.resources import machine
 
 
 @pytest.fixture

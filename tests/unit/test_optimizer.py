@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import Scheme, table
-from runner.optimizer import Optimizer
-from runner.params import OptimizerParams
-from runner.update_rule import BetaPowers
+from runner.config.params import OptimizerParams
+from runner.training.update.optimizer import Optimizer
+from runner.training.update.rule import BetaPowers
 from tests.conftest import SMALL
 from tests.unit.memory_source import MemorySource
 

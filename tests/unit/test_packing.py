@@ -13,17 +13,17 @@ import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.tokenizer import EXTRA_TOKENS, write_tokenizer
+from gptj_convert.formats.layouts.gpt2_tokenizer import EXTRA_TOKENS, write_tokenizer
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault
-from runner.data import pieces
-from runner.data.build import Counts, Options, Result, build
-from runner.data.example import FEATURES, parse, serialize
-from runner.data.packing import Packer
-from runner.data.records import check_records, find_records, read_records
-from runner.data.sources import Part
-from runner.data.text import TextOptions, TextRecipe
-from runner.data.tokenizer import load_tokenizer, may_cut
+from runner.data.making import pieces
+from runner.data.making.build import Counts, Options, Result, build
+from runner.data.making.packing import Packer
+from runner.data.making.sources import Part
+from runner.data.making.text import TextOptions, TextRecipe
+from runner.data.making.tokenizer import load_tokenizer, may_cut
+from runner.data.reading.example import FEATURES, parse, serialize
+from runner.data.reading.records import check_records, find_records, read_records
 
 SIZES = st.integers(1, 40)
 

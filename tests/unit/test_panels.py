@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gptj_convert import panels
+from gptj_convert.streams import strips
 from gptj_model.op import Op
 from gptj_model.source import raw_bytes
 from tests.unit.memory_source import MemorySource
@@ -36,8 +36,8 @@ def _source(values: np.ndarray) -> MemorySource:
 @example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 200, Op.TRANSPOSE)  # two strips
 @example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 400, Op.TRANSPOSE)  # one
 def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: int, op: Op):
-    with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
-        reader = panels.Panels(_source(values), "x", op)
+    with patch.object(strips, "PANEL_BYTES", panel), patch.object(strips, "STRIP_BYTES", strip):
+        reader = strips.Panels(_source(values), "x", op)
         found = b"".join(bytes(raw_bytes(p)) for p in reader)
     assert found == np.ascontiguousarray(op(values)).tobytes()
     assert reader.crc == crc32c(values.tobytes())
@@ -51,14 +51,14 @@ def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: i
 )
 def test_sizes_of_strips_are_known_before(shape: tuple[int, ...], panel: int, strip: int, op: Op):
     source = _source(np.zeros(shape, np.float32))
-    with patch.object(panels, "PANEL_BYTES", panel), patch.object(panels, "STRIP_BYTES", strip):
-        found = [s.values.nbytes for s in panels.Strips(source, "x", op)]
-        assert panels.strip_sizes(source.tensors["x"], op) == found
+    with patch.object(strips, "PANEL_BYTES", panel), patch.object(strips, "STRIP_BYTES", strip):
+        found = [s.values.nbytes for s in strips.Strips(source, "x", op)]
+        assert strips.strip_sizes(source.tensors["x"], op) == found
 
 
 def test_panels_give_their_memory_back_at_once():
     """Without a cycle, which would keep it until the next collection."""
-    reader = panels.Panels(_source(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
+    reader = strips.Panels(_source(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
     gone = weakref.ref(reader)
     gc.disable()
     try:
@@ -77,7 +77,7 @@ def test_beyond_every_tile(dtype, target, shape: tuple[int, int]):
     """Matrices larger than what is transposed at once, asked for from odd places."""
     values = (np.arange(np.prod(shape)) % 2003).reshape(shape).astype(dtype)
     whole = values.T.astype(target).reshape(-1)
-    strip = panels.Strip(values, Op.TRANSPOSE)
+    strip = strips.Strip(values, Op.TRANSPOSE)
     for begin, end in ((0, whole.size), (1, whole.size), (3 * shape[0] + 1, whole.size - 5)):
         out = np.empty(max(0, end - begin), target)
         strip.fill(out, begin)
@@ -87,8 +87,8 @@ def test_beyond_every_tile(dtype, target, shape: tuple[int, int]):
 @pytest.mark.parametrize("op", Op)
 def test_panels_are_small(op: Op):
     values = np.zeros((1000, 3000), np.float32)
-    with patch.object(panels, "PANEL_BYTES", 40_000), patch.object(panels, "STRIP_BYTES", 80_000):
-        sizes = [p.nbytes for p in panels.Panels(_source(values), "x", op)]
+    with patch.object(strips, "PANEL_BYTES", 40_000), patch.object(strips, "STRIP_BYTES", 80_000):
+        sizes = [p.nbytes for p in strips.Panels(_source(values), "x", op)]
     assert max(sizes) <= 40_000
     assert sum(sizes) == values.nbytes
 

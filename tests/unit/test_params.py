@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 import runner
-from gptj_convert.reference_yaml import (
+from gptj_convert.settings.params_yaml import (
     config_from_model_section,
     continued_pretraining,
     model_section,
@@ -18,8 +18,8 @@ from gptj_convert.reference_yaml import (
 )
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
-from runner.params_file import load_params, validate
-from runner.schedules import learning_rate
+from runner.config.params_file import load_params, validate
+from runner.training.update.schedules import learning_rate
 from tests.conftest import GOLDEN_RUNS, SMALL
 from tests.unit.test_config import configs
 

@@ -25,8 +25,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats import torch_pickle
-from gptj_convert.formats.pickle import PickleSource
+from gptj_convert.formats.containers import torch_pickle
+from gptj_convert.formats.containers.torch_checkpoint import PickleSource
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, read_rows, read_tensor
 
@@ -464,7 +464,7 @@ def test_a_tuple_of_tuples_costs_nothing(tmp_path):
 
 
 def test_refuses_a_pickle_that_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("gptj_convert.formats.pickle.MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr("gptj_convert.formats.containers.torch_checkpoint.MAX_PICKLE_BYTES", 100)
     data = state_dict(tensor())
     assert f"has {len(data)} bytes, expected at most 100" in refusal(
         archive(tmp_path / "m.bin", data)
@@ -475,7 +475,7 @@ def test_refuses_a_pickle_that_is_too_large(tmp_path, monkeypatch):
 _AUDIT = """
 import codecs, os, sys
 from pathlib import Path
-from gptj_convert.formats.pickle import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import PickleSource
 from gptj_model.errors import FileFault
 from gptj_model.source import read_tensor
 
@@ -527,7 +527,8 @@ def test_nothing_is_imported_or_run(tmp_path):
 
 
 def test_the_modules_do_not_load_torch():
-    code = "import gptj_convert.formats.pickle, sys; print('torch' in sys.modules)"
+    module = "gptj_convert.formats.containers.torch_checkpoint"
+    code = f"import {module}, sys; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats.ranged_file import RangedFile
+from gptj_convert.files.ranged_file import RangedFile
 from gptj_model.errors import FileFault
-from gptj_model.page_memory import page_memory
+from gptj_model.page_buffers import page_memory
 
 SIZE = 19 * 2**20 + 1234
 

@@ -22,8 +22,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats.layout import Layout
-from gptj_convert.formats.safetensors import (
+from gptj_convert.formats.containers.layout import Layout
+from gptj_convert.formats.containers.safetensors import (
     DTYPES,
     MAX_HEADER_BYTES,
     SafetensorsSource,

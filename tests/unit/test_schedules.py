@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner import params as p
-from runner.schedules import learning_rate
+from runner.config import params as p
+from runner.training.update.schedules import learning_rate
 
 K = keras.optimizers.schedules
 steps = st.integers(0, 60)

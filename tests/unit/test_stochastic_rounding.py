@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.stochastic_rounding import random_bits, round_into, widened
+from runner.training.update.stochastic_rounding import random_bits, round_into, widened
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 KEY = (-3, 4096)

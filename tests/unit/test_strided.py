@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert.formats import strided
-from gptj_convert.formats.pickle import PickleSource
-from gptj_convert.formats.strided import StridedView
-from gptj_convert.panels import Panels
+from gptj_convert.formats.containers import strided
+from gptj_convert.formats.containers.strided import StridedView
+from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.streams.strips import Panels
 from gptj_model.op import Op
 from gptj_model.source import read_columns, read_rows, read_tensor
 

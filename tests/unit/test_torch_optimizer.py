@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gptj_convert.formats.layout import Layout
-from gptj_convert.formats.torch_optimizer import OptimizerSource, optimizer_file
+from gptj_convert.formats.containers.layout import Layout
+from gptj_convert.formats.layouts.torch_optimizer import OptimizerSource, optimizer_file
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import FileFault
-from gptj_model.moments import Grouping, numbered_moments, parameter_groups
+from gptj_model.optimizer_names import Grouping, numbered_moments, parameter_groups
 from gptj_model.source import TensorInfo, read_tensor
 from gptj_model.tensors import Scheme
 from tests.unit.writing import write

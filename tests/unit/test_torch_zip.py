@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gptj_convert.formats.ranged_file import RangedFile
-from gptj_convert.formats.torch_zip import TorchZip, ZipEntry, end_of_zip, local_header
+from gptj_convert.files.ranged_file import RangedFile
+from gptj_convert.formats.containers.torch_zip import TorchZip, ZipEntry, end_of_zip, local_header
 from gptj_model.errors import FileFault
 
 GIB = 2**30

@@ -10,9 +10,8 @@ from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptj_convert import panels
-from gptj_convert.verification.verdict import names
-from gptj_convert.verification.weights_comparison import (
+from gptj_convert.streams import strips
+from gptj_convert.verification.bitwise import (
     Compared,
     compare_weights,
     in_file_order,
@@ -20,6 +19,7 @@ from gptj_convert.verification.weights_comparison import (
     new_zeros,
     pair_up,
 )
+from gptj_convert.verification.verdict import names
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
 from gptj_model.tensors import Scheme, table
@@ -60,7 +60,7 @@ def _compare(
     pairs = pair_up(listed[0], schemes[0], listed[1], schemes[1])
     compared: list[Compared] = []
     pieces = iter(hashing)
-    with patch.object(panels, "PANEL_BYTES", 400), patch.object(panels, "STRIP_BYTES", 2000):
+    with patch.object(strips, "PANEL_BYTES", 400), patch.object(strips, "STRIP_BYTES", 2000):
         progress = list(
             compare_weights(pairs, *sides, compared, saturated=saturated, hashing=pieces)
         )

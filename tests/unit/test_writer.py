@@ -13,12 +13,12 @@ from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptj_convert import writer
-from gptj_convert.formats.layout import FileLayout, Layout
-from gptj_convert.formats.ranged_file import ALIGNMENT
-from gptj_convert.panels import Strip
-from gptj_convert.pipeline import Pipeline
-from gptj_convert.writer import Start, find_start, reserve, write_files
+from gptj_convert.files.ranged_file import ALIGNMENT
+from gptj_convert.formats.containers.layout import FileLayout, Layout
+from gptj_convert.streams import writer
+from gptj_convert.streams.pipeline import Pipeline
+from gptj_convert.streams.strips import Strip
+from gptj_convert.streams.writer import Start, find_start, reserve, write_files
 from gptj_model.errors import FileFault
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runner
-from gptj_convert.cs_trainer import trainer
-from gptj_convert.reference_yaml import continued_pretraining, read_yaml, yaml_text
+from gptj_convert.settings.params_yaml import continued_pretraining, read_yaml, yaml_text
+from gptj_convert.settings.trainer_yaml import trainer
 from gptj_model.config import GPTJConfig
-from runner.params_file import validate
+from runner.config.params_file import validate
 from tests.conftest import SMALL
 
 #: What the two versions, and the programs that read them, take for different things.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gptj_convert.formats.layout import Layout
-from gptj_convert.panels import Strip
-from gptj_convert.pipeline import Pipeline
-from gptj_convert.writer import Start, reserve, write_files
+from gptj_convert.formats.containers.layout import Layout
+from gptj_convert.streams.pipeline import Pipeline
+from gptj_convert.streams.strips import Strip
+from gptj_convert.streams.writer import Start, reserve, write_files
 from gptj_model.op import Op
 
 

@@ -1,0 +1,1 @@
+"""Opening a checkpoint of any format, and matching its tensors against the table."""

@@ -1,0 +1,187 @@
+"""What is wrong with a checkpoint's tensors as a whole, and the way out: two tables of conditions.
+
+A file that was quantised, or holds an adapter that is not merged, lacks most of its names: that is
+one fact, not a hundred problems. What else may have happened is a hint, told only where what it
+says of the file is true.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from gptj_convert.checkpoint.match import Finding, Role
+from gptj_convert.checkpoint.source_names import model_prefixes
+from gptj_model.config import GPTJConfig
+from gptj_model.source import TensorInfo
+from gptj_model.tensors import HEAD_WEIGHT, Scheme, head, table
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Something that all of a file is."""
+
+    what: str
+    name: str
+    """Regular expression that a tensor's whole name matches in such a file only."""
+    hint: str
+    beside: str = ""
+    """Another one that a name of such a file matches, too; "" for none."""
+
+
+_DEQUANTISE = (
+    "dequantise it first, where it can be loaded: model.dequantize(), then "
+    "model.save_pretrained(DIR); or take the checkpoint that it was made from"
+)
+
+#: The most telling first.
+WHOLES: tuple[Whole, ...] = (
+    Whole(
+        "is quantised to 4 bits by bitsandbytes (NF4 or FP4)",
+        r".*\.quant_state\.bitsandbytes__\w+",
+        _DEQUANTISE,
+    ),
+    Whole(
+        "is quantised to 4 bits by bitsandbytes", r".*\.(nested_)?(absmax|quant_map)", _DEQUANTISE
+    ),
+    Whole("is quantised to 8 bits by bitsandbytes", r".*\.(SCB|weight_format)", _DEQUANTISE),
+    Whole("is quantised by GPTQ", r".*\.qweight", _DEQUANTISE, beside=r".*\.g_idx"),
+    Whole("is quantised by AWQ", r".*\.qweight", _DEQUANTISE, beside=r".*\.qzeros"),
+    Whole("is quantised by compressed-tensors", r".*\.weight_packed", _DEQUANTISE),
+    Whole("is quantised by HQQ", r".*\.W_q", _DEQUANTISE),
+    Whole("is quantised to FP8", r".*\.weight_scale(_inv)?", _DEQUANTISE),
+    Whole("is quantised by EETQ or Quanto", r".*\.(weight_scales|weight\._data)", _DEQUANTISE),
+    Whole(
+        "holds an adapter beside its weights that is not merged",
+        r".*\.lora_[AB](\.\w+)?\.weight",
+        "merge it where it can be loaded: model.merge_and_unload(), then "
+        "model.save_pretrained(DIR)",
+    ),
+)
+
+
+def whole_problem(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+    """What all of a file is that cannot be read as weights, in one line, and a hint."""
+    if len(prefixes := sorted(model_prefixes(tensors))) > 1:
+        shown = " and ".join(repr(p) if p else "no prefix" for p in prefixes)
+        drop = " ".join(f"--drop '{p}*'" for p in prefixes[1:])
+        return (
+            f"holds {len(prefixes)} models, whose names of tensors begin with {shown}",
+            f"convert one of them: leave out the others, as with {drop}",
+        )
+    for whole in WHOLES:
+        names = [n for n in tensors if re.fullmatch(whole.name, n)]
+        if not names or not (
+            not whole.beside or any(re.fullmatch(whole.beside, n) for n in tensors)
+        ):
+            continue
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{whole.what}: it holds {names[0]!r}{more}", whole.hint
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What is known of tensors that are not those their config calls for."""
+
+    findings: Sequence[Finding]
+    scheme: Scheme
+    config: GPTJConfig
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of tensors that are not of this model."""
+        return [f.name for f in self.findings if f.role is Role.UNKNOWN]
+
+    @property
+    def faulty(self) -> list[Finding]:
+        """Weights of this model that are missing, or not as they must be."""
+        return [f for f in self.findings if f.tensor and f.problem]
+
+    def has(self, config: GPTJConfig) -> bool:
+        """Whether all of another config's tensors are there."""
+        return {t.name(self.scheme) for t in table(config)} <= {
+            f.name for f in self.findings if f.info
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A way out, and when it is one."""
+
+    applies: Callable[[Situation], bool]
+    text: Callable[[Situation], str]
+
+
+def _lacks_head(s: Situation) -> bool:
+    missing = {f.name for f in s.faulty if not f.info}
+    names = {t.name(s.scheme) for t in head(s.config)}
+    weights = {n for n in names if n.startswith(HEAD_WEIGHT.hf.split(".")[0])}
+    return (
+        s.scheme is Scheme.HF
+        and bool(weights)
+        and missing == weights
+        and len(s.faulty) == len(missing)
+    )
+
+
+def _lacks_tied_head(s: Situation) -> bool:
+    tied = replace(s.config, tie_word_embeddings=True)
+    missing = [f.tensor.hf for f in s.faulty if f.tensor]
+    return not s.config.tie_word_embeddings and missing == [HEAD_WEIGHT.hf] and s.has(tied)
+
+
+def _has_other_head(s: Situation) -> bool:
+    head_name = HEAD_WEIGHT.hf if s.scheme is Scheme.HF else None
+    return s.config.tie_word_embeddings and head_name in s.unknown
+
+
+def _only_more(s: Situation) -> bool:
+    return bool(s.unknown) and not s.faulty
+
+
+def drop_options(names: Sequence[str]) -> str:
+    """The options that leave these tensors out, one for all of a part of the model."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.split(".")[0], []).append(name)
+    patterns = [own[0] if len(own) == 1 else f"'{part}.*'" for part, own in parts.items()]
+    shown = " ".join(f"--drop {p}" for p in patterns[:4])
+    return shown if len(patterns) <= 4 else f"{shown} …"
+
+
+#: The first that applies is told.
+HINTS: tuple[Hint, ...] = (
+    Hint(
+        _lacks_head,
+        lambda s: (
+            "this is a GPTJModel without its head; save the GPTJForCausalLM that it came "
+            "from (a head is never made up)"
+        ),
+    ),
+    Hint(
+        _lacks_tied_head,
+        lambda s: "the file holds a tied model: set tie_word_embeddings to true in config.json",
+    ),
+    Hint(
+        _has_other_head,
+        lambda s: (
+            "config.json ties the head to the embedding, but the file holds another head: "
+            "set tie_word_embeddings to false there if the file is right"
+        ),
+    ),
+    Hint(
+        _only_more,
+        lambda s: (
+            "the model itself is whole; to leave out what is beside it, convert with "
+            + drop_options(s.unknown)
+        ),
+    ),
+)
+
+
+def hint(findings: Sequence[Finding], scheme: Scheme, config: GPTJConfig) -> str | None:
+    """What may have happened to a file that is not what its config calls for, and the way out."""
+    situation = Situation(findings, scheme, config)
+    return next((h.text(situation) for h in HINTS if h.applies(situation)), None)

@@ -1,0 +1,1 @@
+"""Planning and executing a conversion, and the records that it leaves."""

@@ -1,0 +1,1 @@
+"""File formats that hold tensors by name. Nothing here knows GPT-J."""

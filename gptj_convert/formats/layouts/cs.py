@@ -1,0 +1,232 @@
+"""The layout of the CS client: `model.mdl`, HDF5 as cerebras-pytorch 2.10 saves and loads it.
+
+One dataset a tensor at the root, named `model.` and the tensor's name, and attributes that
+describe the tree: of the file its shape, of every leaf how it is stored. The client's own files
+lay datasets out in chunks, and a run's prefix the model's names once more; both are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptj_convert.formats.containers.layout import Layout
+from gptj_model.dtypes import NUMPY
+from gptj_model.errors import FileFault
+from gptj_model.source import TensorInfo, read_tensor
+
+MODEL_FILE = "model.mdl"
+SUFFIX = ".mdl"
+#: A run's checkpoints are `checkpoint_N.mdl`, N the step.
+_RUN_FILE = re.compile(r"checkpoint_(\d+)\.mdl", re.ASCII)
+
+#: Top-level key of the model's state, and so what every name begins with.
+_MODEL = "model"
+_CLIENT_VERSION = "2.10.0"
+_FORMAT_VERSION = 0.5
+_SUCCESS = "__SUCCESS__"
+#: What the name of the attribute on a leaf ends with.
+_METADATA = ".__metadata__"
+_SERIALIZER = "TorchTensorSerializer"
+
+#: The client stores an object that occurs twice once, and leads to it from elsewhere.
+_MAX_LINKS = 8
+
+#: Numbers of element types in the client's protocol, by canonical dtype.
+_RTFX = {"float16": 10, "bfloat16": 15, "float32": 11, "float64": 12, "int64": 5}
+#: How the client stores bfloat16: its bits, as integers.
+_BFLOAT16 = np.dtype(np.int16)
+
+Tree = Mapping[str, Any]
+
+
+def cs_layout(tensors: Mapping[str, TensorInfo], state: Tree | None = None) -> Layout:
+    """The file.
+
+    Args:
+        tensors: of the model, by the table's CS names.
+        state: what the client keeps beside the model, by top-level key: dicts, lists and tuples
+            whose leaves are tensors and numbers. Tensors are called by the path to them.
+    """
+    from gptj_convert.formats.containers.hdf5 import make_skeleton, skeleton_layout
+
+    tree = {_MODEL: dict(tensors), **(state or {})}
+    leaves = dict(_leaves(tree))
+    paths = {f"{_MODEL}.{name}": name for name in tensors}
+    infos = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TensorInfo)}
+    datasets = {
+        path: (info, _BFLOAT16 if info.dtype == "bfloat16" else NUMPY[info.dtype])
+        for path, info in infos.items()
+    }
+    of_file: dict[str, Any] = {
+        "__spec__": _dump(_spec(tree)),
+        "__version__": _FORMAT_VERSION,
+        "__cstorch_version__": _CLIENT_VERSION,
+        _SUCCESS: True,
+    }
+    of_file |= {f"{path}{_METADATA}": _dump(_leaf(path, leaf)) for path, leaf in leaves.items()}
+    attributes: dict[str, Mapping[str, Any]] = {"": of_file}
+    attributes |= {path: _stored(info) for path, info in infos.items()}
+
+    def make(path: str) -> dict[str, int]:
+        offsets = make_skeleton(path, datasets, attributes)
+        return {paths.get(name, name): offset for name, offset in offsets.items()}
+
+    return skeleton_layout(MODEL_FILE, {paths.get(n, n): i for n, i in infos.items()}, make)
+
+
+def _dump(values: Any) -> str:
+    return json.dumps(values, indent=4)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf with the path to it."""
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _spec(tree: Tree) -> list[Any]:
+    """The tree with a star a leaf, and the same as torch's pytree writes it."""
+    return [_stars(tree), json.dumps([1, _node(tree)])]
+
+
+def _stars(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _stars(value) for key, value in tree.items()}
+    return [_stars(value) for value in tree] if isinstance(tree, list | tuple) else "*"
+
+
+def _node(tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, dict | list | tuple):
+        return {"type": None, "context": None, "children_spec": []}
+    keys = list(tree) if isinstance(tree, dict) else None
+    return {
+        "type": f"builtins.{type(tree).__name__}",
+        "context": json.dumps(keys),
+        "children_spec": [_node(v) for v in (tree.values() if isinstance(tree, dict) else tree)],
+    }
+
+
+def _leaf(path: str, leaf: TensorInfo | float) -> dict[str, Any]:
+    """The client's word on one leaf of the tree."""
+    stored = _stored(leaf) if isinstance(leaf, TensorInfo) else _number(leaf)
+    return {
+        "__spec__": _spec({path: leaf}),
+        "__objects__": [path],
+        f"{path}{_METADATA}": stored,
+    }
+
+
+def _number(value: float) -> dict[str, Any]:
+    return {"scalar_value": value, "__TYPE__": "ScalarSerializer", "__NONE__": True}
+
+
+def _stored(info: TensorInfo) -> dict[str, Any]:
+    """How a leaf is stored: said in the file's attributes and in the dataset's."""
+    return {
+        "__TORCH__": True,
+        "shapes": [list(info.shape)],
+        "dtypes": [f"torch.{info.dtype}"],
+        "rtfx_dtypes": [_RTFX[info.dtype]],
+        "__TYPE__": _SERIALIZER,
+        "__NUMPY__": True,
+        "compressed": False,
+    }
+
+
+class CsSource:
+    """The tensors of a file by the table's CS names, as a `TensorSource`.
+
+    What is no tensor of the model, such as an optimizer's state, keeps its full name.
+
+    Raises:
+        FileFault: see `Hdf5Source`; or the client has not finished the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gptj_convert.formats.containers.hdf5 import Hdf5Source
+
+        self._file = Hdf5Source(path, dtype_of=_dtype, in_chunks=True)
+        if not self._file.attribute(_SUCCESS):
+            self._file.close()
+            raise FileFault(
+                f"{path}: was not written to its end, says its own attribute {_SUCCESS}",
+                hint="take the checkpoint before it",
+            )
+        self._paths = {_name(dataset): dataset for dataset in self._file.tensors}
+        self.tensors = {name: self._file.tensors[d] for name, d in self._paths.items()}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `TensorSource.read_into`."""
+        self._file.read_into(self._paths[name], offset, buffer)
+
+    def number(self, path: str) -> float | None:
+        """A number of the tree, whether it is stored as one or as a tensor; None: it is not there.
+
+        Raises:
+            FileFault: what is there is no number.
+        """
+        for _ in range(_MAX_LINKS):
+            if path in self._file.tensors:
+                if math.prod(self._file.tensors[path].shape) != 1:
+                    break
+                return read_tensor(self._file, path).item()
+            text = self._file.text(f"{path}{_METADATA}")
+            if text is None:
+                return None
+            try:
+                stored = json.loads(text)[f"{path}{_METADATA}"]
+                if stored.get("__LINKED__"):
+                    path = str(stored["key"])
+                    continue
+                return float(stored["scalar_value"])
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                break
+        raise FileFault(f"{self._file.path}: {path!r} is no number, expected one")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _name(dataset: str) -> str:
+    for prefix in (f"{_MODEL}.{_MODEL}.", f"{_MODEL}."):
+        if dataset.startswith(prefix):
+            return dataset.removeprefix(prefix)
+    return dataset
+
+
+def _dtype(dataset: Any) -> str | None:
+    """bfloat16, if a dataset of integers says so."""
+    if dataset.dtype != _BFLOAT16:
+        return None
+    stated = dataset.attrs.get("dtypes")
+    names = [] if stated is None else [str(name) for name in np.atleast_1d(stated)]
+    return "bfloat16" if names == ["torch.bfloat16"] else None
+
+
+def find_weights(path: Path) -> Path | None:
+    """The file that `path` is or, if it is a folder, holds: `model.mdl`, else a run's newest."""
+    if path.is_file():
+        return path if path.suffix == SUFFIX else None
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    return newest(path)
+
+
+def newest(folder: Path) -> Path | None:
+    """A run's checkpoint of the highest step; None when there is none."""
+    if not folder.is_dir():
+        return None
+    matches = ((_RUN_FILE.fullmatch(p.name), p) for p in folder.iterdir())
+    steps = {int(m[1]): p for m, p in matches if m}
+    return steps[max(steps)] if steps else None

@@ -1,0 +1,137 @@
+"""The Hugging Face layout: config.json, weights in one file or in shards, tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from gptj_convert.formats.containers import sharded
+from gptj_convert.formats.containers.layout import FileLayout, Layout
+from gptj_convert.formats.containers.safetensors import safetensors_file
+from gptj_convert.formats.containers.sharded import INDEX_SUFFIX, ShardedSource
+from gptj_convert.formats.containers.torch_archive import archive_file
+from gptj_convert.options import FILE_FORMATS
+from gptj_model.errors import FileFault
+from gptj_model.source import TensorInfo, TensorSource
+
+SAFETENSORS_FILE = FILE_FORMATS["safetensors"]
+PICKLE_FILE = FILE_FORMATS["bin"]
+#: How names of single files of weights end, the last four of what torch.save wrote.
+WEIGHT_SUFFIXES = (sharded.SAFETENSORS, sharded.ARCHIVE, ".pt", ".pth", ".ckpt")
+#: One file, or the index of shards, in the order that transformers prefers them.
+WEIGHT_FILES = (
+    SAFETENSORS_FILE,
+    SAFETENSORS_FILE + INDEX_SUFFIX,
+    PICKLE_FILE,
+    PICKLE_FILE + INDEX_SUFFIX,
+)
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+#: Vocabulary and merges, as GPT-2's, EleutherAI's and others' files are named.
+VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+#: Files that go with the weights whatever their format.
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    *(name for pair in VOCABULARY_FILES for name in pair),
+    ADDED_TOKENS_FILE,
+    SPECIAL_TOKENS_FILE,
+)
+GENERATION_FILE = "generation_config.json"
+#: A chat's template, as tokenizers have it and as processors had it before; and further ones.
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_CHAT_TEMPLATES = "additional_chat_templates"
+#: How the names of files end that may hold settings of a model.
+_SETTINGS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+
+
+def choose_companions(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that go with the weights, whatever their format.
+
+    Args:
+        names: paths in the folder, with `/` between their parts.
+    """
+    present = set(names)
+    known = (*TOKENIZER_FILES, GENERATION_FILE, *CHAT_TEMPLATE_FILES)
+    folder, pattern = f"{_CHAT_TEMPLATES}/", f"{_CHAT_TEMPLATES}/*.jinja"
+    templates = (n for n in present if fnmatchcase(n, pattern) and "/" not in n[len(folder) :])
+    return [*(name for name in known if name in present), *sorted(templates)]
+
+
+def settings_files(folder: Path) -> list[str]:
+    """Return the paths in a folder of the files that may hold settings of a model, sorted."""
+    paths = (*folder.glob("*"), *folder.glob(f"{_CHAT_TEMPLATES}/*"))
+    return choose_settings(p.relative_to(folder).as_posix() for p in paths if p.is_file())
+
+
+def choose_settings(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that may hold settings of a model, sorted.
+
+    Args:
+        names: see `choose_companions`.
+    """
+    found: list[str] = []
+    for name in names:
+        path = PurePosixPath(name)
+        is_setting = path.suffix in _SETTINGS or path.name in TOKENIZER_FILES
+        if is_setting and str(path.parent) in (".", _CHAT_TEMPLATES) and name[0] != ".":
+            found.append(name)
+    return sorted(found)
+
+
+def find_weights(path: Path) -> Path | None:
+    """The weight file or index that `path` is or, if it is a folder, holds; None: not HF's.
+
+    Raises:
+        FileFault: it is one shard of several.
+    """
+    if path.is_file():
+        if sharded.is_index(path.name):
+            return path
+        if (count := sharded.shards_of(path.name)) and count > 1:
+            raise FileFault(
+                f"{path}: is one of {count} shards, expected all of them",
+                hint=f"name the folder that holds them and their index: {path.parent}",
+            )
+        return path if path.suffix in WEIGHT_SUFFIXES else None
+    return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+
+
+def open_weights(path: Path) -> tuple[TensorSource, tuple[Path, ...]]:
+    """Open a weight file, or the shards of an index; gives the files that are read, too."""
+    if sharded.is_index(path.name):
+        source = ShardedSource(path)
+        return source, tuple(source.files)
+    return sharded.open_file(path), (path,)
+
+
+def hf_layout(
+    tensors: Mapping[str, TensorInfo],
+    max_shard_bytes: int | None = None,
+    *,
+    file: str = SAFETENSORS_FILE,
+) -> Layout:
+    """Return the weights of a folder: one file, or shards and their index if the limit asks so.
+
+    Args:
+        tensors: of the model, in order.
+        max_shard_bytes: see `sharded.split`.
+        file: `SAFETENSORS_FILE` or `PICKLE_FILE`.
+
+    Raises:
+        UsageError: see `sharded.split`.
+    """
+    shards = sharded.split(tensors, file, max_shard_bytes)
+    files = tuple(_weights_file(name, inside) for name, inside in shards.items())
+    index = {file + INDEX_SUFFIX: sharded.index_text(shards).encode()}
+    return Layout(tensors, files, lambda checksums: index if len(files) > 1 else {})
+
+
+def _weights_file(name: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
+    if name.endswith(".bin"):
+        return archive_file(name, dict(zip(tensors, tensors, strict=True)), tensors)
+    return safetensors_file(name, tensors, {"format": "pt"})  # transformers asks for it

@@ -1,0 +1,80 @@
+"""`optimizer.pt`, the state dict of a PyTorch optimizer, without PyTorch: read, and laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptj_convert.formats.containers.layout import FileLayout
+from gptj_convert.formats.containers.torch_archive import archive_file
+from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_pickle import PickledTensor
+from gptj_model.errors import FileFault
+from gptj_model.source import TensorInfo
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+#: Names of the tensors of state: this, the parameter's number, and the key.
+_PREFIX = "optimizer.state."
+
+#: State by the number of the parameter, and the groups that say which are together.
+State = Mapping[int, Mapping[str, Any]]
+Groups = Sequence[Mapping[str, Any]]
+
+
+class OptimizerSource(PickleSource):
+    """The tensors of an optimizer's state, as `optimizer.state.NUMBER.KEY`.
+
+    Attributes:
+        plain: what is no tensor, by such a name.
+        groups: the optimizer's param_groups.
+        more: the other keys of the state dict.
+
+    Raises:
+        FileFault: see `PickleSource`; or it is not an optimizer's state dict.
+    """
+
+    def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:
+        self.plain: dict[str, Any] = {}
+        self.more = dict(values)
+        state, self.groups = (self.more.pop(key, None) for key in ("state", "param_groups"))
+        if not (_is_state(state) and _is_groups(self.groups)):
+            raise FileFault(
+                f"{self._file.path}: is not an optimizer's state dict, expected `state` by the "
+                "number of the parameter, and `param_groups` with their numbers",
+                hint="save it so: torch.save(optimizer.state_dict(), 'optimizer.pt')",
+            )
+        named = {f"{_PREFIX}{n}.{k}": v for n, entry in state.items() for k, v in entry.items()}
+        self.plain = {k: v for k, v in named.items() if not isinstance(v, PickledTensor)}
+        return {k: v for k, v in named.items() if k not in self.plain}
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        type(n) is int and isinstance(entry, dict) for n, entry in value.items()
+    )
+
+
+def _is_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(type(n) is int for n in group["params"])
+        for group in value
+    )
+
+
+def optimizer_file(
+    state: State, groups: Groups, more: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> FileLayout:
+    """A new optimizer.pt.
+
+    Args:
+        state: by the parameter's number, what it keeps: a tensor's name, or the bytes of a
+            float32 scalar.
+        groups: param_groups, of plain values.
+        more: further keys of the state dict, of plain values.
+        tensors: by those names.
+    """
+    value = {"state": dict(state), "param_groups": list(groups), **more}
+    return archive_file(OPTIMIZER_FILE, value, tensors)

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: addresses, listings, the local cache and resumable downloads."""

@@ -1,0 +1,1 @@
+"""What is in a checkpoint, how two differ, and whether its files are intact."""

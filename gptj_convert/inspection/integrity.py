@@ -1,0 +1,264 @@
+"""Is a checkpoint what it was when it was written? Its files and tensors against what is stated.
+
+What is stated: sizes and digests in a converted folder's manifest.json or a download's record,
+crc32c of tensors in the manifest and in a bundle's index, CRC32s in a `.bin` archive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
+from gptj_convert.files.digest import GIT, SHA256, FileDigest
+from gptj_convert.formats.containers import sharded
+from gptj_convert.formats.containers.tensor_bundle import BundleSource, unmasked
+from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.hub.download import RECORD_FILE, read_record
+from gptj_convert.inspection.inspect import Inspection
+from gptj_convert.settings.params_yaml import PARAMS_FILE
+from gptj_convert.settings.trainer_yaml import TRAINER_FILE
+from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.strips import Panels
+from gptj_model.errors import FileFault, UsageError
+from gptj_model.op import Op
+from gptj_model.source import TensorSource
+from gptj_model.tensors import Scheme
+
+BUNDLE_INDEX = "the bundle's index"
+ARCHIVE = "the .bin archive"
+
+_WORDS = {SHA256: "SHA-256", GIT: "git blob"}
+
+
+class StatedFile:
+    """A file that must have a size and a digest (in hex, of a kind of `gptj_convert.files.digest`).
+
+    Iterating reads it, and yields the size of each piece. Afterwards `fault` is None, or what
+    was found and what was expected.
+    """
+
+    def __init__(self, path: Path, size: int, digest: str, kind: str = SHA256) -> None:
+        self.path = path
+        self.size = size
+        self.fault: tuple[str, str] | None = None
+        self._digest = digest
+        self._kind = kind
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            found = f"{self.path.stat().st_size} bytes"
+            if not self.path.is_file():
+                found = "not a file"
+            elif self.path.stat().st_size == self.size:
+                read = FileDigest(self.path, self._kind)
+                yield from read
+                if read.hex == self._digest:
+                    return
+                found += f", {_WORDS[self._kind]} {read.hex}"
+        except OSError as e:
+            found = e.strerror or str(e)
+        self.fault = found, f"{self.size} bytes, {_WORDS[self._kind]} {self._digest}"
+
+
+def stated_checksums(
+    source: TensorSource, name: str, manifest: Manifest | None, hf: str
+) -> dict[str, int]:
+    """What a bundle's index and the manifest say a tensor's crc32c is, by who says it.
+
+    Args:
+        source: the checkpoint.
+        name: of the tensor in it.
+        manifest: of the checkpoint's folder.
+        hf: the tensor's HF name, by which the manifest knows it.
+    """
+    stated: dict[str, int] = {}
+    if isinstance(source, BundleSource):
+        stated[BUNDLE_INDEX] = unmasked(source.entries[name].crc)
+    if manifest and hf in manifest.tensors:
+        stated[MANIFEST_FILE] = int(manifest.tensors[hf]["crc32c"], 16)
+    return stated
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A file or tensor that is not what is stated of it."""
+
+    kind: str
+    """"file" or "tensor"."""
+    name: str
+    found: str
+    expected: str
+    stated_by: str
+
+
+@dataclass(slots=True)
+class Check:
+    """Outcome of a check, filled as it goes."""
+
+    checked: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By who states it: how many files and tensors were held against it."""
+    mismatches: list[Mismatch] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    """Files in the folder that no manifest or record names."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the JSON object."""
+        return {
+            "checked": self.checked,
+            "problems": [asdict(m) for m in self.mismatches],
+            "extra": self.extra,
+        }
+
+    def add(self, kind: str, name: str, fault: tuple[str, str] | None, stated_by: str) -> None:
+        """Note that a file or tensor was compared; `fault` is what was found and expected."""
+        self.checked.setdefault(stated_by, {"files": 0, "tensors": 0})[f"{kind}s"] += 1
+        if fault:
+            self.mismatches.append(Mismatch(kind, name, *fault, stated_by))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One thing to read: iterating `pieces` fills the result and yields bytes done."""
+
+    name: str
+    size: int
+    pieces: Iterator[int]
+
+
+def check(path: Path, opened: Inspection | FileFault, result: Check) -> Iterator[Progress]:
+    """Hold a checkpoint against all that is stated of it, yielding progress in bytes.
+
+    Args:
+        path: a folder, a weight file, or a bundle's prefix.
+        opened: the checkpoint there, or why it cannot be opened.
+        result: is filled.
+
+    Raises:
+        UsageError: nothing is stated of it.
+        FileFault: the same, and it cannot be opened either; or a device fails.
+    """
+    folder = path if path.is_dir() else path.parent
+    manifest = _read_manifest(path, folder, result)
+    work = _files(path, folder, manifest, result)
+    if isinstance(opened, Inspection):
+        work += _tensors(opened, manifest, result)
+        work += _archives(opened, result)
+    if not work and not result.mismatches:
+        if isinstance(opened, FileFault):
+            raise opened
+        raise UsageError(
+            f"{path}: nothing states what it must be; looked for {MANIFEST_FILE} and "
+            f"{RECORD_FILE} in {folder}, and for checksums in the checkpoint itself",
+            hint="compare it with another copy: `gptj inspect PATH --diff OTHER`",
+        )
+    if isinstance(opened, FileFault):
+        unreadable = opened.message, "a checkpoint that can be read"
+        result.add("file", path.name or str(path), unreadable, "its format")
+    total, done = sum(w.size for w in work), 0
+    for item in work:
+        for piece in item.pieces:
+            yield Progress(done := done + piece, total, item.name)
+
+
+def _concerns(path: Path, names: Collection[str]) -> bool:
+    """Whether a statement on files of these names is one on the checkpoint at `path`."""
+    return path.is_dir() or any(name.startswith(path.name) for name in names)
+
+
+def _read_manifest(path: Path, folder: Path, result: Check) -> Manifest | None:
+    try:
+        manifest = Manifest.read(folder)
+    except FileFault as e:
+        result.add("file", MANIFEST_FILE, (e.message, "a manifest"), MANIFEST_FILE)
+        return None
+    return manifest if manifest and _concerns(path, manifest.files) else None
+
+
+def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -> list[_Work]:
+    """The files that the manifest and a download's record name; others are noted."""
+    stated = [
+        (MANIFEST_FILE, StatedFile(folder / name, file["bytes"], file["sha256"]))
+        for name, file in (manifest.files if manifest else {}).items()
+    ]
+    record = read_record(folder)
+    if record and _concerns(path, record.files):
+        stated += [
+            (RECORD_FILE, StatedFile(folder / name, file.size, file.hex, file.kind))
+            for name, file in record.files.items()
+        ]
+    elif not record and (folder / RECORD_FILE).exists():
+        fault = "cannot be understood", "the record of a download"
+        result.add("file", RECORD_FILE, fault, RECORD_FILE)
+    if stated and path.is_dir():
+        known = {
+            MANIFEST_FILE,
+            RECORD_FILE,
+            PARAMS_FILE,
+            TRAINER_FILE,
+            *(f.path.relative_to(folder).parts[0] for _, f in stated),
+        }
+        result.extra += sorted({p.name for p in folder.iterdir()} - known)
+    return [_Work(f.path.name, f.size, _file(f, by, result)) for by, f in stated]
+
+
+def _file(file: StatedFile, stated_by: str, result: Check) -> Iterator[int]:
+    yield from file
+    result.add("file", file.path.name, file.fault, stated_by)
+
+
+def _tensors(opened: Inspection, manifest: Manifest | None, result: Check) -> list[_Work]:
+    """The tensors whose checksums the manifest or the bundle's index states."""
+    if manifest and not {p.name for p in opened.files} <= manifest.files.keys():
+        manifest = None  # it is that of another checkpoint in the folder
+    present = {f.tensor.hf if f.tensor else f.name: f for f in opened.findings if f.info}
+    # In a bundle, which tensor is which HF one is not known without a config.
+    if manifest and (opened.config or opened.scheme is Scheme.HF):
+        for hf, stated in manifest.tensors.items():
+            if hf not in present:
+                fault = "missing", f"crc32c {stated['crc32c']}"
+                result.add("tensor", hf, fault, MANIFEST_FILE)
+    work = []
+    for hf, finding in present.items():
+        checksums = stated_checksums(opened.source, finding.name, manifest, hf)
+        if checksums and finding.info:
+            pieces = _tensor(opened.source, finding.name, checksums, result)
+            work.append(_Work(finding.name, finding.info.nbytes, pieces))
+    return work
+
+
+def _tensor(
+    source: TensorSource, name: str, stated: Mapping[str, int], result: Check
+) -> Iterator[int]:
+    panels = Panels(source, name, Op.COPY)
+    for values in panels:
+        yield values.nbytes
+    for stated_by, crc in stated.items():
+        differs = f"crc32c {panels.crc:08x}", f"crc32c {crc:08x}"
+        result.add("tensor", name, None if crc == panels.crc else differs, stated_by)
+
+
+def _archives(opened: Inspection, result: Check) -> list[_Work]:
+    """The `.bin` files, which state a CRC32 of each storage."""
+    archives = [
+        p
+        for p in opened.files
+        if sharded.kind_of_content(p) == sharded.ARCHIVE and _has_checksums(p)
+    ]
+    return [_Work(p.name, p.stat().st_size, _archive(p, result)) for p in archives]
+
+
+def _has_checksums(path: Path) -> bool:
+    with closing(PickleSource(path)) as archive:
+        return archive.checksummed
+
+
+def _archive(path: Path, result: Check) -> Iterator[int]:
+    with closing(PickleSource(path)) as archive:
+        for size, fault in archive.crc_faults():
+            yield size
+            differs = (fault, "the CRC32 that it states") if fault else None
+            result.add("tensor", path.name, differs, ARCHIVE)

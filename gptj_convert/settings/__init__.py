@@ -1,0 +1,1 @@
+"""Settings files beside weights: config.json, params.yaml, trainer YAML, generation_config.json."""

@@ -1,0 +1,1 @@
+"""Tensors on the move in bounded memory: strips, prefetching, the thread pipeline, the writer."""

@@ -1,0 +1,269 @@
+"""The files of a layout, written in one pass: laid out, hashed and put on the disk at once.
+
+An interrupted pass leaves files that `find_start` takes up again: what is whole is read and
+hashed, not made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from gptj_convert.files.output_file import OutputFile
+from gptj_convert.files.ranged_file import ALIGNMENT
+from gptj_convert.formats.containers.layout import FileLayout, Layout
+from gptj_convert.streams.pipeline import Buffers, Pipeline
+from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.strips import Strip
+from gptj_model.dtypes import NUMPY
+from gptj_model.op import Op
+
+#: Bytes that are handed on and written at once, and how many such blocks go around.
+BLOCK_BYTES = 8 * 2**20
+BLOCKS = 8
+_ROWS_TOGETHER = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A block is in its file, but for less than a page, which the next one writes."""
+
+    nbytes: int
+    file: str
+    tensors: tuple[tuple[str, int], ...]
+    """Name and crc32c of each tensor that is whole now."""
+
+
+@dataclass(slots=True)
+class Start:
+    """Where to begin: everything before is there already."""
+
+    file: int = 0
+    offset: int = 0
+    """The beginning of a part of that file."""
+    sha256: Any = field(default_factory=hashlib.sha256)
+    """Of that file's bytes up to `offset`."""
+    head: bytes = b""
+    """What is in the file between the last whole page before `offset` and there."""
+    done: int = 0
+    """Bytes before it, in all files."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the files before it."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """crc32c of the tensors before it."""
+
+
+def reserve(layout: Layout, folder: Path, *, existing: bool = False) -> None:
+    """Make every file at its full size, so that a full disk shows before the first byte.
+
+    Raises:
+        FileFault: there is no space; or files are there, and `existing` is off.
+    """
+    for file in layout.files:
+        OutputFile(folder / file.name, layout.size(file), existing=existing).close()
+
+
+def write_files(
+    layout: Layout,
+    folder: Path,
+    content: Callable[[str], Iterable[Strip]],
+    pipeline: Pipeline,
+    start: Start,
+) -> Iterator[Written]:
+    """Write what is missing, in order, and the index; `start` moves on, to the end.
+
+    Args:
+        layout: the files, which `reserve` has made.
+        folder: where they are.
+        content: gives the strips of a tensor. It runs in another thread.
+        pipeline: gives threads.
+        start: see `find_start`.
+
+    Raises:
+        FileFault: writing fails.
+    """
+    buffers = Buffers(pipeline, BLOCKS, BLOCK_BYTES)
+    blocks = pipeline.ahead(_lay_out(layout, content, start, buffers), depth=BLOCKS)
+    output: OutputFile | None = None
+    waiting: list[tuple[str, int, int]] = []
+    try:
+        for block in pipeline.ahead(_hash(blocks, start.sha256), depth=BLOCKS):
+            if output is None:
+                path = folder / block.file.name
+                output = OutputFile(path, layout.size(block.file), existing=True)
+            end = block.end if block.is_last else block.end // ALIGNMENT * ALIGNMENT
+            output.write(block.offset, block.memory[:end].data)
+            waiting += block.finished
+            whole = {n: crc for n, crc, last in waiting if last <= block.offset + end}
+            waiting = [t for t in waiting if t[0] not in whole]
+            start.checksums.update(whole)
+            nbytes = block.end - block.skip
+            buffers.give(block.memory)
+            yield Written(nbytes, block.file.name, tuple(whole.items()))
+            if block.sha256:
+                start.digests[block.file.name] = block.sha256
+                output.sync()
+                output.close()
+                output = None
+    finally:
+        if output:
+            output.close()
+    for name, small in layout.index(start.checksums).items():
+        (folder / name).write_bytes(small)
+
+
+def find_start(
+    layout: Layout, folder: Path, finished: Mapping[str, int]
+) -> Generator[Progress, None, Start]:
+    """How far an interrupted pass came: whole tensors whose bytes have the noted checksum.
+
+    Args:
+        layout: as it was then.
+        folder: as it was left.
+        finished: crc32c of tensors that were written.
+    """
+    start = Start()
+    for n, file in enumerate(layout.files):
+        start.file, start.offset, start.sha256, start.head = n, 0, hashlib.sha256(), b""
+        with (folder / file.name).open("rb", buffering=0) as f:
+            for part, begin, end in layout.spans(file):
+                if isinstance(part, str) and part not in finished:
+                    return start
+                digest = start.sha256.copy()
+                crc = 0
+                for at in range(begin, end, BLOCK_BYTES):
+                    data = f.read(min(BLOCK_BYTES, end - at))
+                    crc = crc32c(data, crc)
+                    digest.update(data)
+                    yield Progress(start.done + at - begin, layout.total, "reading what is there")
+                if crc != (crc32c(part) if isinstance(part, bytes) else finished[part]):
+                    return start
+                start.offset, start.sha256 = end, digest
+                page = end % ALIGNMENT
+                start.head = os.pread(f.fileno(), page, end - page)
+                start.done += end - begin
+                if isinstance(part, str):
+                    start.checksums[part] = crc
+        start.digests[file.name] = start.sha256.hexdigest()
+    start.file = len(layout.files)
+    return start
+
+
+@dataclass(slots=True)
+class _Block:
+    """Consecutive bytes of one file, from an aligned offset on."""
+
+    memory: np.ndarray
+    file: FileLayout
+    offset: int
+    skip: int
+    """Bytes at its beginning that were counted before."""
+    spans: list[tuple[str | None, int, bool]] = field(default_factory=list)
+    """Tensor (None for other bytes), bytes, and whether it ends there."""
+    finished: list[tuple[str, int, int]] = field(default_factory=list)
+    """Name, crc32c and end in the file of each tensor that ends in it."""
+    is_last: bool = False
+    sha256: str | None = None
+    """Of the file, with its last block."""
+    end: int = field(init=False)
+    """Bytes of the memory that are in use."""
+
+    def __post_init__(self) -> None:
+        self.end = self.skip
+
+
+def _lay_out(
+    layout: Layout, content: Callable[[str], Iterable[Strip]], start: Start, buffers: Buffers
+) -> Iterator[_Block]:
+    offset, head = start.offset, start.head
+    for file in layout.files[start.file :]:
+        block = _Block(buffers.take(), file, offset - len(head), len(head))
+        block.memory[: block.skip] = np.frombuffer(head, np.uint8)
+        for part, begin, _ in layout.spans(file):
+            if begin < offset:
+                continue
+            name = None if isinstance(part, bytes) else part
+            for strip, dtype in _strips(layout, part, content):
+                size, at = strip.values.size * dtype.itemsize, 0
+                row = _together(strip.row_elements * dtype.itemsize)
+                while at < size:
+                    room = len(block.memory) - block.end
+                    count = size - at if size - at <= room else room // row * row
+                    if not count and block.end > block.skip:
+                        following, tail = block.offset + block.end, _tail(block)
+                        yield block  # and its memory
+                        block = _Block(buffers.take(), file, following - len(tail), len(tail))
+                        block.memory[: block.skip] = tail
+                        continue
+                    count = count or room  # a row longer than a block
+                    _fill(block.memory[block.end : block.end + count], strip, dtype, at)
+                    block.spans.append((name, count, False))
+                    block.end += count
+                    at += count
+            block.spans.append((name, 0, True))
+        block.is_last = True
+        yield block
+        offset, head = 0, b""
+
+
+def _together(row: int) -> int:
+    """Bytes of whole rows that are laid out at once, by those of one.
+
+    A transposed row is gathered from all over the strip, where a line of the cache holds a value
+    of each of `_ROWS_TOGETHER`.
+    """
+    fits = (n for n in range(_ROWS_TOGETHER, 1, -1) if n * row <= BLOCK_BYTES and not n & n - 1)
+    return next(fits, 1) * row
+
+
+def _tail(block: _Block) -> np.ndarray:
+    """A copy of what less than a page at its end holds, which the next block has to write."""
+    return block.memory[block.end - block.end % ALIGNMENT : block.end].copy()
+
+
+def _strips(
+    layout: Layout, part: bytes | str, content: Callable[[str], Iterable[Strip]]
+) -> Iterator[tuple[Strip, np.dtype]]:
+    if isinstance(part, bytes):
+        yield Strip(np.frombuffer(part, np.uint8), Op.COPY), np.dtype(np.uint8)
+        return
+    dtype = NUMPY[layout.tensors[part].dtype]
+    for strip in content(part):
+        yield strip, dtype
+
+
+def _fill(out: np.ndarray, strip: Strip, dtype: np.dtype, begin: int) -> None:
+    """Fill bytes from byte `begin` on of the strip in its new dtype."""
+    first, skip = divmod(begin, dtype.itemsize)
+    if not skip and out.size % dtype.itemsize == 0:
+        strip.fill(out.view(dtype), first)
+        return
+    # The block ends inside an element.
+    whole = np.empty(-(-(skip + out.size) // dtype.itemsize), dtype)
+    strip.fill(whole, first)
+    out[:] = whole.view(np.uint8)[skip : skip + out.size]
+
+
+def _hash(blocks: Iterable[_Block], sha256: Any) -> Iterator[_Block]:
+    crc = 0
+    for block in blocks:
+        at = block.skip
+        for name, count, ends in block.spans:
+            crc = crc32c(block.memory[at : at + count].data, crc)
+            at += count
+            if ends:
+                if name is not None:
+                    block.finished.append((name, crc, block.offset + at))
+                crc = 0
+        sha256.update(block.memory[block.skip : block.end].data)
+        if block.is_last:
+            block.sha256 = sha256.hexdigest()
+            sha256 = hashlib.sha256()
+        yield block

@@ -1,0 +1,1 @@
+"""Writing text with the model: sampling, greedy decoding and beam search."""

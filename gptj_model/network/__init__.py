@@ -1,0 +1,1 @@
+"""The Keras model: layers, rotary position embedding, loss, and its variables by name."""

@@ -1,0 +1,28 @@
+"""Hidden states times a kernel.
+
+Shape suffixes: I and O features in and out, P parts of the sum over I, R features of a part.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+from keras import ops
+
+from gptj_model.network.array_type import Tensor
+
+
+def product(x: Tensor, kernel_IO: Tensor) -> Tensor:
+    """x (…, I) times a kernel (I, O) → (…, O).
+
+    A single row is bound by reading the kernel. XLA reads it with one core if what follows is
+    fused with the product, as a bias is; therefore each core takes a part of the sum over I.
+    """
+    parts = math.gcd(os.cpu_count() or 1, x.shape[-1])
+    if parts == 1 or any(n != 1 for n in x.shape[:-1]):
+        return ops.matmul(x, kernel_IO)
+    x_P1R = ops.reshape(x, (parts, 1, -1))
+    kernel_PRO = ops.reshape(kernel_IO, (parts, -1, kernel_IO.shape[1]))
+    y_1O = ops.sum(ops.matmul(x_P1R, kernel_PRO), axis=0)
+    return ops.reshape(y_1O, (*x.shape[:-1], -1))

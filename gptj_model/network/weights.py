@@ -1,0 +1,90 @@
+"""Weights of a Keras GPT-J, by the table: put there from any source, and found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from gptj_model.dtypes import NUMPY
+from gptj_model.lora import Lora
+from gptj_model.network.model import GPTJ
+from gptj_model.source import TensorSource, read_tensor
+from gptj_model.tensors import Scheme, Tensor, table
+
+#: How Keras names what `enable_lora` adds to a layer.
+ADAPTER = "lora_kernel_"
+
+
+def variables(model: GPTJ) -> dict[str, Any]:
+    """The model's weights by HF name, in the table's order."""
+    return assigned_variables(model, {t.hf: t for t in table(model.config)}, prefix=model.name)
+
+
+def assigned_variables(layer: Any, tensors: Mapping[str, Tensor], *, prefix: str) -> dict[str, Any]:
+    """The variables of a layer by HF name; its paths must be those of the table, below `prefix`.
+
+    Raises:
+        KeyError: a variable has no row, or a row no variable.
+    """
+    own = (v for v in layer.weights if not v.name.startswith(ADAPTER))
+    by_path = {v.path.removeprefix(f"{prefix}/"): v for v in own}
+    found = {t.hf: by_path.pop(t.keras) for t in tensors.values()}
+    if by_path:
+        raise KeyError(f"variables without a row in the table: {sorted(by_path)}")
+    return found
+
+
+def enable_lora(model: GPTJ, lora: Lora, seed: int) -> dict[Tensor, Any]:
+    """Adapt the model's dense layers: A random, B 0, so that nothing changes yet.
+
+    Args:
+        model: without an adapter so far.
+        lora: which layers, and how.
+        seed: of A; each has its own.
+
+    Returns:
+        The variables of A and B by their rows, in the table's order.
+    """
+    found: dict[Tensor, Any] = {}
+    for n, (kernel, (a, b)) in enumerate(lora.rows(model.config).items()):
+        assert kernel.block is not None, "only layers of blocks are adapted"
+        layer = adapted_layer(model.blocks[kernel.block], kernel)
+        layer.enable_lora(lora.rank, lora.alpha, a_initializer=first_a(seed, n))
+        found |= {a: layer.lora_kernel_a, b: layer.lora_kernel_b}
+    return found
+
+
+def adapted_layer(block: Any, kernel: Tensor) -> Any:
+    """The dense layer of a block that has this kernel."""
+    *_, part, layer_name, _ = kernel.hf.split(".")
+    return getattr(getattr(block, part), layer_name)
+
+
+def first_a(seed: int, n: int) -> keras.Initializer:
+    """What A of the n-th adapted kernel begins with."""
+    return keras.initializers.HeUniform(seed=(seed * 10_007 + n) % 2**31)
+
+
+def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
+    """Assign every weight from a source whose names follow `scheme`, cast to the model's dtype.
+
+    Raises:
+        KeyError: the source lacks a tensor (a plan would have said so before).
+    """
+    found = variables(model)
+    for tensor in table(model.config):
+        assign(found[tensor.hf], tensor, source, scheme)
+
+
+def assign(variable: Any, tensor: Tensor, source: TensorSource, scheme: Scheme) -> None:
+    """Give one variable its values from a source, in Keras' layout."""
+    variable.assign(read_values(tensor, source, scheme, variable.dtype))
+
+
+def read_values(tensor: Tensor, source: TensorSource, scheme: Scheme, dtype: str) -> np.ndarray:
+    """A tensor of a source in Keras' layout and this dtype, contiguous."""
+    values = read_tensor(source, tensor.name(scheme))
+    return np.ascontiguousarray(tensor.op(scheme, Scheme.KERAS)(values), NUMPY[dtype])

@@ -1,0 +1,69 @@
+"""From a fault to an exit code: the one place where they meet."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import click
+
+from gptj_convert.files.output_file import FULL
+from gptj_model.errors import ConfigError, FileFault, GptjError, MemoryFault, UsageError
+from runner.planning.extras import extra_of, install_command
+
+
+class Exit(IntEnum):
+    """What the program's exit codes mean."""
+
+    OK = 0
+    OPERATIONAL = 1
+    USAGE = 2
+    MISMATCH = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that no handler mistakes it for a fault."""
+
+
+def exit_code(fault: GptjError) -> Exit:
+    """The exit code of a fault."""
+    return Exit.USAGE if isinstance(fault, UsageError | ConfigError) else Exit.OPERATIONAL
+
+
+def as_fault(error: BaseException) -> GptjError | None:
+    """The fault that an exception is, or None for a bug of ours.
+
+    Its notes say how to go on, and join the hint.
+    """
+    fault = _as_fault(error)
+    if fault and getattr(error, "__notes__", None):
+        fault.hint = "; ".join(filter(None, (fault.hint, *error.__notes__)))
+    return fault
+
+
+def _as_fault(error: BaseException) -> GptjError | None:
+    if isinstance(error, GptjError):
+        return error
+    if isinstance(error, click.ClickException):
+        message = " ".join(error.format_message().split())  # it may list choices on lines
+        return UsageError(message, hint=_usage_hint(error))
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        words = error.strerror or str(error)
+        hint = "free some space and run it again" if error.errno in FULL else None
+        return FileFault(f"{where}{words}", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return FileFault(
+            f"the Python package {error.name!r} is not installed",
+            hint=f"install it with `{install_command(extra_of(error.name))}`",
+        )
+    if isinstance(error, MemoryError):
+        hint = "end other programs; in training, use a smaller batch or sequence length"
+        return MemoryFault("out of memory", hint=hint)
+    return None
+
+
+def _usage_hint(error: click.ClickException) -> str | None:
+    context = getattr(error, "ctx", None)
+    return f"see `{context.command_path} --help`" if context else "see `gptj --help`"

@@ -1,0 +1,115 @@
+"""`--memory`: how much of a model that is read block by block stays in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from gptj_model.errors import UsageError
+from gptj_model.streaming.residency import NOTHING_KEPT, Kept
+from runner.cli.shared.command import SIZE
+from runner.cli.shared.output import Output
+from runner.config.execution import Execution
+
+if TYPE_CHECKING:
+    from gptj_convert.checkpoint.open import Checkpoint
+
+#: The option, for commands that run a model.
+memory_option = click.option(
+    "--memory",
+    type=SIZE,
+    metavar="SIZE",
+    help="Bytes that may be taken, as 8GB: so many blocks stay in memory as fit, and the others "
+    "are read when they are needed.  [with --execution streaming: one block]",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What is computed at once."""
+
+    batch: int
+    """Sequences."""
+    length: int
+    """Of the longest, in tokens."""
+    states: int
+    """Bytes of what lasts from block to block, at least."""
+
+
+def execution_within(budget: int | None, execution: str | None, stated: Callable[[], str]) -> str:
+    """How the model is run: as asked for, else within the budget, else as stated in the YAML.
+
+    Raises:
+        UsageError: a budget, and the whole model in memory, are both asked for.
+    """
+    if budget is None:
+        return execution or stated()
+    if execution == Execution.RESIDENT:
+        raise UsageError(
+            f"--memory is of a model that is read block by block, and --execution is "
+            f"{Execution.RESIDENT}",
+            hint="leave one of them out: with enough --memory all blocks stay there",
+        )
+    return Execution.STREAMING
+
+
+class MemoryBudget:
+    """Decides what stays in memory, and says so.
+
+    Args:
+        output: is told.
+        budget: bytes, or None: nothing stays but what computes.
+    """
+
+    def __init__(self, output: Output, budget: int | None) -> None:
+        self._output = output
+        self._budget = budget
+        self.spare: int | None = None
+        """Bytes of the budget that are left; None: there is none."""
+        self.fields: dict[str, Any] = {}
+        """For the result: what stays, and the memory that is planned."""
+
+    def keep(self, checkpoint: Checkpoint, load: Load) -> Kept:
+        """What stays of it.
+
+        Raises:
+            UsageError: the budget is too small for one block.
+        """
+        if self._budget is None:
+            return NOTHING_KEPT
+        from gptj_convert.resources import footprint
+
+        config = checkpoint.config
+        memory = partial(
+            footprint.streamed_memory,
+            config,
+            stored=checkpoint.dtype,
+            batch=load.batch,
+            length=load.length,
+            states=load.states,
+        )
+        least = memory()
+        if self._budget < least:
+            raise UsageError(
+                f"--memory is {self._budget / 1e9:.2f} GB, and with one block at a time "
+                f"{least / 1e9:.2f} GB are needed for {load.batch} x {load.length} tokens",
+                hint=f"--memory {-(-least // 10**7) / 100:.2f}GB, or fewer or shorter sequences",
+            )
+        kept = footprint.kept_within(self._budget, config, least=least)
+        planned = memory(kept=kept)
+        self.spare = self._budget - planned
+        head = "and the head stay" if kept.head else "stay"
+        self._output.note(
+            f"{kept.blocks} of {config.n_layer} blocks {head} in memory: {planned / 1e9:.2f} GB "
+            f"planned of {self._budget / 1e9:.2f} GB"
+        )
+        self.fields = {
+            "kept_blocks": kept.blocks,
+            "kept_head": kept.head,
+            "planned_rss_bytes": planned,
+        }
+        return kept

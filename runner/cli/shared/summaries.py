@@ -1,0 +1,88 @@
+"""`gptj eval --task summarization`: summaries of a test set, scored by ROUGE."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import rich_click as click
+
+from runner.cli.data.making import PAIR_FILES
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
+
+
+def evaluate_summaries(
+    output: Output,
+    model: Path,
+    sources: tuple[Path, ...],
+    *,
+    beams: tuple[int, ...],
+    max_new_tokens: int,
+    min_new_tokens: int,
+    limit: int,
+    truncate_article: bool,
+    summaries: Path | None,
+) -> dict[str, Any]:
+    """Generate with each width of the beam, print the mean scores and return them.
+
+    Raises:
+        GptjError: model, tokenizer or test set are not what they must be.
+    """
+    from gptj_model.decoding.beam_search import Beam, BeamSearch
+    from gptj_model.errors import DataFault
+    from runner.data.making.sources import find_sources
+    from runner.data.making.summarization import SEPARATOR_ID
+    from runner.data.making.tokenizer import end_of_text, load_tokenizer, notes
+    from runner.evaluation.restore import load_model
+    from runner.evaluation.summaries import METRICS, Prompting, read_pairs, summarize
+
+    if not sources:
+        raise click.UsageError("--task summarization needs a test set: --data FILE")
+    paths = [path for path, _ in find_sources(sources, PAIR_FILES)]
+    folder = model if model.is_dir() else model.parent
+    for note in notes(folder):
+        output.note(note)
+    tokenizer, end = load_tokenizer(folder), end_of_text(folder)
+    loaded = load_model(model)
+    if loaded.config.vocab_size <= SEPARATOR_ID:
+        raise click.UsageError(f"{model}: its vocabulary has no slot for the separator")
+    prompting = Prompting(
+        tokenizer=tokenizer,
+        begin=end,
+        longest=loaded.config.n_positions - max_new_tokens,
+        truncate_article=truncate_article,
+    )
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    for width in beams:
+        beam = Beam(
+            width=width,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            end=end,
+        )
+        name = "greedy" if width == 1 else f"beam{width}"
+        found = []
+        with (
+            TemporaryDirectory() as spool,
+            progress(output, name, in_bytes=False) as report,
+        ):
+            pairs = islice(read_pairs(paths, Path(spool)), limit or None)
+            for summary in summarize(pairs, prompting, BeamSearch(loaded, beam)):
+                found.append(summary)
+                report(len(found), limit or len(found), "summaries")
+        if not found:
+            raise DataFault(f"{', '.join(map(str, sources))}: holds no pair")
+        means = {m: sum(s.scores[m] for s in found) / len(found) for m in METRICS}
+        metrics |= {f"{name}/{m}": value for m, value in means.items()}
+        rows += [{"decoding": name, "found": s.found, "expected": s.expected} for s in found]
+        figures = ", ".join(f"{m} = {value:.2f}" for m, value in means.items())
+        output.data(f"{name}, {len(found)} summaries: {figures}")
+    if summaries:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        summaries.write_text("".join(lines), encoding="utf-8")
+    return {"metrics": metrics, "summaries": len(rows) // len(beams)}

@@ -1,0 +1,1 @@
+"""A training job as it is asked for, validated, launched and shown."""

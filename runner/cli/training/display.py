@@ -1,0 +1,135 @@
+"""A training run shown while it goes on: a panel on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from runner.cli.shared.output import Output, printable
+
+if TYPE_CHECKING:
+    from runner.training.run.events import Event, StepDone
+
+_BARS = "▁▂▃▄▅▆▇█"
+#: Losses that the curve shows, each the mean of as many steps as fit.
+_CURVE = 60
+
+
+@contextmanager
+def training_display(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
+    """What shows the events of a run that goes to step `target`."""
+    if output.live:
+        with _panel(output, target) as show:
+            yield show
+    else:
+        yield lambda event: _line(output, event, target)
+
+
+def _line(output: Output, event: Event, target: int) -> None:
+    from runner.cli.eval import metrics_line
+    from runner.training.run.events import Evaluated, StepDone
+
+    match event:
+        case StepDone():
+            output.note(step_line(event, target))
+        case Evaluated():
+            output.data(metrics_line(event.metrics | {"global_step": event.step}))
+        case _:
+            output.note(_message(event))
+
+
+def _message(event: Event) -> str:
+    """What is no step and no evaluation, as a line."""
+    from runner.training.run.events import Saved, Skipped, Warning
+
+    match event:
+        case Skipped():
+            return (
+                f"warning: gradients overflowed after step {event.step}: nothing was updated; "
+                f"the loss scale is {event.loss_scale:g}"
+            )
+        case Saved():
+            return f"saved {event.path}"
+        case Warning():
+            return f"warning: {event.text}"
+        case _:
+            raise AssertionError(event)
+
+
+def step_line(event: StepDone, target: int) -> str:
+    """A step as a line for people."""
+    line = (
+        f"step {event.step:>6}/{target}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
+        f"grad norm {event.unclipped_grad_norm:.3g}"
+    )
+    if event.loss_scale is not None:
+        line += f"  scale {event.loss_scale:g}"
+    return "  ".join((line, *_resources(event)))
+
+
+def _resources(event: StepDone) -> Iterator[str]:
+    has = event.resources
+    if has.get("tokens_per_second"):
+        yield f"{has['tokens_per_second']:,.0f} tokens/s"
+        yield f"{100 * (has['model_flops_utilization'] or 0):.0f} % MFU"
+    if memory := has.get("peak_rss_bytes"):
+        yield f"{memory / 1e9:.1f} GB"
+    if (seconds := has.get("seconds_left")) is not None:
+        left = round(seconds)
+        yield f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} to go"
+
+
+def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
+    """Values as a row of bars, the newest on the right; several to a bar if there are many."""
+    size = -(-len(values) // width)
+    groups = [values[at : at + size] for at in range(0, len(values), size or 1)]
+    means = [sum(group) / len(group) for group in groups]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    step = (high - low) / (len(_BARS) - 1) or 1.0
+    return "".join(_BARS[round((mean - low) / step)] for mean in means)
+
+
+@contextmanager
+def _panel(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from runner.cli.eval import metrics_line
+    from runner.training.run.events import Evaluated, StepDone
+
+    console = Console(stderr=True, highlight=False)
+    losses: deque[float] = deque(maxlen=100 * _CURVE)
+
+    def picture(event: StepDone) -> Any:
+        first = f"step {event.step}/{target}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}"
+        first += f"  grad norm {event.unclipped_grad_norm:.3g}"
+        if event.loss_scale is not None:
+            first += f"  scale {event.loss_scale:g}  skipped {event.skipped}"
+        curve = Text(sparkline(list(losses)), style="cyan")
+        curve.append(f"  {max(losses):.3f} → {event.loss:.3f}", style="dim")
+        done = round(_CURVE * event.step / target)
+        bar = Text.assemble(("━" * done, "green"), ("━" * (_CURVE - done), "dim"))
+        return Group(Text(first), curve, bar, Text("  ".join(_resources(event)), style="dim"))
+
+    # What goes to stdout stays there: it may be a file.
+    with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
+
+        def show(event: Event) -> None:
+            match event:
+                case StepDone():
+                    losses.append(event.loss)
+                    live.update(picture(event), refresh=True)
+                case Evaluated():
+                    line = metrics_line(event.metrics | {"global_step": event.step})
+                    if sys.stdout.isatty() and not output.json:
+                        console.print(printable(line), markup=False)
+                    else:
+                        output.data(line)
+                case _:
+                    console.print(printable(_message(event)), markup=False)
+
+        yield show

@@ -1,0 +1,121 @@
+"""Training as it is called, shown and stopped on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptj_model.errors import ConfigError
+from runner.cli.shared.errors import Exit
+from runner.cli.shared.output import Output
+from runner.cli.shared.stop_signals import StopSignals
+from runner.cli.training.display import training_display
+from runner.cli.training.dry_run import refuse_a_full_disk
+from runner.cli.training.parameters import target_of, weights_to_begin_with
+from runner.config.execution import Backend
+
+if TYPE_CHECKING:
+    from runner.cli.training.request import Job
+    from runner.config.params import Params
+    from runner.training.distribution import Workers
+    from runner.training.train import Run
+
+
+def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dict[str, Any]:
+    """Train as far as was asked for, or until a signal; returns the fields of the JSON object."""
+    import tensorflow as tf
+
+    from gptj_convert.files.whole_file import write_whole
+    from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from runner.data.reading.records import find_records
+    from runner.training import train as training
+    from runner.training.run.folder import locked
+
+    begin = weights_to_begin_with(job, params)
+    find_records(params.train_input.data_dir)  # before the model is loaded
+    stop = StopSignals()
+    with ExitStack() as stack:
+        if not workers.index:
+            stack.enter_context(locked(job.model_dir))
+            refuse_a_full_disk(job, params)
+        stack.enter_context(stop)
+        stack.enter_context(tf.device(_device(params.runconfig.device)))
+        run = training.Run(
+            params,
+            job.model_dir,
+            init_from=begin,
+            adapter=job.adapter,
+            weights_only=job.init_from is None,
+            strict=job.strict,
+            workers=workers,
+            warn=_warner(output),
+        )
+        stack.enter_context(run)
+        if (begin or job.adapter) and run.continued:
+            output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
+        target = target_of(job, params, run.step)
+        kept = job.model_dir / PARAMS_FILE
+        if not workers.index and (run.step < target or not kept.exists()):
+            write_whole(kept, params.to_yaml())
+        _announce(output, run, target, begin)
+        show = stack.enter_context(training_display(output, target))
+        evaluate = job.mode == "train_and_eval"
+        for event in training.train(run, target, stopped=stop.asked, evaluate=evaluate):
+            show(event)
+    if stop.code is not None:
+        output.note(f"stopped after step {run.step}, which is saved; the same command goes on")
+    fields = {"output": str(job.model_dir), "step": run.step}
+    return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+
+
+def _device(name: str | None) -> str | None:
+    """The device to compute on, which TensorFlow has.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    import tensorflow as tf
+
+    if name is None:
+        return None
+    present = [device.name for device in tf.config.list_logical_devices()]
+    specs = [tf.DeviceSpec.from_string(device) for device in present]
+    try:
+        asked = tf.DeviceSpec.from_string(name)
+    except ValueError:
+        asked = None
+    place = asked and (asked.device_type, asked.device_index or 0)
+    if place not in [(spec.device_type, spec.device_index) for spec in specs]:
+        raise ConfigError(
+            f"runconfig.device is {name!r}, and TensorFlow has {', '.join(present)}",
+            hint="leave it out, and TensorFlow chooses; `gptj doctor` lists GPUs",
+        )
+    return name
+
+
+def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None:
+    import tensorflow as tf
+
+    from gptj_convert.resources import machine
+
+    if run.step >= target:
+        output.note(f"step {run.step} of {target} is reached: nothing to do")
+        return
+    verb = "going on after" if run.step else "beginning at"
+    output.note(f"{run.model_dir}: {verb} step {run.step}, to step {target}")
+    if run.executor.placement:
+        output.note(run.executor.placement)
+    if not run.continued and begin is None:
+        output.note("weights begin at random: no checkpoint is named")
+    feature = machine.HALF_PRECISION.get(run.params.dtype_policy.removeprefix("mixed_"))
+    on_cpu = run.params.runconfig.backend != Backend.JAX and not tf.config.list_physical_devices(
+        "GPU"
+    )
+    if feature and on_cpu and feature not in machine.cpu_features():
+        output.note(f"warning: this processor lacks {feature}: 16 bits will be slower than 32")
+
+
+def _warner(output: Output) -> Callable[[str], None]:
+    return lambda text: output.note(f"warning: {text}")

@@ -1,0 +1,110 @@
+"""The parameters of a run: where they come from, and what of them a run may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
+    from runner.cli.training.request import Job
+    from runner.config.params import Params
+
+
+def params_of(job: Job) -> Params:
+    """Parameters of the run: those it was begun with, unless a file is named."""
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from gptj_model.errors import ConfigError
+    from runner.cli.shared.model_choice import params_for
+    from runner.config.params_file import load_params
+    from runner.training.run import checkpoints
+
+    saved = job.model_dir / PARAMS_FILE
+    if checkpoints.steps(job.model_dir) and saved.is_file():
+        return load_params(job.params_file or saved, job.settings)
+    if job.params_file:
+        return load_params(job.params_file, job.settings)
+    begin = job.init_from or job.checkpoint_path
+    if begin is None:
+        raise ConfigError(
+            f"{job.model_dir}: holds no run to go on with",
+            hint="begin one: `gptj train --init-from converted/`, or from nothing with --params",
+        )
+    with open_checkpoint(begin) as checkpoint:
+        return params_for(begin, None, dict(job.settings), checkpoint.config)
+
+
+def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
+    """The parameters as they are kept, once it is seen that a run may go on with them.
+
+    Args:
+        job: what was asked for.
+        params: as they were given.
+        workers: how many train together; None: that is not known yet.
+
+    Raises:
+        ConfigError: see `accept_changes`.
+    """
+    from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from runner.config.params_file import load_params
+    from runner.training.run import checkpoints
+    from runner.training.run.folder import accept_changes
+
+    saved = job.model_dir / PARAMS_FILE
+    before = None
+    if checkpoints.steps(job.model_dir) and saved.is_file():
+        before = load_params(saved)
+        workers = workers or before.runconfig.workers
+    effective: dict[str, int] = {"workers": workers or 1}
+    if job.max_steps is not None:
+        effective["max_steps"] = job.max_steps
+    runconfig = params.runconfig.model_copy(update=effective)
+    params = params.model_copy(update={"runconfig": runconfig})
+    if before and job.mode in ("train", "train_and_eval"):
+        accept_changes(params, before, job.settings)
+    return params
+
+
+def config_of(job: Job, params: Params) -> GPTJConfig:
+    """Return the config to train, from the folder of a run that has checkpoints, else from the
+    weights that it begins with, whose headers are checked, and those of an adapter for them.
+
+    Raises:
+        ConfigError: YAML and checkpoint disagree.
+        FileFault, TensorFault: the weights to begin with cannot be read, or are not whole.
+    """
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from gptj_convert.conversion.plan import match
+    from runner.config.params_file import reconcile
+    from runner.training.adapter_factors import factors, without_base
+    from runner.training.run import checkpoints
+    from runner.training.run.folder import kept_config
+
+    named = job.checkpoint_path if job.mode == "eval" else None
+    if checkpoints.steps(job.model_dir) and not named:
+        return reconcile(params, kept_config(job.model_dir, params), job.model_dir)
+    begin = weights_to_begin_with(job, params)
+    if begin is None:
+        if job.adapter:
+            raise without_base(job.adapter)
+        return params.config
+    with open_checkpoint(begin) as checkpoint:
+        match(checkpoint)
+        if job.adapter:
+            factors(job.adapter, checkpoint.config, params)
+        return reconcile(params, checkpoint.config, begin)
+
+
+def target_of(job: Job, params: Params, step: int) -> int:
+    """Return the step that a run which has reached `step` trains to."""
+    if job.max_steps is not None:
+        return job.max_steps
+    more = job.steps if job.steps is not None else params.runconfig.steps
+    return params.runconfig.max_steps if more is None else step + more
+
+
+def weights_to_begin_with(job: Job, params: Params) -> Path | None:
+    """Those that the command line names, or the YAML; a run that has checkpoints needs none."""
+    named = params.runconfig.checkpoint_path
+    return job.init_from or job.checkpoint_path or (Path(named) if named else None)

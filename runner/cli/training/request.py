@@ -1,0 +1,119 @@
+"""One run of training or evaluation: what `gptj train` and `runner.run` both do and show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import rich_click as click
+
+from runner.cli.shared.output import Output
+from runner.cli.training.parameters import accepted, params_of, weights_to_begin_with
+
+if TYPE_CHECKING:
+    from runner.config.params import Params
+    from runner.training.distribution import Cluster
+
+MODES = ("train", "eval", "eval_all", "train_and_eval")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What was asked for on a command line."""
+
+    model_dir: Path
+    mode: str
+    params_file: Path | None = None
+    init_from: Path | None = None
+    """Weights to begin with, and their step and slots."""
+    adapter: Path | None = None
+    """Folder of an adapter (peft) to begin with."""
+    checkpoint_path: Path | None = None
+    """Weights to begin with and nothing else, or to evaluate."""
+    max_steps: int | None = None
+    steps: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    workers: int | None = None
+    """Processes of this machine that train together; None: as the parameters say."""
+    only: Literal["validate", "compile"] | None = None
+    """Stop before the first step."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.steps is not None:
+            raise click.UsageError("--max-steps and --steps exclude each other")
+        if self.adapter and self.mode not in ("train", "train_and_eval"):
+            raise click.UsageError(f"--adapter begins a training, and the mode is {self.mode}")
+        if self.only and self.mode not in ("train", "eval"):
+            raise click.UsageError(f"mode {self.mode} cannot be compiled, expected train or eval")
+
+
+def run_job(output: Output, job: Job) -> dict[str, Any]:
+    """Do it; returns the fields of the command's JSON object."""
+    from runner.cli.shared import framework
+    from runner.cli.training.launch import train_job
+    from runner.cli.training.local_workers import run_workers
+    from runner.cli.training.validate import rehearse
+    from runner.training.backend import check_backend
+    from runner.training.distribution import join
+
+    params = params_of(job)
+    check_backend(params, mode=job.mode, workers=job.workers or 1)
+    if job.only:
+        return rehearse(output, job, accepted(job, params))
+    if job.mode in ("eval", "eval_all"):
+        framework.prepare(backend=params.runconfig.backend)
+        return _evaluate(output, job, params)
+    cluster, count = _together(job, params)
+    params = accepted(job, params, count)
+    if count > 1 and cluster is None:
+        raise click.exceptions.Exit(run_workers(count))
+    framework.prepare(backend=params.runconfig.backend)
+    workers = join(cluster, output.note)
+    if workers.index:
+        output.note(f"worker {workers.index} of {workers.count}: the first one tells how it goes")
+        output = Output(json=output.json, quiet=True)
+    return train_job(output, job, params, workers)
+
+
+def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:
+    """Who trains together, if they have been started already, and how many.
+
+    Raises:
+        ConfigError: the parameters speak of other machines, and nothing says which.
+    """
+    from gptj_model.errors import ConfigError
+    from runner.cli.training.local_workers import visible_gpus
+    from runner.training.distribution import TF_CONFIG, cluster_here
+
+    runconfig = params.runconfig
+    if not (job.workers or runconfig.enable_distributed):
+        return None, 1
+    if cluster := cluster_here():
+        return cluster, cluster.count
+    if runconfig.multiple_workers and not job.workers:
+        raise ConfigError(
+            f"runconfig.multiple_workers is true, and {TF_CONFIG} does not say who they are",
+            hint="set it on each of them, or train on this machine with "
+            "--set runconfig.multiple_workers=false",
+        )
+    return None, job.workers or max(1, len(visible_gpus()))
+
+
+def _evaluate(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.cli.eval import evaluate_model
+    from runner.training.run import checkpoints
+
+    begin = job.checkpoint_path or weights_to_begin_with(job, params)
+    steps = checkpoints.steps(job.model_dir)
+    if job.mode == "eval" and begin and (job.checkpoint_path or not steps):
+        return {"metrics": evaluate_model(output, begin, params)}
+    if not steps:
+        raise click.UsageError(f"{job.model_dir} holds no checkpoint to evaluate")
+    metrics = {}
+    for step in steps if job.mode == "eval_all" else steps[-1:]:
+        prefix = checkpoints.prefix(job.model_dir, step)
+        metrics = evaluate_model(output, prefix, params) | {"global_step": step}
+    return {"metrics": metrics}

@@ -1,0 +1,149 @@
+"""A run up to its first step: parameters, records and headers read, the step compiled if asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from runner.cli.shared.output import Output
+from runner.cli.training.parameters import config_of
+from runner.config.execution import Backend, Execution
+
+if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
+    from gptj_model.tensors import Tensor
+    from runner.cli.training.request import Job
+    from runner.config.params import Params
+
+
+def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    """Everything up to the first step: parameters, records and headers; compiled if asked."""
+    from gptj_convert.resources import footprint
+    from runner.config.trainable import trained_rows
+    from runner.data.reading.records import check_records, find_records
+    from runner.planning.training_cost import plan_training
+
+    if job.only == "compile" and params.runconfig.execution == Execution.STREAMING:
+        raise click.UsageError("--compile-only compiles the step of a resident run")
+    section = params.train_input if job.mode == "train" else params.eval_input
+    if section is None:
+        raise click.UsageError("eval_input is missing, expected the records to evaluate on")
+    config = config_of(job, params)
+    paths = find_records(section.data_dir)
+    check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
+                  only_first=True)  # fmt: skip
+    tokens = section.batch_size * section.max_sequence_length
+    trained = trained_rows(config, params)
+    flops = tokens * footprint.token_flops(config, section.max_sequence_length, trained)
+    if job.mode == "eval":
+        flops = tokens * footprint.token_flops(config, section.max_sequence_length) / 3
+    fields: dict[str, Any] = {
+        "parameters": footprint.parameters(config),
+        "trained_parameters": sum(t.size for t in trained),
+        "flops_per_batch": round(flops),
+    }
+    if _on_jax(params):
+        planned, memory = _planned_devices(params, config, trained)
+    else:
+        rss = plan_training(config, params).memory
+        planned, memory = {"planned_rss_bytes": rss}, f"{rss / 1e9:.2f} GB of memory planned"
+    fields |= planned
+    if job.only == "compile":
+        fields |= _compile(output, job, params)
+    output.data(
+        f"{fields['parameters']:,} parameters, {fields['trained_parameters']:,} of them trained; "
+        f"a batch of {tokens:,} tokens takes {flops / 1e12:.3g} TFLOP; {memory}"
+    )
+    return fields
+
+
+def _planned_devices(
+    params: Params, config: GPTJConfig, trained: Sequence[Tensor]
+) -> tuple[dict[str, Any], str]:
+    """What each device of the mesh will hold; nothing heavy is imported if the mesh is named."""
+    from gptj_convert.resources import footprint
+    from gptj_model.tensors import SLOTS
+    from runner.training.backend import mesh_of
+
+    def devices() -> int:
+        import jax
+
+        return jax.device_count()
+
+    mesh, optimizer = mesh_of(params, devices), params.optimizer
+    held = footprint.device_state(
+        config,
+        mesh,
+        trained=trained,
+        slots=len(SLOTS[optimizer.optimizer_type]),
+        accumulated=optimizer.grad_accum_steps > 1,
+    )
+    total = sum(held.values())
+    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in held.items())
+    return (
+        {"mesh": [mesh.batch, mesh.model], "bytes_per_device": held | {"total": total}},
+        f"each of {mesh} devices (batch × model) holds {total / 1e9:.2f} GB beside activations: "
+        + parts,
+    )
+
+
+def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.cli.shared import framework
+
+    framework.prepare(backend=params.runconfig.backend)
+    if _on_jax(params):
+        return _compile_sharded(output, job, params)
+    from gptj_model.network.model import GPTJ
+    from runner.evaluation.evaluate import ResidentEvaluator
+    from runner.training.distribution import Alone
+    from runner.training.lora import trained_weights
+    from runner.training.step import TrainStep, empty_batch
+    from runner.training.update.optimizer import Optimizer
+
+    config = params.config
+    model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
+    section = params.train_input if job.mode == "train" else params.eval_input
+    assert section is not None, "checked"
+    batch = empty_batch(section.batch_size, section.max_sequence_length)
+    begun = time.monotonic()
+    if job.mode == "train":
+        _, weights = trained_weights(model, params)
+        optimizer = Optimizer(params.optimizer, weights)
+        accumulate = params.optimizer.grad_accum_steps
+        program = TrainStep(model, optimizer, accumulate, Alone()).compiled(batch)
+    else:
+        program = ResidentEvaluator(model).compiled(batch)
+    seconds = time.monotonic() - begun
+    instructions = program.count(" = ")
+    output.data(f"compiled in {seconds:.1f} s to {instructions:,} instructions")
+    return {"compile_seconds": round(seconds, 3), "instructions": instructions}
+
+
+def _compile_sharded(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    from runner.training.sharded import ShardedExecutor
+    from runner.training.step import empty_batch
+
+    section = params.train_input
+    batch = empty_batch(section.batch_size, section.max_sequence_length)
+    executor = ShardedExecutor(params.config, params, job.model_dir)
+    begun = time.monotonic()
+    program = executor.compiled(batch)
+    seconds = time.monotonic() - begun
+    instructions = program.as_text().count(" = ")
+    temporary = program.memory_analysis().temp_size_in_bytes
+    output.data(
+        f"compiled in {seconds:.1f} s to {instructions:,} instructions; besides weights and slots "
+        f"a device needs {temporary / 1e9:.2f} GB"
+    )
+    return {
+        "compile_seconds": round(seconds, 3),
+        "instructions": instructions,
+        "temporary_bytes_per_device": temporary,
+    }
+
+
+def _on_jax(params: Params) -> bool:
+    return params.runconfig.backend == Backend.JAX

@@ -1,0 +1,1 @@
+"""params.yaml: its fields, its file, and the words that choose how a model runs."""

@@ -1,0 +1,1 @@
+"""Text into records: sources, tokenizers, packing and the resumable build."""

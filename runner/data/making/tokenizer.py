@@ -1,0 +1,117 @@
+"""The tokenizer of a checkpoint, as raw text needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gptj_convert.formats.layouts.tokenizer import END_OF_TEXT, LoadedTokenizer, read_tokenizer
+from gptj_model.errors import FileFault
+from runner.data.making import pieces
+
+
+def load_tokenizer(folder: Path, *, allow_special: bool | None = False) -> Tokenizer:
+    """Load the tokenizer of a checkpoint's folder, without truncation or padding.
+
+    Args:
+        folder: holds tokenizer.json, or a vocabulary and merges; or the first file itself.
+        allow_special: read a special token's name in a text as that token, not as text; None:
+            as the tokenizer's own files say.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    return _set(read_tokenizer(folder), allow_special)
+
+
+def loaded(folder: Path, allow_special: bool = False) -> Tokenizer:
+    """See `load_tokenizer`; the same object for the same arguments, not to be changed."""
+    return _set(_read(folder, allow_special), allow_special)
+
+
+def _read(folder: Path, allow_special: bool = False) -> LoadedTokenizer:
+    return _read_once(folder, allow_special, _state(folder))
+
+
+@lru_cache(maxsize=4)
+def _read_once(folder: Path, allow_special: bool, state: object) -> LoadedTokenizer:
+    return read_tokenizer(folder)
+
+
+def _state(folder: Path) -> object:
+    """Return what changes with the files, so that none is taken for what stood there before."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    return tuple((p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in files if (s := _stat(p)))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _set(found: LoadedTokenizer, allow_special: bool | None) -> Tokenizer:
+    splits = found.splits_special if allow_special is None else not allow_special
+    found.backend.encode_special_tokens = splits
+    return found.backend
+
+
+def notes(folder: Path) -> tuple[str, ...]:
+    """Return what a person should know of a folder's tokenizer.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    return _read(folder).notes
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """Return what records depend on, for JSON.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    tokenizer = loaded(folder)
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eos_id": end_of_text(folder),
+        "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
+    }
+
+
+def end_of_text(folder: Path) -> int:
+    """Return the id of the token that ends a document: the tokenizer's eos_token.
+
+    Raises:
+        FileFault: the tokenizer has neither one nor a token called <|endoftext|>.
+    """
+    end = _read(folder).end
+    if end is None:
+        raise FileFault(
+            f"{folder}: the tokenizer has neither an eos_token nor {END_OF_TEXT}, one of which "
+            "ends a document",
+            hint="name GPT-J's own tokenizer, or one made from it",
+        )
+    return end
+
+
+def may_cut(tokenizer: Tokenizer) -> bool:
+    """Whether a long text can be tokenised in pieces: see `pieces`."""
+    settings = json.loads(tokenizer.to_str())
+    splitter = settings["pre_tokenizer"] or {}
+    added = settings["added_tokens"]
+    return (
+        settings["normalizer"] is None
+        and splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not splitter["add_prefix_space"]
+        and not any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added)
+        and pieces.may_cut(t["content"] for t in added)
+    )

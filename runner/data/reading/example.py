@@ -1,0 +1,197 @@
+"""A training example: three equally long lists of numbers, as arrays and as tf.train.Example bytes.
+
+Protobuf's own library takes longer to write a list of numbers than the tokenizer takes to make
+it; here whole blocks of examples are written at once. A block is an int32 array of shape
+(examples, 3, tokens): ids, mask, labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from gptj_convert.formats.containers.varint import encode_varint
+
+#: The features of an example, each a list of max_sequence_length numbers.
+INPUT_IDS = "input_ids"
+INPUT_MASK = "input_mask"
+"""1 on real tokens, on disk; the input function hands the inverse to the model."""
+LABELS = "labels"
+FEATURES = (INPUT_IDS, INPUT_MASK, LABELS)
+
+#: Bytes of the longest variable-length number.
+_MAX_VARINT = 10
+#: Examples that are serialized together.
+_TOGETHER = 64
+
+# Field numbers of tf.train.Example and its parts, and the wire types of protobuf.
+_FEATURES = _MAP_ENTRY = _KEY = _VALUES = 1
+_FEATURE = 2
+_INT64_LIST = 3
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def max_bytes(length: int) -> int:
+    """No example of `length` tokens has more bytes."""
+    return len(FEATURES) * (_MAX_VARINT * length + 64) + 1024
+
+
+def serialize(block: np.ndarray) -> Iterator[bytes]:
+    """Each example of a block as the bytes that protobuf writes deterministically.
+
+    Args:
+        block: int32 of shape (examples, 3, tokens), without negative numbers.
+    """
+    for start in range(0, len(block), _TOGETHER):
+        part = block[start : start + _TOGETHER]
+        for row in zip(*_lists(part), strict=True):
+            entries = b"".join(
+                _field(
+                    _MAP_ENTRY,
+                    _field(_KEY, name.encode())
+                    + _field(_FEATURE, _field(_INT64_LIST, _field(_VALUES, values))),
+                )
+                for name, values in zip(FEATURES, row, strict=True)
+            )
+            yield _field(_FEATURES, entries)
+
+
+def parse(data: bytes) -> dict[str, np.ndarray]:
+    """The integer lists of an example by name, int64.
+
+    Raises:
+        ValueError: it is not a tf.train.Example.
+    """
+    found: dict[str, np.ndarray] = {}
+    for features in _parts(memoryview(data), _FEATURES):
+        for entry in _parts(features, _MAP_ENTRY):
+            key = b"".join(bytes(k) for k in list(_parts(entry, _KEY))[-1:])
+            lists = [v for f in _parts(entry, _FEATURE) for v in _parts(f, _INT64_LIST)]
+            values = [_numbers(p) for v in lists for p in _parts(v, _VALUES, packed=True)]
+            found[key.decode("utf-8", "replace")] = (
+                np.concatenate(values) if values else np.empty(0, np.int64)
+            )
+    return found
+
+
+def parse_bytes(data: bytes) -> dict[str, bytes]:
+    """The first byte string of each feature of an example by name.
+
+    Raises:
+        ValueError: it is not a tf.train.Example.
+    """
+    found: dict[str, bytes] = {}
+    for features in _parts(memoryview(data), _FEATURES):
+        for entry in _parts(features, _MAP_ENTRY):
+            key = b"".join(bytes(k) for k in list(_parts(entry, _KEY))[-1:])
+            # A list of byte strings is field 1 of a feature, and each of them field 1 of it.
+            lists = [v for f in _parts(entry, _FEATURE) for v in _parts(f, 1)]
+            values = [bytes(p) for v in lists for p in _parts(v, _VALUES)]
+            if values:
+                found[key.decode("utf-8", "replace")] = values[0]
+    return found
+
+
+def _lists(part: np.ndarray) -> list[list[bytes]]:
+    """The numbers of each feature as strings, one an example."""
+    ids, mask, labels = part[:, 0], part[:, 1], part[:, 2]
+    if not np.array_equal(ids[:, 1:], labels[:, :-1]):
+        return [_varints(values)[0] for values in (ids, mask, labels)]
+    # Packed text: ids and labels are one sequence, all of it but an end.
+    rows, first, last = _varints(np.concatenate((ids[:, :1], labels), axis=1))
+    both = list(zip(rows, first.tolist(), last.tolist(), strict=True))
+    return [
+        [row[: len(row) - end] for row, _, end in both],
+        _varints(mask)[0],
+        [row[begin:] for row, begin, _ in both],
+    ]
+
+
+def _varints(values: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Each row of a matrix as one string of variable-length numbers.
+
+    Returns:
+        The strings, and how many bytes the first and the last number of each have.
+    """
+    digits = max(1, -(-int(values.max(initial=0)).bit_length() // 7))
+    rest = values.astype(np.uint32)
+    out = np.empty((*values.shape, digits), np.uint8)
+    used = np.ones((*values.shape, digits), bool)
+    for n in range(digits):
+        np.bitwise_and(rest, 0x7F, out=out[..., n], casting="unsafe")
+        if n + 1 < digits:
+            rest >>= 7
+            np.not_equal(rest, 0, out=used[..., n + 1])
+            out[..., n] |= used[..., n + 1].view(np.uint8) << 7
+    flat = out[used].tobytes()
+    cuts = [0, *np.cumsum(used.sum(axis=(1, 2))).tolist()]
+    rows = [flat[start:end] for start, end in pairwise(cuts)]
+    return rows, used[:, 0].sum(axis=1), used[:, -1].sum(axis=1)
+
+
+def _numbers(data: memoryview) -> np.ndarray:
+    """A string of variable-length numbers, int64.
+
+    Raises:
+        ValueError: it ends inside one, or one is too long.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    last = np.flatnonzero(raw < 0x80)
+    if len(last) == len(raw):
+        return raw.astype(np.int64)
+    if not len(last) or last[-1] != len(raw) - 1:
+        raise ValueError("a list of numbers ends inside one")
+    first = np.concatenate(([0], last[:-1] + 1))
+    lengths = last - first + 1
+    if lengths.max() > _MAX_VARINT:
+        raise ValueError("a number is longer than 64 bits")
+    values = np.zeros(len(last), np.uint64)
+    for n in range(int(lengths.max())):
+        has = lengths > n
+        digit = (raw[first[has] + n] & 0x7F).astype(np.uint64)
+        values[has] |= digit << np.uint64(7 * n)
+    return values.view(np.int64)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | _BYTES]) + encode_varint(len(content)) + content
+
+
+def _parts(data: memoryview, wanted: int, *, packed: bool = False) -> Iterator[memoryview]:
+    """The contents of the fields with this number; with `packed`, of single numbers too."""
+    at = 0
+    while at < len(data):
+        tag, at = _read_varint(data, at)
+        number, kind = tag >> 3, tag & 7
+        begun = at
+        if kind == _VARINT:
+            _, at = _read_varint(data, at)
+        elif kind in (_FIXED64, _FIXED32):
+            at += 8 if kind == _FIXED64 else 4
+        elif kind == _BYTES:
+            size, begun = _read_varint(data, at)
+            at = begun + size
+        else:
+            raise ValueError(f"a field has the wire type {kind}")
+        if at > len(data) or number == 0:
+            raise ValueError("a field is longer than what holds it")
+        if number == wanted:
+            if kind == _BYTES or (packed and kind == _VARINT):
+                yield data[begun:at]
+            else:
+                raise ValueError(f"field {number} has the wire type {kind}")
+
+
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 7 * _MAX_VARINT, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number has no end")

@@ -1,0 +1,1 @@
+"""Metrics of a model over records, texts and summaries."""

@@ -1,0 +1,66 @@
+"""A Keras model from a checkpoint of any format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
+from gptj_convert.conversion.plan import match
+from gptj_model.config import GPTJConfig
+from gptj_model.network.model import GPTJ
+from gptj_model.network.weights import load_weights
+from gptj_model.streaming.forward import StreamedModel
+from gptj_model.streaming.residency import Kept
+
+
+def load_model(
+    path: Path,
+    *,
+    adapt: Callable[[GPTJConfig], GPTJConfig] = lambda config: config,
+    seed: int = 0,
+    config_file: Path | None = None,
+) -> GPTJ:
+    """Open, check and load a checkpoint.
+
+    Args:
+        path: a Hugging Face folder or file, a converted folder, a run's folder or a bundle.
+        adapt: may change the config before the model is made (dropouts), or refuse it.
+        seed: of the dropout masks.
+        config_file: for a bundle without a config beside it.
+
+    Raises:
+        GptjError: see `open_checkpoint` and `match`.
+    """
+    with open_checkpoint(path, config_file=config_file) as checkpoint:
+        match(checkpoint)
+        model = GPTJ(adapt(checkpoint.config), seed=seed)
+        load_weights(model, checkpoint.source, checkpoint.scheme)
+    return model
+
+
+@contextmanager
+def opened_model(
+    path: Path, *, keep: Callable[[Checkpoint], Kept] | None
+) -> Iterator[GPTJ | StreamedModel]:
+    """A checkpoint as a model: loaded, or open to be read block by block.
+
+    Args:
+        path: see `load_model`.
+        keep: says what stays in memory of a model that is read block by block; None: it is loaded.
+
+    Raises:
+        GptjError: see `open_checkpoint` and `match`.
+    """
+    if keep is None:
+        yield load_model(path)
+        return
+    with open_checkpoint(path) as checkpoint:
+        match(checkpoint)
+        yield StreamedModel(
+            checkpoint.config,
+            checkpoint.source,
+            checkpoint.scheme,
+            kept=keep(checkpoint),
+        )

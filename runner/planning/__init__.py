@@ -1,0 +1,1 @@
+"""What is installed, what fits on this machine, and what a run will cost."""

@@ -1,0 +1,1 @@
+"""Recorded runs, compared as text and as a page."""

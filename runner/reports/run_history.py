@@ -1,0 +1,117 @@
+"""What runs have logged and with which parameters, read back to be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.settings.params_yaml import PARAMS_FILE, read_yaml
+from gptj_model.errors import FileFault, UsageError
+from runner.training.run.folder import METRICS_FILE
+
+#: Parameters that say where and how long, not what is learned.
+_ASIDE = ("runconfig.", "csconfig.")
+#: Steps whose mean is the loss that a run has come to.
+_LAST = 10
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunHistory:
+    """One run's folder."""
+
+    name: str
+    rows: Sequence[Row]
+    """Of metrics.jsonl: those of steps have `loss`, those of evaluations `eval/…`."""
+    params: Mapping[str, Any]
+    """The values of params.yaml by dotted key."""
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """Step and value of each row that has the key."""
+        return [(row["step"], row[key]) for row in self.rows if key in row]
+
+    @property
+    def step(self) -> int:
+        """The last that was logged."""
+        return self.rows[-1]["step"]
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the last ten losses."""
+        last = [loss for _, loss in self.series("loss")[-_LAST:]]
+        return statistics.fmean(last) if last else None
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The least of its evaluations."""
+        return min((loss for _, loss in self.series("eval/loss")), default=None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median; the first of a process compiles."""
+        rates = [rate for _, rate in self.series("tokens_per_second")]
+        return statistics.median(rates) if rates else None
+
+
+def read_run(model_dir: Path) -> RunHistory:
+    """Read a run's metrics and parameters; a last line that was cut by a kill is left out.
+
+    Raises:
+        UsageError: the folder has no metrics.
+        FileFault: a line is not one of metrics.
+        ConfigError: see `read_yaml`.
+    """
+    path = model_dir / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "name the --model-dir of a run"
+        raise UsageError(f"{path}: not found, expected a run that has logged", hint=hint) from None
+    except UnicodeDecodeError as e:
+        raise FileFault(f"{path}: is not UTF-8 at byte {e.start}") from None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({k: v for k, v in row.items() if _is_number(v)})
+            int(rows[-1]["step"])
+        except (ValueError, KeyError, AttributeError):
+            del rows[number - 1 :]
+            if number < len(lines):
+                raise FileFault(
+                    f"{path}: line {number} is {line[:60]!r}, expected a JSON object with `step`"
+                ) from None
+    if not rows:
+        raise UsageError(f"{path}: is empty, expected a run that has logged a step")
+    params = model_dir / PARAMS_FILE
+    values = read_yaml(params) if params.is_file() else {}
+    return RunHistory(name=str(model_dir), rows=rows, params=_flat(values))
+
+
+def differences(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
+    """Parameters in which the runs differ: their values by run, None where one has none."""
+    keys = dict.fromkeys(k for run in runs for k in run.params if not k.startswith(_ASIDE))
+    found = {key: [run.params.get(key) for run in runs] for key in keys}
+    return {k: v for k, v in found.items() if any(value != v[0] for value in v)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    found: dict[str, Any] = {}
+    for name, inner in pairs:
+        path = f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip(".")
+        if isinstance(inner, dict | list):
+            found |= _flat(inner, path)
+        else:
+            found[path] = inner
+    return found

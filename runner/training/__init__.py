@@ -1,0 +1,1 @@
+"""A training run: its loop and the executors that make each step."""

@@ -1,0 +1,76 @@
+"""Which of Keras' backends a run computes on: what each cannot do, and JAX's mesh of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gptj_model.errors import ConfigError
+from gptj_model.sharding import Mesh, check_divides
+from runner.config.execution import Backend, Execution
+from runner.config.params import Params
+
+
+def check_backend(params: Params, *, mode: str, workers: int) -> None:
+    """See that the backend can do what is asked for.
+
+    Args:
+        params: of the run.
+        mode: of the command line.
+        workers: processes that are to train together.
+
+    Raises:
+        ConfigError: it cannot; with everything that it cannot do.
+    """
+    if params.runconfig.backend != Backend.JAX:
+        return
+    problems = list(_refused(params, mode, workers))
+    if problems:
+        raise ConfigError(
+            f"runconfig.backend is {Backend.JAX}, which does not know {', '.join(problems)}",
+            hint="do without, or compute with --backend tensorflow",
+        )
+
+
+def _refused(params: Params, mode: str, workers: int) -> Iterator[str]:
+    runconfig, model = params.runconfig, params.model
+    if mode in ("eval", "eval_all"):
+        yield f"mode {mode}"
+    if workers > 1 or runconfig.enable_distributed:
+        yield "several workers (one process has all devices)"
+    if runconfig.execution != Execution.RESIDENT:
+        yield f"runconfig.execution {runconfig.execution} (--set runconfig.execution=resident)"
+    if runconfig.device:
+        yield f"runconfig.device {runconfig.device} (--set runconfig.device=null)"
+    if model.lora:
+        yield "model.lora (--set model.lora=null)"
+    if model.recompute and _drops(params):
+        yield "model.recompute with dropout (--set model.recompute=false)"
+
+
+def _drops(params: Params) -> bool:
+    model = params.model
+    return bool(model.attention_dropout_rate or model.residual_dropout_rate)
+
+
+def mesh_of(params: Params, devices: Callable[[], int]) -> Mesh:
+    """The mesh that the parameters name; else tensors are divided among all devices.
+
+    Args:
+        params: of the run.
+        devices: says how many there are, if that matters.
+
+    Raises:
+        ConfigError: the model or a batch cannot be divided.
+    """
+    named = params.runconfig.mesh
+    mesh = Mesh(*named) if named else Mesh(1, devices())
+    check_divides(params.config, mesh)
+    for name in ("train_input", "eval_input"):
+        section = getattr(params, name)
+        if section and section.batch_size % mesh.batch:
+            raise ConfigError(
+                f"{name}.batch_size is {section.batch_size}, expected a multiple of {mesh.batch}: "
+                f"batches are divided along a mesh of {mesh} devices (batch × model)",
+                hint="change it, or the first number of runconfig.mesh",
+            )
+    return mesh

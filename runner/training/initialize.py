@@ -1,0 +1,79 @@
+"""Weights that begin at random, as the YAML's initializers say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from gptj_model.config import GPTJConfig
+from gptj_model.network.model import GPTJ
+from gptj_model.network.weights import variables
+from gptj_model.tensors import Scheme, Tensor, table
+from runner.config.params import Initializer, Params
+
+#: What the reference takes where the YAML names none.
+_DEFAULTS = {
+    "embedding_initializer": Initializer(name="scaled_init_normal", key="vocab_size"),
+    "initializer": Initializer(name="variance_scaling", scale=1.0),
+    "output_layer_initializer": Initializer(name="variance_scaling", scale_type="wang_init"),
+}
+
+
+def initialize(model: GPTJ, params: Params) -> None:
+    """Give every weight its first values."""
+    found = variables(model)
+    for tensor, values in first_values(model.config, params):
+        found[tensor.hf].assign(values)
+
+
+def first_values(config: GPTJConfig, params: Params) -> Iterator[tuple[Tensor, Any]]:
+    """Matrices by their initializer, gains 1, biases 0; float32, in Keras' layout.
+
+    The values are a function of the seed and the tensor's place in the table.
+    """
+    seed = initialization_seed(params)
+    for n, tensor in enumerate(table(config)):
+        shape = tensor.shape_in(Scheme.KERAS)
+        if len(shape) == 1:
+            gain = tensor.tf.endswith("gamma")
+            yield tensor, keras.ops.full(shape, 1.0 if gain else 0.0, "float32")
+            continue
+        values = _initializer(_spec(tensor, params), params, (seed * 10_007 + n) % 2**31)
+        yield tensor, values(shape)
+
+
+def initialization_seed(params: Params) -> int:
+    """Of everything that begins at random."""
+    seed = params.model.weight_initialization_seed
+    return (params.runconfig.tf_random_seed or 0) if seed is None else seed
+
+
+def _spec(tensor: Tensor, params: Params) -> Initializer:
+    key = "initializer"
+    if tensor.tf.endswith("embedding_weights"):
+        key = "embedding_initializer"
+    elif ".out_proj." in tensor.hf or ".fc_out." in tensor.hf:
+        key = "output_layer_initializer"
+    named = getattr(params.model, key)
+    return named[0] if named else _DEFAULTS[key]
+
+
+def _initializer(spec: Initializer, params: Params, seed: int) -> keras.Initializer:
+    layers = params.model.num_hidden_layers
+    if spec.name == "variance_scaling":
+        scale = spec.scale
+        if scale is None:
+            scale = 4 / layers**2 if spec.scale_type == "wang_init" else 2 / 5
+        kind = {"normal": "untruncated_normal"}.get(spec.distribution, spec.distribution)
+        return keras.initializers.VarianceScaling(scale, spec.mode, kind, seed)
+    deviation, distribution = spec.stddev, spec.name
+    if spec.name == "scaled_init_normal":
+        vocabulary = params.config.vocab_size
+        parts = {None: 1, "vocab_size": vocabulary, "num_hidden_layers": 2 * layers}[spec.key]
+        deviation, distribution = spec.sigma / math.sqrt(parts), spec.distribution
+    if distribution == "normal":
+        return keras.initializers.RandomNormal(spec.mean, deviation, seed)
+    return keras.initializers.TruncatedNormal(spec.mean, deviation, seed)

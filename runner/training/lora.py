@@ -1,0 +1,99 @@
+"""The adapter of a run with LoRA: enabled, saved and restored.
+
+A checkpoint of such a run holds merged kernels under the names that every reader knows, and beside
+them what the run needs to go on: the kernels it began with, and the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gptj_model.lora import Lora, adapter_rows
+from gptj_model.network.model import GPTJ
+from gptj_model.network.weights import enable_lora, variables
+from gptj_model.source import TensorSource, read_tensor
+from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Scheme, Tensor
+from runner.config.params import Params
+from runner.config.trainable import trained_rows
+from runner.training.initialize import initialization_seed
+from runner.training.lazy_array import LazyArray
+
+
+def trained_weights(model: GPTJ, params: Params) -> tuple[Adapter | None, dict[Tensor, Any]]:
+    """The adapter, which is enabled if there is to be one, and the variables that are trained.
+
+    Raises:
+        ConfigError: see `trained_rows`.
+    """
+    rows = trained_rows(model.config, params)
+    found = variables(model)
+    if params.model.lora is None:
+        return None, {t: found[t.hf] for t in rows}
+    lora = params.model.lora.lora
+    added = enable_lora(model, lora, initialization_seed(params))
+    adapter = Adapter(lora, {k: found[k.hf] for k in lora.rows(model.config)}, added)
+    return adapter, {t: added[t] for t in rows}
+
+
+class Adapter:
+    """A LoRA beside the kernels that it adapts, which may be anything that becomes an array.
+
+    Args:
+        lora: how they are adapted.
+        kernels: those that the run began with, by their rows.
+        variables: A and B by their rows.
+    """
+
+    def __init__(
+        self, lora: Lora, kernels: Mapping[Tensor, Any], variables: Mapping[Tensor, Any]
+    ) -> None:
+        self._lora = lora
+        self._alpha = np.asarray(lora.alpha, np.float32)
+        self._kernels = kernels
+        self._variables = variables
+
+    def tensors(self) -> dict[str, Any]:
+        """Merged kernels and all that is needed to go on, by TF name."""
+        found: dict[str, Any] = {LORA_ALPHA: self._alpha}
+        for kernel, base in self._kernels.items():
+            a, b = adapter_rows(kernel, self._lora.rank)
+            left, right = self._variables[a], self._variables[b]
+            found[kernel.tf] = _merged(self._lora, base, left, right)
+            found |= {base_name(kernel): base, a.tf: left, b.tf: right}
+        return found
+
+    def load(self, source: TensorSource) -> bool:
+        """Take A and B from a checkpoint; False if it has no such adapter, or not all of it."""
+        wanted = {row.tf: tuple(v.shape) for row, v in self._variables.items()}
+        wanted |= {base_name(k): tuple(v.shape) for k, v in self._kernels.items()}
+        found = source.tensors
+        if LORA_ALPHA not in found or read_tensor(source, LORA_ALPHA) != self._alpha:
+            return False
+        if any(n not in found or found[n].shape != shape for n, shape in wanted.items()):
+            return False
+        for row, variable in self._variables.items():
+            variable.assign(read_tensor(source, row.tf))
+        return True
+
+    def begin(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take A and B from elsewhere, by HF name and in HF's layout."""
+        for row, variable in self._variables.items():
+            variable.assign(row.op(Scheme.HF, Scheme.KERAS)(values[row.hf]))
+
+    def load_kernels(self, source: TensorSource) -> None:
+        """Take the kernels that the run began with, which are variables here."""
+        for kernel, variable in self._kernels.items():
+            variable.assign(read_tensor(source, base_name(kernel)))
+
+
+def _merged(lora: Lora, base: Any, a: Any, b: Any) -> LazyArray:
+    """A kernel with its update, made when it is written."""
+    return LazyArray(tuple(base.shape), lambda: lora.merged(*(np.asarray(v) for v in (base, a, b))))
+
+
+def base_name(kernel: Tensor) -> str:
+    """What a checkpoint calls the kernel that a run began with."""
+    return f"{kernel.tf}/{LORA_BASE}"

@@ -1,0 +1,169 @@
+"""A run's folder: held by one process, its parameters kept, and changed only on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptj_convert.files.lock_file import hold
+from gptj_convert.files.whole_file import PARTIAL
+from gptj_model.config import CONFIG_FILE, GPTJConfig
+from gptj_model.errors import ConfigError, TrainingFault
+from gptj_model.optimizer_names import ADAMS
+from runner.config.params import Params
+
+LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
+
+#: Parameters that a continued run may change: how far and how often, not what is computed.
+_FREE = ("runconfig", "eval_input", "model.recompute", "optimizer.log_hists")
+#: The position in the data that a run begins at.
+_SKIPPED = "train_input.skip_steps"
+#: Dropout masks are a worker's own.
+_BOUND = ("runconfig.workers",)
+
+
+@contextmanager
+def locked(model_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the kernel frees it when the process ends.
+
+    Raises:
+        TrainingFault: another process holds it.
+    """
+    model_dir.mkdir(parents=True, exist_ok=True)
+    with (model_dir / LOCK_FILE).open("a+") as f:
+        if holder := hold(f):
+            raise TrainingFault(
+                f"{model_dir}: another run is writing there (process {holder})",
+                hint="wait for it, stop it, or name another --model-dir",
+            )
+        for left in model_dir.glob(f"{PARTIAL}*"):
+            left.unlink()  # of a process that was killed
+        yield
+
+
+def kept_config(model_dir: Path, params: Params) -> GPTJConfig:
+    """Return the config of a run that has checkpoints; a run of the reference has only its YAML.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a GPT-J's.
+    """
+    path = model_dir / CONFIG_FILE
+    return GPTJConfig.from_file(path) if path.is_file() else params.config
+
+
+#: Parameters that change nothing of a run that has checkpoints: they say how weights begin, what
+#: is logged, or nothing at all. The architecture is held against the checkpoint itself.
+_WITHOUT_EFFECT = (
+    "csconfig",
+    "train_input.data_processor",
+    "train_input.mixed_precision",
+    "train_input.use_multiple_workers",
+    "train_input.vocab_file",
+    "model.attention_softmax_fp32",
+    "model.bits_per_x_dataset",
+    "model.boundary_casting",
+    "model.embedding_initializer",
+    "model.initializer",
+    "model.output_layer_initializer",
+    "model.precision_opt_level",
+    "model.tf_summary",
+    "model.use_cache",
+    "model.weight_initialization_seed",
+    "optimizer.disable_standard_logs",
+    "optimizer.log_grads",
+    "optimizer.log_summaries",
+    "optimizer.ws_summary",
+)
+#: Settings of the optimizer that not every one of them reads.
+_READ_BY = {
+    "momentum": ("momentum",),
+    "beta1": ADAMS,
+    "beta2": ADAMS,
+    "epsilon": ADAMS,
+    "rmsprop_decay": ("rmsprop",),
+    "rmsprop_momentum": ("rmsprop",),
+    "weight_decay_rate": ("adamw",),
+    "exclude_from_weight_decay": ("adamw",),
+    "use_bias_correction": ("adamw",),
+}
+#: Settings that only a dynamic loss scale reads, and those that only "dynamic" does.
+_OF_DYNAMIC_SCALES = ("initial_loss_scale", "steps_per_increase")
+_OF_DYNAMIC = ("min_loss_scale", "max_loss_scale", "overflow_tolerance")
+
+
+def _effective(params: Params) -> dict[str, Any]:
+    """Return what a run does by its parameters, by their dotted keys: defaults are filled in, and
+    what is not read is left out."""
+    inputs, optimizer = params.train_input, params.optimizer
+    kind, scale = optimizer.optimizer_type, optimizer.loss_scaling_factor
+    dropped = {key for key, kinds in _READ_BY.items() if kind not in kinds}
+    dropped.update(_OF_DYNAMIC if scale != "dynamic" else ())
+    dropped.update(_OF_DYNAMIC_SCALES if not isinstance(scale, str) else ())
+    if not optimizer.weight_decay_rate:
+        dropped.add("exclude_from_weight_decay")
+    found = {
+        key: value
+        for key, value in _flat(params.model_dump()).items()
+        if not _is_under(key, (*_WITHOUT_EFFECT, *(f"optimizer.{name}" for name in dropped)))
+    }
+    filled: dict[str, Any] = {
+        "train_input.vocab_size": params.config.vocab_size,
+        "train_input.shuffle": inputs.shuffle is not False,
+        "train_input.repeat": inputs.repeat is not False,
+        "model.filter_size": params.config.ffn_dim,
+        "model.dropout_seed": params.model.dropout_seed or 0,
+        "optimizer.max_gradient_norm": optimizer.max_gradient_norm or None,
+        "optimizer.max_gradient_value": optimizer.max_gradient_value or None,
+    }
+    order = {
+        "train_input.shuffle_seed": inputs.effective_shuffle_seed,
+        "train_input.shuffle_buffer": inputs.effective_shuffle_buffer,
+    }
+    if filled["train_input.shuffle"]:
+        return found | filled | order
+    return {key: value for key, value in (found | filled).items() if key not in order}
+
+
+def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -> None:
+    """Refuse parameters that would make a continued run another one, unless set explicitly.
+
+    What a reference's client keeps in the folder says more than the file that it was given:
+    defaults and initializers are written out, and on a CS system where its data began.
+
+    Raises:
+        ConfigError: each such key, with the saved and the given value.
+    """
+    given, before = _effective(params), _effective(saved)
+    if saved.runconfig.cs_ip:  # the step that its last launch began at
+        before[_SKIPPED] = given[_SKIPPED]
+    problems = [
+        f"{key} was {before.get(key)!r}, now {given.get(key)!r}"
+        for key in sorted(given.keys() | before.keys())
+        if (key in _BOUND or not _is_under(key, _FREE))
+        and given.get(key) != before.get(key)
+        # What one of the two does not read follows from another difference, which is named.
+        and (key.startswith("model.") or (key in given and key in before))
+        and not _is_under(key, settings)
+    ]
+    if problems:
+        raise ConfigError(
+            "the run was begun with other parameters: " + "; ".join(problems),
+            hint="accept a change with `--set KEY=VALUE`, or name another --model-dir",
+        )
+
+
+def _is_under(key: str, sections: Iterable[str]) -> bool:
+    return any(key == s or key.startswith(f"{s}.") for s in sections)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

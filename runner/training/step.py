@@ -1,0 +1,127 @@
+"""One step of training, compiled: one program for loss, gradients and slots, one for weights.
+
+Shape suffixes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from gptj_model.network.model import GPTJ
+from runner.data.reading.input_fn import Batch
+from runner.training.distribution import Workers
+from runner.training.executor import StepResult
+from runner.training.update.optimizer import Optimizer
+
+
+class TrainStep:
+    """The update of a model by one or several batches.
+
+    Args:
+        model: its weights are those of the optimizer.
+        optimizer: see there.
+        accumulate: batches of one update.
+        workers: that compute a share of each batch.
+    """
+
+    def __init__(
+        self, model: GPTJ, optimizer: Optimizer, accumulate: int, workers: Workers
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._accumulate = accumulate
+        self._workers = workers
+        self._sums: list[tf.Variable] = []
+        if accumulate > 1 or workers.count > 1:
+            # One array a weight, whatever the number of batches.
+            shapes = [w.shape for w in optimizer.weights.values()]
+            self._sums = [tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes]
+        # XLA fuses what is done to each element, in softmax, GELU and update; where most of the
+        # time goes that multiplications leave.
+        self._whole = tf.function(self._run_whole, jit_compile=True, autograph=False)
+        self._add = tf.function(self._run_add, jit_compile=True, autograph=False)
+        self._take = tf.function(self._run_take, jit_compile=True, autograph=False)
+        self._move = tf.function(optimizer.move, jit_compile=True, autograph=False)
+
+    def __call__(self, group: Sequence[Batch], scale: float, rate: float) -> StepResult:
+        """Update the weights once; the optimizer counts it only if the norm is finite.
+
+        Args:
+            group: as many batches as are accumulated; of each, this worker's share.
+            scale: what the loss is multiplied by for the gradients.
+            rate: of learning.
+        """
+        factor = tf.constant(scale, tf.float32)
+        learning_rate, correction = self._optimizer.arguments(rate)
+        if not self._sums:
+            loss, norm = self._whole(*group[0], factor, learning_rate)
+            loss = float(loss)
+        else:
+            losses = []
+            for n, (batch, share) in enumerate(zip(group, self._shares(group), strict=True)):
+                weight = tf.constant(share, tf.float32)
+                losses.append(share * float(self._add(*batch, factor, weight, tf.constant(n == 0))))
+            loss = float(self._workers.total([sum(losses) / len(group)])[0])
+            self._workers.add_up(self._sums)
+            norm = self._take(learning_rate)
+        self._move(norm, learning_rate, correction)
+        return StepResult(loss, float(norm))
+
+    def compiled(self, batch: Batch) -> str:
+        """The compiled program of one batch, as text; nothing is run."""
+        one = tf.constant(1.0)
+        if not self._sums:
+            return program_text(self._whole, *batch, one, one)
+        return program_text(self._add, *batch, one, one, tf.constant(True))
+
+    def _shares(self, group: Sequence[Batch]) -> list[float]:
+        """Of each batch's tokens that count, what part is with this worker."""
+        if self._workers.count == 1:
+            return [1.0] * len(group)
+        counts = [float(tf.reduce_sum(1.0 - ignored_BT)) for _, ignored_BT, _ in group]
+        totals = self._workers.total(counts)
+        return [count / max(total, 1.0) for count, total in zip(counts, totals, strict=True)]
+
+    def _run_whole(self, ids_BT, ignored_BT, labels_BT, scale, rate):
+        loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale)
+        return loss, self._optimizer.take(gradients, rate)
+
+    def _run_add(self, ids_BT, ignored_BT, labels_BT, scale, share, is_first):
+        loss, gradients = self._gradients(ids_BT, ignored_BT, labels_BT, scale, share)
+        for total, gradient in zip(self._sums, gradients, strict=True):
+            total.assign(tf.where(is_first, gradient, total + gradient))
+        return loss
+
+    def _run_take(self, rate):
+        return self._optimizer.take([s.value() for s in self._sums], rate)
+
+    def _gradients(self, ids_BT, ignored_BT, labels_BT, scale, share=1.0):
+        """Loss, and its share in the update's gradients in float32, unscaled."""
+        weights = [w.value for w in self._optimizer.weights.values()]
+        with tf.GradientTape() as tape:
+            loss = self._model.token_loss(ids_BT, labels_BT, ignored_BT, training=True).mean
+            scaled = loss * (scale * share / self._accumulate)
+        masks = self._model.seeds.state
+        drawn = tf.identity(masks.value)
+        gradients = tape.gradient(scaled, weights)
+        # A block that is computed again takes the generator back to its own masks, and the next
+        # batch must not begin there.
+        masks.assign(drawn)
+        # The embedding's gradient comes as rows; the norm is that of the whole matrix.
+        dense = [tf.convert_to_tensor(g) for g in gradients]
+        return loss, [tf.cast(g, tf.float32) * (1 / scale) for g in dense]
+
+
+def program_text(function: Any, *arguments: tf.Tensor) -> str:
+    """What a compiled function becomes for such arguments; nothing is run."""
+    tf.random.set_seed(0)  # TensorFlow draws a random number here, to see where that is done
+    return function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+
+
+def empty_batch(batch_size: int, length: int) -> Batch:
+    """A batch of the right shapes."""
+    shape = (batch_size, length)
+    return tf.zeros(shape, tf.int32), tf.zeros(shape), tf.zeros(shape, tf.int32)

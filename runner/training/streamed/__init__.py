@@ -1,0 +1,1 @@
+"""Training with the weights on disk, one block in memory at a time."""

@@ -1,0 +1,178 @@
+"""The passes of one training step over a model that is brought one block at a time.
+
+Forwards, each block's input is kept on the disk; backwards, each block is computed once more. In
+memory are one block, its gradients and what it computes, whatever the number of blocks and of
+batches, which share each block that is brought.
+
+Shape suffixes: B batch, T time, N tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptj_model.config import GPTJConfig
+from gptj_model.streaming.training import Draw, HeadGradients, StreamedTraining
+from gptj_model.tensors import Tensor, embedding, head
+from runner.training.streamed.block_weights import BlockWeights
+from runner.training.streamed.embedding_gradient import TokenRows
+from runner.training.streamed.malloc_trim import give_back_freed_memory
+from runner.training.streamed.scratch import Scratch
+
+
+class Update(Protocol):
+    """Takes gradients: float32, in Keras' layout, unscaled."""
+
+    def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+        """Arrays to put the gradients of these into; returns once those before have left it."""
+        ...
+
+    def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
+        """Take whole gradients.
+
+        That of the embedding, which a tied head has, waits for the tokens' own.
+
+        Args:
+            gradients: in the room that was given for them.
+            last: whether no more room is asked for in this step.
+        """
+        ...
+
+    def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+        """Take the gradient of the embedding by its tokens, the last one of a step."""
+        ...
+
+
+class StreamedStep:
+    """Loss and gradients of one step.
+
+    The hidden states of batch n before block i are kept as (n, i). Once the block's gradients are
+    known, the gradient of these states is kept in their place.
+
+    Memory that was freed is kept while a block computes a batch, or the head its logits or its
+    gradients, and no longer: what comes next would not always find its place in it.
+
+    Args:
+        config: of the model.
+        passes: its compiled stages.
+        state: its weights.
+        scratch: where hidden states are kept.
+        update: takes every gradient.
+        trained: rows of what is trained, of the table or of an adapter.
+    """
+
+    def __init__(
+        self,
+        config: GPTJConfig,
+        passes: StreamedTraining,
+        state: BlockWeights,
+        scratch: Scratch,
+        update: Update,
+        trained: Sequence[Tensor],
+    ) -> None:
+        self._config = config
+        self._passes = passes
+        self._state = state
+        self._scratch = scratch
+        self._update = update
+        self._trained = frozenset(trained)
+
+    def run(self, batches: Sequence[tuple], draw: Draw, scale: float) -> float:
+        """The mean of the batches' losses.
+
+        Args:
+            batches: ids, 1 on tokens that do not count, and labels; each (B, T).
+            draw: see `Executor.step`.
+            scale: of the loss, for the gradients.
+        """
+        self._forward(batches, draw)
+        loss = self._head(batches, scale)
+        self._backward(batches, draw, scale)
+        self._embedding(batches, draw, scale)
+        return loss
+
+    def _forward(self, batches: Sequence[tuple], draw: Draw) -> None:
+        weight = embedding(self._config)
+        for n, (ids_BT, _, _) in enumerate(batches):
+            unique, where = np.unique(ids_BT, return_inverse=True)
+            rows = np.concatenate([self._state.rows(weight, int(i), int(i) + 1) for i in unique])
+            self._keep(n, 0, self._passes.embed(rows[where.reshape(ids_BT.shape)], n, draw))
+        for i in self._state.blocks(range(self._config.n_layer), self._passes.load):
+            for n in range(len(batches)):
+                give_back_freed_memory()
+                x_BTD = self._passes.forward(self._scratch.get((n, i)), i, n, draw)
+                self._keep(n, i + 1, x_BTD)
+
+    def _head(self, batches: Sequence[tuple], scale: float) -> float:
+        config, rows = self._config, head(self._config)
+        self._passes.load_norm(*(self._state.rows(t) for t in rows[:2]))
+        if config.tie_word_embeddings:
+            rows.insert(HeadGradients._fields.index("weight"), embedding(config))
+        sums = None
+        if any(t in self._trained for t in rows):
+            sums = HeadGradients(*self._update.room(rows))
+            for total in sums:
+                total.fill(0)
+        part, losses = self._state.head(), []
+
+        def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            if not start:  # for logits, then for gradients, whose arrays have other sizes
+                give_back_freed_memory()
+            return part(start, stop)
+
+        for n, (_, ignored_BT, labels_BT) in enumerate(batches):
+            x_BTD = self._scratch.get((n, config.n_layer))
+            loss, d_x_BTD = self._passes.head(x_BTD, read, sums, labels_BT, ignored_BT, scale)
+            losses.append(loss)
+            self._keep(n, config.n_layer, d_x_BTD)
+        if sums:
+            self._update.take(dict(zip(rows, sums, strict=True)), last=False)
+        return math.fsum(losses) / len(losses)
+
+    def _backward(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
+        last = self._config.n_layer - 1
+        for i in self._state.blocks(range(last, -1, -1), self._passes.load):
+            rows, sums = self._state.of_block(i), []
+            for n in range(len(batches)):
+                give_back_freed_memory()
+                x_BTD, d_out_BTD = self._scratch.get((n, i)), self._scratch.get((n, i + 1))
+                d_x_BTD, gradients = self._passes.backward(x_BTD, d_out_BTD, i, n, draw, scale)
+                sums = sums or self._update.room(rows)
+                _sum(sums, gradients, first=n == 0)
+                del gradients  # TensorFlow has their memory for the next ones
+                self._keep(n, i, d_x_BTD)
+            self._update.take(dict(zip(rows, sums, strict=True)), last=i == 0)
+
+    def _embedding(self, batches: Sequence[tuple], draw: Draw, scale: float) -> None:
+        if embedding(self._config) not in self._trained:
+            return
+        parts = [
+            self._passes.embed_backward(self._scratch.get((n, 0)), n, draw, scale)
+            for n in range(len(batches))
+        ]
+        d_ND = np.concatenate([d_BTD.reshape(-1, self._config.n_embd) for d_BTD in parts])
+        ids_N = np.concatenate([ids_BT.reshape(-1) for ids_BT, _, _ in batches])
+        self._update.take_embedding(embedding(self._config), TokenRows(ids_N, d_ND))
+
+    def _keep(self, n: int, i: int, x_BTD: Any) -> None:
+        self._scratch.put((n, i), np.asarray(x_BTD))
+
+
+def _sum(sums: Sequence[np.ndarray], gradients: Sequence[np.ndarray], *, first: bool) -> None:
+    """Add gradients in place; the first ones replace what is there."""
+    for total, gradient in zip(sums, gradients, strict=True):
+        if first:
+            np.copyto(total, gradient)
+        else:
+            total += gradient
+
+
+def states_bytes(config: GPTJConfig, batches: Sequence[tuple]) -> Iterator[int]:
+    """Of all hidden states that a step keeps."""
+    for ids_BT, _, _ in batches:
+        for _ in range(config.n_layer + 1):
+            yield 4 * ids_BT.size * config.n_embd

@@ -1,0 +1,450 @@
+"""Training: from parameters and a checkpoint to a run that can stop and go on at any step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
+from gptj_convert.conversion.origin import ORIGIN_KEY, origin
+from gptj_convert.conversion.plan import match
+from gptj_convert.files.whole_file import write_whole
+from gptj_convert.formats.layouts.hf import GENERATION_FILE
+from gptj_convert.formats.layouts.tf import STATE_FILE
+from gptj_convert.optimizer.decay import decayed, describe
+from gptj_convert.optimizer.find import find_state
+from gptj_convert.optimizer.in_tf import StateInTf
+from gptj_convert.optimizer.state import OptimizerState
+from gptj_convert.settings.generation_settings import generation_text
+from gptj_model.config import CONFIG_FILE, GPTJConfig
+from gptj_model.errors import ConfigError, TrainingFault
+from gptj_model.source import TensorSource, read_tensor
+from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
+from runner.config.execution import Backend, Execution
+from runner.config.params import Params
+from runner.config.params_file import reconcile
+from runner.data.reading.input_fn import Batch, batches
+from runner.evaluation.evaluate import Evaluator
+from runner.evaluation.evaluate import evaluate as metrics_of
+from runner.planning.training_cost import slots_dtype
+from runner.training.adapter_factors import factors, without_base
+from runner.training.backend import check_backend
+from runner.training.distribution import Alone, Workers, check_same
+from runner.training.executor import Executor, StepResult
+from runner.training.resident import ResidentExecutor
+from runner.training.run import checkpoints
+from runner.training.run.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
+from runner.training.run.folder import kept_config
+from runner.training.run.logs import Logs, NoLogs
+from runner.training.run.meter import Meter
+from runner.training.streamed.adapter import StreamedAdapterExecutor
+from runner.training.streamed.executor import StreamedExecutor
+from runner.training.update.loss_scale import loss_scale
+from runner.training.update.schedules import learning_rate
+
+
+class Run:
+    """One model_dir: executor, loss scale and step, restored from the newest checkpoint
+    there, or begun from `init_from`, or from random weights.
+
+    Args:
+        params: validated parameters.
+        model_dir: the run's folder; made if it does not exist.
+        init_from: where a run without checkpoints takes its weights from, and its step and
+            slots, if there are any. None: random weights.
+        adapter: folder of an adapter (peft) that A and B of a run without checkpoints begin with.
+        weights_only: take nothing but the weights from there.
+        strict: a damaged newest checkpoint is an error.
+        workers: that train the same model; the first one alone writes to the folder.
+        warn: takes what a person should know.
+
+    Raises:
+        ConfigError: parameters and checkpoint disagree, or this is not for several workers.
+        TrainingFault: no checkpoint is whole.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        model_dir: Path,
+        *,
+        init_from: Path | None,
+        adapter: Path | None = None,
+        weights_only: bool = False,
+        strict: bool = False,
+        workers: Workers | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.params = params
+        self.model_dir = model_dir
+        self.workers: Workers = workers or Alone()
+        self.step = 0
+        self.skipped = 0
+        """Steps that gave no update: the data are further on than `step` by so many."""
+        self._warn = warn
+        self._files = ExitStack()
+        model = params.model
+        self.seed = model.dropout_seed or params.runconfig.tf_random_seed or 0
+        refuse_cs_system(params)
+        self.continued = bool(checkpoints.steps(model_dir))
+        """Whether the folder's own checkpoints were gone on from."""
+        if self.continued or (model_dir / STATE_FILE).exists():
+            self._continue(strict)
+        elif init_from is None:
+            if adapter:
+                raise without_base(adapter)
+            self._build(params.config)
+            self._keep_config(params.config, {}, from_yaml=True)
+            self.executor.initialize()
+        else:
+            self._begin(init_from, adapter, weights_only)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.close()
+
+    def save(self, *, stays: bool = True) -> Saved:
+        """Write a checkpoint of the present step; see `Executor.save`.
+
+        Raises:
+            OSError: see there.
+        """
+        state = self.scale.tensors()
+        if self.scale.is_dynamic:
+            state |= {SKIPPED_STEPS: np.asarray(self.skipped, np.int64)}
+        return Saved(self.step, self.executor.save(self.step, state, stays=stays))
+
+    @property
+    def draw(self) -> tuple[int, int]:
+        """Seed and counter of the next step's dropout masks: a function of the position in the
+        data and of the worker alone."""
+        seed = self.seed + self.workers.index * _SEED_OF_WORKER
+        return seed, (self.step + self.skipped + 1) << 12
+
+    def _build(self, config: GPTJConfig) -> None:
+        self.config = config
+        self.executor = _executor(config, self.params, self.model_dir, self.workers)
+        self._files.callback(self.executor.close)
+        self.scale = loss_scale(self.params.optimizer)
+
+    def _continue(self, strict: bool) -> None:
+        step, source = checkpoints.open_newest(self.model_dir, strict=strict, warn=self._warn)
+        config = kept_config(self.model_dir, self.params)
+        found = Checkpoint(source.prefix, Scheme.TF, config, source, tuple(source.files))
+        checkpoint = self._files.enter_context(found)
+        match(checkpoint)
+        self._build(reconcile(self.params, config, source.prefix))
+        self.executor.load(source, Scheme.TF)
+        self._load_state(source, step)
+
+    def _begin(self, init_from: Path, adapter: Path | None, weights_only: bool) -> None:
+        # A streamed model may be read from there as long as the run goes on.
+        found = open_checkpoint(init_from, with_optimizer=not weights_only)
+        checkpoint = self._files.enter_context(found)
+        match(checkpoint)
+        found_adapter = factors(adapter, checkpoint.config, self.params) if adapter else None
+        state = None if weights_only or found_adapter else self._state_in(checkpoint)
+        self._build(reconcile(self.params, checkpoint.config, init_from))
+        from_yaml = not checkpoint.config_file
+        self._keep_config(checkpoint.config, {ORIGIN_KEY: origin(checkpoint)}, from_yaml=from_yaml)
+        for name in () if self.workers.index else checkpoint.companions:
+            if not (folder := (self.model_dir / name).parent).is_dir():
+                folder.mkdir()
+            write_whole(self.model_dir / name, (checkpoint.folder / name).read_bytes())
+        self.executor.load(checkpoint.source, checkpoint.scheme)
+        if found_adapter:
+            self.executor.load_adapter(found_adapter)
+        if state:
+            self._load_state(state, stored_step(state))
+
+    def _state_in(self, checkpoint: Checkpoint) -> TensorSource | None:
+        """What else than weights a checkpoint holds, by TensorFlow's names."""
+        if checkpoint.scheme is Scheme.TF:
+            return checkpoint.source
+        if state := find_state(checkpoint):
+            if self.params.runconfig.execution != Execution.RESIDENT:
+                raise ConfigError(
+                    f"{checkpoint.path}: holds the state of an optimizer, which streaming goes on "
+                    "with only from a TensorFlow checkpoint",
+                    hint=f"make one: `gptj convert {checkpoint.path} --to tf --optimizer-state`; "
+                    "or take the weights alone, with --checkpoint-path",
+                )
+            self._compare_decay(checkpoint, state)
+            return StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
+        if checkpoint.scheme is not Scheme.HF:  # a published model has none
+            self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
+        return None
+
+    def _compare_decay(self, checkpoint: Checkpoint, state: OptimizerState) -> None:
+        """Warn where these parameters decay other weights than the checkpoint's optimizer did."""
+        before, now = state.settings, self.params.optimizer
+        if not (before and before.weight_decay_rate and now.weight_decay_rate):
+            return
+        config = checkpoint.config
+        theirs = decayed(config, before.exclude_from_weight_decay)
+        ours = decayed(config, now.exclude_from_weight_decay)
+        if ours != theirs and now.optimizer_type == "adamw":
+            self._warn(
+                f"the optimizer of {checkpoint.path} decayed {describe(config, theirs)}, these "
+                f"parameters decay {describe(config, ours)}: to decay as before, set "
+                f"optimizer.exclude_from_weight_decay to {list(before.exclude_from_weight_decay)}"
+            )
+
+    def _keep_config(self, config: GPTJConfig, more: Mapping[str, str], *, from_yaml: bool) -> None:
+        """Write the files that describe the model, unless there is a worker that does."""
+        if self.workers.index:
+            return
+        self.model_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.to_hf(dtype="float32") | dict(more), indent=2) + "\n"
+        write_whole(self.model_dir / CONFIG_FILE, text)
+        if from_yaml:
+            write_whole(self.model_dir / GENERATION_FILE, generation_text(config))
+
+    def _load_state(self, source: TensorSource, step: int) -> None:
+        if not step:
+            return
+        if missing := self.executor.load_state(source, step):
+            self._warn(f"the checkpoint of step {step} has {missing}, at step 0")
+            return
+        self.scale.load(source)
+        self.step = step
+        if SKIPPED_STEPS in source.tensors:
+            self.skipped = int(read_tensor(source, SKIPPED_STEPS))
+
+
+#: From the seed of one worker's dropout masks to that of the next.
+_SEED_OF_WORKER = 1_000_003
+
+
+def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
+    """What the YAML asks for."""
+    slots_dtype(params)
+    if params.runconfig.backend == Backend.JAX:
+        from runner.training.sharded import ShardedExecutor
+
+        check_backend(params, mode="train", workers=workers.count)
+        return ShardedExecutor(config, params, model_dir)
+    if params.runconfig.execution == Execution.RESIDENT:
+        return ResidentExecutor(config, params, model_dir, workers)
+    if workers.count > 1:
+        raise ConfigError(
+            f"runconfig.execution is streaming, and there are {workers.count} workers, expected 1",
+            hint="several workers hold the whole model each: "
+            "--set runconfig.execution=resident, or start one",
+        )
+    if params.model.lora:
+        return StreamedAdapterExecutor(config, params, model_dir)
+    return StreamedExecutor(config, params, model_dir)
+
+
+def stored_step(source: TensorSource) -> int:
+    """The global step that a checkpoint holds; 0 when it holds none."""
+    if GLOBAL_STEP not in source.tensors:
+        return 0
+    return int(read_tensor(source, GLOBAL_STEP))
+
+
+def refuse_cs_system(params: Params) -> None:
+    """Say that the computing is not done there.
+
+    Raises:
+        ConfigError: the YAML names a CS system.
+    """
+    if params.runconfig.cs_ip:
+        raise ConfigError(
+            f"runconfig.cs_ip is {params.runconfig.cs_ip!r}, and this program trains on this "
+            "machine",
+            hint="leave it out to train here",
+        )
+
+
+def train(
+    run: Run, max_steps: int, *, stopped: Callable[[], bool], evaluate: bool = False
+) -> Iterator[Event]:
+    """Train up to step `max_steps`, saving as the parameters say and at the end.
+
+    Args:
+        run: is changed.
+        max_steps: the total to reach; a run that has reached it changes nothing.
+        stopped: asked after every step; when true, a checkpoint is saved and training ends.
+        evaluate: also evaluate on eval_input whenever a checkpoint is saved.
+
+    Raises:
+        DataFault: see `batches`.
+        TrainingFault: loss or gradients are not finite; the last good checkpoint is kept.
+        OSError: a checkpoint or a log cannot be written.
+    """
+    if run.step < max_steps:
+        logs = NoLogs() if run.workers.index else Logs(run.model_dir, run.step, run.params)
+        try:
+            yield from _Training(run, max_steps, logs, evaluate).events(stopped)
+        finally:
+            logs.close()
+
+
+class _Training:
+    """The loop of `train`, and what it keeps in mind."""
+
+    def __init__(self, run: Run, max_steps: int, logs: Logs | NoLogs, evaluate: bool) -> None:
+        params = run.params
+        self._run = run
+        self._params = params
+        self._max_steps = max_steps
+        self._logs = logs
+        self._group = params.optimizer.grad_accum_steps
+        self._rate = learning_rate(
+            params.optimizer.learning_rate, reset=not params.optimizer.disable_lr_steps_reset
+        )
+        evaluate = evaluate and not run.workers.index
+        self._evaluator = run.executor.evaluator() if evaluate else None
+        self._evaluated_at = -math.inf
+        self._saved_step = self._told_step = run.step
+        length = params.train_input.max_sequence_length
+        tokens = params.train_input.batch_size * length * self._group
+        self._meter = Meter(
+            run.config,
+            tokens=tokens,
+            length=length,
+            trained=run.executor.trained,
+            devices=run.executor.devices,
+        )
+
+    def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
+        run, workers = self._run, self._run.workers
+        self._agree()
+        data = batches(
+            self._params.train_input,
+            vocab_size=run.config.vocab_size,
+            training=True,
+            skip=(run.step + run.skipped) * self._group,
+            worker=workers.index,
+            workers=workers.count,
+        )
+        while run.step < self._max_steps:
+            self._meter.begin()
+            group = [b for _, b in zip(range(self._group), data, strict=False)]
+            if len(group) < self._group:
+                yield Warning(f"the training records end after step {run.step}")
+                break
+            yield from self._step(group)
+            if workers.total([stopped()])[0]:  # one that stops alone would leave the others waiting
+                break
+        if run.step > self._told_step:
+            yield self._save()
+        if self._evaluator and not stopped():
+            yield from self._evaluation(self._evaluator)
+
+    def _agree(self) -> None:
+        """See that all workers begin at the same place.
+
+        Raises:
+            TrainingFault: they do not.
+        """
+        run = self._run
+        if run.workers.count == 1:
+            return
+        sums = [float(tf.reduce_sum(v)) for v in run.executor.weights().values()]
+        if not check_same(run.workers, [run.step, run.skipped, *sums]):
+            raise TrainingFault(
+                f"worker {run.workers.index} begins at step {run.step}, and not all have the same "
+                "step and weights",
+                hint="give all of them the same model directory on a shared disk, the same weights "
+                "to begin with, and the same parameters",
+            )
+
+    def _step(self, group: list[Batch]) -> Iterator[Event]:
+        run = self._run
+        rate = self._rate(run.step)
+        found = run.executor.step(group, run.draw, run.scale.value, rate)
+        finite = math.isfinite(found.norm)
+        if not finite:
+            self._refuse_to_diverge(found)
+            run.skipped += 1
+            run.scale.update(False)
+            yield Skipped(run.step, run.scale.value)
+            return
+        run.scale.update(True)
+        run.executor.advance()
+        run.step += 1
+        self._meter.end()
+        if run.step % self._params.log_steps == 0:
+            event = StepDone(
+                step=run.step,
+                loss=found.loss,
+                learning_rate=rate,
+                unclipped_grad_norm=found.norm,
+                loss_scale=run.scale.value if run.scale.is_dynamic else None,
+                skipped=run.skipped,
+                resources=self._meter.figures(self._max_steps - run.step),
+            )
+            self._logs.step(event)
+            yield event
+        runconfig = self._params.runconfig
+        if self._params.optimizer.log_hists and run.step % runconfig.save_summary_steps == 0:
+            self._logs.histograms(run.step, run.executor.weights())
+        if run.step % runconfig.save_checkpoints_steps == 0 and run.step < self._max_steps:
+            yield self._save()
+            if self._evaluator and time.monotonic() - self._evaluated_at >= runconfig.throttle_secs:
+                yield from self._evaluation(self._evaluator)
+        elif run.executor.saves_every_step:
+            self._keep(stays=False)
+
+    def _refuse_to_diverge(self, found: StepResult) -> None:
+        run = self._run
+        what = "the loss" if not math.isfinite(found.loss) else "the norm of the gradients"
+        value = found.loss if not math.isfinite(found.loss) else found.norm
+        hint = (
+            "lower the learning rate, or clip with optimizer.max_gradient_norm; "
+            f"the last checkpoint kept is of step {self._saved_step}"
+        )
+        if not run.scale.is_dynamic:
+            raise TrainingFault(f"step {run.step + 1}: {what} is {value}", hint=hint)
+        if run.scale.at_floor:
+            raise TrainingFault(
+                f"step {run.step + 1}: {what} is {value} although the loss scale has fallen to "
+                f"{run.scale.value:g}, its least; {run.skipped} steps were skipped",
+                hint=hint,
+            )
+
+    def _save(self) -> Saved:
+        saved = self._keep(stays=True)
+        self._told_step = saved.step
+        return saved
+
+    def _keep(self, *, stays: bool) -> Saved:
+        self._logs.flush()
+        saved = self._run.save(stays=stays)
+        self._saved_step = saved.step
+        return saved
+
+    def _evaluation(self, evaluator: Evaluator) -> Iterator[Event]:
+        metrics = metrics_of(
+            evaluator,
+            evaluation_batches(self._params, self._run.config.vocab_size),
+            tokens_per_byte=self._params.tokens_per_byte,
+            limit=self._params.eval_limit,
+        )
+        self._evaluated_at = time.monotonic()
+        event = Evaluated(self._run.step, metrics)
+        self._logs.evaluation(event)
+        yield event
+
+
+def evaluation_batches(run_params: Params, vocab_size: int) -> Iterator[Batch]:
+    """Batches of eval_input.
+
+    Raises:
+        ConfigError: the parameters have no such section.
+    """
+    if run_params.eval_input is None:
+        raise ConfigError("eval_input is missing, expected the records to evaluate on")
+    return batches(run_params.eval_input, vocab_size=vocab_size, training=False)
