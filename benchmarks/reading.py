@@ -26,7 +26,8 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_convert.conversion.random_checkpoint import write_random_checkpoint
-from gptj_convert.settings.params_yaml import PARAMS_FILE, continued_pretraining
+from gptj_convert.settings.params_yaml import PARAMS_FILE
+from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_model.config import GPTJConfig
 from runner.config.params import InputParams
 from runner.data.reading.example import FEATURES

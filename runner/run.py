@@ -19,7 +19,8 @@ from runner.cli.shared.command import PATH, command, parse_settings
 from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.shared.output import Output
 from runner.cli.training.cs_launch import run_on_cs
-from runner.cli.training.request import MODES, Job, run_job
+from runner.cli.training.job import MODES, Job
+from runner.cli.training.request import run_job
 from runner.config.cs_target import Target
 
 

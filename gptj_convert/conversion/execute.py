@@ -39,7 +39,8 @@ from gptj_convert.formats.layouts.hf import GENERATION_FILE, settings_files
 from gptj_convert.formats.layouts.keras import write_model
 from gptj_convert.formats.layouts.tf import CONVERTED_PREFIX, STATE_FILE, state_text
 from gptj_convert.settings.generation_settings import generation_text
-from gptj_convert.settings.params_yaml import PARAMS_FILE, continued_pretraining, yaml_text
+from gptj_convert.settings.params_yaml import PARAMS_FILE, yaml_text
+from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_convert.settings.trainer_yaml import TRAINER_FILE, trainer
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_convert.streams.prefetch import ReadAhead, Wanted

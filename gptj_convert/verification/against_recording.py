@@ -22,9 +22,9 @@ from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number, three_digits
 from gptj_convert.resources.footprint import logits_memory
 from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict, names
 from gptj_convert.verification.levels.structure import config_differences
 from gptj_convert.verification.recording import checksum
-from gptj_convert.verification.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault
 from gptj_model.streaming.forward import StreamedModel

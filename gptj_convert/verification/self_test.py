@@ -20,7 +20,7 @@ from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.streams.progress import Progress
-from gptj_convert.verification.bitwise import Compared, compare_weights, pair_up
+from gptj_convert.verification.evidence.bitwise import Compared, compare_weights, pair_up
 from gptj_convert.verification.levels.logits import common_dtype
 from gptj_convert.verification.planted_faults import (
     FaultySource,

@@ -17,10 +17,10 @@ from gptj_convert.conversion.merged_checkpoint import open_merged
 from gptj_convert.conversion.plan import match
 from gptj_convert.options import ALL_LEVELS, LEVELS, MODEL_LEVELS
 from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.evidence.source_check import refuse_changed_source
+from gptj_convert.verification.evidence.verdict import LevelResult, Verdict
 from gptj_convert.verification.levels import weights
 from gptj_convert.verification.levels.structure import check_files, check_structure, unopened
-from gptj_convert.verification.source_check import refuse_changed_source
-from gptj_convert.verification.verdict import LevelResult, Verdict
 from gptj_model.config import differing_fields
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
 

@@ -21,9 +21,9 @@ from gptj_convert.options import (
     VOCAB_SIZES,
 )
 from gptj_model.errors import UsageError
-from runner.cli.download import default_folder, fetch_to
 from runner.cli.shared.command import CONFIG_HELP, PATH, SIZE, command, note_memory
 from runner.cli.shared.errors import Terminated
+from runner.cli.shared.fetching import default_folder, fetch_to
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
 
@@ -122,6 +122,7 @@ def convert(
     bits of `merge_and_unload` in float32.
     """
     from gptj_convert.checkpoint.source_names import refuse_unmatched
+    from gptj_convert.conversion.cost import conversion_memory
     from gptj_convert.conversion.execute import (
         Result,
         check_space,
@@ -136,7 +137,6 @@ def convert(
     from gptj_convert.files.output_folder import refuse_overlap
     from gptj_convert.formats.layouts.gpt2_tokenizer import last_token_id
     from gptj_convert.optimizer.decay import decay_notes
-    from gptj_convert.resources.footprint import conversion_memory
     from gptj_model.tensors import Scheme
 
     if resume and force:

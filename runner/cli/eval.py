@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from runner.cli.evaluation.records import evaluate_model
+from runner.cli.evaluation.text import evaluate_text
 from runner.cli.shared.command import PATH, command, parse_settings
-from runner.cli.shared.memory_budget import Load, MemoryBudget, execution_within, memory_option
+from runner.cli.shared.memory_budget import MemoryBudget, execution_within, memory_option
 from runner.cli.shared.model_choice import default_model, params_for
 from runner.cli.shared.output import Output
-from runner.cli.shared.progress import progress
 from runner.config.execution import Execution
 
 if TYPE_CHECKING:
-    from gptj_convert.checkpoint.open import Checkpoint
-    from gptj_model.config import GPTJConfig
-    from runner.config.params import Params
-    from runner.evaluation.evaluate import Evaluator
+    pass
 
 
 @command
@@ -110,14 +108,14 @@ def evaluate(
     if task == "summarization":
         if memory is not None:
             raise click.UsageError("--memory is of --task records and text")
-        from runner.cli.shared.summaries import evaluate_summaries
+        from runner.cli.evaluation.summaries import evaluate_summaries
 
         return evaluate_summaries(output, model, sources, **generation)
     budget = MemoryBudget(output, memory)
     way = execution_within(memory, execution, lambda: Execution.RESIDENT)
     if task == "text":
         streamed = budget if way == Execution.STREAMING else None
-        return _evaluate_text(output, model, sources, window, stride, batch_size, streamed)
+        return evaluate_text(output, model, sources, window, stride, batch_size, streamed)
     parsed = parse_settings(settings)
     if eval_steps is not None:
         parsed["runconfig.eval_steps"] = eval_steps
@@ -129,107 +127,3 @@ def evaluate(
 
 
 evaluate.name = "eval"
-
-
-def _evaluate_text(
-    output: Output,
-    model: Path,
-    sources: tuple[Path, ...],
-    length: int | None,
-    stride: int | None,
-    batch_size: int,
-    streamed: MemoryBudget | None,
-) -> dict[str, Any]:
-    from gptj_convert.checkpoint.open import open_checkpoint
-    from runner.data.making.tokenizer import notes
-    from runner.evaluation.text import Window, evaluate_text, read_text
-
-    if not sources:
-        raise click.UsageError("--task text needs a text: --data FILE")
-    folder = model if model.is_dir() else model.parent
-    for note in notes(folder):
-        output.note(note)
-    with (
-        open_checkpoint(model) as checkpoint,
-        progress(output, "evaluating", in_bytes=False) as report,
-    ):
-        config = checkpoint.config
-        length = length or config.n_positions
-        stride = stride or -(-length // 2)
-        if length > config.n_positions or stride > length:
-            raise click.UsageError(
-                f"a window is {length} tokens and the next {stride} further on, expected at most "
-                f"{config.n_positions} and {length}"
-            )
-        ids_N, size = read_text(sources, folder)
-        window = Window(length=length, stride=stride, batch_size=batch_size)
-        if streamed:
-            evaluator = _streamed(checkpoint, streamed, batch_size, length)
-        else:
-            evaluator = _resident(model, config)
-        metrics = evaluate_text(
-            evaluator, ids_N, size, window, lambda n, all: report(n, all, "batches")
-        )
-    output.data(metrics_line(metrics))
-    fields = streamed.fields if streamed else {}
-    return {"metrics": metrics, "tokens": len(ids_N) - 1, "bytes": size, **fields}
-
-
-def evaluate_model(
-    output: Output, model: Path, params: Params, budget: MemoryBudget | None = None
-) -> dict[str, float]:
-    """Load a model, evaluate it, print the metrics line and return the metrics."""
-    from gptj_convert.checkpoint.open import open_checkpoint
-    from runner.config.params_file import reconcile
-    from runner.evaluation.evaluate import evaluate as run
-    from runner.training.train import evaluation_batches
-
-    with (
-        open_checkpoint(model) as checkpoint,
-        progress(output, "evaluating", in_bytes=False) as report,
-    ):
-        config = reconcile(params, checkpoint.config, model)
-        batches = evaluation_batches(params, config.vocab_size)
-        section = params.eval_input
-        assert section, "there are batches of it"
-        if params.runconfig.execution == Execution.STREAMING:
-            size = section.batch_size, section.max_sequence_length
-            evaluator = _streamed(checkpoint, budget or MemoryBudget(output, None), *size)
-        else:
-            evaluator = _resident(model, config)
-        metrics = run(
-            evaluator,
-            batches,
-            tokens_per_byte=params.tokens_per_byte,
-            limit=params.eval_limit,
-            report=lambda n: report(n, params.eval_limit or n, "batches"),
-        )
-    output.data(metrics_line(metrics))
-    return metrics
-
-
-def _resident(model: Path, config: GPTJConfig) -> Evaluator:
-    from runner.evaluation.evaluate import ResidentEvaluator
-    from runner.evaluation.restore import load_model
-
-    return ResidentEvaluator(load_model(model, adapt=lambda _: config))
-
-
-def _streamed(checkpoint: Checkpoint, budget: MemoryBudget, batch: int, length: int) -> Evaluator:
-    from gptj_convert.conversion.plan import match
-    from gptj_model.streaming.forward import StreamedModel
-    from runner.evaluation.evaluate import STATES, StreamedEvaluator
-
-    match(checkpoint)
-    config = checkpoint.config
-    states = 4 * batch * length * config.n_embd
-    kept = budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
-    model = StreamedModel(config, checkpoint.source, checkpoint.scheme, kept=kept)
-    # What is left lets more batches share a reading of the weights.
-    room = STATES if budget.spare is None else min(STATES, states + budget.spare)
-    return StreamedEvaluator(lambda: model, memory=room)
-
-
-def metrics_line(metrics: dict[str, float]) -> str:
-    """Metrics in the reference's order and manner."""
-    return ", ".join(f"{name} = {value:.7g}" for name, value in sorted(metrics.items()))

@@ -18,7 +18,7 @@ from runner.cli.shared.progress import progress
 from runner.cli.shared.verdict_lines import say_self_test, say_verdict
 
 if TYPE_CHECKING:
-    from gptj_convert.verification.verdict import Verdict
+    from gptj_convert.verification.evidence.verdict import Verdict
 
 DEFAULT_CONVERTED = DEFAULT_OUT["tf"]
 #: What `--against-golden` without a folder stands for.
@@ -103,7 +103,7 @@ def verify(
     if self_test:
         return _self_test(output, converted, against, adapter, tolerance, config_file)
 
-    from gptj_convert.verification.verdict import Verdict
+    from gptj_convert.verification.evidence.verdict import Verdict
     from gptj_convert.verification.verify import adapter_of, levels_up_to, source_of
     from gptj_convert.verification.verify import verify as run
 

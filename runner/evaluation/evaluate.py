@@ -16,7 +16,7 @@ from gptj_model.network.loss import TokenLoss
 from gptj_model.network.model import GPTJ
 from gptj_model.streaming.forward import StreamedModel
 from runner.data.reading.input_fn import Batch
-from runner.training.step import program_text
+from runner.evaluation.compiled import program_text
 
 LOSS = "loss"
 ACCURACY = "eval/accuracy"

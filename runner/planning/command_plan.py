@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from golden.prompts import battery
+from gptj_convert.conversion import cost
 from gptj_convert.conversion.plan import Plan, make_plan
 from gptj_convert.options import DEFAULT_OUT, DEFAULT_SOURCE, KEEP
 from gptj_convert.resources import footprint, machine
 from gptj_convert.resources.gpu import Gpu, gpus
 from gptj_convert.resources.rates import Rates
-from gptj_convert.settings.params_yaml import PARAMS_FILE, continued_pretraining, fitting_batch_size
+from gptj_convert.settings.params_yaml import PARAMS_FILE
+from gptj_convert.settings.pretraining import continued_pretraining, fitting_batch_size
 from gptj_model.config import NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.tensors import Scheme
 from runner.config.execution import Execution
@@ -139,9 +141,9 @@ def _ways(source: Source, has: Machine, rates: Rates) -> Iterator[_Way]:
             continue
         step = Step(
             command + (" --dtype keep" if dtype == KEEP else ""),
-            footprint.conversion_memory(plan),
+            cost.conversion_memory(plan),
             plan.layout.total,
-            footprint.conversion_seconds(plan, rates, has.cores),
+            cost.conversion_seconds(plan, rates, has.cores),
         )
         yield _Way(source, plan, fetch, _judged(step, has, taken=fetch.disk if fetch else 0))
 
@@ -149,8 +151,8 @@ def _ways(source: Source, has: Machine, rates: Rates) -> Iterator[_Way]:
 def _verifications(way: _Way, has: Machine, rates: Rates) -> tuple[Step, Step]:
     config = way.plan.config
     lengths = [prompt.ids.size for prompt in battery(config)]
-    memory = footprint.comparison_memory((m.source, m.op, m.target) for m in way.plan.in_file_order)
-    seconds = footprint.comparison_seconds(way.plan, rates)
+    memory = cost.comparison_memory((m.source, m.op, m.target) for m in way.plan.in_file_order)
+    seconds = cost.comparison_seconds(way.plan, rates)
     weights = Step("gptj verify --level weights", memory, 0, seconds)
     logits = Step(
         "gptj verify --tolerance 1e-4",

@@ -34,11 +34,10 @@ from runner.data.reading.input_fn import Batch, batches
 from runner.evaluation.evaluate import Evaluator
 from runner.evaluation.evaluate import evaluate as metrics_of
 from runner.planning.training_cost import slots_dtype
-from runner.training.adapter_factors import factors, without_base
-from runner.training.backend import check_backend
-from runner.training.distribution import Alone, Workers, check_same
-from runner.training.executor import Executor, StepResult
-from runner.training.resident import ResidentExecutor
+from runner.training.devices.backend import check_backend
+from runner.training.devices.distribution import Alone, Workers, check_same
+from runner.training.executors.executor import Executor, StepResult
+from runner.training.executors.resident import ResidentExecutor
 from runner.training.run import checkpoints
 from runner.training.run.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
 from runner.training.run.folder import kept_config
@@ -48,6 +47,7 @@ from runner.training.streamed.adapter import StreamedAdapterExecutor
 from runner.training.streamed.executor import StreamedExecutor
 from runner.training.update.loss_scale import loss_scale
 from runner.training.update.schedules import learning_rate
+from runner.training.weights.adapter_factors import factors, without_base
 
 
 class Run:
@@ -229,7 +229,7 @@ def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Work
     """What the YAML asks for."""
     slots_dtype(params)
     if params.runconfig.backend == Backend.JAX:
-        from runner.training.sharded import ShardedExecutor
+        from runner.training.executors.sharded import ShardedExecutor
 
         check_backend(params, mode="train", workers=workers.count)
         return ShardedExecutor(config, params, model_dir)

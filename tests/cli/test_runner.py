@@ -23,7 +23,7 @@ from gptj_model.tensors import table
 from runner import run as reference
 from runner.cli.root import main
 from runner.config.params_file import load_params, validate
-from runner.training.initialize import initialize
+from runner.training.weights.initialize import initialize
 from tests.cli.test_train import MEASURED
 from tests.conftest import Outcome
 

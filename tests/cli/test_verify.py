@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
-from gptj_convert.verification.verdict import Verdict
+from gptj_convert.verification.evidence.verdict import Verdict
 from gptj_convert.verification.verify import levels_up_to, verify
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op

@@ -14,7 +14,7 @@ import pytest
 
 from gptj_model.errors import ConfigError, TrainingFault
 from runner.config.params_file import load_params
-from runner.training.distribution import TF_CONFIG, Alone, Cluster, cluster_here, join
+from runner.training.devices.distribution import TF_CONFIG, Alone, Cluster, cluster_here, join
 from runner.training.run import checkpoints
 from runner.training.train import Run
 from tests.cli.test_train import BEGIN, _tensors

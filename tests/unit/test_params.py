@@ -11,11 +11,11 @@ from hypothesis import given
 import runner
 from gptj_convert.settings.params_yaml import (
     config_from_model_section,
-    continued_pretraining,
     model_section,
     read_yaml,
     yaml_text,
 )
+from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from runner.config.params_file import load_params, validate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptj_convert.verification.verdict import Difference, LevelResult, Verdict, names
+from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import table
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.streams import strips
-from gptj_convert.verification.bitwise import (
+from gptj_convert.verification.evidence.bitwise import (
     Compared,
     compare_weights,
     in_file_order,
@@ -19,7 +19,7 @@ from gptj_convert.verification.bitwise import (
     new_zeros,
     pair_up,
 )
-from gptj_convert.verification.verdict import names
+from gptj_convert.verification.evidence.verdict import names
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
 from gptj_model.tensors import Scheme, table

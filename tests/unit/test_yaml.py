@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runner
-from gptj_convert.settings.params_yaml import continued_pretraining, read_yaml, yaml_text
+from gptj_convert.settings.params_yaml import read_yaml, yaml_text
+from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_convert.settings.trainer_yaml import trainer
 from gptj_model.config import GPTJConfig
 from runner.config.params_file import validate

@@ -23,8 +23,8 @@ from gptj_convert.hub.download import read_record
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.resources.footprint import logits_memory
 from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_convert.verification.levels.logits import common_dtype
-from gptj_convert.verification.verdict import Difference, LevelResult, Verdict
 from gptj_model.decoding.generation import Sampling, choose
 from gptj_model.errors import GptjError
 

@@ -21,8 +21,8 @@ from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.resources.footprint import gradients_memory
 from gptj_convert.streams.progress import Progress
+from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict, names
 from gptj_convert.verification.levels.logits import common_dtype
-from gptj_convert.verification.verdict import Difference, LevelResult, Verdict, names
 from gptj_model.errors import GptjError
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT, table
 from gptj_model.vocabulary import parts

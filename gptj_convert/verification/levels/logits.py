@@ -24,7 +24,7 @@ from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number, three_digits
 from gptj_convert.resources.footprint import logits_memory
 from gptj_convert.streams.progress import Progress
-from gptj_convert.verification.verdict import Difference, LevelResult, Verdict
+from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import GptjError
 from gptj_model.network.observation import OPERATIONS

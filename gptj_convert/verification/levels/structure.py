@@ -11,8 +11,8 @@ from gptj_convert.checkpoint.open import Checkpoint, vocabulary_size
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.conversion.plan import head_is_embedding, match
 from gptj_convert.inspection.integrity import StatedFile
-from gptj_convert.verification.diagnosis import of_file, of_vocabulary
-from gptj_convert.verification.verdict import Difference, names
+from gptj_convert.verification.evidence.diagnosis import of_file, of_vocabulary
+from gptj_convert.verification.evidence.verdict import Difference, names
 from gptj_model.config import CONFIG_FILE, NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.errors import FileFault, GptjError, TensorFault
 

@@ -7,12 +7,12 @@ from itertools import chain
 
 from gptj_convert.checkpoint.match import survey
 from gptj_convert.checkpoint.open import Checkpoint
+from gptj_convert.conversion.cost import comparison_memory
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.formats.containers.tensor_bundle import BundleSource, index_path
 from gptj_convert.inspection.integrity import BUNDLE_INDEX, StatedFile, stated_checksums
-from gptj_convert.resources.footprint import comparison_memory
 from gptj_convert.streams.progress import Progress
-from gptj_convert.verification.bitwise import (
+from gptj_convert.verification.evidence.bitwise import (
     Compared,
     compare_weights,
     in_file_order,
@@ -20,10 +20,10 @@ from gptj_convert.verification.bitwise import (
     new_zeros,
     pair_up,
 )
-from gptj_convert.verification.diagnosis import diagnose
+from gptj_convert.verification.evidence.diagnosis import diagnose
+from gptj_convert.verification.evidence.source_check import is_stated, refuse_changed_source
+from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_convert.verification.levels.structure import SMALL_FILE, file_difference
-from gptj_convert.verification.source_check import is_stated, refuse_changed_source
-from gptj_convert.verification.verdict import Difference, LevelResult, Verdict
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import Tensor, table
 

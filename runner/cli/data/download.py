@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.download import fetch_listed
+from runner.cli.shared.fetching import fetch_listed
 from runner.cli.shared.output import Output
 
 if TYPE_CHECKING:

@@ -15,16 +15,13 @@ from runner.cli.data.inspect import inspect
 from runner.cli.shared.command import PATH, command
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
+from runner.data.making.file_patterns import PAIR_FILES, PILE_FILES
 
 if TYPE_CHECKING:
     from runner.data.making.build import Counts, Recipe
     from runner.data.making.sources import Part
 
 DEFAULT_OUT = Path("data")
-#: What `gptj data pile` reads in folders.
-PILE_FILES = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.txt", "*.txt.gz", "*.txt.zst", "*.parquet")
-#: And `gptj data summarization`.
-PAIR_FILES = ("*.bin", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet")
 #: Bad documents that are named one by one.
 _NAMED = 20
 

@@ -36,7 +36,8 @@ def params_for(
     model: Path, params_file: Path | None, settings: dict[str, Any], config: GPTJConfig
 ) -> Params:
     """The parameters named, else those beside the model, else the defaults for its config."""
-    from gptj_convert.settings.params_yaml import PARAMS_FILE, continued_pretraining
+    from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from gptj_convert.settings.pretraining import continued_pretraining
     from runner.config.params_file import load_params, validate
 
     folder = model if model.is_dir() else model.parent

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from runner.cli.shared.output import Output, one_line
 
 if TYPE_CHECKING:
+    from gptj_convert.verification.evidence.verdict import Verdict
     from gptj_convert.verification.self_test import SelfTest
-    from gptj_convert.verification.verdict import Verdict
 
 #: Causes that are printed at most; --json has all.
 _SHOWN = 12

@@ -29,7 +29,7 @@ def training_display(output: Output, target: int) -> Iterator[Callable[[Event], 
 
 
 def _line(output: Output, event: Event, target: int) -> None:
-    from runner.cli.eval import metrics_line
+    from runner.cli.evaluation.records import metrics_line
     from runner.training.run.events import Evaluated, StepDone
 
     match event:
@@ -98,7 +98,7 @@ def _panel(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    from runner.cli.eval import metrics_line
+    from runner.cli.evaluation.records import metrics_line
     from runner.training.run.events import Evaluated, StepDone
 
     console = Console(stderr=True, highlight=False)

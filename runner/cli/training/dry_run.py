@@ -8,7 +8,7 @@ from runner.cli.shared.output import Output
 from runner.cli.training.parameters import accepted, config_of, params_of, target_of
 
 if TYPE_CHECKING:
-    from runner.cli.training.request import Job
+    from runner.cli.training.job import Job
     from runner.config.params import Params
     from runner.planning.training_cost import TrainingPlan
 

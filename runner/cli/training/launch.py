@@ -17,9 +17,9 @@ from runner.cli.training.parameters import target_of, weights_to_begin_with
 from runner.config.execution import Backend
 
 if TYPE_CHECKING:
-    from runner.cli.training.request import Job
+    from runner.cli.training.job import Job
     from runner.config.params import Params
-    from runner.training.distribution import Workers
+    from runner.training.devices.distribution import Workers
     from runner.training.train import Run
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from gptj_convert.resources import machine
 from gptj_convert.resources.gpu import gpus
 from runner.cli.shared.errors import Exit
-from runner.training.distribution import TF_CONFIG
+from runner.training.devices.distribution import TF_CONFIG
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREADS = "TF_NUM_INTRAOP_THREADS"

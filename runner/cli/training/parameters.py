@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
-    from runner.cli.training.request import Job
+    from runner.cli.training.job import Job
     from runner.config.params import Params
 
 
@@ -77,9 +77,9 @@ def config_of(job: Job, params: Params) -> GPTJConfig:
     from gptj_convert.checkpoint.open import open_checkpoint
     from gptj_convert.conversion.plan import match
     from runner.config.params_file import reconcile
-    from runner.training.adapter_factors import factors, without_base
     from runner.training.run import checkpoints
     from runner.training.run.folder import kept_config
+    from runner.training.weights.adapter_factors import factors, without_base
 
     named = job.checkpoint_path if job.mode == "eval" else None
     if checkpoints.steps(job.model_dir) and not named:

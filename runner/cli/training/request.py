@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from runner.cli.shared.output import Output
+from runner.cli.training.job import Job
 from runner.cli.training.parameters import accepted, params_of, weights_to_begin_with
 
 if TYPE_CHECKING:
     from runner.config.params import Params
-    from runner.training.distribution import Cluster
-
-MODES = ("train", "eval", "eval_all", "train_and_eval")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What was asked for on a command line."""
-
-    model_dir: Path
-    mode: str
-    params_file: Path | None = None
-    init_from: Path | None = None
-    """Weights to begin with, and their step and slots."""
-    adapter: Path | None = None
-    """Folder of an adapter (peft) to begin with."""
-    checkpoint_path: Path | None = None
-    """Weights to begin with and nothing else, or to evaluate."""
-    max_steps: int | None = None
-    steps: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    strict: bool = False
-    workers: int | None = None
-    """Processes of this machine that train together; None: as the parameters say."""
-    only: Literal["validate", "compile"] | None = None
-    """Stop before the first step."""
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None and self.steps is not None:
-            raise click.UsageError("--max-steps and --steps exclude each other")
-        if self.adapter and self.mode not in ("train", "train_and_eval"):
-            raise click.UsageError(f"--adapter begins a training, and the mode is {self.mode}")
-        if self.only and self.mode not in ("train", "eval"):
-            raise click.UsageError(f"mode {self.mode} cannot be compiled, expected train or eval")
+    from runner.training.devices.distribution import Cluster
 
 
 def run_job(output: Output, job: Job) -> dict[str, Any]:
@@ -56,8 +21,8 @@ def run_job(output: Output, job: Job) -> dict[str, Any]:
     from runner.cli.training.launch import train_job
     from runner.cli.training.local_workers import run_workers
     from runner.cli.training.validate import rehearse
-    from runner.training.backend import check_backend
-    from runner.training.distribution import join
+    from runner.training.devices.backend import check_backend
+    from runner.training.devices.distribution import join
 
     params = params_of(job)
     check_backend(params, mode=job.mode, workers=job.workers or 1)
@@ -86,7 +51,7 @@ def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:
     """
     from gptj_model.errors import ConfigError
     from runner.cli.training.local_workers import visible_gpus
-    from runner.training.distribution import TF_CONFIG, cluster_here
+    from runner.training.devices.distribution import TF_CONFIG, cluster_here
 
     runconfig = params.runconfig
     if not (job.workers or runconfig.enable_distributed):
@@ -103,7 +68,7 @@ def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:
 
 
 def _evaluate(output: Output, job: Job, params: Params) -> dict[str, Any]:
-    from runner.cli.eval import evaluate_model
+    from runner.cli.evaluation.records import evaluate_model
     from runner.training.run import checkpoints
 
     begin = job.checkpoint_path or weights_to_begin_with(job, params)

@@ -15,7 +15,7 @@ from runner.config.execution import Backend, Execution
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
     from gptj_model.tensors import Tensor
-    from runner.cli.training.request import Job
+    from runner.cli.training.job import Job
     from runner.config.params import Params
 
 
@@ -66,7 +66,7 @@ def _planned_devices(
     """What each device of the mesh will hold; nothing heavy is imported if the mesh is named."""
     from gptj_convert.resources import footprint
     from gptj_model.tensors import SLOTS
-    from runner.training.backend import mesh_of
+    from runner.training.devices.backend import mesh_of
 
     def devices() -> int:
         import jax
@@ -97,11 +97,12 @@ def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
     if _on_jax(params):
         return _compile_sharded(output, job, params)
     from gptj_model.network.model import GPTJ
+    from runner.evaluation.compiled import empty_batch
     from runner.evaluation.evaluate import ResidentEvaluator
-    from runner.training.distribution import Alone
-    from runner.training.lora import trained_weights
-    from runner.training.step import TrainStep, empty_batch
+    from runner.training.devices.distribution import Alone
+    from runner.training.executors.step import TrainStep
     from runner.training.update.optimizer import Optimizer
+    from runner.training.weights.lora import trained_weights
 
     config = params.config
     model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
@@ -123,8 +124,8 @@ def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
 
 
 def _compile_sharded(output: Output, job: Job, params: Params) -> dict[str, Any]:
-    from runner.training.sharded import ShardedExecutor
-    from runner.training.step import empty_batch
+    from runner.evaluation.compiled import empty_batch
+    from runner.training.executors.sharded import ShardedExecutor
 
     section = params.train_input
     batch = empty_batch(section.batch_size, section.max_sequence_length)

@@ -7,12 +7,8 @@ from typing import Any
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.optimizer.state import AdamSettings, OptimizerState
 from gptj_convert.optimizer.target import Continuation
-from gptj_convert.settings.params_yaml import (
-    complete_for_reference,
-    continued_pretraining,
-    params_beside,
-    read_yaml,
-)
+from gptj_convert.settings.params_yaml import complete_for_reference, params_beside, read_yaml
+from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_model.errors import ConfigError
 from gptj_model.optimizer_names import ADAMS, Grouping
 from gptj_model.tensors import Scheme

@@ -23,15 +23,15 @@ from runner.config.params import Params
 from runner.config.trainable import trained_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
-from runner.training.executor import StepResult
-from runner.training.initialize import initialization_seed
-from runner.training.lazy_array import LazyArray
-from runner.training.lora import Adapter, base_name
+from runner.training.executors.executor import StepResult
 from runner.training.run import checkpoints
 from runner.training.streamed.embedding_gradient import TokenRows
 from runner.training.streamed.scratch import Scratch
 from runner.training.streamed.step import StreamedStep, states_bytes
 from runner.training.update.optimizer import Optimizer
+from runner.training.weights.initialize import initialization_seed
+from runner.training.weights.lazy_array import LazyArray
+from runner.training.weights.lora import Adapter, base_name
 
 
 class StreamedAdapterExecutor:

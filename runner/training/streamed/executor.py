@@ -21,9 +21,7 @@ from runner.config.trainable import trained_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, StreamedEvaluator
 from runner.planning.training_cost import slots_dtype, waiting_gradients
-from runner.training.executor import StepResult
-from runner.training.initialize import first_values
-from runner.training.lazy_array import LazyArray
+from runner.training.executors.executor import StepResult
 from runner.training.run import checkpoints
 from runner.training.streamed.background import Background
 from runner.training.streamed.malloc_trim import keep_freed_memory
@@ -32,6 +30,8 @@ from runner.training.streamed.state import DiskState
 from runner.training.streamed.step import StreamedStep, states_bytes
 from runner.training.streamed.update import StreamedUpdate, room_bytes
 from runner.training.update.rule import BetaPowers, UpdateRule
+from runner.training.weights.initialize import first_values
+from runner.training.weights.lazy_array import LazyArray
 
 
 class StreamedExecutor:

@@ -31,12 +31,12 @@ from runner.config.params import Params
 from runner.config.trainable import trained_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
-from runner.training.backend import mesh_of
-from runner.training.executor import StepResult
-from runner.training.initialize import initialize
-from runner.training.lazy_array import LazyArray
+from runner.training.devices.backend import mesh_of
+from runner.training.executors.executor import StepResult
 from runner.training.run import checkpoints
 from runner.training.update.rule import BetaPowers, UpdateRule
+from runner.training.weights.initialize import initialize
+from runner.training.weights.lazy_array import LazyArray
 
 #: The numbers that JAX's generators begin with have 32 bits.
 _SEEDS = 2**32

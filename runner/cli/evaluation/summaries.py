@@ -10,9 +10,9 @@ from typing import Any
 
 import rich_click as click
 
-from runner.cli.data.making import PAIR_FILES
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
+from runner.data.making.file_patterns import PAIR_FILES
 
 
 def evaluate_summaries(

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptj_convert.inspection.diff import in_step
 from gptj_convert.streams.strips import Panels
-from gptj_convert.verification.bitwise import Compared, Pair
+from gptj_convert.verification.evidence.bitwise import Compared, Pair
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS, NUMPY
 from gptj_model.op import Op

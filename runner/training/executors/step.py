@@ -6,14 +6,14 @@ Shape suffixes: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
 from gptj_model.network.model import GPTJ
 from runner.data.reading.input_fn import Batch
-from runner.training.distribution import Workers
-from runner.training.executor import StepResult
+from runner.evaluation.compiled import program_text
+from runner.training.devices.distribution import Workers
+from runner.training.executors.executor import StepResult
 from runner.training.update.optimizer import Optimizer
 
 
@@ -113,15 +113,3 @@ class TrainStep:
         # The embedding's gradient comes as rows; the norm is that of the whole matrix.
         dense = [tf.convert_to_tensor(g) for g in gradients]
         return loss, [tf.cast(g, tf.float32) * (1 / scale) for g in dense]
-
-
-def program_text(function: Any, *arguments: tf.Tensor) -> str:
-    """What a compiled function becomes for such arguments; nothing is run."""
-    tf.random.set_seed(0)  # TensorFlow draws a random number here, to see where that is done
-    return function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
-
-
-def empty_batch(batch_size: int, length: int) -> Batch:
-    """A batch of the right shapes."""
-    shape = (batch_size, length)
-    return tf.zeros(shape, tf.int32), tf.zeros(shape), tf.zeros(shape, tf.int32)

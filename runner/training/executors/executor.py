@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, Tensor
 from runner.data.reading.input_fn import Batch
-
-if TYPE_CHECKING:
-    from runner.evaluation.evaluate import Evaluator
+from runner.evaluation.evaluate import Evaluator
 
 
 class StepResult(NamedTuple):

@@ -16,13 +16,13 @@ from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, ResidentEvaluator
-from runner.training.distribution import Workers
-from runner.training.executor import StepResult
-from runner.training.initialize import initialize
-from runner.training.lora import trained_weights
+from runner.training.devices.distribution import Workers
+from runner.training.executors.executor import StepResult
+from runner.training.executors.step import TrainStep
 from runner.training.run import checkpoints
-from runner.training.step import TrainStep
 from runner.training.update.optimizer import Optimizer
+from runner.training.weights.initialize import initialize
+from runner.training.weights.lora import trained_weights
 
 
 class ResidentExecutor:

@@ -18,8 +18,8 @@ from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Scheme, Tensor
 from runner.config.params import Params
 from runner.config.trainable import trained_rows
-from runner.training.initialize import initialization_seed
-from runner.training.lazy_array import LazyArray
+from runner.training.weights.initialize import initialization_seed
+from runner.training.weights.lazy_array import LazyArray
 
 
 def trained_weights(model: GPTJ, params: Params) -> tuple[Adapter | None, dict[Tensor, Any]]:

@@ -1,0 +1,1 @@
+"""What a verification finds: bitwise comparisons, a diagnosis of differences, and the verdict."""

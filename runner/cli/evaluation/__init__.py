@@ -1,0 +1,1 @@
+"""The tasks of `gptj eval`: records, texts and summaries."""

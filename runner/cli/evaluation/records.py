@@ -1,0 +1,88 @@
+"""`gptj eval` on records: the model loaded or streamed, and its metrics printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.cli.shared.memory_budget import Load, MemoryBudget
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
+from runner.config.execution import Execution
+
+if TYPE_CHECKING:
+    from gptj_convert.checkpoint.open import Checkpoint
+    from gptj_model.config import GPTJConfig
+    from runner.config.params import Params
+    from runner.evaluation.evaluate import Evaluator
+
+
+def evaluate_model(
+    output: Output, model: Path, params: Params, budget: MemoryBudget | None = None
+) -> dict[str, float]:
+    """Load a model, evaluate it, print the metrics line and return the metrics."""
+    from gptj_convert.checkpoint.open import open_checkpoint
+    from runner.config.params_file import reconcile
+    from runner.evaluation.evaluate import evaluate as run
+    from runner.training.train import evaluation_batches
+
+    with (
+        open_checkpoint(model) as checkpoint,
+        progress(output, "evaluating", in_bytes=False) as report,
+    ):
+        config = reconcile(params, checkpoint.config, model)
+        batches = evaluation_batches(params, config.vocab_size)
+        section = params.eval_input
+        assert section, "there are batches of it"
+        if params.runconfig.execution == Execution.STREAMING:
+            size = section.batch_size, section.max_sequence_length
+            evaluator = streamed_evaluator(checkpoint, budget or MemoryBudget(output, None), *size)
+        else:
+            evaluator = resident_evaluator(model, config)
+        metrics = run(
+            evaluator,
+            batches,
+            tokens_per_byte=params.tokens_per_byte,
+            limit=params.eval_limit,
+            report=lambda n: report(n, params.eval_limit or n, "batches"),
+        )
+    output.data(metrics_line(metrics))
+    return metrics
+
+
+def resident_evaluator(model: Path, config: GPTJConfig) -> Evaluator:
+    """Return the evaluator of a checkpoint that is loaded whole, with the settings of `config`."""
+    from runner.evaluation.evaluate import ResidentEvaluator
+    from runner.evaluation.restore import load_model
+
+    return ResidentEvaluator(load_model(model, adapt=lambda _: config))
+
+
+def streamed_evaluator(
+    checkpoint: Checkpoint, budget: MemoryBudget, batch: int, length: int
+) -> Evaluator:
+    """Return the evaluator of a checkpoint that is read block by block.
+
+    Args:
+        checkpoint: open checkpoint; it must stay open while the evaluator is used.
+        budget: memory that the model may take; what is left lets more batches share one reading.
+        batch: number of sequences per forward pass.
+        length: tokens per sequence.
+    """
+    from gptj_convert.conversion.plan import match
+    from gptj_model.streaming.forward import StreamedModel
+    from runner.evaluation.evaluate import STATES, StreamedEvaluator
+
+    match(checkpoint)
+    config = checkpoint.config
+    states = 4 * batch * length * config.n_embd
+    kept = budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
+    model = StreamedModel(config, checkpoint.source, checkpoint.scheme, kept=kept)
+    # What is left lets more batches share a reading of the weights.
+    room = STATES if budget.spare is None else min(STATES, states + budget.spare)
+    return StreamedEvaluator(lambda: model, memory=room)
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Metrics in the reference's order and manner."""
+    return ", ".join(f"{name} = {value:.7g}" for name, value in sorted(metrics.items()))

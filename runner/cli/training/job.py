@@ -1,0 +1,43 @@
+"""A training job as a command line asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import rich_click as click
+
+MODES = ("train", "eval", "eval_all", "train_and_eval")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What was asked for on a command line."""
+
+    model_dir: Path
+    mode: str
+    params_file: Path | None = None
+    init_from: Path | None = None
+    """Weights to begin with, and their step and slots."""
+    adapter: Path | None = None
+    """Folder of an adapter (peft) to begin with."""
+    checkpoint_path: Path | None = None
+    """Weights to begin with and nothing else, or to evaluate."""
+    max_steps: int | None = None
+    steps: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    workers: int | None = None
+    """Processes of this machine that train together; None: as the parameters say."""
+    only: Literal["validate", "compile"] | None = None
+    """Stop before the first step."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.steps is not None:
+            raise click.UsageError("--max-steps and --steps exclude each other")
+        if self.adapter and self.mode not in ("train", "train_and_eval"):
+            raise click.UsageError(f"--adapter begins a training, and the mode is {self.mode}")
+        if self.only and self.mode not in ("train", "eval"):
+            raise click.UsageError(f"mode {self.mode} cannot be compiled, expected train or eval")

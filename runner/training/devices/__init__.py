@@ -1,0 +1,1 @@
+"""Backends, meshes and workers that a run computes on."""

@@ -1,0 +1,1 @@
+"""Executors whose weights are in memory, and the protocol that every executor implements."""

@@ -1,0 +1,1 @@
+"""Weights that a run starts from: loaded, initialized at random, or adapted by LoRA."""
