@@ -22,6 +22,7 @@ from runner.config import params
 framework.prepare()
 
 from runner.cli.root import root  # noqa: E402
+from runner.cli.shared.command import Command  # noqa: E402
 from runner.cli.shared.errors import Exit  # noqa: E402
 from tests.cli.corruptions import CASES  # noqa: E402
 from tests.cli.mutants import MUTANTS  # noqa: E402
@@ -173,6 +174,8 @@ def _section(name: str, command: click.Command) -> list[str]:
         if isinstance(parameter, click.Option) and record:
             options, meaning = (part.replace("|", r"\|") for part in record)
             lines.append(f"| `{options}` | {' '.join(meaning.split())} |")
+    if isinstance(command, Command):
+        lines += ["", "Examples:", "", *(f"    {example}" for example in command.examples)]
     return [*lines, ""]
 
 

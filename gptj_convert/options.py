@@ -59,8 +59,15 @@ DEFAULT_SOURCE = Path("gpt-j-6b")
 LEVELS = ("structure", "weights", "logits", "gradients", "generation")
 DEFAULT_LEVEL = "logits"
 ALL_LEVELS = "all"
-#: Those that run the models, and so need TensorFlow, torch and transformers.
+#: Levels that run the models, and so need TensorFlow, torch and transformers.
 MODEL_LEVELS = LEVELS[LEVELS.index("logits") :]
+#: Levels that a recording of the original can stand in for.
+RECORDED_LEVELS = LEVELS[: LEVELS.index("logits") + 1]
+
+
+def levels_up_to(level: str) -> tuple[str, ...]:
+    """Return the levels that run when `level` is the last one asked for."""
+    return LEVELS if level == ALL_LEVELS else LEVELS[: LEVELS.index(level) + 1]
 
 
 def parse_bytes(text: str) -> int:

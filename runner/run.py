@@ -15,28 +15,79 @@ if not __package__:  # run as a file: the folder to import from is the one above
 import rich_click as click
 
 from runner.cli.root import main
-from runner.cli.shared.command import PATH, command, parse_settings
+from runner.cli.shared.command import command, parse_settings
 from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
+from runner.cli.shared.option_rules import OptionRules
+from runner.cli.shared.options import COUNT_OR_ZERO, PATH, settings_option
 from runner.cli.shared.output import Output
 from runner.cli.training.cs_launch import run_on_cs
 from runner.cli.training.job import MODES, Job
 from runner.cli.training.request import run_job
 from runner.config.cs_target import Target
 
+_ON_CS = "a CS system (--cs_ip)"
+_EVALUATION = (
+    "--checkpoint_path", "--eval_steps", "--validate_only", "--compile_only", "--device", "--set",
+)  # fmt: skip
+_TRAINING = (*_EVALUATION, "--max_steps", "--steps")
+RULES = OptionRules(
+    mode=lambda values: _ON_CS if values["cs_ip"] else f"--mode {values['mode']}",
+    takes={
+        "--mode train": _TRAINING,
+        "--mode train_and_eval": _TRAINING,
+        "--mode eval": _EVALUATION,
+        "--mode eval_all": _EVALUATION,
+        _ON_CS: ("--cs_ip", "--checkpoint_path", "--max_steps", "--eval_steps"),
+    },
+    exclusive=(("--validate_only", "--compile_only"), ("--max_steps", "--steps")),
+)
 
-@command
-@click.option("-p", "--params", "params_file", type=PATH, required=True, help="YAML.")
-@click.option("-o", "--model_dir", type=PATH, default=DEFAULT_MODEL_DIR, show_default=True)
-@click.option("-m", "--mode", type=click.Choice(MODES), required=True)
-@click.option("--cs_ip", help="Address of a CS system.")
-@click.option("--steps", type=click.IntRange(min=0), help="Train so many steps more.")
-@click.option("--max_steps", type=click.IntRange(min=0), help="Train up to this step.")
-@click.option("--eval_steps", type=int, help="Batches to evaluate; 0 means all.")
-@click.option("--validate_only", is_flag=True, help="Check parameters, records and headers; stop.")
-@click.option("--compile_only", is_flag=True, help="That, and compile the step; stop.")
-@click.option("--device", help="Where to compute, such as /gpu:0.")
-@click.option("--checkpoint_path", type=PATH, help="Weights to begin with, or to evaluate.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+
+@command(
+    "python -m runner.run --mode train --params params.yaml --model_dir model_dir",
+    "python -m runner.run --mode eval --params params.yaml --model_dir model_dir --eval_steps 10",
+    rules=RULES,
+)
+@click.option(
+    "--params",
+    "-p",
+    "params_file",
+    type=PATH,
+    required=True,
+    metavar="FILE",
+    help="Parameters in YAML.",
+)
+@click.option(
+    "--model_dir",
+    "-o",
+    type=PATH,
+    default=DEFAULT_MODEL_DIR,
+    show_default=True,
+    help="Folder of the run: its checkpoints, metrics and logs.",
+)
+@click.option(
+    "--mode",
+    "-m",
+    type=click.Choice(MODES),
+    required=True,
+    help="Train, evaluate the newest checkpoint, evaluate every checkpoint, or train and evaluate "
+    "in turn.",
+)
+@click.option("--cs_ip", metavar="ADDRESS", help="Run on the CS system at this address.")
+@click.option("--steps", type=COUNT_OR_ZERO, help="Train N more steps.")
+@click.option("--max_steps", type=COUNT_OR_ZERO, help="Train up to step N.")
+@click.option("--eval_steps", type=int, help="Number of batches to evaluate; 0 means all.")
+@click.option(
+    "--validate_only", is_flag=True, help="Check parameters, records and headers, then stop."
+)
+@click.option(
+    "--compile_only",
+    is_flag=True,
+    help="Check parameters, records and headers, compile the step, then stop.",
+)
+@click.option("--device", help="Device that computes, such as /gpu:0.")
+@click.option("--checkpoint_path", type=PATH, help="Checkpoint to start from, or to evaluate.")
+@settings_option
 def run(
     output: Output,
     params_file: Path,
@@ -52,9 +103,7 @@ def run(
     checkpoint_path: Path | None,
     settings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Train or evaluate by the reference's YAML and flags."""
-    if validate_only and compile_only:
-        raise click.UsageError("--validate_only and --compile_only exclude each other")
+    """Train or evaluate as the reference's run.py does, from its YAML and flags."""
     if cs_ip:
         from runner.cerebras import CsJob
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_convert.settings.trainer_yaml import TRAINER_FILE, trainer
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_convert.streams.prefetch import ReadAhead, Wanted
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Strip
 from gptj_convert.streams.writer import Start, find_start, reserve, write_files
 from gptj_model.config import CONFIG_FILE, NOT_CARRIED
@@ -82,10 +82,10 @@ class Result:
 
 def execute(
     plan: Plan, checkpoint: Checkpoint, out: Path, *, force: bool = False, resume: bool = False
-) -> Generator[Progress | Result, None, None]:
+) -> Work[Result]:
     """Write the converted checkpoint to `out`, which appears when it is complete.
 
-    Yields progress as it goes, the result last; nothing happens before the first is asked for.
+    Progress is in bytes of the target.
 
     Args:
         plan: see `make_plan`.
@@ -106,8 +106,7 @@ def execute(
     found = read_journal(journal_path, Moved)
     if resume and not has_content(out) and _is_complete(out, job):
         remove_staging(out)
-        yield Result((), plan.layout.total)
-        return
+        return Result((), plan.layout.total)
     replaces = force or bool(resume and found and found.job["force"])
     with staged_folder(out, force=replaces, fresh=False) as staging:
         found = None if force else read_journal(journal_path, Moved)
@@ -123,7 +122,7 @@ def execute(
             journal = Journal(journal_path, job, found.parts if found else ())
             with closing(journal):
                 try:
-                    yield from _write(plan, checkpoint, staging.content, journal)
+                    return (yield from _write(plan, checkpoint, staging.content, journal))
                 finally:
                     staging.keep = bool(journal.parts)
         except TensorFault:
@@ -233,7 +232,7 @@ def _is_complete(out: Path, job: Mapping[str, Any]) -> bool:
 
 def _write(
     plan: Plan, checkpoint: Checkpoint, folder: Path, journal: Journal[Moved]
-) -> Generator[Progress | Result, None, None]:
+) -> Work[Result]:
     total = plan.layout.total
     start = yield from find_start(plan.layout, folder, {m.name: m.crc32c for m in journal.parts})
     done = kept = start.done
@@ -251,7 +250,7 @@ def _write(
     _check_unchanged(checkpoint, journal)
     manifest = _manifest(plan, folder, journal.job, moved, start.digests)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    yield Result(tuple(moved.values()), kept)
+    return Result(tuple(moved.values()), kept)
 
 
 class _Reader:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gptj_convert.checkpoint import vocabulary_size
 from gptj_convert.checkpoint.match import same_bits, settle_copies, survey
-from gptj_convert.checkpoint.open import Checkpoint, vocabulary_size
+from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.checkpoint.tensor_problems import hint, whole_problem
 from gptj_convert.formats.containers.layout import Layout
 from gptj_convert.formats.layouts.cs import cs_layout

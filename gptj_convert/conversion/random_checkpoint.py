@@ -15,7 +15,7 @@ from gptj_convert.formats.layouts.hf import GENERATION_FILE, hf_layout
 from gptj_convert.options import FILE_FORMATS
 from gptj_convert.settings.generation_settings import generation_text
 from gptj_convert.streams.pipeline import Pipeline
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import PANEL_BYTES, Strip
 from gptj_convert.streams.writer import Start, reserve, write_files
 from gptj_model.config import CONFIG_FILE, VOCAB_SIZE, GPTJConfig
@@ -35,7 +35,7 @@ def write_random_checkpoint(
     transposed: bool = False,
     max_shard_bytes: int | None = None,
     force: bool = False,
-) -> Iterator[Progress]:
+) -> Work[None]:
     """Write weights, config.json and, when the vocabulary is GPT-J's, the tokenizer.
 
     The values do not depend on the dtype (but for rounding), nor on how they are stored, nor on

@@ -16,7 +16,7 @@ import numpy as np
 from gptj_convert.checkpoint.match import Finding, Role, settle_copies
 from gptj_convert.inspection.inspect import Inspection, Statistics
 from gptj_convert.inspection.json_numbers import json_number
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Panels
 from gptj_model.config import NOT_COMPUTED, differing_fields
 from gptj_model.dtypes import FLOATS, NUMPY
@@ -107,13 +107,14 @@ class Comparison:
         }
 
 
-def compare(first: Inspection, second: Inspection, result: Comparison) -> Iterator[Progress]:
+def compare(first: Inspection, second: Inspection) -> Work[Comparison]:
     """Compare tensor by tensor, yielding progress in bytes of the first checkpoint.
 
     Raises:
         ConfigError: names cannot be matched, since a side has no config.
         FileFault: a side is cut short, or a device fails.
     """
+    result = Comparison()
     sides = (first, second)
     for side in sides:
         if side.config_fault:
@@ -140,6 +141,7 @@ def compare(first: Inspection, second: Inspection, result: Comparison) -> Iterat
         if a and b and tensor.shapes[0] == tensor.shapes[1]:
             for size in _compare_values(tensor, first, a, second, b):
                 yield Progress(done := done + size, total, tensor.name)
+    return result
 
 
 def _key(finding: Finding) -> tuple[bool, str]:

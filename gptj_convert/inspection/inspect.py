@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from gptj_convert.checkpoint.match import Finding, Role, survey
 from gptj_convert.checkpoint.open import locate, open_named, read_config
 from gptj_convert.checkpoint.source_names import RenamedSource
 from gptj_convert.checkpoint.tensor_problems import hint, whole_problem
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Panels
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
@@ -214,20 +213,20 @@ class Statistics:
         }
 
 
-def gather_statistics(
-    inspection: Inspection, statistics: dict[str, Statistics]
-) -> Iterator[Progress]:
-    """Fill figures of every tensor, by its name in the file, yielding progress in bytes.
+def gather_statistics(inspection: Inspection) -> Work[dict[str, Statistics]]:
+    """Return the statistics of every tensor, by its name in the file; progress is in bytes.
 
     Raises:
         FileFault: the file is cut short, or a device fails.
     """
+    statistics: dict[str, Statistics] = {}
     total, done = inspection.totals()["bytes"], 0
     for name in inspection.source.tensors:
         figures = statistics[name] = Statistics()
         for values in Panels(inspection.source, name, Op.COPY):
             figures.add(values)
             yield Progress(done := done + values.nbytes, total, name)
+    return statistics
 
 
 def _tensor_json(finding: Finding, name: str, statistics: dict[str, Statistics]) -> dict[str, Any]:

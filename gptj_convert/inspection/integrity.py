@@ -21,7 +21,7 @@ from gptj_convert.hub.download import RECORD_FILE, read_record
 from gptj_convert.inspection.inspect import Inspection
 from gptj_convert.settings.params_yaml import PARAMS_FILE
 from gptj_convert.settings.trainer_yaml import TRAINER_FILE
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Panels
 from gptj_model.errors import FileFault, UsageError
 from gptj_model.op import Op
@@ -129,18 +129,18 @@ class _Work:
     pieces: Iterator[int]
 
 
-def check(path: Path, opened: Inspection | FileFault, result: Check) -> Iterator[Progress]:
+def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
     """Hold a checkpoint against all that is stated of it, yielding progress in bytes.
 
     Args:
         path: a folder, a weight file, or a bundle's prefix.
         opened: the checkpoint there, or why it cannot be opened.
-        result: is filled.
 
     Raises:
         UsageError: nothing is stated of it.
         FileFault: the same, and it cannot be opened either; or a device fails.
     """
+    result = Check()
     folder = path if path.is_dir() else path.parent
     manifest = _read_manifest(path, folder, result)
     work = _files(path, folder, manifest, result)
@@ -162,6 +162,7 @@ def check(path: Path, opened: Inspection | FileFault, result: Check) -> Iterator
     for item in work:
         for piece in item.pieces:
             yield Progress(done := done + piece, total, item.name)
+    return result
 
 
 def _concerns(path: Path, names: Collection[str]) -> bool:

@@ -9,7 +9,6 @@ Shape suffixes: T time, D hidden, N kept tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from golden.recording import Recording
 from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
 from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number, three_digits
+from gptj_convert.options import levels_up_to
 from gptj_convert.resources.footprint import logits_memory
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict, names
 from gptj_convert.verification.levels.structure import config_differences
 from gptj_convert.verification.recording import checksum
@@ -31,37 +31,51 @@ from gptj_model.streaming.forward import StreamedModel
 
 
 def verify_against_recording(
-    converted: Path, recording: Recording, verdict: Verdict, *, config_file: Path | None = None
-) -> Iterator[Progress]:
-    """Fill a verdict, level by level as it asks, yielding progress.
+    converted: Path,
+    recording: Recording,
+    *,
+    tolerance: float,
+    level: str,
+    config_file: Path | None = None,
+) -> Work[Verdict]:
+    """Judge a converted checkpoint by a recording of its original, and return the verdict.
+
+    Args:
+        converted: checkpoint to judge.
+        recording: outputs of the original, and checksums of its weights.
+        tolerance: largest |Δ| of logits over their standard deviation that passes.
+        level: last level to run, one of `RECORDED_LEVELS`.
+        config_file: configuration of a checkpoint that has none beside it.
 
     Raises:
         GptjError: the recording is of weights that the converted dtype cannot hold.
     """
+    verdict = Verdict(tolerance, levels_up_to(level))
     result = verdict.levels["structure"] = LevelResult(ok=False)
     try:
         checkpoint = open_checkpoint(converted, config_file=config_file)
     except (FileFault, ConfigError, TensorFault) as e:
         verdict.note(Difference("structure", e.message, "a whole checkpoint"))
-        return
+        return verdict
     with checkpoint:
         try:
             matched = match(checkpoint)
         except TensorFault as e:
             verdict.note(Difference("structure", "; ".join(e.problems), "the original's tensors"))
-            return
+            return verdict
         if differing := config_differences(checkpoint.config, recording.config):
             verdict.note(Difference("structure", *differing))
-            return
+            return verdict
         result.ok = True
         result.figures = {"tensors": len(matched), "recording": recording.made_by}
         if "weights" in verdict.asked:
             yield from _weights(checkpoint, recording, verdict)
         if "logits" in verdict.asked and not verdict.differences:
             yield from _logits(checkpoint, recording, verdict)
+    return verdict
 
 
-def _weights(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> Iterator[Progress]:
+def _weights(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> Work[None]:
     matched = match(checkpoint)
     differing = []
     for n, (tensor, name, info) in enumerate(matched, start=1):
@@ -83,7 +97,7 @@ def _weights(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> 
     )
 
 
-def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> Iterator[Progress]:
+def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> Work[None]:
     for _, _, info in match(checkpoint):
         if not is_lossless(recording.dtype, info.dtype):
             raise GptjError(

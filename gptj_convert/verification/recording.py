@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gptj_convert.conversion.plan import match
 from gptj_convert.files.output_folder import staged_folder
 from gptj_convert.options import DTYPES
 from gptj_convert.resources.environment import library_versions
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Strips, laid_out
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import GptjError
@@ -27,7 +26,7 @@ from gptj_model.tensors import Scheme, Tensor
 
 def record(
     checkpoint: Checkpoint, out: Path, *, dtype: str | None, made_by: str, force: bool
-) -> Iterator[Progress]:
+) -> Work[None]:
     """Run the original on the battery and write a recording, yielding progress.
 
     Args:

@@ -7,7 +7,6 @@ alone would have found it, and so what a tolerance can tell on this checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from golden.reference import StreamedReference
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work, finish
 from gptj_convert.verification.evidence.bitwise import Compared, compare_weights, pair_up
 from gptj_convert.verification.levels.logits import common_dtype
 from gptj_convert.verification.planted_faults import (
@@ -81,16 +80,17 @@ class SelfTest:
         }
 
 
-def self_test(checkpoint: Checkpoint, source: Checkpoint, result: SelfTest) -> Iterator[Progress]:
-    """Plant every fault into `checkpoint`, hold it against `source`, and fill the result.
+def self_test(checkpoint: Checkpoint, source: Checkpoint, tolerance: float) -> Work[SelfTest]:
+    """Plant every fault into `checkpoint`, and find each by comparing with `source`.
 
     Args:
-        checkpoint, source: sound; may be the same.
-        result: is filled.
+        checkpoint, source: two sound checkpoints, which may be the same.
+        tolerance: largest |Δ| of logits over their standard deviation that passes.
 
     Raises:
         FileFault: a side cannot be read.
     """
+    result = SelfTest(tolerance, [])
     config = checkpoint.config
     faults = [f for f in planted_faults(config) if f.fields or _changes(f, checkpoint)]
     stages = 2 * len(faults) + config.n_layer + 2
@@ -111,6 +111,7 @@ def self_test(checkpoint: Checkpoint, source: Checkpoint, result: SelfTest) -> I
         margin = relative / result.tolerance
         result.planted.append(Planted(fault.what, level, named, relative, margin))
         yield Progress(len(faults) + config.n_layer + 1 + n, stages, fault.what)
+    return result
 
 
 def _faulty(fault: PlantedFault, checkpoint: Checkpoint) -> FaultySource:
@@ -145,10 +146,8 @@ def _compared(fault: PlantedFault, checkpoint: Checkpoint, source: Checkpoint) -
         match(checkpoint),
         checkpoint.scheme,
     )
-    compared: list[Compared] = []
-    for _ in compare_weights(pairs, source.source, faulty, compared, saturated=False, hashing=()):
-        pass
-    return compared
+    work = compare_weights(pairs, source.source, faulty, saturated=False, hashing=())
+    return finish(work)
 
 
 class _Run:

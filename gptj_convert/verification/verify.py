@@ -7,7 +7,7 @@ converted, is a fault, since nothing can be judged then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.conversion.merged_checkpoint import open_merged
 from gptj_convert.conversion.plan import match
-from gptj_convert.options import ALL_LEVELS, LEVELS, MODEL_LEVELS
-from gptj_convert.streams.progress import Progress
+from gptj_convert.options import MODEL_LEVELS, levels_up_to
+from gptj_convert.streams.progress import Work
 from gptj_convert.verification.evidence.source_check import refuse_changed_source
 from gptj_convert.verification.evidence.verdict import LevelResult, Verdict
 from gptj_convert.verification.levels import weights
@@ -26,11 +26,6 @@ from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, Us
 
 #: Fields that must be equal for two models to be run side by side.
 _SIDE_BY_SIDE = ("vocab_size", "n_positions", "n_embd", "n_layer")
-
-
-def levels_up_to(level: str) -> tuple[str, ...]:
-    """The levels that are asked for by naming the last of them, or all."""
-    return LEVELS if level == ALL_LEVELS else LEVELS[: LEVELS.index(level) + 1]
 
 
 def source_of(converted: Path) -> Path:
@@ -89,20 +84,21 @@ def _choices(converted: Path) -> tuple[str | None, list[str]]:
 def verify(
     converted: Path,
     against: Path,
-    verdict: Verdict,
     *,
+    tolerance: float,
+    level: str,
     adapter: Path | None = None,
     config_file: Path | None = None,
     keep_going: bool = False,
     thorough: bool = False,
-) -> Iterator[Progress]:
-    """Fill a verdict, level by level as it asks, yielding progress.
+) -> Work[Verdict]:
+    """Judge a converted checkpoint level by level, and return the verdict.
 
     Args:
         converted: what is to be judged.
         against: what it must equal.
-        verdict: is filled; its tolerance is the largest |Δ| of logits over their standard
-            deviation that passes.
+        tolerance: largest |Δ| of logits over their standard deviation that passes.
+        level: last level to run, or `ALL_LEVELS`.
         adapter: folder of an adapter that is merged into the source first.
         config_file: for a bundle without a config beside it.
         keep_going: run a level, as far as that is possible, although one before it failed.
@@ -111,6 +107,7 @@ def verify(
     Raises:
         GptjError: the source cannot be read or has changed, or there is nothing at `converted`.
     """
+    verdict = Verdict(tolerance, levels_up_to(level))
     _refuse_nothing_there(converted)
     choice, dropped = _choices(converted)
     with open_merged(
@@ -126,7 +123,7 @@ def verify(
             if keep_going:
                 reason = {"not_run": "the checkpoint cannot be opened"}
                 verdict.levels |= {n: LevelResult(False, reason) for n in verdict.asked[1:]}
-            return
+            return verdict
         with checkpoint:
             faults = check_structure(checkpoint, source, config_file, of_files)
             if faults:
@@ -143,10 +140,11 @@ def verify(
                 named = {d.file for d in of_files}
                 yield from weights.compare(checkpoint, source, expected, manifest, verdict, named)
             verdict.note(*of_files)
-            for level in MODEL_LEVELS:
-                if level in verdict.asked and (keep_going or not verdict.differences):
-                    run = _model_level(level, thorough=thorough)
-                    yield from _if_possible(level, run, checkpoint, source, verdict)
+            for name in MODEL_LEVELS:
+                if name in verdict.asked and (keep_going or not verdict.differences):
+                    run = _model_level(name, thorough=thorough)
+                    yield from _if_possible(name, run, checkpoint, source, verdict)
+    return verdict
 
 
 def _refuse_nothing_there(converted: Path) -> None:
@@ -158,7 +156,7 @@ def _refuse_nothing_there(converted: Path) -> None:
         )
 
 
-_Run = Callable[[Checkpoint, Checkpoint, Verdict], Iterator[Progress]]
+_Run = Callable[[Checkpoint, Checkpoint, Verdict], Work[None]]
 
 
 def _model_level(level: str, *, thorough: bool) -> _Run:
@@ -178,7 +176,7 @@ def _model_level(level: str, *, thorough: bool) -> _Run:
 
 def _if_possible(
     level: str, run: _Run, checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict
-) -> Iterator[Progress]:
+) -> Work[None]:
     """The level, or why it did not run on a checkpoint that differs already."""
     unlike = differing_fields(checkpoint.config, source.config).keys() & _SIDE_BY_SIDE
     try:

@@ -1,4 +1,4 @@
-"""`gptj doctor`: what this machine is, and what fits on it."""
+"""`gptj doctor`: check this machine, and plan what fits on it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 _DEFAULT_MODEL = "6b"
 
 
-@command
+@command("gptj doctor", "gptj doctor --plan 6b")
 @click.option(
     "--plan",
     "model",
     metavar="[SRC]",
     is_flag=False,
     flag_value=_DEFAULT_MODEL,
-    help="Memory, disk and time of every command for a preset (tiny, 125m, 6b), a config.json, "
-    f"a folder or a checkpoint.  [{_DEFAULT_MODEL} if none is named]",
+    help="Show memory, disk and time of every command for a model: a preset (tiny, 125m, 6b), a "
+    f"config.json, a folder or a checkpoint.  [default: {_DEFAULT_MODEL}]",
 )
 def doctor(output: Output, model: str | None) -> dict[str, Any]:
-    """Say what this machine has and lacks, and with --plan what fits on it.
+    """Check this machine; with --plan, show what fits on it.
 
-    A plan reads headers alone and downloads nothing. Its times are estimates from a measurement of
-    about a second; a disk that slows down, or other work here, makes them several times longer.
-    The exit code is 1 if something is missing that every command needs.
+    A plan reads only headers and downloads nothing. Its times are estimates from a measurement of
+    about a second; a disk that slows down, or other work on the machine, makes them several times
+    longer. The exit code is 1 if something is missing that every command needs.
     """
     return _examine(output) if model is None else _plan(output, model)
 

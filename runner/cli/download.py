@@ -1,4 +1,4 @@
-"""`gptj download`: fetch a GPT-J from the Hugging Face hub."""
+"""`gptj download`: fetch a GPT-J from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.shared.command import PATH, command
+from runner.cli.shared.command import command
 from runner.cli.shared.fetching import DEFAULT_REPOSITORY, default_folder, fetch_to
+from runner.cli.shared.options import out_option
 from runner.cli.shared.output import Output
 
 if TYPE_CHECKING:
     pass
 
 
-@command
+@command("gptj download", "gptj download me/my-gpt-j@main --out my-gpt-j")
 @click.argument("address", metavar="[REPO]", default=DEFAULT_REPOSITORY)
 @click.option(
     "--revision",
-    help="Branch, tag or commit to fetch; branch float16 of GPT-J-6B has half the size.",
+    help="Branch, tag or commit to fetch; the branch float16 of GPT-J-6B is half the size.",
 )
-@click.option("--out", type=PATH, help="Folder to write.  [default: the repository's own name]")
+@out_option(default_text="the name of the repository")
 def download(
     output: Output, address: str, revision: str | None, out: Path | None
 ) -> dict[str, Any]:
-    """Fetch config, tokenizer and one set of weights (default: GPT-J-6B to ./gpt-j-6b).
+    """Fetch config, tokenizer and one set of weights (default: GPT-J-6B into ./gpt-j-6b).
 
     REPO is OWNER/NAME, OWNER/NAME@REVISION, or the address of the model's page on the hub. A file
-    that the hub's cache on this machine holds is copied from there.
+    in the hub's cache on this machine is copied from there. An interrupted download resumes when
+    the same command runs again.
     """
     from gptj_convert.hub.address import parse_address
 

@@ -1,67 +1,89 @@
-"""`gptj eval`: the reference's metrics of a model on records."""
+"""`gptj eval`: metrics of a model over records, texts or summaries."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 
 from runner.cli.evaluation.records import evaluate_model
 from runner.cli.evaluation.text import evaluate_text
-from runner.cli.shared.command import PATH, command, parse_settings
+from runner.cli.shared.command import command, parse_settings
 from runner.cli.shared.memory_budget import MemoryBudget, execution_within, memory_option
 from runner.cli.shared.model_choice import default_model, params_for
+from runner.cli.shared.option_rules import OptionRules
+from runner.cli.shared.options import (
+    COUNT,
+    COUNT_OR_ZERO,
+    PATH,
+    eval_steps_option,
+    execution_option,
+    model_option,
+    params_option,
+    settings_option,
+)
 from runner.cli.shared.output import Output
 from runner.config.execution import Execution
 
-if TYPE_CHECKING:
-    pass
+RULES = OptionRules(
+    mode=lambda values: f"--task {values['task']}",
+    takes={
+        "--task records": ("--params", "--set", "--eval-steps", "--execution", "--memory"),
+        "--task text": (
+            "--data", "--window", "--stride", "--batch-size", "--execution", "--memory",
+        ),
+        "--task summarization": (
+            "--data", "--beams", "--max-new-tokens", "--min-new-tokens", "--limit",
+            "--truncate-article", "--summaries",
+        ),
+    },
+)  # fmt: skip
 
 
-@command
-@click.option("--model", type=PATH, help="Any checkpoint.  [default: model_dir, or converted]")
-@click.option("--params", "params_file", type=PATH, help="YAML.  [default: beside the model]")
-@click.option("--eval-steps", type=click.IntRange(min=0), help="Batches; 0 means all.")
-@click.option(
-    "--execution",
-    type=click.Choice([str(way) for way in Execution]),
-    help="The whole model in memory, or one block at a time.  [the YAML's]",
+@command(
+    "gptj eval --model converted/ --eval-steps 50",
+    "gptj eval --task text --data book.txt",
+    "gptj eval --task summarization --data test.jsonl --beams 4 --limit 100",
+    rules=RULES,
 )
+@model_option
+@params_option
+@eval_steps_option
+@execution_option
 @memory_option
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+@settings_option
 @click.option(
     "--task",
     type=click.Choice(["records", "text", "summarization"]),
     default="records",
     show_default=True,
-    help="text scores the texts of --data; summarization generates summaries of --data and scores "
-    "them by ROUGE.",
+    help="What is evaluated: the records of eval_input, the texts of --data, or summaries that "
+    "the model writes of the articles of --data, scored by ROUGE.",
 )
 @click.option(
     "--data",
     "sources",
     type=PATH,
     multiple=True,
-    help="A text in UTF-8; or a test set with articles and summaries, as for `gptj data "
-    "summarization`. May be repeated.",
+    help="UTF-8 text file (--task text), or test set of articles and summaries as `gptj data "
+    "summarization` reads it; can be given several times.",
 )
 @click.option(
-    "--window",
-    type=click.IntRange(min=1),
-    help="Of a text, tokens that are read together.  [as many as the model can]",
+    "--window", type=COUNT, help="Tokens per window of a text.  [default: the model's n_positions]"
 )
 @click.option(
     "--stride",
-    type=click.IntRange(min=1),
-    help="Tokens from one window to the next; the others are context.  [half a window]",
+    type=COUNT,
+    help="Tokens from one window of a text to the next; the others are context.  "
+    "[default: half a window]",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=4,
     show_default=True,
-    help="Windows that are computed together.",
+    help="Number of windows per forward pass.",
 )
 @click.option(
     "--beams",
@@ -69,14 +91,33 @@ if TYPE_CHECKING:
     multiple=True,
     default=[1, 4],
     show_default=True,
-    help="Candidates that are followed; may be repeated.",
+    help="Number of beams of the search, 1 for greedy decoding; can be given several times.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--min-new-tokens", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--limit", type=click.IntRange(min=0), default=0, help="Summaries; 0 means all.")
-@click.option("--truncate-article", is_flag=True, help="Shorten articles that are too long.")
 @click.option(
-    "--summaries", type=PATH, metavar="FILE", help="Write the summaries there, a line each."
+    "--max-new-tokens",
+    type=COUNT,
+    default=128,
+    show_default=True,
+    help="Largest number of tokens in a summary.",
+)
+@click.option(
+    "--min-new-tokens",
+    type=COUNT_OR_ZERO,
+    default=0,
+    show_default=True,
+    help="Smallest number of tokens in a summary.",
+)
+@click.option(
+    "--limit", type=COUNT_OR_ZERO, default=0, help="Number of summaries to write; 0 means all."
+)
+@click.option(
+    "--truncate-article", is_flag=True, help="Shorten articles that are too long for the model."
+)
+@click.option(
+    "--summaries",
+    type=PATH,
+    metavar="FILE",
+    help="Also write every summary beside the expected one, as JSON lines.",
 )
 def evaluate(
     output: Output,
@@ -93,11 +134,10 @@ def evaluate(
     batch_size: int,
     **generation: Any,
 ) -> dict[str, Any]:
-    """Print loss, accuracy, perplexity and bits per byte on the records of eval_input.
+    """Print loss, accuracy, perplexity and bits per byte of a model.
 
-    With --task text the same of the texts in --data, read in windows that overlap, every token
-    scored once; with --task summarization the mean ROUGE-1, -2 and -L of generated summaries.
-    Options from --window to --batch-size are of the first, those from --beams on of the second.
+    Texts are read in overlapping windows, and every token is scored once. Summaries are scored by
+    their mean ROUGE-1, ROUGE-2 and ROUGE-L.
     """
     from runner.cli.shared import framework
 
@@ -106,8 +146,6 @@ def evaluate(
 
     model = model or default_model()
     if task == "summarization":
-        if memory is not None:
-            raise click.UsageError("--memory is of --task records and text")
         from runner.cli.evaluation.summaries import evaluate_summaries
 
         return evaluate_summaries(output, model, sources, **generation)

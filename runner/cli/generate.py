@@ -1,4 +1,4 @@
-"""`gptj generate`: continue a prompt, or many."""
+"""`gptj generate`: continue one prompt, or the prompts of a file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.shared.command import PATH, command
+from runner.cli.shared.command import command
 from runner.cli.shared.memory_budget import Load, MemoryBudget, execution_within, memory_option
 from runner.cli.shared.model_choice import default_model, stated_execution
+from runner.cli.shared.option_rules import OptionRules
+from runner.cli.shared.options import (
+    COUNT,
+    COUNT_OR_ZERO,
+    PATH,
+    execution_option,
+    model_option,
+)
 from runner.cli.shared.output import Output
 from runner.config.execution import Execution
 
@@ -19,55 +27,76 @@ if TYPE_CHECKING:
     from gptj_model.decoding.generation import Generator
     from gptj_model.streaming.residency import Kept
 
+RULES = OptionRules(
+    needs={"--batch-size": "--prompts"},
+    exclusive=(("--prompt", "--ids", "--prompts"),),
+)
 
-@command
-@click.option("--model", type=PATH, help="Any checkpoint.  [default: model_dir, or converted]")
+
+@command(
+    "gptj generate --prompt 'The quick brown fox'",
+    "gptj generate --model converted/ --ids 464,3290 --max-new-tokens 8",
+    "gptj generate --prompts prompts.txt --temperature 0.8 --top-p 0.9 --seed 1",
+    rules=RULES,
+)
+@model_option
 @click.option("--prompt", help="Text to continue.")
-@click.option("--ids", help="Token ids to continue, such as 464,3290.")
+@click.option("--ids", help="Token ids to continue, separated by commas, such as 464,3290.")
 @click.option(
     "--prompts",
     "prompts_file",
     type=PATH,
     metavar="FILE",
-    help="Texts to continue, one a line; prints one JSON object a line.",
+    help="File of texts to continue, one per line; prints one JSON object per line.",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=8,
     show_default=True,
-    help="Of --prompts, how many are continued together.",
+    help="Number of prompts of a file that are continued together.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=COUNT,
+    default=32,
+    show_default=True,
+    help="Largest number of tokens to add to a prompt.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0 takes the most likely token.",
+    help="Divisor of the logits before sampling; 0 takes the most likely token.",
 )
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 means all.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0)
+@click.option(
+    "--top-k",
+    type=COUNT_OR_ZERO,
+    default=0,
+    help="Sample from the K most likely tokens; 0 means all.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    help="Sample from the most likely tokens whose probabilities add up to P.",
+)
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Makes tokens that are there already less likely, if above 1.",
+    help="Factor that makes tokens already in the text less likely, if above 1.",
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=COUNT_OR_ZERO,
     default=0,
     show_default=True,
-    help="Of the first prompt; each further one has the next.",
+    help="Seed of the sampling; each further prompt of a file takes the next seed.",
 )
-@click.option(
-    "--execution",
-    type=click.Choice([str(way) for way in Execution]),
-    help="The whole model in memory, or one block at a time, read anew for every token.  [that of "
-    "the YAML beside the model]",
-)
+@execution_option
 @memory_option
 def generate(
     output: Output,
@@ -85,9 +114,9 @@ def generate(
     execution: str | None,
     memory: int | None,
 ) -> dict[str, Any]:
-    """Continue a prompt, given as text or as token ids; or every line of a file."""
-    if sum(given is not None for given in (prompt, ids, prompts_file)) != 1:
-        raise click.UsageError("give one of --prompt, --ids and --prompts")
+    """Continue a prompt, given as text or as token ids, or every line of a file."""
+    if prompt is None and ids is None and prompts_file is None:
+        raise click.UsageError("nothing to continue: give --prompt, --ids or --prompts")
     texts = _read_lines(prompts_file) if prompts_file else None
     from runner.cli.shared import framework
 
@@ -122,7 +151,7 @@ def generate(
     way = execution_within(memory, execution, lambda: stated_execution(folder))
     with opened_model(path, keep=keep if way == Execution.STREAMING else None) as loaded:
         if asked := unapplied(folder, loaded.config):
-            output.note(f"note: {asked}, of which nothing is applied: the options decide alone")
+            output.note(f"note: {asked}, of which nothing is applied: only the options count")
         generator = Generator(loaded, sampling, stop_at=stop_tokens(folder, loaded.config))
         if texts is None:
             made = _continue(output, generator, tokenizer, prompts[0], max_new_tokens)
@@ -142,10 +171,10 @@ def generate(
 def _continue(
     output: Output, generator: Generator, tokenizer: Any, begun: list[int], max_new_tokens: int
 ) -> dict[str, Any]:
-    """Print a text while it is made, or the ids at the end if there is no tokenizer."""
+    """Print a text as it is generated, or the ids at the end where there is no tokenizer."""
     ids, shown = list(begun), ""
     for (token,) in generator.stream([begun], max_new_tokens):
-        assert token is not None, "it would have ended"
+        assert token is not None, "the stream ends instead"
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else ""
         # The bytes of a character may come in several tokens.
@@ -161,10 +190,10 @@ def _continue(
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The prompts of a file.
+    """Return the prompts of a file, one per line.
 
     Raises:
-        DataFault: there is none, one is empty, or it is not UTF-8; with the line.
+        DataFault: the file is empty, a line is empty, or the file is not UTF-8; with the line.
     """
     from gptj_model.errors import DataFault
 
@@ -179,7 +208,7 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _tokenizer(output: Output, folder: Path) -> Any:
-    """The model's tokenizer, for which a special token's name in a prompt is that token."""
+    """Return the model's tokenizer; a special token's name in a prompt is read as that token."""
     from runner.data.making.tokenizer import load_tokenizer, notes
 
     for note in notes(folder):
@@ -201,4 +230,4 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"--ids takes numbers with commas between, found {text!r}") from None
+        raise click.UsageError(f"--ids takes numbers separated by commas, found {text!r}") from None

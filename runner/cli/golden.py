@@ -1,4 +1,4 @@
-"""`gptj golden`: recordings of what an original outputs."""
+"""`gptj golden`: recordings of a model's outputs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,35 @@ from typing import Any
 import rich_click as click
 
 from gptj_convert.options import DTYPES
-from runner.cli.shared.command import CONFIG_HELP, PATH, command
+from runner.cli.shared.command import command
+from runner.cli.shared.options import PATH, config_option, force_option, out_option
 from runner.cli.shared.output import Output
-from runner.cli.shared.progress import progress
+from runner.cli.shared.progress import follow
 
 DEFAULT_OUT = Path("golden-recording")
 
 
 @click.group()
 def golden() -> None:
-    """Record what a model outputs, to verify where PyTorch is not."""
+    """Record a model's outputs, to verify conversions without PyTorch."""
 
 
-@command
-@click.argument("model", type=PATH)
-@click.option("--out", type=PATH, default=DEFAULT_OUT, show_default=True, help="Folder to make.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Round the weights to it first.  [default: do not]"
+@command(
+    "gptj golden record gpt-j-6b --out recording",
+    "gptj golden record gpt-j-6b --dtype bfloat16 --note 'GPT-J-6B in bfloat16'",
 )
-@click.option("--note", help="What the recording is of, in words.  [default: the model's path]")
-@click.option("--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if none is beside it.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.argument("model", type=PATH)
+@out_option(DEFAULT_OUT)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Dtype that the weights are rounded to first.  [default: no rounding]",
+)
+@click.option(
+    "--note", help="Description of the model, kept with the recording.  [default: its path]"
+)
+@config_option
+@force_option
 def record(
     output: Output,
     model: Path,
@@ -38,20 +46,16 @@ def record(
     config_file: Path | None,
     force: bool,
 ) -> dict[str, Any]:
-    """Run Hugging Face's model on the battery of prompts, and keep what it gives.
+    """Run Hugging Face's model on a fixed set of prompts, and record its outputs.
 
-    `gptj verify --against-golden DIR` holds a converted checkpoint against the recording.
+    `gptj verify --against-golden DIR` compares a converted checkpoint with the recording.
     """
     from gptj_convert.checkpoint.open import open_checkpoint
     from gptj_convert.verification.recording import record as run
 
-    with (
-        open_checkpoint(model, config_file=config_file) as checkpoint,
-        progress(output, "recording", in_bytes=False) as tell,
-    ):
-        events = run(checkpoint, out, dtype=dtype, made_by=note or str(model), force=force)
-        for event in events:
-            tell(event.done, event.total, event.what)
+    with open_checkpoint(model, config_file=config_file) as checkpoint:
+        work = run(checkpoint, out, dtype=dtype, made_by=note or str(model), force=force)
+        follow(output, "recording", work, in_bytes=False)
     size = sum(path.stat().st_size for path in out.iterdir())
     output.note(f"{model} → {out}: {size / 1e6:.1f} MB")
     output.data(str(out))

@@ -1,4 +1,4 @@
-"""`gptj inspect`: what a checkpoint holds, whether it is whole, how it differs from another."""
+"""`gptj inspect`: what a checkpoint holds, whether it is intact, how it differs from another."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.shared.command import CONFIG_HELP, PATH, command
+from runner.cli.shared.command import command
 from runner.cli.shared.errors import Exit
+from runner.cli.shared.options import PATH, config_option
 from runner.cli.shared.output import Output, one_line
-from runner.cli.shared.progress import progress
+from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
     from gptj_convert.checkpoint.match import Finding
@@ -21,19 +22,36 @@ if TYPE_CHECKING:
     from gptj_convert.inspection.inspect import Inspection, Statistics
     from gptj_model.errors import FileFault
 
-#: Problems that are printed at most, and letters of a tensor's name; --json has all.
+#: Largest number of problems printed, and of characters of a tensor's name; --json has all.
 _SHOWN = 20
 _NAME = 72
 
 
-@command
-@click.argument("path", type=PATH)
-@click.option("--stats", is_flag=True, help="Add min, max, mean, std, and counts of NaN, inf, 0.")
-@click.option("--check", is_flag=True, help="Compare with the hashes and checksums that are kept.")
-@click.option("--diff", "other", metavar="OTHER", type=PATH, help="Compare with a checkpoint.")
-@click.option(
-    "--config", "config_file", type=PATH, help=f"{CONFIG_HELP}, if none is beside the weights."
+@command(
+    "gptj inspect gpt-j-6b --stats",
+    "gptj inspect converted/ --check",
+    "gptj inspect converted/ --diff gpt-j-6b",
 )
+@click.argument("path", type=PATH)
+@click.option(
+    "--stats",
+    is_flag=True,
+    help="Read every tensor, and add min, max, mean, standard deviation and the counts of NaN, "
+    "infinite and zero values.",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compare the files with the hashes and checksums recorded beside them.",
+)
+@click.option(
+    "--diff",
+    "other",
+    metavar="OTHER",
+    type=PATH,
+    help="Compare the values with another checkpoint.",
+)
+@config_option
 def inspect(
     output: Output,
     path: Path,
@@ -42,17 +60,17 @@ def inspect(
     other: Path | None,
     config_file: Path | None,
 ) -> dict[str, Any]:
-    """List every tensor of a checkpoint, with its names in other formats, without reading it.
+    """List every tensor of a checkpoint with its names in other formats, from the headers alone.
 
-    PATH is a folder, a .safetensors or .bin file, or the prefix of a TensorFlow checkpoint. What
-    is missing, unknown or of another shape is marked, and no error.
+    PATH is a folder, a weight file of any format, or the prefix of a TensorFlow checkpoint. A
+    missing or unknown tensor, or one of another shape, is marked, and is not an error.
 
-    With --check or --diff only what they find is printed. The exit code is 3 if something is not
-    as its manifest.json, download's record, TensorFlow index or .bin archive states, or if OTHER
-    differs in more than the rounding to a narrower dtype.
+    With --check or --diff only their findings are printed. The exit code is 3 if a file differs
+    from what its manifest.json, download record, TensorFlow index or .bin archive states, or if
+    OTHER differs by more than the rounding to a narrower dtype.
 
-    Figures are of the finite values. --json has null for one that no value gives, and "nan",
-    "inf" or "-inf" for a value that is such.
+    Statistics cover the finite values. In --json a statistic without values is null, and values
+    that are not finite are "nan", "inf" or "-inf".
     """
     from gptj_convert.inspection.inspect import gather_statistics
     from gptj_convert.inspection.inspect import inspect as run
@@ -68,9 +86,7 @@ def inspect(
     with opened:
         statistics: dict[str, Statistics] = {}
         if stats:
-            with progress(output, "reading") as report:
-                for event in gather_statistics(opened, statistics):
-                    report(event.done, event.total, event.what)
+            statistics = follow(output, "reading", gather_statistics(opened))
         if stats or not (check or other):
             _show(output, opened, statistics)
         fields = {**opened.to_json(statistics), "exit": Exit.OK}
@@ -83,7 +99,7 @@ def inspect(
 
 
 def _show(output: Output, opened: Inspection, statistics: dict[str, Statistics]) -> None:
-    """A table for each role, then totals, config and problems."""
+    """Print a table for each role, then totals, config and problems."""
     from gptj_convert.checkpoint.match import Role
 
     for role in Role:
@@ -115,10 +131,10 @@ def _show(output: Output, opened: Inspection, statistics: dict[str, Statistics])
 def _table(
     opened: Inspection, findings: Sequence[Finding], statistics: dict[str, Statistics]
 ) -> Iterator[str]:
-    """Aligned lines: what the file holds, then other names and figures.
+    """Yield aligned lines: what the file holds, then other names and statistics.
 
-    On a terminal that is too narrow for both, the second part stands below the first. A pipe has
-    no width: there every tensor is one line.
+    On a terminal that is too narrow for both, the second part follows on a line of its own. A pipe
+    has no width, so every tensor takes one line there.
     """
     if not findings:
         return
@@ -145,11 +161,11 @@ def _table(
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], sides: str) -> list[str]:
-    """Rows, the first of them headings, as lines; columns without any value are left out.
+    """Return rows as aligned lines; the first row holds headings, and empty columns are dropped.
 
     Args:
-        rows: of as many cells each as there are sides.
-        sides: "<" for a column that begins on the left, ">" for one that ends on the right.
+        rows: rows with one cell per column.
+        sides: for each column, "<" to align it left or ">" to align it right.
     """
     columns = []
     for side, column in zip(sides, zip(*rows, strict=True), strict=True):
@@ -166,7 +182,7 @@ def _figures(s: Statistics) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes in three figures."""
+    """Return a number of bytes in three figures."""
     size, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while size >= 999.5 and unit != "TB":
@@ -175,17 +191,14 @@ def _size(count: int) -> str:
 
 
 def _check(output: Output, path: Path, opened: Inspection | FileFault) -> dict[str, Any]:
-    from gptj_convert.inspection.integrity import Check, check
+    from gptj_convert.inspection.integrity import check
 
-    result = Check()
-    with progress(output, "checking") as report:
-        for event in check(path, opened, result):
-            report(event.done, event.total, event.what)
+    result = follow(output, "checking", check(path, opened))
     for stated_by, counts in result.checked.items():
         compared = ", ".join(f"{n} {kinds}" for kinds, n in counts.items() if n)
         output.data(f"compared with {stated_by}: {compared}")
     for name in result.extra:
-        output.data(f"note: {one_line(name)} is there too, and nothing is stated of it")
+        output.data(f"note: {one_line(name)} also exists, and no hash of it is recorded")
     for m in result.mismatches:
         output.data(f"DIFFERS: {m.kind} {one_line(m.name)}")
         output.data(f"  found:    {one_line(m.found)}")
@@ -198,17 +211,15 @@ def _check(output: Output, path: Path, opened: Inspection | FileFault) -> dict[s
 def _compare(
     output: Output, opened: Inspection, other: Path, config_file: Path | None
 ) -> dict[str, Any]:
-    from gptj_convert.inspection.diff import Comparison, Outcome, compare
+    from gptj_convert.inspection.diff import Outcome, compare
     from gptj_convert.inspection.inspect import inspect as run
 
-    result = Comparison()
     theirs = run(other)
     if theirs.config is None and config_file:
         theirs.source.close()
         theirs = run(other, config_file=config_file)
-    with theirs, progress(output, "comparing") as report:
-        for event in compare(opened, theirs, result):
-            report(event.done, event.total, event.what)
+    with theirs:
+        result = follow(output, "comparing", compare(opened, theirs))
     for name, (ours, others) in result.config.items():
         output.data(f"config: {name} is {ours!r} in PATH, {others!r} in OTHER")
     for t in result.tensors:
@@ -220,11 +231,11 @@ def _compare(
         if outcome is Outcome.ROUNDED:
             wide, narrow = (others, ours) if rounded == "path" else (ours, others)
             side = "PATH" if rounded == "path" else "OTHER"
-            output.data(f"{tensors}: {narrow} in {side}, the rounding of the other's {wide}")
+            output.data(f"{tensors}: {narrow} in {side}, rounded from the other's {wide}")
         elif outcome is Outcome.EQUAL and ours != others:
             output.data(f"{tensors}: {ours} in PATH, {others} in OTHER, the same values")
         elif outcome is Outcome.EQUAL:
-            output.data(f"{tensors}: the same values but for signs of zeros or kinds of NaN")
+            output.data(f"{tensors}: the same values except for signs of zeros or kinds of NaN")
     for outcome, count in result.counts().items():
         if count:
             output.data(f"{outcome}: {count} tensors")
@@ -238,7 +249,7 @@ def _compare(
 
 
 def _difference(t: TensorComparison) -> str:
-    """How one tensor differs, in a line."""
+    """Return one line that says how a tensor differs."""
     name = one_line(t.name)
     for side, dtype in zip(("PATH", "OTHER"), t.dtypes, strict=True):
         if dtype is None:

@@ -1,4 +1,4 @@
-"""`gptj new`: a random checkpoint, for trials."""
+"""`gptj new`: write a random checkpoint for trials."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import rich_click as click
 
 from gptj_convert.options import DTYPES, FILE_FORMATS, LAYOUTS, ROW_MAJOR, TRANSPOSED
 from gptj_model.config import PRESETS
-from runner.cli.shared.command import PATH, SIZE, command, parse_settings
+from runner.cli.shared.command import command, parse_settings
+from runner.cli.shared.options import force_option, max_shard_size_option, out_option
 from runner.cli.shared.output import Output
-from runner.cli.shared.progress import progress
+from runner.cli.shared.progress import follow
 
 
-@command
+@command(
+    "gptj new --out tiny",
+    "gptj new --preset 125m --set n_layer=2 --dtype bfloat16 --out small",
+)
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
@@ -22,14 +26,14 @@ from runner.cli.shared.progress import progress
     show_default=True,
     help="Size of the model.",
 )
-@click.option("--out", type=PATH, default="gpt-j-new", show_default=True, help="Folder to write.")
+@out_option("gpt-j-new")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="Set a field of config.json, such as n_layer=2.",
+    help="Set a field of config.json, such as n_layer=2; can be given several times.",
 )
 @click.option(
     "--dtype",
@@ -53,13 +57,8 @@ from runner.cli.shared.progress import progress
     help="Memory order of the linear layers' weights in a .bin file; the public GPT-J-6B stores "
     "them as transposed views.",
 )
-@click.option(
-    "--max-shard-size",
-    "max_shard_bytes",
-    type=SIZE,
-    help="Write several files of at most this size each, such as 2GB or 500MiB.",
-)
-@click.option("--force", is_flag=True, help="Overwrite an existing folder.")
+@max_shard_size_option
+@force_option
 def new(
     output: Output,
     preset: str,
@@ -79,18 +78,17 @@ def new(
     if layout == TRANSPOSED and file_format != "bin":
         raise click.UsageError(f"--layout {TRANSPOSED} goes with --file-format bin")
     config = GPTJConfig.preset(preset, **parse_settings(settings))
-    with progress(output, "writing") as report:
-        for event in write_random_checkpoint(
-            config,
-            out,
-            seed=seed,
-            dtype=dtype,
-            file_format=file_format,
-            transposed=layout == TRANSPOSED,
-            max_shard_bytes=max_shard_bytes,
-            force=force,
-        ):
-            report(event.done, event.total, event.what)
+    work = write_random_checkpoint(
+        config,
+        out,
+        seed=seed,
+        dtype=dtype,
+        file_format=file_format,
+        transposed=layout == TRANSPOSED,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+    )
+    follow(output, "writing", work)
     output.data(str(out))
     return {"output": str(out)}
 

@@ -1,4 +1,4 @@
-"""`gptj runs`: runs beside each other."""
+"""`gptj runs`: compare training runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 import rich_click as click
 
-from runner.cli.shared.command import PATH, command
+from runner.cli.shared.command import command
+from runner.cli.shared.options import PATH, html_option
 from runner.cli.shared.output import Output
 
 
-@command
+@command("gptj runs model_dir", "gptj runs runs/a runs/b --html runs.html")
 @click.argument("model_dirs", type=PATH, nargs=-1, required=True, metavar="MODEL_DIR...")
-@click.option("--html", type=PATH, help="Write a page with the curves.")
+@html_option("the curves of loss and learning rate")
 def runs(output: Output, model_dirs: tuple[Path, ...], html: Path | None) -> dict[str, Any]:
-    """Compare runs: how far they are, their losses and rates, and the parameters that differ.
+    """Compare runs: their steps, losses and rates, and the parameters that differ.
 
-    Reads metrics.jsonl and params.yaml of each; the runs may be going on.
+    Reads metrics.jsonl and params.yaml in each folder; a run may still be training.
     """
     from runner.reports.run_history import differences, read_run
     from runner.reports.runs_page import figure, write_page
@@ -48,7 +49,7 @@ def runs(output: Output, model_dirs: tuple[Path, ...], html: Path | None) -> dic
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: the first column to the left, numbers to the right."""
+    """Return rows as lines, with the first column aligned left and the numbers aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

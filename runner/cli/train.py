@@ -1,68 +1,141 @@
-"""`gptj train`: train on from a checkpoint or from nothing, or go on with a run."""
+"""`gptj train`: start a training run, resume one, or evaluate its checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from runner.cli.shared.command import PATH, command, parse_settings
+from runner.cli.shared.command import command, parse_settings
 from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
+from runner.cli.shared.option_rules import OptionRules
+from runner.cli.shared.options import (
+    COUNT,
+    COUNT_OR_ZERO,
+    PATH,
+    backend_option,
+    eval_steps_option,
+    execution_option,
+    params_option,
+    settings_option,
+)
 from runner.cli.shared.output import Output
 from runner.cli.training.cs_launch import run_on_cs
 from runner.cli.training.dry_run import plan_job
 from runner.cli.training.job import MODES, Job
 from runner.cli.training.request import run_job
 from runner.config.cs_target import Target
-from runner.config.execution import Backend, Execution
+
+_HERE = ("--execution", "--backend", "--set", "--validate-only", "--compile-only")
+_TRAINING = (
+    *_HERE, "--init-from", "--checkpoint-path", "--adapter", "--max-steps", "--steps",
+    "--eval-steps", "--workers", "--strict", "--dry-run",
+)  # fmt: skip
+_EVALUATION = (*_HERE, "--init-from", "--checkpoint-path", "--eval-steps")
+_ON_CS = "a CS system (--cs-ip, --target)"
 
 
-@command
-@click.option("--init-from", type=PATH, help="Weights to begin with, and their step if any.")
-@click.option("--checkpoint-path", type=PATH, help="Weights alone to begin with, at step 0.")
-@click.option(
-    "--adapter", type=PATH, help="Folder of a LoRA adapter (peft) to continue; needs model.lora."
+def _mode(values: Mapping[str, Any]) -> str:
+    return _ON_CS if values["cs_ip"] or values["target"] else f"--mode {values['mode']}"
+
+
+RULES = OptionRules(
+    mode=_mode,
+    takes={
+        "--mode train": _TRAINING,
+        "--mode train_and_eval": _TRAINING,
+        "--mode eval": _EVALUATION,
+        "--mode eval_all": _EVALUATION,
+        _ON_CS: (
+            "--cs-ip", "--target", "--run-py", "--init-from", "--checkpoint-path", "--max-steps",
+            "--eval-steps", "--dry-run",
+        ),
+    },
+    exclusive=(
+        ("--init-from", "--checkpoint-path"),
+        ("--max-steps", "--steps"),
+        ("--dry-run", "--validate-only", "--compile-only"),
+    ),
+)  # fmt: skip
+
+
+@command(
+    "gptj train --init-from converted/",
+    "gptj train --init-from converted/ --set model.lora.rank=8 --max-steps 500",
+    "gptj train --params params.yaml --model-dir runs/a --dry-run",
+    rules=RULES,
 )
-@click.option("--params", "params_file", type=PATH, help="YAML.  [default: beside the weights]")
-@click.option("--model-dir", type=PATH, default=DEFAULT_MODEL_DIR, show_default=True)
-@click.option("--mode", type=click.Choice(MODES), default="train", show_default=True)
-@click.option("--max-steps", type=click.IntRange(min=0), help="Train up to this step.")
-@click.option("--steps", type=click.IntRange(min=0), help="Train so many steps more.")
-@click.option("--eval-steps", type=click.IntRange(min=0), help="Batches to evaluate; 0 means all.")
 @click.option(
-    "--execution",
-    type=click.Choice([str(way) for way in Execution]),
-    help="Weights in memory, or on the disk and brought one block at a time.  [the YAML's]",
+    "--init-from",
+    type=PATH,
+    help="Checkpoint whose weights, optimizer state and step the run starts from.",
 )
 @click.option(
-    "--backend",
-    type=click.Choice([str(one) for one in Backend]),
-    help="What computes: TensorFlow, or JAX, which divides a model among devices.  [the YAML's]",
+    "--checkpoint-path",
+    type=PATH,
+    help="Checkpoint whose weights alone the run starts from, at step 0.",
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A YAML value.")
+@click.option(
+    "--adapter",
+    type=PATH,
+    help="Folder of a LoRA adapter (peft format) to train further; needs model.lora.",
+)
+@params_option
+@click.option(
+    "--model-dir",
+    type=PATH,
+    default=DEFAULT_MODEL_DIR,
+    show_default=True,
+    help="Folder of the run: its checkpoints, metrics and logs.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="train",
+    show_default=True,
+    help="Train, evaluate the newest checkpoint, evaluate every checkpoint, or train and evaluate "
+    "in turn.",
+)
+@click.option("--max-steps", type=COUNT_OR_ZERO, help="Train up to step N.")
+@click.option("--steps", type=COUNT_OR_ZERO, help="Train N more steps.")
+@eval_steps_option
+@execution_option
+@backend_option
+@settings_option
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
-    help="Train in so many processes of this machine, which share each batch.  "
-    "[one a GPU if runconfig.enable_distributed]",
+    type=COUNT,
+    help="Number of processes on this machine that share each batch.  "
+    "[default: one per GPU if runconfig.enable_distributed, else 1]",
 )
-@click.option("--strict", is_flag=True, help="A damaged newest checkpoint is an error.")
-@click.option("--validate-only", is_flag=True, help="Check parameters, records and headers; stop.")
-@click.option("--compile-only", is_flag=True, help="That, and compile the step; stop.")
-@click.option("--cs-ip", help="Run on the CS system at this address.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail on a damaged newest checkpoint instead of falling back to the one before.",
+)
+@click.option(
+    "--validate-only", is_flag=True, help="Check parameters, records and headers, then stop."
+)
+@click.option(
+    "--compile-only",
+    is_flag=True,
+    help="Check parameters, records and headers, compile the step, then stop.",
+)
+@click.option("--cs-ip", metavar="ADDRESS", help="Run on the CS system at this address.")
 @click.option(
     "--target",
     type=click.Choice([t.value for t in Target]),
-    help="The CS system's client: cszoo, or the reference's program of releases 1.6 to 1.9.  "
-    "[csx if an address is given]",
+    help="Client of the CS system: csx (cszoo), or legacy (the reference's run.py, releases 1.6 "
+    "to 1.9).  [default: csx if --cs-ip is given]",
 )
-@click.option("--run-py", type=PATH, help="The reference's run.py, for --target legacy.")
+@click.option("--run-py", type=PATH, help="Path of the reference's run.py, for --target legacy.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only say what memory, disk and time it takes; or what a CS system's client is called "
-    "with.",
+    help="Print the memory, disk and time of the run, or the command line of the CS client, then "
+    "stop.",
 )
 def train(
     output: Output,
@@ -87,17 +160,11 @@ def train(
     run_py: Path | None,
     dry_run: bool,
 ) -> dict[str, Any]:
-    """Train on from a checkpoint, or from nothing but a YAML; a run whose folder has checkpoints
-    goes on from the newest.
+    """Train from a checkpoint, or from random weights as a YAML describes them.
 
-    Ctrl-C finishes the step, saves, and exits with 130; the same command goes on.
+    A run whose folder has checkpoints resumes from the newest. Ctrl-C finishes the step, saves,
+    and exits with 130; the same command resumes the run.
     """
-    if validate_only and compile_only:
-        raise click.UsageError("--validate-only and --compile-only exclude each other")
-    if init_from and checkpoint_path:
-        raise click.UsageError("--init-from and --checkpoint-path exclude each other")
-    if adapter and (cs_ip or target):
-        raise click.UsageError("--adapter is for training on this machine, not on a CS system")
     if cs_ip or target:
         from runner.cerebras import CsJob
 
@@ -116,17 +183,12 @@ def train(
             ),
             dry_run=dry_run,
         )
-    if run_py:
-        raise click.UsageError("--run-py goes with --cs-ip or --target")
-    if dry_run and (validate_only or compile_only):
-        raise click.UsageError("--dry-run, --validate-only and --compile-only exclude each other")
-    parsed = parse_settings(settings)
-    if eval_steps is not None:
-        parsed["runconfig.eval_steps"] = eval_steps
-    if execution is not None:
-        parsed["runconfig.execution"] = execution
-    if backend is not None:
-        parsed["runconfig.backend"] = backend
+    overridden = {
+        "runconfig.eval_steps": eval_steps,
+        "runconfig.execution": execution,
+        "runconfig.backend": backend,
+    }
+    given = {key: value for key, value in overridden.items() if value is not None}
     job = Job(
         model_dir=model_dir,
         mode=mode,
@@ -136,7 +198,7 @@ def train(
         adapter=adapter,
         max_steps=max_steps,
         steps=steps,
-        settings=parsed,
+        settings=parse_settings(settings) | given,
         strict=strict,
         workers=workers,
         only="validate" if validate_only else "compile" if compile_only else None,

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-from gptj_convert.hub.client import TRIES, download
+from gptj_convert.hub import download
+from gptj_convert.hub.client import TRIES
 from gptj_convert.hub.model_files import list_model
 from gptj_convert.streams.progress import Progress
 from tests.cli import fake_hub

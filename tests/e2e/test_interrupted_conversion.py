@@ -157,7 +157,7 @@ def test_what_was_done_is_not_done_again(whole: dict[str, bytes]):
 def test_stopped_by_a_signal(name: str, code: int, whole: dict[str, bytes]):
     done = _traced(f"pwrite64:signal={name}:when=9")
     assert done.returncode == code, done.stderr
-    assert "hint: what is done is kept: the same command with --resume goes on" in done.stderr
+    assert "hint: run the same command with --resume to reuse what is done" in done.stderr
     assert not Path("converted").exists()
     again = subprocess.run(CONVERT, capture_output=True, text=True)
     assert again.returncode == 2

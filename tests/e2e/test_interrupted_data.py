@@ -189,6 +189,6 @@ def test_stopped_by_a_signal(name: str, code: int, whole: dict[str, bytes]):
     renames = [n for k, n in _calls() if k == "rename"]
     done = _traced(f"rename:signal={name}:when={renames[3]}")
     assert done.returncode == code, done.stderr
-    assert "the same command with --resume goes on" in done.stderr
+    assert "run the same command with --resume" in done.stderr
     assert _run("--resume", *ALONE).returncode == 0
     assert _content() == whole

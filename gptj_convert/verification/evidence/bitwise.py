@@ -20,7 +20,7 @@ from gptj_convert.inspection.diff import in_step
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_convert.streams.prefetch import ReadAhead, Wanted
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import CONVERTED_STRIPS, STRIPS, Panels, Strip, laid_out
 from gptj_model.dtypes import NUMPY, count_nonfinite, saturate
 from gptj_model.op import Op
@@ -125,19 +125,20 @@ def compare_weights(
     pairs: Sequence[Pair],
     source: TensorSource,
     converted: TensorSource,
-    compared: list[Compared],
     *,
     saturated: bool,
     hashing: Iterable[int],
-) -> Iterator[Progress]:
+) -> Work[list[Compared]]:
     """Compare every pair, yielding progress in bytes of the converted side.
 
     Args:
         pairs: what is compared.
         source, converted: the sides.
-        compared: is filled, in the order of `pairs`.
         saturated: whether values beyond the converted dtype's range are its largest there.
         hashing: is gone through in a thread of its own, to the end; yields bytes that are done.
+
+    Returns:
+        The comparison of each pair, in the order of `pairs`.
 
     Raises:
         FileFault: a side cannot be read.
@@ -180,7 +181,7 @@ def compare_weights(
             result.nonfinite_expected += result.nonfinite_found
         for _ in hashes:
             pass
-    compared += (results[p] for p in pairs)
+    return [results[p] for p in pairs]
 
 
 def _look_at_source(result: Compared, values: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.hub.download import read_record
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.resources.footprint import logits_memory
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_convert.verification.levels.logits import common_dtype
 from gptj_model.decoding.generation import Sampling, choose
@@ -99,9 +99,7 @@ _Group = Sequence[_Sequence]
 """Continuations of one prompt, which are written as one batch."""
 
 
-def compare_generation(
-    checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict
-) -> Iterator[Progress]:
+def compare_generation(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Work[None]:
     """Fill the level of a verdict, yielding progress.
 
     Raises:

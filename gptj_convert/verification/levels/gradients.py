@@ -8,7 +8,7 @@ Shape suffixes: N tokens, T time, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from golden.tolerances import GRADIENTS_OVER_LOGITS
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.resources.footprint import gradients_memory
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict, names
 from gptj_convert.verification.levels.logits import common_dtype
 from gptj_model.errors import GptjError
@@ -62,9 +62,7 @@ class _Side:
     loss: float = 0.0
 
 
-def compare_gradients(
-    checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict
-) -> Iterator[Progress]:
+def compare_gradients(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Work[None]:
     """Fill the level of a verdict, yielding progress.
 
     Raises:

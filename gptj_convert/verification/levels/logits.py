@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, D hidden, N real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number, three_digits
 from gptj_convert.resources.footprint import logits_memory
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import GptjError
@@ -72,7 +72,7 @@ class _Place:
 
 def compare_outputs(
     checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict, *, thorough: bool
-) -> Iterator[Progress]:
+) -> Work[None]:
     """Fill the level of a verdict, yielding progress.
 
     Args:

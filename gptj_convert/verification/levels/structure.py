@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gptj_convert.checkpoint import vocabulary_size
 from gptj_convert.checkpoint.match import survey
-from gptj_convert.checkpoint.open import Checkpoint, vocabulary_size
+from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.conversion.plan import head_is_embedding, match
 from gptj_convert.inspection.integrity import StatedFile

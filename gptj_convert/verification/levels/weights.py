@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 
 from gptj_convert.checkpoint.match import survey
@@ -11,7 +11,7 @@ from gptj_convert.conversion.cost import comparison_memory
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.formats.containers.tensor_bundle import BundleSource, index_path
 from gptj_convert.inspection.integrity import BUNDLE_INDEX, StatedFile, stated_checksums
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Work
 from gptj_convert.verification.evidence.bitwise import (
     Compared,
     compare_weights,
@@ -35,7 +35,7 @@ def compare(
     manifest: Manifest | None,
     verdict: Verdict,
     named: Collection[str | None],
-) -> Iterator[Progress]:
+) -> Work[None]:
     """Every tensor, bit for bit after rounding the source to the converted dtype.
 
     Args:
@@ -57,12 +57,10 @@ def compare(
         for name, stated in (manifest.files if manifest else {}).items()
         if stated["bytes"] > SMALL_FILE and name not in named
     ]
-    compared: list[Compared] = []
-    yield from compare_weights(
+    compared = yield from compare_weights(
         pairs,
         source.source,
         checkpoint.source,
-        compared,
         saturated=manifest is not None and manifest.target.get("saturate") is True,
         hashing=chain.from_iterable(files),
     )

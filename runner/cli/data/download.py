@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.shared.fetching import fetch_listed
+from runner.cli.shared.options import Decorator, options
 from runner.cli.shared.output import Output
 
 if TYPE_CHECKING:
@@ -18,20 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """What is fetched when nothing else is asked for."""
+    """Data set that a command fetches unless another is named."""
 
     repository: str
-    """As `runner.data.making.published.DataSet` reads it."""
+    """Address of the repository, as `DataSet.parse` reads it."""
     folder: Path
-    """Where its files go."""
+    """Folder that its files are fetched into."""
 
     def named(self, sources: Sequence[Path], repository: str | None) -> tuple[Path, DataSet]:
-        """The folder and the data set that a command line asks for."""
+        """Return the folder and the data set that a command line asks for.
+
+        Raises:
+            click.UsageError: several sources are named.
+        """
         from runner.data.making.published import DataSet
 
         data_set = DataSet.parse(repository or self.repository)
         if len(sources) > 1:
-            raise click.UsageError("--download fetches to one folder, expected one SRC at most")
+            raise click.UsageError("--download fetches into one folder, expected at most one SRC")
         if sources:
             return sources[0], data_set
         return (Path(Path(data_set.repository).name) if repository else self.folder), data_set
@@ -41,25 +46,25 @@ PILE = Published(repository="monology/pile-uncopyrighted", folder=Path("pile"))
 SUMMARIES = Published(repository="abisee/cnn_dailymail/3.0.0", folder=Path("cnn_dailymail"))
 
 
-def downloading(default: Published) -> tuple[Callable[[Any], Any], ...]:
-    """The options of a command that can fetch what it reads."""
-    return (
+def downloading_options(default: Published) -> Decorator:
+    """Return the options of a command that can fetch what it reads."""
+    return options(
         click.option(
             "--download",
             is_flag=True,
-            help=f"Fetch from the hub first, to SRC.  [default: ./{default.folder}]",
+            help=f"Fetch the data set from the hub into SRC first.  [default: ./{default.folder}]",
         ),
         click.option(
             "--repository",
             metavar="OWNER/NAME[/FOLDER][@REVISION]",
-            help=f"With --download: the data set.  [default: {default.repository}]",
+            help=f"Data set that --download fetches.  [default: {default.repository}]",
         ),
         click.option(
             "--part",
             "parts",
             multiple=True,
-            help="With --download: train, val, test, or how paths begin, such as train/00; may be "
-            "repeated.  [default: all three]",
+            help="Part that --download fetches: train, val, test, or the beginning of its paths, "
+            "such as train/00; can be given several times.  [default: all three]",
         ),
     )
 
@@ -71,10 +76,10 @@ def fetch_parts(
     parts: Sequence[str],
     patterns: Sequence[str],
 ) -> tuple[list[tuple[Path, Path]], dict[str, Any]]:
-    """Fetch what is missing of the parts.
+    """Fetch the files of the parts that are missing.
 
     Returns:
-        Their files, as `find_sources` does; and fields for the JSON object.
+        The files, as `find_sources` returns them, and fields of the JSON object.
     """
     from runner.data.making.published import list_parts
 

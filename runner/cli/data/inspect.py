@@ -1,4 +1,4 @@
-"""`gptj data inspect`: look at training records, and check every one."""
+"""`gptj data inspect`: check every training record, and show samples."""
 
 from __future__ import annotations
 
@@ -8,33 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.shared.command import PATH, command
+from runner.cli.shared.command import command
+from runner.cli.shared.options import COUNT_OR_ZERO, PATH, html_option, tokenizer_option
 from runner.cli.shared.output import Output, printable
-from runner.cli.shared.progress import progress
+from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
     from runner.data.inspection import Inspection
 
-#: Lines of the histogram are as long as this.
+#: Characters of the longest bar of the histogram.
 _BAR = 40
-#: Characters of a piece of a sample, and tokens that are listed.
+#: Characters of one piece of a sample, and number of tokens listed.
 _PIECE, _MOST = 300, 15
 
 
-@command
+@command(
+    "gptj data inspect data --tokenizer gpt-j-6b",
+    "gptj data inspect data --samples 0 --html records.html",
+)
 @click.argument("folder", metavar="DIR", type=PATH)
-@click.option("--tokenizer", type=PATH, help="Folder with tokenizer.json, to show text, not ids.")
-@click.option("--samples", type=click.IntRange(min=0), default=3, show_default=True)
-@click.option("--html", type=PATH, metavar="FILE", help="Also write a page with plots.")
+@tokenizer_option(required=False, more="; shows text instead of ids")
+@click.option(
+    "--samples",
+    type=COUNT_OR_ZERO,
+    default=3,
+    show_default=True,
+    help="Number of examples to print.",
+)
+@html_option("plots and samples")
 def inspect(
     output: Output, folder: Path, tokenizer: Path | None, samples: int, html: Path | None
 ) -> dict[str, Any]:
-    """Check every record of DIR, and print counts, lengths, tokens and samples.
+    """Check every record of DIR, and print counts, lengths, frequent tokens and samples.
 
-    DIR holds TFRecords (perhaps compressed with gzip) or HDF5 files, or folders with such. Held
-    against what is right are checksums, lengths, ids, masks, and data_params.json where it is. The
-    first damage ends it, with file, record and offset. In samples, what the loss counts is
-    coloured.
+    DIR holds TFRecords (also gzip-compressed) or HDF5 files, or folders of them. Checksums,
+    lengths, ids, masks and data_params.json are checked; the first damaged record ends the
+    command with its file, number and offset. In samples, the tokens that the loss counts are
+    colored.
     """
     from runner.data import inspection
     from runner.data.inspection_page import write_page
@@ -42,24 +52,14 @@ def inspect(
     decode = _decoder(tokenizer)
     found: dict[str, Inspection] = {}
     for name, path in inspection.find_sets(folder).items():
-        with progress(output, "checking") as report:
-            events = inspection.inspect(path, vocab_size=_vocabulary(tokenizer), samples=samples)
-            found[name] = _drain(events, report)
+        work = inspection.inspect(path, vocab_size=_vocabulary(tokenizer), samples=samples)
+        found[name] = follow(output, "checking", work)
         _show(output, name, found[name], decode)
     if html:
         write_page(html, found, decode, decoded=tokenizer is not None)
         output.note(f"page: {html}")
     fields = {name: inspected.to_json() for name, inspected in found.items()}
     return {"path": str(folder), **fields.get("", {"parts": fields})}
-
-
-def _drain(events: Any, report: Any) -> Any:
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as e:
-            return e.value
-        report(event.done, event.total, event.what)
 
 
 def _decoder(folder: Path | None) -> Callable[[Sequence[int]], str]:

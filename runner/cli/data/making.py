@@ -1,165 +1,87 @@
-"""`gptj data`: text into training records."""
+"""`gptj data`: make training records from text, and inspect them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 
-from runner.cli.data.download import PILE, SUMMARIES, Published, downloading, fetch_parts
+from runner.cli.data.building import build_records, find_or_fetch, named_sources
+from runner.cli.data.download import PILE, SUMMARIES, downloading_options
 from runner.cli.data.inspect import inspect
-from runner.cli.shared.command import PATH, command
+from runner.cli.data.options import building_options, packing_options, rules
+from runner.cli.shared.command import command
 from runner.cli.shared.output import Output
-from runner.cli.shared.progress import progress
 from runner.data.making.file_patterns import PAIR_FILES, PILE_FILES
-
-if TYPE_CHECKING:
-    from runner.data.making.build import Counts, Recipe
-    from runner.data.making.sources import Part
-
-DEFAULT_OUT = Path("data")
-#: Bad documents that are named one by one.
-_NAMED = 20
-
-PROBABILITY = click.FloatRange(min=0, max=1)
 
 
 @click.group()
 def data() -> None:
-    """Make training records, and look at them."""
+    """Make training records from text, and inspect them."""
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def add(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
-
-
-#: What every command takes that makes records.
-_building = _options(
-    click.argument("sources", metavar="SRC...", type=PATH, nargs=-1),
-    click.option(
-        "--tokenizer",
-        type=PATH,
-        required=True,
-        help="Folder with tokenizer.json, or with a vocabulary and merges.",
-    ),
-    click.option(
-        "--allow-special",
-        is_flag=True,
-        help="Read the names of special tokens in a text, such as <|endoftext|>, as these tokens; "
-        "else they are text.",
-    ),
-    click.option(
-        "--max-sequence-length", type=click.IntRange(min=1), default=2048, show_default=True
-    ),
-    click.option("--out", type=PATH, default=DEFAULT_OUT, show_default=True, help="Folder."),
-    click.option(
-        "--format",
-        "file_format",
-        type=click.Choice(["tfrecord", "hdf5"]),
-        default="tfrecord",
-        show_default=True,
-        help="hdf5 is what the current CS client reads.",
-    ),
-    click.option("--gzip", "compress", is_flag=True, help="Compress the TFRecords."),
-    click.option(
-        "--files-per-record",
-        type=click.IntRange(min=1),
-        default=8192,
-        show_default=True,
-        help="Examples in a record file.",
-    ),
-    click.option(
-        "--write-remainder/--no-write-remainder",
-        default=True,
-        show_default=True,
-        help="Also the last file, which does not get full.",
-    ),
-    click.option(
-        "--processes",
-        type=click.IntRange(min=1),
-        help="That tokenise; the records are the same.  [default: the number of cores]",
-    ),
-    click.option(
-        "--on-error",
-        type=click.Choice(["stop", "skip"]),
-        default="stop",
-        show_default=True,
-        help="At a bad document.",
-    ),
-    click.option("--resume", is_flag=True, help="Go on with an interrupted run."),
-    click.option("--force", is_flag=True, help="Replace an existing folder, or begin anew."),
+@command(
+    "gptj data pile pile/ --tokenizer gpt-j-6b",
+    "gptj data pile --download --part val --tokenizer gpt-j-6b --out data",
+    rules=rules(packing=True, downloading=True),
 )
-#: What commands take that pack text.
-_packing = _options(
-    click.option(
-        "--short-seq-prob",
-        type=PROBABILITY,
-        default=0.0,
-        show_default=True,
-        help="Share of sequences that are shortened, by a random number of tokens.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of that."),
-    click.option(
-        "--reference-remainder",
-        is_flag=True,
-        help="Drop the tokens that the reference drops: the last, incomplete sequence, and what "
-        "--short-seq-prob cuts off.",
-    ),
-    click.option("--ftfy", is_flag=True, help="Repair mojibake, and normalise, with ftfy."),
-    click.option(
-        "--ftfy-normalizer",
-        type=click.Choice(["NFC", "NFKC"]),
-        default="NFC",
-        show_default=True,
-        help="With --ftfy: the Unicode normal form.",
-    ),
-    click.option("--wikitext-detokenize", is_flag=True, help="Undo WikiText's tokenisation."),
+@downloading_options(PILE)
+@building_options
+@packing_options
+@click.option(
+    "--text-key",
+    default="text",
+    show_default=True,
+    help="Key of the text in each JSON line, or column of a .parquet file.",
 )
-
-
-@command
-@_options(*downloading(PILE))
-@_building
-@_packing
-@click.option("--text-key", default="text", show_default=True, help="Of the lines' objects.")
 def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: Any) -> dict:
-    """Pack documents into records: a line or a row each, or a .txt file.
+    """Pack documents into records; a document is a JSON line, a row or a whole .txt file.
 
-    SRC are files or folders of .jsonl, .txt (also .gz, .zst) and .parquet. Folders that hold
-    parts called train, val and test become folders of these names in the output. With --download
-    SRC is the folder that raw files are fetched to, and only the chosen parts of it are read.
+    SRC are files or folders of .jsonl, .txt (also .gz, .zst) and .parquet. Parts called train,
+    val and test become folders of these names in the output. With --download, SRC is the folder
+    that raw files are fetched into, and only the chosen parts of it are read.
     """
     from runner.data.making.sources import by_split
 
-    _check(output, options)
+    _note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, key=text_key)
-    found, fetched = _found(output, sources, PILE_FILES, PILE, recipe, options)
-    return _build(output, by_split(found), recipe, **options) | fetched
+    found, fetched = find_or_fetch(output, sources, PILE_FILES, PILE, recipe, options)
+    return build_records(output, by_split(found), recipe, **options) | fetched
 
 
-@command
-@_options(*downloading(SUMMARIES))
-@_building
-@click.option("--article-column", default="article", show_default=True)
-@click.option("--summary-column", help="[default: abstract, highlights or summary]")
-@click.option("--truncate-article", is_flag=True, help="Shorten articles of pairs too long.")
+@command(
+    "gptj data summarization train.jsonl --tokenizer gpt-j-6b",
+    "gptj data summarization --download --part train --tokenizer gpt-j-6b --truncate-article",
+    rules=rules(packing=False, downloading=True),
+)
+@downloading_options(SUMMARIES)
+@building_options
+@click.option(
+    "--article-column",
+    default="article",
+    show_default=True,
+    help="Key or column that holds the article.",
+)
+@click.option(
+    "--summary-column",
+    help="Key or column that holds the summary.  [default: abstract, highlights or summary]",
+)
+@click.option(
+    "--truncate-article",
+    is_flag=True,
+    help="Shorten the article of a pair that is too long, instead of leaving the pair out.",
+)
 @click.option(
     "--compare-bytes",
     is_flag=True,
-    help="Leave out abstracts of more bytes than their article, as the reference does, not of "
-    "more tokens.",
+    help="Leave out a pair whose abstract has more bytes than its article, as the reference does, "
+    "instead of more tokens.",
 )
 @click.option(
-    "--test-set", is_flag=True, help="Take every pair, and whole, as for files called test."
+    "--test-set",
+    is_flag=True,
+    help="Take every pair unshortened, as is always done with files called test.",
 )
 def summarization(
     output: Output,
@@ -171,17 +93,17 @@ def summarization(
     test_set: bool,
     **options: Any,
 ) -> dict:
-    """Make an example of each article and its summary.
+    """Make one example of each article with its summary.
 
-    SRC are files or folders of .bin (of the reference), .jsonl (also .gz, .zst) and .parquet. A
-    pair is left out, and counted, when a side is empty, when the abstract is longer than the
-    article, or when it is too long. Test sets are taken whole, or refused. With --download SRC is
-    the folder that raw files are fetched to, and only the chosen parts of it are read.
+    SRC are files or folders of .bin (the reference's), .jsonl (also .gz, .zst) and .parquet. A
+    pair is left out, and counted, if a side is empty, if the abstract is longer than the article,
+    or if the pair is too long. Test sets are taken whole or refused. With --download, SRC is the
+    folder that raw files are fetched into, and only the chosen parts of it are read.
     """
     from runner.data.making.sources import by_split
     from runner.data.making.summarization import ABSTRACT, PairOptions, SummarizationRecipe
 
-    _check(output, options)
+    _note_tokenizer(output, options["tokenizer"])
     recipe = SummarizationRecipe(
         options=PairOptions(
             tokenizer=options.pop("tokenizer"),
@@ -194,75 +116,42 @@ def summarization(
             test=test_set,
         )
     )
-    found, fetched = _found(output, sources, PAIR_FILES, SUMMARIES, recipe, options)
-    return _build(output, by_split(found), recipe, **options) | fetched
+    found, fetched = find_or_fetch(output, sources, PAIR_FILES, SUMMARIES, recipe, options)
+    return build_records(output, by_split(found), recipe, **options) | fetched
 
 
-@command
-@_building
-@_packing
+@command(
+    "gptj data text book.txt --tokenizer gpt-j-6b",
+    "gptj data text src/ --glob '*.py' --tokenizer gpt-j-6b --out code",
+    rules=rules(packing=True, downloading=False),
+)
+@building_options
+@packing_options
 @click.option(
     "--glob",
     "patterns",
     multiple=True,
     default=["*"],
     show_default=True,
-    help="Which files of folders to take; may be repeated.",
+    help="Pattern of the files to read in a folder; can be given several times.",
 )
 def text(
     output: Output, sources: tuple[Path, ...], patterns: tuple[str, ...], **options: Any
 ) -> dict:
-    """Pack text or source files into records, one document each."""
+    """Pack text or source files into records, each file as one document."""
     from runner.data.making.sources import Part, find_sources
 
-    _check(output, options)
+    _note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, whole_files=True)
-    files = tuple(path for path, _ in find_sources(_given(sources), patterns))
-    return _build(output, [Part(files=files)], recipe, **options)
+    files = tuple(path for path, _ in find_sources(named_sources(sources), patterns))
+    return build_records(output, [Part(files=files)], recipe, **options)
 
 
-def _check(output: Output, options: Mapping[str, Any]) -> None:
+def _note_tokenizer(output: Output, folder: Path) -> None:
     from runner.data.making.tokenizer import notes
 
-    if options["resume"] and options["force"]:
-        raise click.UsageError("--resume goes on, --force begins anew: give one of them")
-    if options["compress"] and options["file_format"] == "hdf5":
-        raise click.UsageError("--gzip is for TFRecords, expected it without --format hdf5")
-    for note in notes(options["tokenizer"]):
+    for note in notes(folder):
         output.note(note)
-
-
-def _given(sources: tuple[Path, ...]) -> tuple[Path, ...]:
-    if not sources:
-        raise click.UsageError("name what to read: files or folders")
-    return sources
-
-
-def _found(
-    output: Output,
-    sources: tuple[Path, ...],
-    patterns: Sequence[str],
-    published: Published,
-    recipe: Recipe,
-    options: dict[str, Any],
-) -> tuple[list[tuple[Path, Path]], dict[str, Any]]:
-    """What is read, fetched if that is asked for; and fields for the JSON object."""
-    from gptj_convert.files.output_folder import refuse_existing, refuse_overlap
-    from runner.data.making.sources import find_sources
-
-    download, repository = options.pop("download"), options.pop("repository")
-    parts = options.pop("parts")
-    if not download:
-        if repository or parts:
-            raise click.UsageError("--repository and --part say what --download fetches, give it")
-        return find_sources(_given(sources), patterns), {}
-    # What would end the run after a long download ends it before.
-    refuse_existing(options["out"], force=options["force"] or options["resume"])
-    recipe.encoder("")()
-    folder, data_set = published.named(sources, repository)
-    refuse_overlap(options["out"], folder, [folder])
-    found, fields = fetch_parts(output, data_set, folder, parts, patterns)
-    return found, {"download": fields}
 
 
 def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: bool = False) -> Any:
@@ -283,99 +172,6 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
         seed=options.pop("seed"),
         keep_all=not options.pop("reference_remainder"),
     )
-
-
-def _build(
-    output: Output,
-    parts: Sequence[Part],
-    recipe: Recipe,
-    *,
-    out: Path,
-    file_format: str,
-    compress: bool,
-    files_per_record: int,
-    write_remainder: bool,
-    processes: int | None,
-    on_error: str,
-    resume: bool,
-    force: bool,
-) -> dict[str, Any]:
-    from gptj_convert.files.output_folder import refuse_overlap
-    from runner.data.making.build import Options, Packing, Result, Skipped, build, is_resumable
-    from runner.data.making.encoding import check_processes, default_processes
-
-    processes = processes or default_processes()
-    check_processes(processes)
-    for file in (f for part in parts for f in part.files):
-        refuse_overlap(out, file, [file])
-    options = Options(
-        format=file_format,
-        compress=compress,
-        examples_per_file=files_per_record,
-        write_remainder=write_remainder,
-        skip_bad=on_error == "skip",
-    )
-    skipped = 0
-    result: Result | None = None
-    events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
-    try:
-        with progress(output, "packing") as report, closing(events):
-            for event in events:
-                if isinstance(event, Packing):
-                    report(event.done, event.total, _rates(event))
-                elif isinstance(event, Skipped):
-                    skipped += 1
-                    if skipped <= _NAMED:
-                        output.note(f"skipped: {event.problem}")
-                else:
-                    result = event
-    except BaseException as e:
-        if is_resumable(out):
-            e.add_note("what is done is kept: the same command with --resume goes on")
-        raise
-    assert result, "the last event"
-    if skipped > _NAMED:
-        output.note(f"skipped: … and {skipped - _NAMED} more")
-    if result.kept_files:
-        output.note(f"{result.kept_files} record files were there already, and hold")
-    for name, counts in result.counts.items():
-        output.note(_summary(name, counts, recipe.length))
-    output.data(str(out))
-    return {"output": str(out), **_fields(result.counts.values())} | (
-        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
-        if any(result.counts)
-        else {}
-    )
-
-
-def _rates(event: Any) -> str:
-    seconds = max(event.seconds, 1e-3)
-    return (
-        f"{event.part + ': ' if event.part else ''}"
-        f"{event.documents / seconds:,.0f} documents/s, {event.tokens / seconds:,.0f} tokens/s, "
-        f"{event.bytes / seconds / 1e6:.1f} MB/s"
-    )
-
-
-def _summary(name: str, counts: Counts, length: int) -> str:
-    left_out = "".join(f", {count:,} {rule}" for rule, count in sorted(counts.left_out.items()))
-    return (
-        f"{name + ': ' if name else ''}{counts.documents:,} documents ({counts.skipped} skipped"
-        f"{left_out}), {counts.bytes / 1e6:.1f} MB → {counts.tokens:,} tokens in "
-        f"{counts.examples:,} examples of {length}"
-    )
-
-
-def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
-    """Numbers of the parts added up, for the JSON object."""
-    total: dict[str, Any] = {"left_out": {}}
-    for counts in map(asdict, parts):
-        for rule, count in counts.pop("left_out").items():
-            total["left_out"][rule] = total["left_out"].get(rule, 0) + count
-        counts.pop("places")
-        for name, value in counts.items():
-            total[name] = total.get(name, 0) + value
-    return total
 
 
 for _command in (pile, summarization, text, inspect):

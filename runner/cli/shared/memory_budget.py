@@ -11,7 +11,7 @@ import rich_click as click
 
 from gptj_model.errors import UsageError
 from gptj_model.streaming.residency import NOTHING_KEPT, Kept
-from runner.cli.shared.command import SIZE
+from runner.cli.shared.options import SIZE
 from runner.cli.shared.output import Output
 from runner.config.execution import Execution
 

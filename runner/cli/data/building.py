@@ -1,0 +1,154 @@
+"""Records built as a command line asks: fetched sources, progress, and a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from runner.cli.data.download import Published, fetch_parts
+from runner.cli.shared.output import Output
+from runner.cli.shared.progress import progress
+
+if TYPE_CHECKING:
+    from runner.data.making.build import Counts, Recipe
+    from runner.data.making.sources import Part
+
+#: Largest number of skipped documents that are named one by one.
+_NAMED = 20
+
+
+def named_sources(sources: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the sources of a command line, of which there must be at least one."""
+    if not sources:
+        raise click.UsageError("nothing to read: name files or folders")
+    return sources
+
+
+def find_or_fetch(
+    output: Output,
+    sources: tuple[Path, ...],
+    patterns: Sequence[str],
+    published: Published,
+    recipe: Recipe,
+    options: dict[str, Any],
+) -> tuple[list[tuple[Path, Path]], dict[str, Any]]:
+    """Return the files to read, fetched if --download is given, and fields of the JSON object.
+
+    Removes the options that concern the download from `options`.
+    """
+    from gptj_convert.files.output_folder import refuse_existing, refuse_overlap
+    from runner.data.making.sources import find_sources
+
+    download, repository = options.pop("download"), options.pop("repository")
+    parts = options.pop("parts")
+    if not download:
+        return find_sources(named_sources(sources), patterns), {}
+    # Fail before a long download rather than after it.
+    refuse_existing(options["out"], force=options["force"] or options["resume"])
+    recipe.encoder("")()
+    folder, data_set = published.named(sources, repository)
+    refuse_overlap(options["out"], folder, [folder])
+    found, fields = fetch_parts(output, data_set, folder, parts, patterns)
+    return found, {"download": fields}
+
+
+def build_records(
+    output: Output,
+    parts: Sequence[Part],
+    recipe: Recipe,
+    *,
+    out: Path,
+    file_format: str,
+    compress: bool,
+    files_per_record: int,
+    write_remainder: bool,
+    processes: int | None,
+    on_error: str,
+    resume: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """Build the records of every part, and return the fields of the JSON object.
+
+    The options are those of `runner.cli.data.options`.
+    """
+    from gptj_convert.files.output_folder import refuse_overlap
+    from runner.data.making.build import Options, Packing, Result, Skipped, build, is_resumable
+    from runner.data.making.encoding import check_processes, default_processes
+
+    processes = processes or default_processes()
+    check_processes(processes)
+    for file in (f for part in parts for f in part.files):
+        refuse_overlap(out, file, [file])
+    options = Options(
+        format=file_format,
+        compress=compress,
+        examples_per_file=files_per_record,
+        write_remainder=write_remainder,
+        skip_bad=on_error == "skip",
+    )
+    skipped = 0
+    result: Result | None = None
+    events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
+    try:
+        with progress(output, "packing") as report, closing(events):
+            for event in events:
+                if isinstance(event, Packing):
+                    report(event.done, event.total, _rates(event))
+                elif isinstance(event, Skipped):
+                    skipped += 1
+                    if skipped <= _NAMED:
+                        output.note(f"skipped: {event.problem}")
+                else:
+                    result = event
+    except BaseException as e:
+        if is_resumable(out):
+            e.add_note("run the same command with --resume to reuse what is done")
+        raise
+    assert result, "the last event"
+    if skipped > _NAMED:
+        output.note(f"skipped: … and {skipped - _NAMED} more")
+    if result.kept_files:
+        output.note(f"reused {result.kept_files} record files of the interrupted run")
+    for name, counts in result.counts.items():
+        output.note(_summary(name, counts, recipe.length))
+    output.data(str(out))
+    return {"output": str(out), **_fields(result.counts.values())} | (
+        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
+        if any(result.counts)
+        else {}
+    )
+
+
+def _rates(event: Any) -> str:
+    seconds = max(event.seconds, 1e-3)
+    return (
+        f"{event.part + ': ' if event.part else ''}"
+        f"{event.documents / seconds:,.0f} documents/s, {event.tokens / seconds:,.0f} tokens/s, "
+        f"{event.bytes / seconds / 1e6:.1f} MB/s"
+    )
+
+
+def _summary(name: str, counts: Counts, length: int) -> str:
+    left_out = "".join(f", {count:,} {rule}" for rule, count in sorted(counts.left_out.items()))
+    return (
+        f"{name + ': ' if name else ''}{counts.documents:,} documents ({counts.skipped} skipped"
+        f"{left_out}), {counts.bytes / 1e6:.1f} MB → {counts.tokens:,} tokens in "
+        f"{counts.examples:,} examples of {length}"
+    )
+
+
+def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
+    """Return the counts of all parts added up, for the JSON object."""
+    total: dict[str, Any] = {"left_out": {}}
+    for counts in map(asdict, parts):
+        for rule, count in counts.pop("left_out").items():
+            total["left_out"][rule] = total["left_out"].get(rule, 0) + count
+        counts.pop("places")
+        for name, value in counts.items():
+            total[name] = total.get(name, 0) + value
+    return total
