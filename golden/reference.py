@@ -21,7 +21,7 @@ from transformers.models.gptj.modeling_gptj import GPTJBlock
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.source import TensorSource, read_rows, read_tensor
-from gptj_model.tensors import Scheme, Tensor, block, embedding, head
+from gptj_model.tensors import HF_BLOCK, Scheme, Tensor, block, embedding, final_norm
 from gptj_model.vocabulary import parts, read_head
 
 #: The functions that torch hands to MKL's vector mathematics on a CPU, and this model uses.
@@ -84,7 +84,7 @@ class StreamedReference:
 
     def load_block(self, i: int, *, rounded: bool = True) -> None:
         """Make block `i` the resident one."""
-        self._prefix = prefix = f"transformer.h.{i}."
+        self._prefix = prefix = HF_BLOCK.format(i=i)
         tensors = block(self.config, i)
         state = {t.hf.removeprefix(prefix): self._read(t, rounded) for t in tensors}
         self._block.float().load_state_dict(state, strict=True)
@@ -168,10 +168,10 @@ class StreamedReference:
         return found
 
     def _loaded_norm(self) -> torch.nn.LayerNorm:
-        config, prefix = self.config, "transformer.ln_f."
+        config = self.config
         layer = torch.nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        rows = {t.hf: self._read(t) for t in head(config) if t.hf.startswith(prefix)}
-        layer.load_state_dict({k.removeprefix(prefix): v for k, v in rows.items()}, strict=True)
+        rows = {t.hf.rpartition(".")[2]: self._read(t) for t in final_norm(config)}
+        layer.load_state_dict(rows, strict=True)
         return layer
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from golden.reference import StreamedReference
-from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT
+from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, final_norm
 
 Gradients = dict[str, np.ndarray]
 """By HF name, in the dtype of the computation."""
@@ -45,9 +45,9 @@ class ReferenceGradients(StreamedReference):
     ) -> tuple[np.ndarray, Gradients]:
         """Of the hidden states and of the norm's weights."""
         layer = self._loaded_norm().to(_dtype(x_ND))
-        named = dict(layer.named_parameters(prefix="transformer.ln_f"))
-        d_x, *d_weights = _backwards(layer, x_ND, list(named.values()), d_normed_ND)
-        return d_x, dict(zip(named, d_weights, strict=True))
+        names = [t.hf for t in final_norm(self.config)]
+        d_x, *d_weights = _backwards(layer, x_ND, list(layer.parameters()), d_normed_ND)
+        return d_x, dict(zip(names, d_weights, strict=True))
 
     def block_gradients(
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, d_out_BTD: np.ndarray

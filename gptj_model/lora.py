@@ -9,17 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
-from gptj_model.tensors import LORA_A, LORA_B, Tensor, table
-
-#: Names of the dense layers of a block, which are those of Hugging Face.
-Target = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
-TARGETS: tuple[str, ...] = get_args(Target)
+from gptj_model.tensors import KERNELS, LORA_A, LORA_B, Role, Tensor, table
 
 #: What the peft library puts before the names of the model it has adapted.
 PEFT_PREFIX = "base_model.model."
@@ -32,7 +28,7 @@ class Lora:
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    """Of `TARGETS`."""
+    """Names of adapted layers, from `DENSE_LAYERS`."""
 
     @property
     def scale(self) -> float:
@@ -64,9 +60,8 @@ class Lora:
 
 
 def target_of(tensor: Tensor) -> str | None:
-    """Which of `TARGETS` a tensor is the kernel of; None: of none."""
-    *_, layer, part = tensor.hf.split(".")
-    return layer if part == "weight" and layer in TARGETS else None
+    """Return the dense layer that a tensor is the kernel of; None if it is none."""
+    return tensor.layer if tensor.role in KERNELS else None
 
 
 def adapter_rows(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -76,6 +71,8 @@ def adapter_rows(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     def row(letter: str, tf: str, shape: tuple[int, int]) -> Tensor:
         return Tensor(
+            layer=kernel.layer,
+            role=Role.ADAPTER,
             hf=f"{PEFT_PREFIX}{layer}lora_{letter}.weight",
             tf=f"{kernel.tf}/{tf}",
             keras=f"{folder}lora_kernel_{letter.lower()}",

@@ -11,7 +11,17 @@ from enum import Enum
 from itertools import chain
 
 from gptj_model.config import GPTJConfig
-from gptj_model.tensors import FINAL_NORM, SLOTS, Scheme, Tensor, slot_name, table
+from gptj_model.tensors import (
+    FINAL_NORM,
+    KEY,
+    QUERY,
+    SLOTS,
+    VALUE,
+    Scheme,
+    Tensor,
+    slot_name,
+    table,
+)
 
 #: First and second moment, as PyTorch and the CS client call them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +33,7 @@ STATE = "optimizer.state."
 ADAMS = ("adamw", "adam")
 
 #: Which projection GPTJForCausalLM.parameters() has in the place of one of the table.
-_HF_INSTEAD = {"q_proj": "k_proj", "k_proj": "v_proj", "v_proj": "q_proj"}
+_HF_INSTEAD = {QUERY.layer: KEY.layer, KEY.layer: VALUE.layer, VALUE.layer: QUERY.layer}
 
 
 class Grouping(Enum):
@@ -75,10 +85,5 @@ def named_moments(config: GPTJConfig, optimizer_type: str) -> Mapping[str, tuple
 
 
 def _in_hf_order(rows: list[Tensor]) -> list[Tensor]:
-    by_name = {t.hf: t for t in rows}
-
-    def instead(hf: str) -> str:
-        layer = hf.split(".")[-2]
-        return hf.replace(layer, _HF_INSTEAD.get(layer, layer))
-
-    return [by_name[instead(t.hf)] for t in rows]
+    by_place = {(t.block, t.layer, t.role): t for t in rows}
+    return [by_place[t.block, _HF_INSTEAD.get(t.layer, t.layer), t.role] for t in rows]

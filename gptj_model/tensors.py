@@ -1,7 +1,8 @@
 """THE TABLE: what every GPT-J tensor is called in each format, its shape, and how it moves.
 
-Five global rows and ten per block. Converting, verifying, loading, training and exporting
-all interpret these rows; nothing else knows a tensor's name.
+Five global rows and ten per block. Converting, verifying, loading, sharding, initializing,
+training and exporting all interpret these rows; nothing but the layouts and the layers of the
+network spells a tensor's name.
 
 Names of the TF column are those of the reference's name-based checkpoints, of the CS column
 those of the cerebras-pytorch 2.10 client, of the HF column those of transformers.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -33,10 +35,45 @@ class Scheme(Enum):
         return self in (Scheme.TF, Scheme.KERAS)
 
 
-@dataclass(frozen=True, slots=True)
+class Role(StrEnum):
+    """What a tensor does in the model."""
+
+    EMBEDDING = "embedding"
+    """One row per token, looked up by id."""
+    GAIN = "gain"
+    """Factors of a layer norm."""
+    BIAS = "bias"
+    """What a layer adds."""
+    INPUT = "input"
+    """Kernel of a layer that reads the residual stream."""
+    RESIDUAL = "residual output"
+    """Kernel of a layer that adds to the residual stream."""
+    HEAD = "head"
+    """Kernel that turns hidden states into logits, one row per token in HF."""
+    ADAPTER = "adapter"
+    """Factor of a LoRA; in no row of the table itself."""
+
+
+#: Roles of the kernels of a block's dense layers.
+KERNELS = (Role.INPUT, Role.RESIDUAL)
+#: The dense layers of a block, by their names in HF.
+DenseLayer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
+DENSE_LAYERS: tuple[str, ...] = get_args(DenseLayer)
+#: Those that LoRA adapts unless others are named, as in its paper (arXiv 2106.09685).
+LORA_LAYERS: list[DenseLayer] = ["q_proj", "v_proj"]
+
+#: Axes of a tensor in HF's layout: of a matrix first what comes out (of the embedding and the
+#: head: a token per row), then what goes in.
+_OUT, _IN = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """One row of the table. `{i}` is the block; `{dense_in}`, `{dense_out}` see `_dense`."""
 
+    layer: str
+    """Name of the layer that has the tensor, in HF."""
+    role: Role
     hf: str
     tf: str
     keras: str
@@ -44,16 +81,28 @@ class TensorSpec:
     dims: tuple[str, ...]
     """Letters of `GPTJConfig.dims`, in HF order."""
     tf_op: Op
+    """What happens to the values between HF and TF."""
+    split: int | None
+    """Axis, in HF's layout, that is divided among devices; None: every device has a copy. What
+    leaves one matrix divided enters the next divided, so a block exchanges only its two sums."""
+    heads_axis: int | None = None
+    """Axis, in HF's layout, that holds the attention heads one after the other."""
     tied: bool = False
-    """Vanishes when the head is tied to the embedding."""
+    """Whether the tensor vanishes when the head is tied to the embedding."""
     tf_if_tied: str | None = None
     """The TF name when the head is tied, where it differs."""
 
+    def at(self, block: int) -> str:
+        """Return the HF name of this row in one block."""
+        return self.hf.format(i=block)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
     """A row written out for one config and one block: exact names and shapes."""
 
+    layer: str
+    role: Role
     hf: str
     tf: str
     keras: str
@@ -62,6 +111,8 @@ class Tensor:
     """Shape in HF and CS."""
     tf_op: Op
     block: int | None
+    split: int | None = None
+    heads_axis: int | None = None
 
     def name(self, scheme: Scheme) -> str:
         """Its name in a scheme."""
@@ -90,7 +141,13 @@ class Tensor:
 
 
 def _projection(which: str, cs: str) -> TensorSpec:
+    # The heads are divided among devices; what they give is summed over the devices.
+    axis = _IN if which == "out" else _OUT
     return TensorSpec(
+        layer=f"{which}_proj",
+        role=Role.RESIDUAL if which == "out" else Role.INPUT,
+        split=axis,
+        heads_axis=axis,
         hf=f"transformer.h.{{i}}.attn.{which}_proj.weight",
         tf=f"gptj_decoder/{{i}}/attn/{which}_proj/{which}_proj/kernel",
         keras=f"h_{{i}}/attn/{which}_proj/kernel",
@@ -103,6 +160,9 @@ def _projection(which: str, cs: str) -> TensorSpec:
 def _norm(hf: str, tf: str, keras: str, cs: tuple[str, ...]) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(
+            layer=hf.rpartition(".")[2],
+            role=role,
+            split=None,
             hf=f"{hf}.{part}",
             tf=f"{tf}/{tf_part}",
             keras=f"{keras}/{tf_part}",
@@ -110,13 +170,17 @@ def _norm(hf: str, tf: str, keras: str, cs: tuple[str, ...]) -> tuple[TensorSpec
             dims=("D",),
             tf_op=Op.COPY,
         )
-        for part, tf_part in (("weight", "gamma"), ("bias", "beta"))
+        for part, tf_part, role in (("weight", "gamma", Role.GAIN), ("bias", "beta", Role.BIAS))
     )
 
 
 def _feed_forward(which: str, dense: str, cs: int, out: str, in_: str) -> tuple[TensorSpec, ...]:
+    is_output = which == "fc_out"
     return tuple(
         TensorSpec(
+            layer=which,
+            role=role,
+            split=split,
             hf=f"transformer.h.{{i}}.mlp.{which}.{part}",
             tf=f"gptj_decoder/{{i}}/mlp/{{{dense}}}/{{{dense}}}/{tf_part}",
             keras=f"h_{{i}}/mlp/{which}/{tf_part}",
@@ -124,14 +188,25 @@ def _feed_forward(which: str, dense: str, cs: int, out: str, in_: str) -> tuple[
             dims=dims,
             tf_op=op,
         )
-        for part, tf_part, dims, op in (
-            ("weight", "kernel", (out, in_), Op.TRANSPOSE),
-            ("bias", "bias", (out,), Op.COPY),
+        for part, tf_part, dims, op, role, split in (
+            (
+                "weight",
+                "kernel",
+                (out, in_),
+                Op.TRANSPOSE,
+                Role.RESIDUAL if is_output else Role.INPUT,
+                _IN if is_output else _OUT,
+            ),
+            # The output is summed over the devices before its bias is added.
+            ("bias", "bias", (out,), Op.COPY, Role.BIAS, None if is_output else _OUT),
         )
     )
 
 
 EMBEDDING = TensorSpec(
+    layer="wte",
+    role=Role.EMBEDDING,
+    split=_OUT,
     hf="transformer.wte.weight",
     tf="input_embedding/embedding_weights",
     keras="wte/embeddings",
@@ -140,18 +215,24 @@ EMBEDDING = TensorSpec(
     tf_op=Op.COPY,
 )
 
+NORM = _norm(
+    "transformer.h.{i}.ln_1",
+    "gptj_decoder/{i}/ln_1/ln_1",
+    "h_{i}/ln_1",
+    ("transformer_decoder.layers.{i}.norm1",),
+)
+QUERY = _projection("q", "proj_q")
+KEY = _projection("k", "proj_k")
+VALUE = _projection("v", "proj_v")
+OUTPUT = _projection("out", "proj_output")
+
 #: Rows of one block, in the order of its computation.
 BLOCK: tuple[TensorSpec, ...] = (
-    *_norm(
-        "transformer.h.{i}.ln_1",
-        "gptj_decoder/{i}/ln_1/ln_1",
-        "h_{i}/ln_1",
-        ("transformer_decoder.layers.{i}.norm1",),
-    ),
-    _projection("q", "proj_q"),
-    _projection("k", "proj_k"),
-    _projection("v", "proj_v"),
-    _projection("out", "proj_output"),
+    *NORM,
+    QUERY,
+    KEY,
+    VALUE,
+    OUTPUT,
     *_feed_forward("fc_in", "dense_in", 0, "F", "D"),
     *_feed_forward("fc_out", "dense_out", 1, "D", "F"),
 )
@@ -164,6 +245,9 @@ FINAL_NORM = _norm(
 )
 
 HEAD_WEIGHT = TensorSpec(
+    layer="lm_head",
+    role=Role.HEAD,
+    split=_OUT,
     hf="lm_head.weight",
     tf="lm_head/lm_head/kernel",
     keras="lm_head/kernel",
@@ -174,6 +258,9 @@ HEAD_WEIGHT = TensorSpec(
 )
 
 HEAD_BIAS = TensorSpec(
+    layer="lm_head",
+    role=Role.BIAS,
+    split=_OUT,
     hf="lm_head.bias",
     tf="lm_head/lm_head/bias",
     keras="lm_head/bias",
@@ -182,6 +269,10 @@ HEAD_BIAS = TensorSpec(
     tf_op=Op.COPY,
     tf_if_tied="bias",
 )
+
+#: What HF's names of everything but the head begin with, and those of one block.
+HF_BODY = "transformer."
+HF_BLOCK = "transformer.h.{i}."
 
 #: Buffers that old HF files carry beside the weights: the causal mask and its fill value.
 IGNORED_HF = ("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias")
@@ -286,6 +377,10 @@ def _write_out(spec: TensorSpec, config: GPTJConfig, block: int | None) -> Tenso
     tied_head = HEAD_WEIGHT.cs if config.tie_word_embeddings and spec is EMBEDDING else ()
     tf = spec.tf_if_tied if config.tie_word_embeddings and spec.tf_if_tied else spec.tf
     return Tensor(
+        layer=spec.layer,
+        role=spec.role,
+        split=spec.split,
+        heads_axis=spec.heads_axis,
         hf=spec.hf.format(**words),
         tf=tf.format(**words),
         keras=spec.keras.format(**words),
@@ -304,6 +399,11 @@ def embedding(config: GPTJConfig) -> Tensor:
 def block(config: GPTJConfig, i: int) -> list[Tensor]:
     """The ten tensors of block `i`, in the order of `BLOCK`."""
     return [_write_out(spec, config, i) for spec in BLOCK]
+
+
+def final_norm(config: GPTJConfig) -> list[Tensor]:
+    """Return gain and bias of the layer norm after the last block."""
+    return [_write_out(spec, config, None) for spec in FINAL_NORM]
 
 
 def head(config: GPTJConfig) -> list[Tensor]:

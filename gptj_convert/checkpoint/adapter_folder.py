@@ -19,9 +19,9 @@ from gptj_convert.formats.layouts import hf
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import FLOATS
 from gptj_model.errors import ConfigError, FileFault, TensorFault
-from gptj_model.lora import PEFT_PREFIX, TARGETS, Lora, adapter_rows, target_of
+from gptj_model.lora import PEFT_PREFIX, Lora, adapter_rows, target_of
 from gptj_model.source import TensorInfo, TensorSource
-from gptj_model.tensors import HEAD_WEIGHT, Tensor, table
+from gptj_model.tensors import DENSE_LAYERS, EMBEDDING, HEAD_WEIGHT, Tensor, table
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -95,7 +95,7 @@ class AdapterSettings:
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
             return False
         if self.targets == _ALL_LINEAR:
-            return module.rpartition(".")[2] in TARGETS
+            return module.rpartition(".")[2] in DENSE_LAYERS
         if not _is_named(self.targets, module):
             return False
         if isinstance(self.targets, str) or module in self.targets or not self.layers:
@@ -449,7 +449,7 @@ def _layer_problems(settings: AdapterSettings, config: GPTJConfig) -> Iterator[s
         if not any(module.endswith(name) for module in modules):
             yield f"modules_to_save names {name!r}, which GPT-J does not have"
     if config.tie_word_embeddings:
-        shared = [n for n in (_HEAD, "transformer.wte") if settings.replaces(n)]
+        shared = [n for n in (_HEAD, EMBEDDING.hf.removesuffix(".weight")) if settings.replaces(n)]
         if settings.adapts(_HEAD):
             shared.append(_HEAD)
         for name in dict.fromkeys(shared):

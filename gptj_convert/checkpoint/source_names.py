@@ -13,11 +13,10 @@ from fnmatch import fnmatchcase
 
 from gptj_model.errors import UsageError
 from gptj_model.source import TensorInfo, TensorSource
-from gptj_model.tensors import EMBEDDING, is_hf_name
+from gptj_model.tensors import EMBEDDING, HF_BODY, is_hf_name
 
 #: What a GPTJForCausalLM calls the GPTJModel in it.
-BODY_PREFIX = "transformer."
-_BARE_EMBEDDING = EMBEDDING.hf.removeprefix(BODY_PREFIX)
+_BARE_EMBEDDING = EMBEDDING.hf.removeprefix(HF_BODY)
 
 #: Parts of names that wrappers put in anywhere, around single blocks too.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -32,7 +31,7 @@ class SourceNames:
     prefix: str = ""
     """What was before the names of all of the model."""
     without_body: bool = False
-    """Whether the names lacked `BODY_PREFIX`."""
+    """Whether the names lacked `HF_BODY`."""
     wrappers: tuple[str, ...] = ()
     """Those of `WRAPPERS` that were in names."""
 
@@ -45,7 +44,7 @@ class SourceNames:
         if self.prefix:
             notes.append(f"names of tensors begin with {self.prefix!r}, which is left out")
         if self.without_body:
-            notes.append(f"names of tensors lack {BODY_PREFIX!r}, which is added")
+            notes.append(f"names of tensors lack {HF_BODY!r}, which is added")
         return notes
 
 
@@ -60,8 +59,8 @@ def source_names(names: Iterable[str]) -> SourceNames:
     added = False
     for name, inner in plain.items():
         inner = inner.removeprefix(prefix)
-        if is_hf_name(BODY_PREFIX + inner):
-            inner, added = BODY_PREFIX + inner, True
+        if is_hf_name(HF_BODY + inner):
+            inner, added = HF_BODY + inner, True
         # What is no tensor of a GPT-J, or is one for the second time, keeps its name.
         known = is_hf_name(inner) and inner not in in_file
         in_file[inner if known else name] = name

@@ -117,7 +117,7 @@ class Hint:
 def _lacks_head(s: Situation) -> bool:
     missing = {f.name for f in s.faulty if not f.info}
     names = {t.name(s.scheme) for t in head(s.config)}
-    weights = {n for n in names if n.startswith(HEAD_WEIGHT.hf.split(".")[0])}
+    weights = {n for n in names if n.startswith(HEAD_WEIGHT.layer)}
     return (
         s.scheme is Scheme.HF
         and bool(weights)

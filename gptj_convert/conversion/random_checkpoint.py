@@ -22,7 +22,7 @@ from gptj_model.config import CONFIG_FILE, VOCAB_SIZE, GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo
-from gptj_model.tensors import Tensor, table
+from gptj_model.tensors import Role, Tensor, table
 
 
 def write_random_checkpoint(
@@ -108,13 +108,12 @@ def _values(
     smaller by the number of additions, gains lie about 1, and no bias is 0: so an exchanged,
     transposed or dropped tensor changes the logits.
     """
-    last = tensor.hf.rsplit(".", 1)[-1]
     scale, mean = 0.02, 0.0
     if len(tensor.shape) == 2:
         scale = tensor.shape[1] ** -0.5
-        if "out_proj" in tensor.hf or "fc_out" in tensor.hf:
+        if tensor.role is Role.RESIDUAL:
             scale *= (2 * config.n_layer) ** -0.5
-    elif ".ln_" in tensor.hf and last == "weight":
+    elif tensor.role is Role.GAIN:
         scale, mean = 0.1, 1.0
     left = tensor.size
     while left:

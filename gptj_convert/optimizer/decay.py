@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from gptj_convert.optimizer.state import AdamSettings
 from gptj_model.config import GPTJConfig
 from gptj_model.optimizer_names import Grouping, parameter_groups
-from gptj_model.tensors import Scheme, Tensor, table
+from gptj_model.tensors import NORM, Scheme, Tensor, table
 
 #: Value of `exclude_from_weight_decay` with which matrices alone are decayed.
-MATRICES_ONLY = ("LayerNorm", "layer_norm", "bias", "Bias", "ln_1")
+MATRICES_ONLY = ("LayerNorm", "layer_norm", "bias", "Bias", NORM[0].layer)
 
 
 def decayed(config: GPTJConfig, exclusions: Iterable[str]) -> set[Tensor]:

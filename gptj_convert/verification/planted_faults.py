@@ -14,7 +14,20 @@ from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_tensor
-from gptj_model.tensors import HEAD_BIAS, Scheme, Tensor, block, embedding, head, table
+from gptj_model.tensors import (
+    BLOCK,
+    HEAD_BIAS,
+    KEY,
+    NORM,
+    OUTPUT,
+    QUERY,
+    VALUE,
+    Scheme,
+    block,
+    embedding,
+    head,
+    table,
+)
 
 Rule = Callable[[np.ndarray], np.ndarray]
 """A tensor's values in HF's layout → others of the same shape and dtype."""
@@ -41,45 +54,37 @@ class PlantedFault:
 def planted_faults(config: GPTJConfig) -> list[PlantedFault]:
     """Faults of every kind, in blocks at both ends and in the middle."""
     first, middle, last = 0, config.n_layer // 2, config.n_layer - 1
-    of_block = [{_row(t): t.hf for t in block(config, i)} for i in range(config.n_layer)]
+    fc_in, _, fc_out, _ = BLOCK[-4:]
     faults = [
         *(
             PlantedFault(
-                what=f"{of_block[i][row]}: the transposition skipped",
-                rules={of_block[i][row]: lambda v: v.T.reshape(v.shape)},
+                what=f"{row.at(i)}: the transposition skipped",
+                rules={row.at(i): lambda v: v.T.reshape(v.shape)},
             )
-            for i, row in (
-                (first, "attn.q_proj.weight"),
-                (middle, "attn.k_proj.weight"),
-                (middle, "attn.out_proj.weight"),
-                (last, "mlp.fc_in.weight"),
-            )
+            for i, row in ((first, QUERY), (middle, KEY), (middle, OUTPUT), (last, fc_in))
         ),
-        _exchanged(of_block[middle]["attn.q_proj.weight"], of_block[middle]["attn.k_proj.weight"]),
-        _exchanged(of_block[first]["attn.v_proj.weight"], of_block[first]["attn.out_proj.weight"]),
-        _exchanged(of_block[middle]["ln_1.weight"], of_block[middle]["ln_1.bias"]),
+        _exchanged(QUERY.at(middle), KEY.at(middle)),
+        _exchanged(VALUE.at(first), OUTPUT.at(first)),
+        _exchanged(*(row.at(middle) for row in NORM)),
         PlantedFault(
             what=f"block {first}: queries and keys in the order of split rotary halves",
-            rules={
-                of_block[first][f"attn.{which}_proj.weight"]: _by_head(config, _split_halves)
-                for which in "qk"
-            },
+            rules={row.at(first): _by_head(config, _split_halves) for row in (QUERY, KEY)},
         ),
         PlantedFault(
-            what=f"{of_block[last]['attn.v_proj.weight']}: one head's rows moved on by one",
-            rules={of_block[last]["attn.v_proj.weight"]: _by_head(config, _one_head_moved)},
+            what=f"{VALUE.at(last)}: one head's rows moved on by one",
+            rules={VALUE.at(last): _by_head(config, _one_head_moved)},
         ),
         PlantedFault(
             what=f"block {middle}: rounded to bfloat16 on the way",
             rules={t.hf: _rounded for t in block(config, middle)},
         ),
         PlantedFault(
-            what=f"{of_block[middle]['mlp.fc_out.weight']}: one value off by 0.001",
-            rules={of_block[middle]["mlp.fc_out.weight"]: _one_value_off},
+            what=f"{fc_out.at(middle)}: one value off by 0.001",
+            rules={fc_out.at(middle): _one_value_off},
         ),
         PlantedFault(
-            what=f"{of_block[last]['attn.v_proj.weight']}: the lowest bit of one value flipped",
-            rules={of_block[last]["attn.v_proj.weight"]: _lowest_bit_flipped},
+            what=f"{VALUE.at(last)}: the lowest bit of one value flipped",
+            rules={VALUE.at(last): _lowest_bit_flipped},
         ),
         PlantedFault(
             what=f"{embedding(config).hf}: rows shifted by one",
@@ -102,10 +107,6 @@ def planted_faults(config: GPTJConfig) -> list[PlantedFault]:
         fewer = {"n_head": config.n_head // 2}
         faults.append(PlantedFault(what="config: half as many heads", fields=fewer))
     return faults
-
-
-def _row(tensor: Tensor) -> str:
-    return tensor.hf.split(f"h.{tensor.block}.")[1]
 
 
 def _exchanged(a: str, b: str) -> PlantedFault:

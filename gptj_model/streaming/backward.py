@@ -16,7 +16,7 @@ from gptj_model.errors import UsageError
 from gptj_model.network.loss import token_loss
 from gptj_model.op import Op
 from gptj_model.streaming.forward import StreamedModel
-from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, Scheme, block, head
+from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, Scheme, block, final_norm
 
 Gradients = dict[str, np.ndarray]
 """By HF name, float32, in HF's layout."""
@@ -68,7 +68,7 @@ class StreamedGradients(StreamedModel):
     ) -> tuple[np.ndarray, Gradients]:
         """Of the hidden states and of the norm's weights."""
         layer = self._loaded_norm()
-        names = [t.hf for t in head(self.config) if t.keras.startswith("ln_f/")]
+        names = [t.hf for t in final_norm(self.config)]
         d_x, *d_weights = _backwards(layer, x_ND, d_normed_ND)
         return d_x, dict(zip(names, d_weights, strict=True))
 

@@ -25,7 +25,7 @@ from gptj_model.source import TensorSource, read_rows
 from gptj_model.streaming.block_buffers import BlockMemory
 from gptj_model.streaming.prefetch import blocks_ahead
 from gptj_model.streaming.residency import NOTHING_KEPT, Kept
-from gptj_model.tensors import Scheme, block, embedding, head
+from gptj_model.tensors import FINAL_NORM, HEAD_WEIGHT, Scheme, block, embedding, final_norm
 from gptj_model.transposition import transpose
 from gptj_model.vocabulary import PART, parts, read_head
 
@@ -177,9 +177,9 @@ class StreamedModel:
 
     def _loaded_norm(self) -> keras.layers.LayerNormalization:
         config = self.config
-        layer = layer_norm(config, "ln_f", "float32")
+        layer = layer_norm(config, FINAL_NORM[0].layer, "float32")
         layer.build((None, None, config.n_embd))
-        rows = {t.hf: t for t in head(config) if t.keras.startswith("ln_f/")}
+        rows = {t.hf: t for t in final_norm(config)}
         for hf_name, variable in assigned_variables(layer, rows, prefix="").items():
             assign(variable, rows[hf_name], self.source, self._scheme)
         return layer
@@ -256,7 +256,7 @@ def _head_layer(config: GPTJConfig, size: int) -> Head:
     """The head for so many tokens."""
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     part = replace(config, vocab_size=size, **ends)
-    return _without_values(lambda: Head(part, name="lm_head"), config.n_embd)
+    return _without_values(lambda: Head(part, name=HEAD_WEIGHT.layer), config.n_embd)
 
 
 def _without_values(make: Callable[[], AnyLayer], width: int) -> AnyLayer:

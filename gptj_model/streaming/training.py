@@ -82,7 +82,7 @@ class StreamedTraining:
         self._dtype = policy.compute_dtype
         self._drop = Dropout(config.embd_pdrop, self._seeds, dtype=policy)
         self._block = Block(config, self._seeds, name="h_0", dtype=policy)
-        self._norm = layer_norm(config, FINAL_NORM[0].keras.split("/")[0], policy)
+        self._norm = layer_norm(config, FINAL_NORM[0].layer, policy)
         for layer in (self._block, self._norm):
             layer.build((None, None, config.n_embd))
         rows = {t.hf: t for t in block(config, 0)}

@@ -21,7 +21,8 @@ from gptj_convert.settings.params_yaml import (
     yaml_text,
 )
 from gptj_model.config import GPTJConfig
-from gptj_model.lora import Lora, Target
+from gptj_model.lora import Lora
+from gptj_model.tensors import LORA_LAYERS, DenseLayer
 from runner.config.execution import Backend, Execution
 
 #: Tokens per byte of text, by data set, for bits per byte.
@@ -144,10 +145,9 @@ class LoraParams(Section):
     """Columns of A and rows of B."""
     alpha: PositiveNumber = 16.0
     """The update is multiplied by alpha / rank."""
-    targets: Annotated[list[Target], BeforeValidator(_as_list), Field(min_length=1)] = [
-        "q_proj",
-        "v_proj",
-    ]
+    targets: Annotated[list[DenseLayer], BeforeValidator(_as_list), Field(min_length=1)] = (
+        LORA_LAYERS
+    )
     """Dense layers of every block, by the names of Hugging Face: q_proj, k_proj, v_proj,
     out_proj, fc_in, fc_out."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,9 +20,9 @@ from crc32c import crc32c
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
 from gptj_model.network.weights import variables
-from gptj_model.sharding import MODEL, SPLITS, Mesh, axes, part_size
+from gptj_model.sharding import MODEL, Mesh, axes, part_size
 from gptj_model.source import read_tensor
-from gptj_model.tensors import Scheme, ignored_hf, is_training_state, slot_name, table
+from gptj_model.tensors import Role, Scheme, ignored_hf, is_training_state, slot_name, table
 from tests.conftest import GOLDEN_RUNS, SMALL, load_tensors
 
 SIX_B = GPTJConfig()
@@ -173,9 +177,61 @@ EVEN = replace(SMALL_CONFIG, vocab_size=212)
 @pytest.mark.parametrize("config", [SIX_B, EVEN, replace(EVEN, tie_word_embeddings=True)],
                          ids=["6b", "small", "tied"])  # fmt: skip
 def test_every_tensor_says_how_it_is_divided(config: GPTJConfig):
-    rows = {row.format(i=i) for row in SPLITS for i in range(config.n_layer)}
-    assert {t.hf for t in table(config)} <= rows
     for tensor in table(config):
         named, shape = axes(tensor), tensor.shape_in(Scheme.KERAS)
         part = [n // 2 if axis == MODEL else n for n, axis in zip(shape, named, strict=True)]
         assert math.prod(part) == part_size(tensor, Mesh(3, 2))
+
+
+#: Role, split and heads axis of every row, by layer and the last part of the HF name.
+COLUMNS = {
+    ("wte", "weight"): (Role.EMBEDDING, 0, None),
+    ("ln_1", "weight"): (Role.GAIN, None, None),
+    ("ln_1", "bias"): (Role.BIAS, None, None),
+    ("q_proj", "weight"): (Role.INPUT, 0, 0),
+    ("k_proj", "weight"): (Role.INPUT, 0, 0),
+    ("v_proj", "weight"): (Role.INPUT, 0, 0),
+    ("out_proj", "weight"): (Role.RESIDUAL, 1, 1),
+    ("fc_in", "weight"): (Role.INPUT, 0, None),
+    ("fc_in", "bias"): (Role.BIAS, 0, None),
+    ("fc_out", "weight"): (Role.RESIDUAL, 1, None),
+    ("fc_out", "bias"): (Role.BIAS, None, None),
+    ("ln_f", "weight"): (Role.GAIN, None, None),
+    ("ln_f", "bias"): (Role.BIAS, None, None),
+    ("lm_head", "weight"): (Role.HEAD, 0, None),
+    ("lm_head", "bias"): (Role.BIAS, 0, None),
+}
+
+
+def test_roles_splits_and_heads_of_every_row(anew: ModuleType):
+    for tensor in anew.table(SMALL_CONFIG):
+        columns = (tensor.role, tensor.split, tensor.heads_axis)
+        assert columns == COLUMNS[tensor.layer, tensor.hf.rpartition(".")[2]]
+    kernels = {t.layer for t in table(SMALL_CONFIG) if t.role in (Role.INPUT, Role.RESIDUAL)}
+    assert kernels == set(anew.DENSE_LAYERS)
+
+
+#: Where a tensor's name may be spelled: the table, the layouts, the layers that are the network,
+#: and Hugging Face's own modules.
+SPELLED = ("gptj_model/tensors.py", "gptj_model/network/", "gptj_convert/formats/layouts/",
+           "golden/reference.py")  # fmt: skip
+NAME = re.compile(
+    r"\b(?:transformer\.(?:h|wte|ln_f)|lm_head|ln_[1f]|[qkv]_proj|out_proj|fc_(?:in|out))\b"
+)
+
+
+def _spelled(path: Path) -> Iterator[str]:
+    """Tensors' names in the strings of a module, but not in its docstrings."""
+    tree = ast.parse(path.read_text())
+    prose = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield from (f"{path}:{node.lineno}: {found[0]}" for found in NAME.finditer(node.value))
+
+
+def test_nothing_else_spells_a_tensor_name():
+    modules = (
+        p for package in ("gptj_model", "golden", "gptj_convert", "runner")
+        for p in Path(package).rglob("*.py") if not str(p).startswith(SPELLED)
+    )  # fmt: skip
+    assert [found for path in modules for found in _spelled(path)] == []

@@ -31,9 +31,6 @@ _SHIFTS = 8
 
 _ANOTHER = "no tensor is the source's: these are the weights of another model or revision"
 
-#: Which axis of a projection belongs to the heads, one after the other.
-_HEAD_AXIS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "out_proj": 1}
-
 
 @dataclass(slots=True)
 class Diagnosis:
@@ -269,9 +266,8 @@ def _places(sides: _Sides, config: GPTJConfig) -> str | None:
     axes = [("rows", 0), ("columns", 1)] if len(sides.pair.info.shape) == 2 else [("values", 0)]
     if sides.pair.transposed:
         found, expected = found[::-1], expected[::-1]
-    kind = sides.pair.tensor.hf.split(".")[-2]
     for what, axis in axes:
-        of_heads = _HEAD_AXIS.get(kind) == axis
+        of_heads = sides.pair.tensor.heads_axis == axis
         if text := _moved(found[axis], expected[axis], what, config if of_heads else None):
             return text
     for what, axis in axes:

@@ -11,7 +11,7 @@ import keras
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
 from gptj_model.network.weights import variables
-from gptj_model.tensors import Scheme, Tensor, table
+from gptj_model.tensors import Role, Scheme, Tensor, table
 from runner.config.params import Initializer, Params
 
 #: What the reference takes where the YAML names none.
@@ -38,7 +38,7 @@ def first_values(config: GPTJConfig, params: Params) -> Iterator[tuple[Tensor, A
     for n, tensor in enumerate(table(config)):
         shape = tensor.shape_in(Scheme.KERAS)
         if len(shape) == 1:
-            gain = tensor.tf.endswith("gamma")
+            gain = tensor.role is Role.GAIN
             yield tensor, keras.ops.full(shape, 1.0 if gain else 0.0, "float32")
             continue
         values = _initializer(_spec(tensor, params), params, (seed * 10_007 + n) % 2**31)
@@ -53,9 +53,9 @@ def initialization_seed(params: Params) -> int:
 
 def _spec(tensor: Tensor, params: Params) -> Initializer:
     key = "initializer"
-    if tensor.tf.endswith("embedding_weights"):
+    if tensor.role is Role.EMBEDDING:
         key = "embedding_initializer"
-    elif ".out_proj." in tensor.hf or ".fc_out." in tensor.hf:
+    elif tensor.role is Role.RESIDUAL:
         key = "output_layer_initializer"
     named = getattr(params.model, key)
     return named[0] if named else _DEFAULTS[key]
