@@ -8,7 +8,7 @@ Shape suffixes: B batch, T time, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from transformers.models.gptj.modeling_gptj import GPTJBlock
 
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
-from gptj_model.source import TensorSource, read_rows, read_tensor
-from gptj_model.tensors import HF_BLOCK, Scheme, Tensor, block, embedding, final_norm
-from gptj_model.vocabulary import parts, read_head
+from gptj_model.source import TensorSource, read_tensor
+from gptj_model.tensors import HF_BLOCK, Scheme, Tensor, block, final_norm
+from gptj_model.vocabulary import parts, read_embeddings, read_head
 
 #: The functions that torch hands to MKL's vector mathematics on a CPU, and this model uses.
 _VECTOR_MATH = ("sin", "cos", "tanh", "exp", "log", "sqrt", "square", "reciprocal")
@@ -45,80 +45,47 @@ def _resolve_vector_math() -> None:
 _resolve_vector_math()
 
 
-class StreamedReference:
-    """The stages of a forward pass; the same calls as `gptj_model.streaming.forward.StreamedModel`.
+class ReferenceBlock:
+    """One block of the reference with its weights in memory, until the next block is loaded.
 
-    The dtype of the hidden states, float32 or float64, is that of the computation; attention
-    scores and their softmax are float32 in either, as the model itself has it.
+    Hidden states are float32 or float64 numpy arrays of shape (B, T, D), in and out.
 
     Args:
-        config: of the model.
-        source, scheme: where its weights are, and under which names.
-        round_to: canonical dtype that weights are rounded to first, so that a difference of
-            rounding alone does not count as one of computation; None leaves them.
+        number: index of the block in the model.
+        forward: the block as a function of states, positions and cache.
+        layer: Hugging Face's module.
     """
 
-    def __init__(
-        self,
-        config: GPTJConfig,
-        source: TensorSource,
-        scheme: Scheme,
-        *,
-        round_to: str | None = None,
-    ) -> None:
-        self.config = config
-        self._source = source
-        self._scheme = scheme
-        self._round_to = NUMPY[round_to] if round_to else None
-        self._hf_config = HFConfig(**config.own_fields())
-        self._hf_config._attn_implementation = "eager"
-        self._block = GPTJBlock(self._hf_config, layer_idx=0).eval()
-        self._prefix = ""
-
-    def embed(self, ids_BT: np.ndarray, *, rounded: bool = True) -> np.ndarray:
-        """Rows of the embedding, read one by one: float32 (B, T, D)."""
-        name = embedding(self.config).name(self._scheme)
-        unique, where = np.unique(ids_BT, return_inverse=True)
-        rows = [read_rows(self._source, name, int(i), int(i) + 1)[0] for i in unique]
-        return self._float32(np.stack(rows), rounded)[where.reshape(ids_BT.shape)]
-
-    def load_block(self, i: int, *, rounded: bool = True) -> None:
-        """Make block `i` the resident one."""
-        self._prefix = prefix = HF_BLOCK.format(i=i)
-        tensors = block(self.config, i)
-        state = {t.hf.removeprefix(prefix): self._read(t, rounded) for t in tensors}
-        self._block.float().load_state_dict(state, strict=True)
+    def __init__(self, number: int, forward: Callable[..., torch.Tensor], layer: GPTJBlock) -> None:
+        self.number = number
+        self._forward = forward
+        self._layer = layer
 
     @torch.no_grad()
-    def run_block(self, x_BTD: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
-        """The resident block applied to whole sequences at these positions: (B, T, D)."""
+    def run(self, x_BTD: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
+        """Return the hidden states after the block, for whole sequences at these positions."""
         return self._forward(torch.from_numpy(x_BTD), positions_BT).numpy()
 
     @torch.no_grad()
-    def run_block_cached(
+    def run_cached(
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, cache: DynamicCache
     ) -> np.ndarray:
-        """The resident block applied to the tokens that follow those in the cache.
+        """Return the hidden states after the block, for tokens that follow those in the cache.
 
         Args:
-            x_BTD: hidden states of these tokens.
-            positions_BT: int32, theirs.
-            cache: of this block and these sequences; is added to.
+            x_BTD: hidden states of these tokens before the block.
+            positions_BT: int32 position of each of these tokens.
+            cache: cache of this block and these sequences; these tokens are added to it.
         """
         return self._forward(torch.from_numpy(x_BTD), positions_BT, cache).numpy()
 
-    @staticmethod
-    def empty_cache() -> DynamicCache:
-        """The cache of one block."""
-        return DynamicCache()
-
     @torch.no_grad()
     def operations(self, x_BTD: np.ndarray, positions_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """What each of `gptj_model.network.observation.OPERATIONS` of the resident block gives."""
+        """Return the result of each of `gptj_model.network.observation.OPERATIONS`."""
         seen: dict[str, torch.Tensor] = {}
-        attn, mlp = self._block.attn, self._block.mlp
+        attn, mlp = self._layer.attn, self._layer.mlp
         modules = {
-            "ln_1": self._block.ln_1,
+            "ln_1": self._layer.ln_1,
             "q_proj": attn.q_proj,
             "k_proj": attn.k_proj,
             "v_proj": attn.v_proj,
@@ -153,13 +120,68 @@ class StreamedReference:
                 hook.remove()
         return {name: value.numpy() for name, value in seen.items()}
 
-    def drop_block(self) -> None:
-        """Free the resident block's memory; none can be loaded again."""
-        del self._block
+
+class StreamedReference:
+    """The stages of a forward pass; the same calls as `gptj_model.streaming.forward.StreamedModel`.
+
+    The dtype of the hidden states, float32 or float64, is that of the computation; attention
+    scores and their softmax are float32 in either, as the model itself has it.
+
+    Args:
+        config: of the model.
+        source, scheme: where its weights are, and under which names.
+        round_to: canonical dtype that weights are rounded to first, so that a difference of
+            rounding alone does not count as one of computation; None leaves them.
+    """
+
+    def __init__(
+        self,
+        config: GPTJConfig,
+        source: TensorSource,
+        scheme: Scheme,
+        *,
+        round_to: str | None = None,
+    ) -> None:
+        self.config = config
+        self._source = source
+        self._scheme = scheme
+        self._round_to = NUMPY[round_to] if round_to else None
+        self._hf_config = HFConfig(**config.own_fields())
+        self._hf_config._attn_implementation = "eager"
+        self._block = GPTJBlock(self._hf_config, layer_idx=0).eval()
+        self._prefix = ""
+
+    def embed(self, ids_BT: np.ndarray, *, rounded: bool = True) -> np.ndarray:
+        """Return the embeddings of token ids, float32 (B, T, D); only their rows are read."""
+        rows_BTD = read_embeddings(self.config, self._source, self._scheme, ids_BT)
+        return self._float32(rows_BTD, rounded)
+
+    def load_block(self, i: int, *, rounded: bool = True) -> ReferenceBlock:
+        """Read block `i`, and return it; it takes the place of the block before."""
+        self._prefix = prefix = HF_BLOCK.format(i=i)
+        tensors = block(self.config, i)
+        state = {t.hf.removeprefix(prefix): self._read(t, rounded) for t in tensors}
+        self._block.float().load_state_dict(state, strict=True)
+        return ReferenceBlock(i, self._forward, self._block)
+
+    @staticmethod
+    def empty_cache() -> DynamicCache:
+        """The cache of one block."""
+        return DynamicCache()
+
+    def head(self, *, last: bool = False) -> StreamedReference:
+        """Return what follows the blocks: `normed` and `logits`.
+
+        Args:
+            last: whether no block is loaded afterwards, so that the memory of blocks is freed.
+        """
+        if last:
+            del self._block
+        return self
 
     @torch.no_grad()
-    def final_norm(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Hidden states (B, T, D) after the last block, normed."""
+    def normed(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return hidden states (B, T, D) after the last block, normed."""
         layer = self._loaded_norm()
         found = []
         for x_BTD in states:

@@ -5,14 +5,14 @@ Shape suffixes: D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
 from gptj_model.source import TensorSource, read_columns, read_rows
-from gptj_model.tensors import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, Scheme, Tensor, table
+from gptj_model.tensors import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, Scheme, Tensor, embedding, table
 
 #: Tokens a part: with the 6B's width, 134 MB in float32.
 PART = 8192
@@ -32,6 +32,28 @@ def read_tokens(
     if tensor.op(scheme, Scheme.HF) is Op.COPY:
         return read_rows(source, name, start, stop)
     return read_columns(source, name, start, stop).T
+
+
+def gather_rows(read: Callable[[int], np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """Return one row per token id, each distinct row read once.
+
+    Args:
+        read: returns the row of a token id, shape (D,).
+        ids: integer ids of any shape.
+
+    Returns:
+        The rows, shape (*ids.shape, D), in the dtype of `read`.
+    """
+    unique, where = np.unique(ids, return_inverse=True)
+    return np.stack([read(int(i)) for i in unique])[where.reshape(ids.shape)]
+
+
+def read_embeddings(
+    config: GPTJConfig, source: TensorSource, scheme: Scheme, ids: np.ndarray
+) -> np.ndarray:
+    """Return the embeddings of token ids, as they are stored; see `gather_rows`."""
+    name = embedding(config).name(scheme)
+    return gather_rows(lambda i: read_rows(source, name, i, i + 1)[0], ids)
 
 
 def read_head(

@@ -113,16 +113,16 @@ def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> W
     states = [model.embed(r.prompt.ids) for r in recorded]
     hidden: list[list[float]] = [[] for _ in recorded]
     for i in range(config.n_layer):
-        model.load_block(i)
+        block = model.load_block(i)
         for n, r in enumerate(recorded):
-            states[n] = model.run_block(states[n], r.prompt.positions)
+            states[n] = block.run(states[n], r.prompt.positions)
             if r.hidden is not None:
                 hidden[n].append(relative_difference(states[n][0], r.hidden[i]))
         yield Progress(i + 1, config.n_layer + 1, f"block {i}")
-    model.drop_block()
     kept = [np.ascontiguousarray(x[:, r.kept]) for x, r in zip(states, recorded, strict=True)]
-    found = model.logits(model.final_norm(kept))
-    block = min((_first(h, tolerance) for h in hidden if h), default=None)
+    head = model.head(last=True)
+    found = head.logits(head.normed(kept))
+    differing = min((_first(h, tolerance) for h in hidden if h), default=None)
     rows: list[dict[str, Any]] = []
     for r, logits_BTV, of_blocks in zip(recorded, found, hidden, strict=True):
         figures = compare_logits(logits_BTV[0], r.logits)
@@ -144,7 +144,7 @@ def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> W
                     "logits",
                     f"max |Δ| of logits is {figures.relative:.3g} of their standard deviation",
                     f"at most {tolerance:g}",
-                    block=None if block == config.n_layer else block,
+                    block=None if differing == config.n_layer else differing,
                     prompt=r.prompt.name,
                 )
             )

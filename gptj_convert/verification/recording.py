@@ -59,15 +59,14 @@ def record(
         prompts = [p for p in battery(config) if not p.padded and not p.pieces]
         run = _Run(prompts, [reference.embed(p.ids) for p in prompts])
         for i in range(config.n_layer):
-            reference.load_block(i)
+            block = reference.load_block(i)
             run.states = [
-                reference.run_block(x, p.positions)
-                for x, p in zip(run.states, prompts, strict=True)
+                block.run(x, p.positions) for x, p in zip(run.states, prompts, strict=True)
             ]
             run.keep()
             yield Progress(len(matched) + i + 1, stages, f"block {i}")
-        reference.drop_block()
-        logits = reference.logits(reference.final_norm(run.of_kept_tokens))
+        head = reference.head(last=True)
+        logits = head.logits(head.normed(run.of_kept_tokens))
         if not all(np.isfinite(x).all() for x in logits):
             raise GptjError(f"{checkpoint.path}: its logits are NaN or infinite")
         recording = Recording(

@@ -14,7 +14,7 @@ import numpy as np
 
 from golden.compare import relative_difference
 from golden.prompts import Prompt, short
-from golden.reference import StreamedReference
+from golden.reference import ReferenceBlock, StreamedReference
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.plan import match
 from gptj_convert.inspection.json_numbers import json_number
@@ -29,7 +29,7 @@ from gptj_convert.verification.planted_faults import (
     reading,
 )
 from gptj_model.config import differing_fields
-from gptj_model.streaming.forward import StreamedModel
+from gptj_model.streaming.forward import BlockPass, HeadPass, StreamedModel
 
 _Streamed = StreamedModel | StreamedReference
 
@@ -174,29 +174,28 @@ class _Run:
 
     def block(self, i: int) -> None:
         """Take everything through block `i`."""
-        self._original.load_block(i)
-        self._expected = _run(self._original, self._expected, self._prompts)
-        self._model.load_block(i)
-        self._sound = _run(self._model, self._sound, self._prompts)
+        original = self._original.load_block(i)
+        self._expected = _run(original, self._expected, self._prompts)
+        sound = self._model.load_block(i)
+        self._sound = _run(sound, self._sound, self._prompts)
         for n, stages in enumerate(self._stages):
             if i not in stages:
-                self._faulty[n] = _run(self._model, self._faulty[n], self._prompts)
+                self._faulty[n] = _run(sound, self._faulty[n], self._prompts)
         for n, stages in enumerate(self._stages):
             if i in stages:
                 with self._with(n, True):
-                    self._model.load_block(i)
-                self._faulty[n] = _run(self._model, self._faulty[n], self._prompts)
+                    faulty = self._model.load_block(i)
+                self._faulty[n] = _run(faulty, self._faulty[n], self._prompts)
 
     def finish(self) -> tuple[float, list[float]]:
         """The largest difference of the sound checkpoint, and of each fault."""
-        self._original.drop_block()
-        self._model.drop_block()
-        self._logits = _logits(self._original, self._expected)
-        floor = _worst(_logits(self._model, self._sound), self._logits)
+        self._logits = _logits(self._original.head(last=True), self._expected)
+        head = self._model.head(last=True)
+        floor = _worst(_logits(head, self._sound), self._logits)
         found = []
         for n, stages in enumerate(self._stages):
             with self._with(n, "head" in stages):
-                found.append(_worst(_logits(self._model, self._faulty[n]), self._logits))
+                found.append(_worst(_logits(head, self._faulty[n]), self._logits))
         return floor, found
 
     def with_config(self, fault: PlantedFault) -> float:
@@ -205,10 +204,8 @@ class _Run:
         model = _model(changed)
         states = _embed(model, self._prompts)
         for i in range(changed.config.n_layer):
-            model.load_block(i)
-            states = _run(model, states, self._prompts)
-        model.drop_block()
-        return _worst(_logits(model, states), self._logits)
+            states = _run(model.load_block(i), states, self._prompts)
+        return _worst(_logits(model.head(last=True), states), self._logits)
 
     def _with(self, n: int, damaged: bool):
         source = self._sources[n] if damaged else self._checkpoint.source
@@ -223,12 +220,14 @@ def _embed(model: _Streamed, prompts: list[Prompt]) -> list[np.ndarray]:
     return [model.embed(p.ids) for p in prompts]
 
 
-def _run(model: _Streamed, states: list[np.ndarray], prompts: list[Prompt]) -> list[np.ndarray]:
-    return [model.run_block(x, p.positions) for x, p in zip(states, prompts, strict=True)]
+def _run(
+    block: BlockPass | ReferenceBlock, states: list[np.ndarray], prompts: list[Prompt]
+) -> list[np.ndarray]:
+    return [block.run(x, p.positions) for x, p in zip(states, prompts, strict=True)]
 
 
-def _logits(model: _Streamed, states: list[np.ndarray]) -> list[np.ndarray]:
-    return model.logits(model.final_norm(states))
+def _logits(head: HeadPass | StreamedReference, states: list[np.ndarray]) -> list[np.ndarray]:
+    return head.logits(head.normed(states))
 
 
 def _worst(found: list[np.ndarray], expected: list[np.ndarray]) -> float:

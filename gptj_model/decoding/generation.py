@@ -102,12 +102,14 @@ class StreamedDecoder:
     ) -> np.ndarray:
         """See `Decoder`."""
         x_BTD = self._model.embed(ids_BT)
-        for i in self._model.blocks():
-            x_BTD, self._caches[i] = self._model.run_block_cached(
+        for block in self._model.blocks():
+            i = block.number
+            x_BTD, self._caches[i] = block.run_cached(
                 x_BTD, positions_BT, self._caches[i], self._start, visible_BS
             )
         self._start += ids_BT.shape[1]
-        (logits_BTV,) = self._model.logits(self._model.final_norm([x_BTD[:, -1:]]))
+        head = self._model.head()
+        (logits_BTV,) = head.logits(head.normed([x_BTD[:, -1:]]))
         return logits_BTV[:, 0]
 
 

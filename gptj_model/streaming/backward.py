@@ -76,12 +76,13 @@ class StreamedGradients(StreamedModel):
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, d_out_BTD: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
         """Of the hidden states and of the resident block's weights."""
-        context = self._context(x_BTD, positions_BT, None)
-        tensors = {t.hf: t for t in block(self.config, self._resident)}
-        sources = [ops.convert_to_tensor(x_BTD), *self._weights]
+        resident = self._resident
+        context = resident.context(x_BTD, positions_BT, None)
+        tensors = {t.hf: t for t in block(self.config, resident.number)}
+        sources = [ops.convert_to_tensor(x_BTD), *resident.weights]
         with _tape() as tape:
             tape.watch(sources)
-            out, _ = self._call(self._weights, sources[0], context)
+            out = resident.call(sources[0], context)
         d_x, *d_weights = _pull(tape, out, sources, d_out_BTD)
         found = {}
         for tensor, gradient in zip(tensors.values(), d_weights, strict=True):

@@ -21,29 +21,186 @@ from gptj_model.network.model import make_context
 from gptj_model.network.observation import observing
 from gptj_model.network.weights import assign, assigned_variables
 from gptj_model.page_buffers import page_memory
-from gptj_model.source import TensorSource, read_rows
+from gptj_model.source import TensorSource
 from gptj_model.streaming.block_buffers import BlockMemory
 from gptj_model.streaming.prefetch import blocks_ahead
 from gptj_model.streaming.residency import NOTHING_KEPT, Kept
-from gptj_model.tensors import FINAL_NORM, HEAD_WEIGHT, Scheme, block, embedding, final_norm
+from gptj_model.tensors import FINAL_NORM, HEAD_WEIGHT, Scheme, block, final_norm
 from gptj_model.transposition import transpose
-from gptj_model.vocabulary import PART, parts, read_head
+from gptj_model.vocabulary import PART, parts, read_embeddings, read_head
 
 AnyLayer = TypeVar("AnyLayer", bound=keras.Layer)
+
+
+class BlockPass:
+    """One block with its weights in memory, until the next block is loaded.
+
+    Hidden states are float32 numpy arrays of shape (B, T, D), in and out.
+
+    Args:
+        number: index of the block in the model.
+        weights: its weights in the order of `tensors.block`.
+        call: the block as a function of weights, states, context and cache.
+        compiled: the same, compiled for whole sequences.
+        config: configuration of the model.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        weights: Sequence[Any],
+        call: Callable[..., tuple[Any, Any]],
+        compiled: Callable[..., tuple[Any, Any]],
+        config: GPTJConfig,
+    ) -> None:
+        self.number = number
+        self._weights: Sequence[Any] | None = weights
+        self._call = call
+        self._compiled = compiled
+        self._config = config
+
+    def end(self) -> None:
+        """Give up the weights, whose memory the next block takes."""
+        self._weights = None
+
+    @property
+    def weights(self) -> Sequence[Any]:
+        """Weights of the block, in the order of `tensors.block`.
+
+        Raises:
+            RuntimeError: another block has taken their memory.
+        """
+        if self._weights is None:
+            raise RuntimeError(f"block {self.number} is no longer in memory")
+        return self._weights
+
+    def run(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the hidden states after the block, for whole sequences.
+
+        Args:
+            x_BTD: hidden states before the block.
+            positions_BT: int32 position of each token.
+            real_BT: False at padding, which no token attends to; None means no padding.
+        """
+        context = self.context(x_BTD, positions_BT, real_BT)
+        out_BTD, _ = self._compiled(self.weights, ops.convert_to_tensor(x_BTD), context)
+        return np.asarray(out_BTD)
+
+    def run_cached(
+        self,
+        x_BTD: np.ndarray,
+        positions_BT: np.ndarray,
+        cache: Cache,
+        start: int,
+        visible_BS: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Cache]:
+        """Return the hidden states after the block for tokens start … start + T, and the cache.
+
+        Args:
+            x_BTD: hidden states of these tokens before the block.
+            positions_BT: int32 position of each of these tokens.
+            cache: cache of this block and these sequences, from `StreamedModel.empty_cache` or
+                from the previous call.
+            start: number of tokens already in the cache.
+            visible_BS: False at tokens that none may attend to, S being the cache's length; None
+                means that all are visible.
+        """
+        T, S = x_BTD.shape[1], cache[0].shape[2]
+        context = make_context(self._config, T, S, positions_BT, visible_BS, start)
+        out_BTD, cache = self._call(self.weights, ops.convert_to_tensor(x_BTD), context, cache)
+        return np.asarray(out_BTD), cache
+
+    def operations(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the result of each of `observation.OPERATIONS`; the arguments are those of
+        `run`."""
+        context = self.context(x_BTD, positions_BT, real_BT)
+        with observing() as seen:
+            self._call(self.weights, ops.convert_to_tensor(x_BTD), context)
+        return {name: np.asarray(value) for name, value in seen.items()}
+
+    def call(self, x: Any, context: Context) -> Any:
+        """Return the hidden states after the block as the backend's array."""
+        return self._call(self.weights, x, context)[0]
+
+    def context(
+        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None
+    ) -> Context:
+        """Return rotary angles and mask of whole sequences."""
+        T = x_BTD.shape[1]
+        return make_context(self._config, T, T, positions_BT.astype(np.int32), real_BT)
+
+
+class HeadPass:
+    """What follows the blocks: final norm, logits and losses, a part of the vocabulary at a time.
+
+    Args:
+        norm: returns the final layer norm with its weights.
+        part: returns the head for tokens start:stop as a function of normed hidden states.
+        config: configuration of the model.
+    """
+
+    def __init__(
+        self,
+        norm: Callable[[], keras.layers.LayerNormalization],
+        part: Callable[[int, int], Callable[[Any], Any]],
+        config: GPTJConfig,
+    ) -> None:
+        self._norm = norm
+        self._part = part
+        self._config = config
+
+    def normed(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return hidden states (B, T, D) after the last block, normed."""
+        layer = self._norm()
+        return [np.asarray(layer(x_BTD)) for x_BTD in states]
+
+    def logits(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return float32 logits (B, T, V) of normed hidden states (B, T, D)."""
+        found = [np.empty((*x.shape[:2], self._config.vocab_size), np.float32) for x in normed]
+        for start, stop in parts(self._config):
+            part = self._part(start, stop)
+            for h_BTD, logits_BTV in zip(normed, found, strict=True):
+                logits_BTV[..., start:stop] = np.asarray(part(ops.convert_to_tensor(h_BTD)))
+        return found
+
+    def losses(
+        self, normed: Sequence[np.ndarray], targets: Sequence[tuple[Any, Any]]
+    ) -> list[TokenLoss]:
+        """Return the loss of each batch without holding its logits.
+
+        Args:
+            normed: normed hidden states (B, T, D) of each batch.
+            targets: for each batch 1 on ignored tokens, and the labels, both (B, T).
+        """
+        found = [RunningLoss(np.asarray(labels).reshape(-1)) for _, labels in targets]
+        for start, stop in parts(self._config):
+            part = self._part(start, stop)
+            for h_BTD, loss in zip(normed, found, strict=True):
+                for row, h_TD in enumerate(h_BTD):
+                    logits_BTV = part(ops.convert_to_tensor(h_TD[None]))
+                    loss.add(np.asarray(logits_BTV)[0], row * len(h_TD), start)
+        return [
+            loss.sums(np.asarray(ignored).reshape(-1))
+            for loss, (ignored, _) in zip(found, targets, strict=True)
+        ]
 
 
 class StreamedModel:
     """The stages of a forward pass in float32, each with numpy arrays in and out.
 
-    Args:
-        config: of the model.
-        source: of its weights, by the names of `scheme`.
-        scheme: see there.
-        kept: what stays in memory once it was read.
-        memory: that blocks of such a source are read into; None: of its own.
+    `embed` gives the first hidden states, each of `blocks` (or `load_block`) takes them one block
+    further, and `head` turns the last ones into logits or losses.
 
-    Call `embed` for every input, then for each of `blocks` `run_block` for every state,
-    `drop_block`, then `final_norm` and `logits` once for all states.
+    Args:
+        config: configuration of the model.
+        source: weights, under the names of `scheme`.
+        scheme: naming scheme and layout of the source.
+        kept: blocks and head that stay in memory once they are read.
+        memory: buffers that the blocks are read into; None means buffers of its own.
     """
 
     def __init__(
@@ -65,8 +222,7 @@ class StreamedModel:
         rows = {t.hf: t for t in block(config, 0)}
         self._variables = list(assigned_variables(self._block, rows, prefix="").values())
         self._run = _compiled(self._call)
-        self._resident = -1
-        self._weights: list[Any] = []
+        self._resident = BlockPass(-1, [], self._call, self._run, config)
         self._kept_blocks: dict[int, list[Any]] = {}
         self._head_layer = cache(partial(_head_layer, config))
         self._part_bytes = 4 * min(PART, config.vocab_size) * config.n_embd
@@ -74,14 +230,12 @@ class StreamedModel:
         self._kept_head: dict[int, tuple[Callable[[Any], Any], tuple[Any, Any]]] = {}
 
     def embed(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Rows of the embedding, read one by one: (B, T, D)."""
-        name = embedding(self.config).name(self._scheme)
-        unique, where = np.unique(ids_BT, return_inverse=True)
-        rows = [read_rows(self.source, name, int(i), int(i) + 1)[0] for i in unique]
-        return np.stack(rows).astype(np.float32)[where.reshape(ids_BT.shape)]
+        """Return the embeddings of token ids, float32 (B, T, D); only their rows are read."""
+        rows_BTD = read_embeddings(self.config, self.source, self._scheme, ids_BT)
+        return rows_BTD.astype(np.float32)
 
-    def blocks(self) -> Iterator[int]:
-        """Make each block in turn the resident one; the next one to read is read meanwhile."""
+    def blocks(self) -> Iterator[BlockPass]:
+        """Yield each block in turn, while the next one is read from the source."""
         numbers = range(self.config.n_layer)
         missing = [i for i in numbers if i not in self._kept_blocks]
         loaded = blocks_ahead(self._read_block, missing, self._load)
@@ -89,91 +243,53 @@ class StreamedModel:
             if i in missing:
                 next(loaded)
             else:
-                self._resident, self._weights = i, self._kept_blocks[i]
-            yield i
+                self._begin(i, self._kept_blocks[i])
+            yield self._resident
 
-    def load_block(self, i: int) -> None:
-        """Make block `i` the resident one."""
+    def load_block(self, i: int) -> BlockPass:
+        """Read block `i`, and return it; it takes the place of the block before."""
         self._load((i, self._memory.read(self.source, i, over=True)))
+        return self._resident
 
     def _read_block(self, i: int) -> tuple[int, list[np.ndarray]]:
-        """Its number, and its weights as they are stored."""
+        """Return the number of a block, and its weights as they are stored."""
         return i, self._memory.read(self.source, i)
 
     def _load(self, stored: tuple[int, list[np.ndarray]]) -> None:
-        self._resident, values = stored
-        keeps = self._kept.keeps(self._resident, self.config.n_layer)
-        weights = self._memory.lay_out(self._resident, values, own=keeps)
-        self._weights = [_tensor(w) for w in weights]
+        i, values = stored
+        keeps = self._kept.keeps(i, self.config.n_layer)
+        weights = [_tensor(w) for w in self._memory.lay_out(i, values, own=keeps)]
         if keeps:
-            self._kept_blocks[self._resident] = self._weights
+            self._kept_blocks[i] = weights
+        self._begin(i, weights)
+
+    def _begin(self, i: int, weights: list[Any]) -> None:
+        self._resident.end()
+        self._resident = BlockPass(i, weights, self._call, self._run, self.config)
 
     def _call(
         self, weights: Sequence[Any], x_BTD: Any, context: Context, cache: Cache | None = None
     ) -> tuple[Any, Any]:
-        """The block with these weights: hidden states, and the cache if there was one."""
+        """Return hidden states after a block with these weights, and its cache if there is one."""
         with _scope(self._variables, weights):
             return self._block(x_BTD, context, cache)
 
-    def run_block(
-        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
-    ) -> np.ndarray:
-        """The resident block applied to whole sequences: (B, T, D).
-
-        Args:
-            x_BTD: hidden states.
-            positions_BT: int32.
-            real_BT: False at padding, which no token sees; None: there is none.
-        """
-        context = self._context(x_BTD, positions_BT, real_BT)
-        out_BTD, _ = self._run(self._weights, ops.convert_to_tensor(x_BTD), context)
-        return np.asarray(out_BTD)
-
-    def run_block_cached(
-        self,
-        x_BTD: np.ndarray,
-        positions_BT: np.ndarray,
-        cache: Cache,
-        start: int,
-        visible_BS: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, Cache]:
-        """The resident block applied to tokens start … start + T of sequences.
-
-        Args:
-            x_BTD: hidden states of these tokens.
-            positions_BT: int32, theirs.
-            cache: what `empty_cache` or the last call for this block and these sequences gave.
-            start: number of tokens already in the cache.
-            visible_BS: False at what no token may see, S the cache's length; None: all may.
-        """
-        T, S = x_BTD.shape[1], cache[0].shape[2]
-        context = make_context(self.config, T, S, positions_BT, visible_BS, start)
-        out_BTD, cache = self._call(self._weights, ops.convert_to_tensor(x_BTD), context, cache)
-        return np.asarray(out_BTD), cache
-
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """The cache of one block, for sequences of up to `length` tokens."""
+        """Return the cache of one block, for sequences of up to `length` tokens."""
         shape = (batch, self.config.n_head, length, self.config.head_dim)
         return ops.zeros(shape, "float32"), ops.zeros(shape, "float32")
 
-    def operations(
-        self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        """What each of `observation.OPERATIONS` of the resident block gives; see `run_block`."""
-        context = self._context(x_BTD, positions_BT, real_BT)
-        with observing() as seen:
-            self._call(self._weights, ops.convert_to_tensor(x_BTD), context)
-        return {name: np.asarray(value) for name, value in seen.items()}
+    def head(self, *, last: bool = False) -> HeadPass:
+        """Return what follows the blocks.
 
-    def drop_block(self) -> None:
-        """Free the resident block's memory; none can be loaded again."""
-        (self._head_memory,) = page_memory(1, self._part_bytes)
-        del self._block, self._run, self._variables, self._weights, self._memory
-
-    def final_norm(self, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Hidden states (B, T, D) after the last block, normed."""
-        layer = self._loaded_norm()
-        return [np.asarray(layer(x_BTD)) for x_BTD in states]
+        Args:
+            last: whether no block is loaded afterwards, so that the memory of blocks is freed.
+        """
+        if last:
+            self._resident.end()
+            (self._head_memory,) = page_memory(1, self._part_bytes)
+            del self._block, self._run, self._variables, self._memory
+        return HeadPass(self._loaded_norm, lambda *part: self._head(*part)[0], self.config)
 
     def _loaded_norm(self) -> keras.layers.LayerNormalization:
         config = self.config
@@ -183,36 +299,6 @@ class StreamedModel:
         for hf_name, variable in assigned_variables(layer, rows, prefix="").items():
             assign(variable, rows[hf_name], self.source, self._scheme)
         return layer
-
-    def logits(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Normed hidden states (B, T, D) → (B, T, V) each, a part of the vocabulary at a time."""
-        found = [np.empty((*x.shape[:2], self.config.vocab_size), np.float32) for x in normed]
-        for start, stop in parts(self.config):
-            part, _ = self._head(start, stop)
-            for h_BTD, logits_BTV in zip(normed, found, strict=True):
-                logits_BTV[..., start:stop] = np.asarray(part(ops.convert_to_tensor(h_BTD)))
-        return found
-
-    def losses(
-        self, normed: Sequence[np.ndarray], targets: Sequence[tuple[Any, Any]]
-    ) -> list[TokenLoss]:
-        """The loss of each batch from its normed hidden states (B, T, D), without its logits.
-
-        Args:
-            normed: what `final_norm` gave.
-            targets: of each batch, 1 on ignored tokens and the labels, both (B, T).
-        """
-        found = [RunningLoss(np.asarray(labels).reshape(-1)) for _, labels in targets]
-        for start, stop in parts(self.config):
-            part, _ = self._head(start, stop)
-            for h_BTD, loss in zip(normed, found, strict=True):
-                for row, h_TD in enumerate(h_BTD):
-                    logits_BTV = part(ops.convert_to_tensor(h_TD[None]))
-                    loss.add(np.asarray(logits_BTV)[0], row * len(h_TD), start)
-        return [
-            loss.sums(np.asarray(ignored).reshape(-1))
-            for loss, (ignored, _) in zip(found, targets, strict=True)
-        ]
 
     def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         """The head as a function of normed hidden states, for tokens start:stop; and its weight,
@@ -227,7 +313,7 @@ class StreamedModel:
     def _read_head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         stored_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
         tied = self.config.tie_word_embeddings
-        self._weights = []  # of the block whose place this is
+        self._resident.end()  # its buffer becomes the head's
         memory = page_memory(1, self._part_bytes)[0] if self._kept.head else self._head_memory
         shape = stored_VD.shape if tied else stored_VD.shape[::-1]
         values = memory[: 4 * stored_VD.size].view(np.float32).reshape(shape)
@@ -246,10 +332,6 @@ class StreamedModel:
                 return layer(h_BTD, None)
 
         return run, (weight, bias)
-
-    def _context(self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None):
-        T = x_BTD.shape[1]
-        return make_context(self.config, T, T, positions_BT.astype(np.int32), real_BT)
 
 
 def _head_layer(config: GPTJConfig, size: int) -> Head:

@@ -88,12 +88,13 @@ def _pass(model: StreamedModel, group: Sequence[Batch]) -> list[TokenLoss]:
     states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
     B, T = states[0].shape[:2]
     positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    for _ in model.blocks():
+    for block in model.blocks():
         for n, x_BTD in enumerate(states):
-            states[n] = model.run_block(x_BTD, positions_BT[: len(x_BTD)])
+            states[n] = block.run(x_BTD, positions_BT[: len(x_BTD)])
+    head = model.head()
     for n, x_BTD in enumerate(states):
-        (states[n],) = model.final_norm([x_BTD])
-    return model.losses(states, [batch[1:] for batch in group])
+        (states[n],) = head.normed([x_BTD])
+    return head.losses(states, [batch[1:] for batch in group])
 
 
 def evaluate(

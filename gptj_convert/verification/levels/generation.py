@@ -165,14 +165,13 @@ def _decode(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[str
         found = [ours.embed(ids_BT) for ids_BT in given]
         expected = [reference.embed(ids_BT) for ids_BT in given]
         for i in layers:
-            ours.load_block(i)
-            reference.load_block(i)
+            our_block, their_block = ours.load_block(i), reference.load_block(i)
             for n, start in enumerate(starts):
                 positions = _positions(given[n], start)
-                found[n], our_caches[n][i] = ours.run_block_cached(
+                found[n], our_caches[n][i] = our_block.run_cached(
                     found[n], positions, our_caches[n][i], start
                 )
-                expected[n] = reference.run_block_cached(expected[n], positions, their_caches[n][i])
+                expected[n] = their_block.run_cached(expected[n], positions, their_caches[n][i])
             yield f"token {token + 1}, block {i}"
         last = [_of_last_tokens(*side, 1) for side in ((ours, found), (reference, expected))]
         _choose(_CACHED, groups, *last)
@@ -187,9 +186,9 @@ def _at_once(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[st
     states = [[model.embed(ids_BT) for ids_BT in ids] for model in models]
     for i in range(reference.config.n_layer):
         for n, model in enumerate(models):
-            model.load_block(i)
+            block = model.load_block(i)
             states[n] = [
-                model.run_block(x, _positions(ids_BT, 0))
+                block.run(x, _positions(ids_BT, 0))
                 for x, ids_BT in zip(states[n], ids, strict=True)
             ]
         yield f"without a cache, block {i}"
@@ -207,7 +206,8 @@ def _positions(ids_BT: np.ndarray, start: int) -> np.ndarray:
 
 def _of_last_tokens(model: Any, states: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     """Logits (B, T, V) of the last `count` tokens of each group."""
-    return model.logits(model.final_norm([x_BTD[:, -count:] for x_BTD in states]))
+    head = model.head()
+    return head.logits(head.normed([x_BTD[:, -count:] for x_BTD in states]))
 
 
 def _choose(

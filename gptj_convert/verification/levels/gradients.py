@@ -84,8 +84,7 @@ def compare_gradients(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdi
     for i in range(config.n_layer):
         for side in sides:
             side.inputs.append(side.state_BTD)
-            side.model.load_block(i)
-            side.state_BTD = side.model.run_block(side.state_BTD, batch.positions)
+            side.state_BTD = side.model.load_block(i).run(side.state_BTD, batch.positions)
         yield Progress(done := done + 1, stages, f"block {i}")
     _head(sides, batch, found)
     yield Progress(done := done + 1, stages, "head")
@@ -106,10 +105,10 @@ def _head(sides: Sequence[_Side], batch: Prompt, found: dict[str, _Tensor]) -> N
     """Loss, head and final norm; the head a part of the vocabulary at a time."""
     labels_N = labels(batch).reshape(-1)
     states = [_rows(side.state_BTD) for side in sides]
-    normed = [side.model.final_norm([x])[0] for side, x in zip(sides, states, strict=True)]
+    normed = [side.model.head().normed([x])[0] for side, x in zip(sides, states, strict=True)]
     d_logits = []
     for side, x_ND in zip(sides, normed, strict=True):
-        (logits_BTV,) = side.model.logits([x_ND[None]])
+        (logits_BTV,) = side.model.head().logits([x_ND[None]])
         side.loss, d_NV = side.model.loss_gradients(logits_BTV[0], labels_N)
         d_logits.append(d_NV)
     d_normed = [np.zeros_like(x) for x in normed]

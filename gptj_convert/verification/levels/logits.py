@@ -5,8 +5,9 @@ Shape suffixes: B batch, T time, D hidden, N real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,17 +29,18 @@ from gptj_convert.verification.evidence.verdict import Difference, LevelResult, 
 from gptj_model.dtypes import is_lossless
 from gptj_model.errors import GptjError
 from gptj_model.network.observation import OPERATIONS
-from gptj_model.tensors import EMBEDDING, FINAL_NORM, HEAD_WEIGHT
+from gptj_model.tensors import EMBEDDING, FINAL_NORM, HEAD_WEIGHT, HF_BODY
 
 if TYPE_CHECKING:
-    from golden.reference import StreamedReference
-    from gptj_model.streaming.forward import StreamedModel
+    from golden.reference import ReferenceBlock, StreamedReference
+    from gptj_model.network.layers import Cache
+    from gptj_model.streaming.forward import BlockPass, StreamedModel
 
 LEVEL = "logits"
 
 #: Where a difference may lie outside of the blocks, by the names of Hugging Face's modules.
 _OF_EMBEDDING, _OF_NORM, _OF_HEAD = (
-    spec.hf.removesuffix(".weight").removeprefix("transformer.")
+    spec.hf.removesuffix(".weight").removeprefix(HF_BODY)
     for spec in (EMBEDDING, FINAL_NORM[0], HEAD_WEIGHT)
 )
 #: What is named where a prompt alone differs that is run in a way of its own.
@@ -150,31 +152,33 @@ class _Pass:
 
     def run_block(self, i: int) -> None:
         """Take every prompt through block `i` on both sides."""
-        self._ours.load_block(i)
-        self._reference.load_block(i)
+        ours, reference = self._ours.load_block(i), self._reference.load_block(i)
         for f in self.followed:
             before_BTD = f.expected_BTD
-            f.found_BTD = run_ours(self._ours, f.found_BTD, f.prompt)
-            f.expected_BTD = run_reference(self._reference, before_BTD, f.prompt)
+            cache = partial(self._ours.empty_cache, *before_BTD.shape[:2])
+            f.found_BTD = run_ours(ours, f.found_BTD, f.prompt, cache)
+            f.expected_BTD = run_reference(reference, before_BTD, f.prompt)
             if not f.compare() <= self._tolerance and self.first is None:
-                self.first = _Place(i, self._operation(before_BTD, f.prompt))
+                self.first = _Place(i, self._operation(ours, reference, before_BTD, f.prompt))
         self._exact = [
-            self._reference.run_block(x, f.prompt.positions)
+            reference.run(x, f.prompt.positions)
             for x, f in zip(self._exact, self._short, strict=True)
         ]
         if self._unrounded:
-            self._reference.load_block(i, rounded=False)
+            unrounded = self._reference.load_block(i, rounded=False)
             self._unrounded = [
-                self._reference.run_block(x, f.prompt.positions)
+                unrounded.run(x, f.prompt.positions)
                 for x, f in zip(self._unrounded, self._short, strict=True)
             ]
 
-    def _operation(self, x_BTD: np.ndarray, prompt: Prompt) -> str | None:
+    def _operation(
+        self, ours: BlockPass, reference: ReferenceBlock, x_BTD: np.ndarray, prompt: Prompt
+    ) -> str | None:
         """The first operation of the resident block whose result differs on the same input."""
         if prompt.name in _WAYS:
             return _WAYS[prompt.name]
-        found = self._ours.operations(x_BTD, prompt.positions)
-        expected = self._reference.operations(x_BTD, prompt.positions)
+        found = ours.operations(x_BTD, prompt.positions)
+        expected = reference.operations(x_BTD, prompt.positions)
         for name in OPERATIONS:
             if not relative_difference(found[name], expected[name]) <= self._tolerance:
                 return name
@@ -182,20 +186,19 @@ class _Pass:
 
     def finish(self) -> _Outcome:
         """The figures, once all blocks have run."""
-        self._ours.drop_block()
-        self._reference.drop_block()
+        our_head, their_head = self._ours.head(last=True), self._reference.head(last=True)
         states = [f.expected_BTD for f in self.followed]
-        ours = self._ours.final_norm([f.found_BTD for f in self.followed])
-        theirs = self._reference.final_norm([*states, *self._exact, *self._unrounded])
+        ours = our_head.normed([f.found_BTD for f in self.followed])
+        theirs = their_head.normed([*states, *self._exact, *self._unrounded])
         count, short = len(states), len(self._short)
         if self.first is None and any(
             not relative_difference(x[f.prompt.real], y[f.prompt.real]) <= self._tolerance
             for x, y, f in zip(ours, theirs, self.followed, strict=False)
         ):
             self.first = _Place(None, _OF_NORM)
-        found = self._ours.logits(ours)
-        expected = self._reference.logits(theirs[: count + short])
-        unrounded = self._reference.logits(theirs[count + short :], rounded=False)
+        found = our_head.logits(ours)
+        expected = their_head.logits(theirs[: count + short])
+        unrounded = their_head.logits(theirs[count + short :], rounded=False)
         figures = [
             compare_logits(x[f.prompt.real], y[f.prompt.real])
             for x, y, f in zip(found, expected, self.followed, strict=False)
@@ -239,28 +242,30 @@ def _worst(found_BTV: np.ndarray, expected_BTV: np.ndarray) -> float:
         return relative_difference(found_BTV, expected_BTV)
 
 
-def run_ours(model: StreamedModel, x_BTD: np.ndarray, prompt: Prompt) -> np.ndarray:
-    """A prompt's hidden states through our resident block, in the prompt's own way."""
+def run_ours(
+    block: BlockPass, x_BTD: np.ndarray, prompt: Prompt, empty_cache: Callable[[], Cache]
+) -> np.ndarray:
+    """Return a prompt's hidden states after our block, run in the prompt's own way."""
     if not prompt.pieces:
-        return model.run_block(x_BTD, prompt.positions, prompt.real if prompt.padded else None)
-    cache, start = model.empty_cache(len(x_BTD), x_BTD.shape[1]), 0
+        return block.run(x_BTD, prompt.positions, prompt.real if prompt.padded else None)
+    cache, start = empty_cache(), 0
     found = []
     for count in prompt.pieces:
         part = slice(start, start + count)
-        out, cache = model.run_block_cached(x_BTD[:, part], prompt.positions[:, part], cache, start)
+        out, cache = block.run_cached(x_BTD[:, part], prompt.positions[:, part], cache, start)
         found.append(out)
         start += count
     return np.concatenate(found, axis=1)
 
 
-def run_reference(reference: StreamedReference, x_BTD: np.ndarray, prompt: Prompt) -> np.ndarray:
-    """A prompt's hidden states through the reference's resident block: always at once, and rows
-    with padding each by itself, without it."""
+def run_reference(block: ReferenceBlock, x_BTD: np.ndarray, prompt: Prompt) -> np.ndarray:
+    """Return a prompt's hidden states after the reference's block: all tokens at once, and each
+    row with padding by itself, without the padding."""
     if not prompt.padded:
-        return reference.run_block(x_BTD, prompt.positions)
+        return block.run(x_BTD, prompt.positions)
     out_BTD = np.zeros_like(x_BTD)
     for row, real_T in enumerate(prompt.real):
-        alone = reference.run_block(
+        alone = block.run(
             np.ascontiguousarray(x_BTD[row, real_T][None]), prompt.positions[row, real_T][None]
         )
         out_BTD[row, real_T] = alone[0]

@@ -18,6 +18,7 @@ import numpy as np
 from gptj_model.config import GPTJConfig
 from gptj_model.streaming.training import Draw, HeadGradients, StreamedTraining
 from gptj_model.tensors import Tensor, embedding, head
+from gptj_model.vocabulary import gather_rows
 from runner.training.streamed.block_weights import BlockWeights
 from runner.training.streamed.embedding_gradient import TokenRows
 from runner.training.streamed.malloc_trim import give_back_freed_memory
@@ -98,9 +99,8 @@ class StreamedStep:
     def _forward(self, batches: Sequence[tuple], draw: Draw) -> None:
         weight = embedding(self._config)
         for n, (ids_BT, _, _) in enumerate(batches):
-            unique, where = np.unique(ids_BT, return_inverse=True)
-            rows = np.concatenate([self._state.rows(weight, int(i), int(i) + 1) for i in unique])
-            self._keep(n, 0, self._passes.embed(rows[where.reshape(ids_BT.shape)], n, draw))
+            rows_BTD = gather_rows(lambda i: self._state.rows(weight, i, i + 1)[0], ids_BT)
+            self._keep(n, 0, self._passes.embed(rows_BTD, n, draw))
         for i in self._state.blocks(range(self._config.n_layer), self._passes.load):
             for n in range(len(batches)):
                 give_back_freed_memory()
