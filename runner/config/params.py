@@ -1,8 +1,8 @@
-"""The reference's params.yaml: a section a class, a key a field, with default and meaning.
+"""The sections of params.yaml as classes: one field per key, with its default and meaning.
 
-What the reference accepts but this program does not do is refused by name and value, never
-ignored in silence. `runner.config.params_file` reads and checks a file; docs/params.md is made from
-the docstrings here.
+Keys are those of the reference. A value that the reference accepts and this program does not
+implement is refused by name, never ignored. `runner.config.params_file` reads and checks a file;
+docs/params.md is generated from the docstrings here.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from gptj_model.lora import Lora
 from gptj_model.tensors import LORA_LAYERS, DenseLayer
 from runner.config.execution import Backend, Execution
 
-#: Tokens per byte of text, by data set, for bits per byte.
+#: Tokens per byte of text for each data set, used for bits per byte.
 TOKENS_PER_BYTE = {"pile": 0.29335, "openwebtext2": 0.2434}
 
-#: The shuffle's seed when the YAML names none.
+#: Seed of the shuffle when the YAML names none.
 DEFAULT_SEED = 1
 
-#: The largest float32, which no loss scale may exceed, and the smallest scale there may be.
+#: Largest float32, which no loss scale may exceed, and smallest loss scale allowed.
 _FLOAT32_MAX = 3.4028234663852886e38
 _SMALLEST_SCALE = 2.0**-14
 
 
 class Section(BaseModel):
-    """A mapping in the YAML whose unknown keys are errors."""
+    """A mapping in the YAML; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -47,7 +47,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """`1e6` and "5" are whole numbers too."""
+    """Read `1e6` and "5" as whole numbers, too."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -68,92 +68,93 @@ LossScale = Annotated[float, Field(ge=_SMALLEST_SCALE, le=_FLOAT32_MAX, allow_in
 
 
 class InputParams(Section):
-    """`train_input` and `eval_input`: the records, and in what order and batches."""
+    """`train_input` and `eval_input`: where the records are, and how they are batched."""
 
     data_processor: Literal["GptTfRecordsProcessor"] = "GptTfRecordsProcessor"
-    """How records are read: TFRecords of input_ids, input_mask and labels."""
+    """Reader of the records: TFRecords with input_ids, input_mask and labels."""
     data_dir: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-    """A folder, or several; every file there that matches `*.tfrecord*`."""
+    """Folder of the records, or a list of folders; every file that matches `*.tfrecord*` is
+    read."""
     vocab_size: Positive | None = None
-    """Rows of the embedding."""
+    """Vocabulary size: rows of the embedding."""
     vocab_file: str | None = None
-    """A file with a line a token, counted when vocab_size is not set."""
+    """File with one token per line; its lines are counted when vocab_size is not set."""
     max_sequence_length: Positive
-    """Tokens of a record."""
+    """Tokens per record."""
     batch_size: Positive
-    """Records of a batch."""
+    """Records per batch, over all workers."""
     shuffle: bool | None = None
-    """Shuffle the records; null: in training only."""
+    """Whether to shuffle the records; null means in training only."""
     shuffle_seed: Whole | None = None
-    """Of the shuffle; null: 1, so that a run can go on."""
+    """Seed of the shuffle; null means 1, so that a run can resume."""
     shuffle_buffer: Positive | None = None
-    """Records to draw from; null: 10 batches."""
+    """Number of records in the shuffle buffer; null means 10 batches."""
     repeat: bool | None = None
-    """Begin again at the end; null: in training only."""
+    """Whether to start again after the last record; null means in training only."""
     n_parallel_reads: Positive = 4
-    """Files that are read in turns."""
+    """Number of files read in turn."""
     use_multiple_workers: bool = False
-    """No effect: several workers always share each batch, so that batch_size is global."""
+    """No effect: workers always share each batch, so that batch_size is global."""
     skip_steps: Natural = 0
-    """Batches to leave out at the beginning."""
+    """Number of batches to skip at the start."""
     mixed_precision: bool = False
-    """Of the mask; the reference notes it here from `model`. No effect."""
+    """No effect. Dtype of the mask, which the reference copies here from `model`."""
 
     @property
     def effective_shuffle_seed(self) -> int:
-        """Seed of the shuffle; without one given it is fixed, for a run must be able to resume."""
+        """Seed of the shuffle; fixed where none is given, because a run must be able to resume."""
         return DEFAULT_SEED if self.shuffle_seed is None else self.shuffle_seed
 
     @property
     def effective_shuffle_buffer(self) -> int:
-        """Number of records to draw from."""
+        """Number of records in the shuffle buffer."""
         return self.shuffle_buffer or 10 * self.batch_size
 
 
 class Initializer(Section):
-    """How weights begin when no checkpoint is named."""
+    """Random values of weights that no checkpoint provides."""
 
     name: Literal["scaled_init_normal", "variance_scaling", "truncated_normal", "normal"]
-    """scaled_init_normal: deviation sigma / sqrt(key); variance_scaling: variance scale / fan;
-    the others: deviation stddev."""
+    """Distribution: scaled_init_normal (deviation sigma / sqrt(key)), variance_scaling (variance
+    scale / fan), normal or truncated_normal (deviation stddev)."""
     key: Literal["vocab_size", "num_hidden_layers"] | None = None
-    """Of scaled_init_normal: the vocabulary's size, or twice the number of layers."""
+    """Divisor of scaled_init_normal: the vocabulary size, or twice the number of blocks."""
     mean: Number = 0.0
-    """Of the normal distributions."""
+    """Mean of the normal distributions."""
     sigma: PositiveNumber = 1.0
-    """Of scaled_init_normal."""
+    """Scale of scaled_init_normal."""
     stddev: PositiveNumber = 1.0
-    """Of normal and truncated_normal."""
+    """Standard deviation of normal and truncated_normal."""
     scale: PositiveNumber | None = None
-    """Of variance_scaling; it or scale_type."""
+    """Scale of variance_scaling, instead of scale_type."""
     scale_type: Literal["wang_init", "small_init"] | None = None
-    """wang_init: 4 / layers²; small_init: 2 / 5."""
+    """Named scale of variance_scaling: wang_init is 4 / layers², small_init is 2 / 5."""
     mode: Literal["fan_in", "fan_out", "fan_avg"] = "fan_in"
-    """Of variance_scaling."""
+    """Fan of variance_scaling."""
     distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
-    """Of scaled_init_normal and variance_scaling."""
+    """Shape of the distribution of scaled_init_normal and variance_scaling."""
 
 
 Initializers = Annotated[list[Initializer], BeforeValidator(_as_list), Field(max_length=1)]
 
 
 class LoraParams(Section):
-    """Only an adapter is trained: the kernels of some dense layers get alpha / rank · A · B added,
-    and nothing else changes. Not a section of the reference."""
+    """`model.lora`: train only an adapter. The kernels of some dense layers get alpha / rank · A ·
+    B added, and nothing else changes. Not a section of the reference."""
 
     rank: Positive = 8
-    """Columns of A and rows of B."""
+    """Rank of the update: columns of A and rows of B."""
     alpha: PositiveNumber = 16.0
-    """The update is multiplied by alpha / rank."""
+    """Scale of the update, which is multiplied by alpha / rank."""
     targets: Annotated[list[DenseLayer], BeforeValidator(_as_list), Field(min_length=1)] = (
         LORA_LAYERS
     )
-    """Dense layers of every block, by the names of Hugging Face: q_proj, k_proj, v_proj,
-    out_proj, fc_in, fc_out."""
+    """Dense layers that are adapted in every block, by their Hugging Face names: q_proj, k_proj,
+    v_proj, out_proj, fc_in, fc_out."""
 
     @property
     def lora(self) -> Lora:
-        """The same in the model's words."""
+        """Return the adapter as the model describes it."""
         return Lora(rank=self.rank, alpha=self.alpha, targets=tuple(self.targets))
 
 
@@ -163,83 +164,88 @@ class ModelParams(Section):
     hidden_size: Positive
     """Width of the hidden states."""
     num_heads: Positive
-    """Attention heads."""
+    """Number of attention heads."""
     num_hidden_layers: Positive = 1
-    """Blocks."""
+    """Number of blocks."""
     filter_size: Positive | None = None
-    """Width of the feed-forward layer; null: 4 × hidden_size."""
+    """Width of the feed-forward layer; null means 4 × hidden_size."""
     nonlinearity: str = FIXED_MODEL_KEYS["nonlinearity"]
-    """gelu, which is its tanh form."""
+    """Activation of the feed-forward layer: gelu, in its tanh form."""
     rotary_dim: Whole = -1
-    """Features of a head that rotate; must be set."""
+    """Number of rotary features per head; must be set."""
     max_position_embeddings: Positive
-    """Longest sequence."""
+    """Largest number of tokens in a sequence."""
     layer_norm_epsilon: PositiveNumber = 1e-8
-    """Added to the variance in layer norms."""
+    """Constant added to the variance in layer norms."""
     share_embedding_weights: bool = True
-    """The head multiplies by the embedding."""
+    """Whether the output head uses the embedding as its weight."""
     use_bias_in_output: bool = True
-    """Only true: GPT-J's head has a bias."""
+    """Must be true: GPT-J's head has a bias."""
     use_projection_bias_in_attention: bool = False
-    """Only false."""
+    """Must be false: GPT-J's projections have no bias."""
     use_ffn_bias_in_attention: bool = False
-    """Only false."""
+    """Must be false: GPT-J's attention output has no bias."""
     use_ffn_bias: bool = True
-    """Only true."""
+    """Must be true: GPT-J's feed-forward layers have a bias."""
     use_untied_layer_norm: bool = False
-    """Only false: both branches of a block read one norm."""
+    """Must be false: both branches of a block read the same norm."""
     use_position_embeddings: bool = False
-    """Only false: positions are rotary."""
+    """Must be false: positions are rotary."""
     embedding_dropout_rate: Fraction = 0.0
-    """Dropout of embeddings."""
+    """Dropout rate of the embeddings."""
     attention_dropout_rate: Fraction = 0.0
-    """Dropout of attention probabilities."""
+    """Dropout rate of the attention probabilities."""
     residual_dropout_rate: Fraction = 0.0
-    """Dropout of what attention and feed-forward add."""
+    """Dropout rate of the outputs of attention and feed-forward."""
     embedding_initializer: Initializers | None = None
-    """Of the embedding; null: truncated normal, deviation 1 / sqrt(vocab_size)."""
+    """Initializer of the embedding; null means truncated normal with deviation 1 /
+    sqrt(vocab_size)."""
     initializer: Initializers | None = None
-    """Of all other matrices; null: variance scaling 1.0 of fan_in, truncated normal."""
+    """Initializer of all other matrices; null means variance scaling 1.0 of fan_in, truncated
+    normal."""
     output_layer_initializer: Initializers | None = None
-    """Of out_proj and fc_out; null: variance scaling 4 / layers²."""
+    """Initializer of out_proj and fc_out; null means variance scaling 4 / layers²."""
     mixed_precision: bool = False
-    """Compute in 16 bits; weights, slots, softmax, norms, angles and loss stay in float32."""
+    """Whether to compute in 16 bits; weights, optimizer slots, softmax, norms, rotary angles and
+    loss stay in float32."""
     mixed_precision_dtype: Literal["float16", "bfloat16"] = "float16"
-    """With mixed_precision; bfloat16 needs no loss scale. Not a key of the reference."""
+    """Dtype of mixed_precision; bfloat16 needs no loss scale. Not a key of the reference."""
     recompute: bool = False
-    """Keep no activations inside a block: compute them again for the gradients. Not a key of
-    the reference."""
+    """Whether to recompute the activations of each block in the backward pass instead of keeping
+    them. Not a key of the reference."""
     lora: LoraParams | None = None
-    """Train an adapter only; null: all weights. Not a key of the reference."""
+    """Adapter to train instead of the weights; null trains the weights. Not a key of the
+    reference."""
     frozen: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Patterns; a variable whose TF name has one is not trained. Not a key of the reference."""
+    """Patterns of frozen weights: a variable whose TF name contains one is not trained. Not a key
+    of the reference."""
     boundary_casting: bool = False
-    """Of the CS compiler. No effect."""
+    """No effect: a setting of the CS compiler."""
     tf_summary: bool = False
-    """Of the CS compiler. No effect."""
+    """No effect: a setting of the CS compiler."""
     precision_opt_level: Natural | None = None
-    """Of the CS compiler. No effect."""
+    """No effect: a setting of the CS compiler."""
     attention_softmax_fp32: Literal[True] = True
-    """The softmax is always in float32."""
+    """Accepted for compatibility: the softmax is always computed in float32."""
     use_cache: bool = False
-    """Of generation. No effect in training."""
+    """No effect in training: generation decides whether to use a cache."""
     backbone_only: Literal[False] = False
-    """Only false: without a head there is no loss."""
+    """Must be false: without a head there is no loss."""
     dropout_seed: Natural | None = None
-    """Of the dropout masks; null: tf_random_seed, else 0."""
+    """Seed of the dropout masks; null means tf_random_seed, else 0."""
     weight_initialization_seed: Whole | None = None
-    """Of weights that begin at random; null: tf_random_seed, else 0."""
+    """Seed of randomly initialized weights; null means tf_random_seed, else 0."""
     bits_per_x_dataset: str | None = None
-    """pile, openwebtext2 or null: tokens per byte, for bits per byte."""
+    """Data set whose tokens per byte give bits per byte: pile, openwebtext2 or null."""
 
 
 class _Schedule(Section):
     disable_lr_steps_reset: bool = False
-    """Count steps from the run's beginning, not from this member's."""
+    """Whether to count steps from the start of the run instead of the start of this schedule."""
 
 
 class Constant(_Schedule):
-    """learning_rate, always."""
+    """Constant learning rate."""
 
     scheduler: Literal["Constant"]
     learning_rate: Rate
@@ -247,7 +253,8 @@ class Constant(_Schedule):
 
 
 class Linear(_Schedule):
-    """From initial to end in so many steps, then end; or again and again with `cycle`."""
+    """Linear change from the initial to the end rate over `steps` steps, then the end rate;
+    repeated with `cycle`."""
 
     scheduler: Literal["Linear"]
     initial_learning_rate: Rate
@@ -257,7 +264,8 @@ class Linear(_Schedule):
 
 
 class Polynomial(_Schedule):
-    """From initial to end along a power, then end; or again and again with `cycle`."""
+    """Polynomial change from the initial to the end rate, then the end rate; repeated with
+    `cycle`."""
 
     scheduler: Literal["Polynomial"]
     initial_learning_rate: Rate
@@ -268,18 +276,18 @@ class Polynomial(_Schedule):
 
 
 class Cosine(_Schedule):
-    """Half a cosine from initial to alpha · initial, then that."""
+    """Half a cosine from the initial rate to alpha · initial, then that rate."""
 
     scheduler: Literal["Cosine"]
     initial_learning_rate: Rate
     decay_steps: Positive
     alpha: Number = 0.0
     steps: Positive | None = None
-    """How long it runs before the next; null: decay_steps."""
+    """Number of steps before the next schedule starts; null means decay_steps."""
 
 
 class Exponential(_Schedule):
-    """initial · decay_rate^(t / decay_steps), in stairs or not."""
+    """Exponential decay, initial · decay_rate^(t / decay_steps), in stairs or smooth."""
 
     scheduler: Literal["Exponential"]
     initial_learning_rate: Rate
@@ -290,7 +298,8 @@ class Exponential(_Schedule):
 
 
 class PiecewiseConstant(_Schedule):
-    """values[n] up to and including boundaries[n]; the last value after them all."""
+    """Constant rates: values[n] up to and including step boundaries[n], the last value after all
+    boundaries."""
 
     scheduler: Literal["PiecewiseConstant"]
     boundaries: Annotated[list[Natural], Field(min_length=1)]
@@ -303,7 +312,7 @@ Schedule = Annotated[
     Field(discriminator="scheduler"),
 ]
 
-#: Schedules by name; pydantic puts the name into an error's location.
+#: Schedules by name; pydantic puts the name into the location of an error.
 SCHEDULES: dict[str, type[Section]] = {
     m.__name__: m for m in (Constant, Linear, Polynomial, Cosine, Exponential, PiecewiseConstant)
 }
@@ -316,129 +325,137 @@ def _as_schedules(value: Any) -> Any:
 
 
 class OptimizerParams(Section):
-    """`optimizer`: the update, its rate, and what is done to gradients before it."""
+    """`optimizer`: the update rule, the learning rate, and how gradients are treated before the
+    update."""
 
     optimizer_type: Annotated[
         Literal["sgd", "momentum", "adam", "adamw", "rmsprop"], BeforeValidator(_lower)
     ]
-    """The rule of the update."""
+    """Update rule."""
     learning_rate: Annotated[list[Schedule], BeforeValidator(_as_schedules), Field(min_length=1)]
-    """A number, a schedule, or schedules that run one after the other."""
+    """Learning rate: a number, a schedule, or a list of schedules that run one after the other."""
     disable_lr_steps_reset: bool = False
-    """No schedule of the list counts from its own beginning."""
+    """Whether every schedule of the list counts steps from the start of the run."""
     momentum: Fraction = 0.9
-    """Of momentum."""
+    """Momentum of the momentum rule."""
     beta1: Fraction = 0.9
-    """Of adam and adamw: decay of the mean gradient."""
+    """Decay of the first moment in adam and adamw."""
     beta2: Fraction = 0.999
-    """Of adam and adamw: decay of the mean square."""
+    """Decay of the second moment in adam and adamw."""
     epsilon: Rate = EPSILON
-    """Of adam and adamw; with mixed_precision 1e-5 unless it is set."""
+    """Constant added to the denominator in adam and adamw; with mixed_precision 1e-5 unless it is
+    set."""
     rmsprop_decay: Fraction = 0.9
-    """Of rmsprop: decay of the mean square."""
+    """Decay of the mean square in rmsprop."""
     rmsprop_momentum: Fraction = 0.0
-    """Of rmsprop."""
+    """Momentum of rmsprop."""
     weight_decay_rate: Rate = 0.0
-    """Of adamw."""
+    """Weight decay of adamw."""
     exclude_from_weight_decay: list[str] = ["LayerNorm", "layer_norm", "bias", "Bias"]
-    """Patterns; a variable whose TF name has one is not decayed. Add `ln_1` to spare the norms."""
+    """Patterns of variables without weight decay, matched anywhere in the TF name. Add `ln_1` to
+    exclude the layer norms of blocks."""
     use_bias_correction: bool = False
-    """Of adamw; adam always corrects."""
+    """Whether adamw corrects the bias of its moments; adam always does."""
     max_gradient_norm: Rate | None = None
-    """Gradients are scaled down to this global norm; 0 or null: not."""
+    """Largest global norm of the gradients, which are scaled down to it; 0 or null means no
+    limit."""
     max_gradient_value: Rate | None = None
-    """Each gradient is cut to ± this; 0 or null: not."""
+    """Largest absolute value of a gradient, which is clipped to it; 0 or null means no limit."""
     grad_accum_steps: Positive = 1
-    """Batches whose gradients are averaged for one update."""
+    """Number of batches whose gradients are averaged for one update."""
     loss_scaling_factor: PositiveNumber | Literal["dynamic", "tf_dynamic"] = 1.0
-    """The loss is multiplied by it for the gradients; dynamic adapts it."""
+    """Factor on the loss before the backward pass: a number, or a dynamic scale that adapts."""
     initial_loss_scale: PositiveNumber = 2.0**15
-    """Of the dynamic ones: the first."""
+    """First value of a dynamic loss scale."""
     steps_per_increase: Positive = 2000
-    """Of the dynamic ones: steps until it doubles."""
+    """Number of steps after which a dynamic loss scale doubles."""
     min_loss_scale: LossScale = _SMALLEST_SCALE
-    """Of dynamic."""
+    """Smallest value of a dynamic loss scale."""
     max_loss_scale: LossScale = 2.0**15
-    """Of dynamic."""
+    """Largest value of a dynamic loss scale."""
     overflow_tolerance: Rate = 0.05
-    """Of dynamic: the share of steps with overflow beyond which it halves."""
+    """Share of overflowing steps beyond which a dynamic loss scale halves."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of all slots of a streamed run, on the disk; bfloat16 is rounded stochastically."""
+    """Dtype of all optimizer slots of a streamed run on disk; bfloat16 is rounded
+    stochastically."""
     log_summaries: bool = True
-    """Summaries are always written."""
+    """Accepted for compatibility: summaries are always written."""
     log_grads: bool = False
-    """No effect: gradients are not kept; the norm is logged."""
+    """No effect: gradients are not recorded; their norm is logged."""
     log_hists: bool = False
-    """Histograms of the weights, every save_summary_steps."""
+    """Whether to record histograms of the weights every save_summary_steps."""
     ws_summary: bool = False
-    """Of the CS client. No effect."""
+    """No effect: a setting of the CS client."""
     disable_standard_logs: bool | None = None
-    """Of the reference's logging. No effect."""
+    """No effect: a setting of the reference's logging."""
 
 
 class RunConfig(Section):
-    """`runconfig`: how far, how often, and where."""
+    """`runconfig`: how long to train, how often to save, and on what."""
 
     max_steps: Natural = 100
-    """Train up to this step."""
+    """Step to train up to."""
     steps: Natural | None = None
-    """Train so many steps more, whatever max_steps is."""
+    """Number of further steps to train, whatever max_steps is."""
     eval_steps: Whole | None = 0
-    """Batches of an evaluation; 0 or null: all."""
+    """Number of batches per evaluation; 0 or null means all."""
     save_checkpoints_steps: Positive = 1000
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     keep_checkpoint_max: Natural | None = 5
-    """Newest checkpoints to keep; 0: all."""
+    """Number of newest checkpoints to keep; 0 means all."""
     save_summary_steps: Positive = 100
-    """Steps between TensorBoard summaries."""
+    """Number of steps between TensorBoard summaries."""
     log_step_count_steps: Positive | None = None
-    """Steps between lines of metrics; null: save_summary_steps."""
+    """Number of steps between lines of metrics; null means save_summary_steps."""
     throttle_secs: Natural = 0
-    """In train_and_eval, seconds between evaluations at least."""
+    """Smallest number of seconds between evaluations in train_and_eval."""
     tf_random_seed: Natural | None = None
-    """The seed of what has none of its own."""
+    """Seed of everything that has no seed of its own."""
     enable_distributed: bool = False
-    """Several workers share each batch: those of TF_CONFIG, else one a GPU of this machine."""
+    """Whether several workers share each batch: those of TF_CONFIG, else one per GPU of this
+    machine."""
     multiple_workers: bool = False
-    """They are on several machines: TF_CONFIG must say which."""
+    """Whether the workers are on several machines, which TF_CONFIG must name."""
     workers: Positive = 1
-    """How many train together; a run writes it, and with `--set` goes on with another number. Not
-    a key of the reference."""
+    """Number of workers that train together. The run records it; `--set` resumes with another
+    number. Not a key of the reference."""
     cs_ip: str | None = None
     """Address of a CS system."""
     checkpoint_path: str | None = None
-    """Weights to begin with; the step and the slots begin anew."""
+    """Checkpoint whose weights alone the run starts from, at step 0 and with new optimizer
+    slots."""
     execution: Execution = Execution.RESIDENT
-    """Where the weights are: in memory, or on the disk, brought one block at a time. Not a key of
-    the reference."""
+    """Where the weights are: resident in memory, or streamed from disk one block at a time. Not a
+    key of the reference."""
     backend: Backend = Backend.TENSORFLOW
-    """What computes: TensorFlow, or JAX, which divides a model among devices. Not a key of the
-    reference."""
+    """Library that computes: TensorFlow, or JAX, which shards a model across devices. Not a key of
+    the reference."""
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    """Of jax, `[batch, model]`: along how many devices batches and tensors are divided; null:
-    tensors along all. Not a key of the reference."""
+    """Shape of the device mesh of jax, `[batch, model]`: numbers of devices that batches and
+    tensors are divided among; null divides tensors among all. Not a key of the reference."""
     num_wgt_servers: Natural | None = None
-    """Of the CS client. No effect."""
+    """No effect: a setting of the CS client."""
     disable_standard_logs: bool | None = None
-    """Of the reference's logging. No effect."""
+    """No effect: a setting of the reference's logging."""
     disable_input_pipeline_ckpt: bool | None = None
-    """Of the CS client: the data's position is always kept."""
+    """No effect: a setting of the CS client; the position in the data is always saved."""
     mode: Literal["train", "eval", "eval_all", "train_and_eval"] | None = None
-    """As the reference saves it; the command line says it."""
+    """No effect: recorded by the reference; the command line decides."""
     model_dir: str | None = None
-    """As the reference saves it; the command line says it."""
+    """No effect: recorded by the reference; the command line decides."""
     params: str | None = None
-    """As the reference saves it. No effect."""
+    """No effect: recorded by the reference."""
     device: str | None = None
-    """Where to compute, such as /gpu:0; null: TensorFlow chooses."""
+    """Device that computes, such as /gpu:0; null lets TensorFlow choose."""
     validate_only: bool = False
-    """As the reference saves it; the command line says it."""
+    """No effect: recorded by the reference; the command line decides."""
     compile_only: bool = False
-    """As the reference saves it; the command line says it."""
+    """No effect: recorded by the reference; the command line decides."""
 
 
 def _without_data(value: Any) -> Any:
-    """The reference fills an empty section with defaults, and saves that."""
+    """Read a section without data as absent: the reference fills an empty section with defaults and
+    saves them."""
     return None if isinstance(value, dict) and "data_dir" not in value else value
 
 
@@ -450,13 +467,13 @@ class Params(Section):
     eval_input: Annotated[InputParams | None, BeforeValidator(_without_data)] = None
     """Records to evaluate on."""
     model: ModelParams
-    """The model."""
+    """Architecture of the model."""
     optimizer: OptimizerParams
-    """The update."""
+    """Optimizer of the run."""
     runconfig: RunConfig = RunConfig()
-    """The run."""
+    """Settings of the run."""
     csconfig: dict[str, Any] | None = None
-    """Of the CS client. No effect."""
+    """No effect: a setting of the CS client."""
 
     @model_validator(mode="after")
     def _mixed_epsilon(self) -> Self:
@@ -467,10 +484,10 @@ class Params(Section):
 
     @property
     def config(self) -> GPTJConfig:
-        """The model's shape and constants.
+        """Shape and constants of the model.
 
         Raises:
-            ConfigError: it is not a GPT-J.
+            ConfigError: the section does not describe a GPT-J.
         """
         section = self.model.model_dump(exclude_unset=True)
         return config_from_model_section(section, vocab_size=self._vocab_size, where="params")
@@ -484,25 +501,25 @@ class Params(Section):
 
     @property
     def dtype_policy(self) -> str:
-        """Keras' name of how the model computes."""
+        """Keras dtype policy that the model computes with."""
         model = self.model
         return f"mixed_{model.mixed_precision_dtype}" if model.mixed_precision else "float32"
 
     @property
     def log_steps(self) -> int:
-        """Steps between lines of metrics."""
+        """Number of steps between lines of metrics."""
         return self.runconfig.log_step_count_steps or self.runconfig.save_summary_steps
 
     @property
     def eval_limit(self) -> int:
-        """Batches of an evaluation; 0 means all."""
+        """Number of batches per evaluation; 0 means all."""
         return max(self.runconfig.eval_steps or 0, 0)
 
     @property
     def tokens_per_byte(self) -> float:
-        """What turns bits per token into bits per byte; 1 for an unknown data set."""
+        """Factor from bits per token to bits per byte; 1 for an unknown data set."""
         return TOKENS_PER_BYTE.get((self.model.bits_per_x_dataset or "").lower(), 1.0)
 
     def to_yaml(self) -> str:
-        """Return the parameters as YAML, defaults included, which the reference reads too."""
+        """Return the parameters as YAML that the reference reads too, defaults included."""
         return yaml_text(complete_for_reference(self.model_dump(mode="json", exclude_none=True)))

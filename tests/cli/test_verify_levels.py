@@ -74,7 +74,7 @@ def test_wrong_gradients_name_the_tensor(converted: Path, gptj, monkeypatch: pyt
 
     def load(self, i):
         at[:] = [i]
-        resident(self, i)
+        return resident(self, i)
 
     def call(self, h_BTD, *rest, **options):
         out, cache = sound(self, h_BTD, *rest, **options)
