@@ -40,7 +40,7 @@ from side import Side
 from gptj_convert.resources import footprint
 from gptj_convert.resources.rates import Rates, measure
 from gptj_model.config import GPTJConfig
-from gptj_model.streaming.residency import Kept
+from gptj_model.streaming.residency import Residency
 
 GPTJ = (sys.executable, "-m", "runner.cli.root")
 STREAMING = {"runconfig.execution": "streaming"}
@@ -250,7 +250,7 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
     base = ("generate", "--model", weights, "--ids", ",".join(map(str, PROMPT)), "--json")
     print("| kept | tokens/s | the disk allows | of it | peak | planned |\n" + "| --- " * 6 + "|")
     for count in (0, config.n_layer // 2, config.n_layer):
-        planned = needed(kept=Kept(blocks=count, head=count > 0))
+        planned = needed(kept=Residency(blocks=count, head=count > 0))
         seconds: list[float] = []
         for tokens in (1, 1 + options.tokens):
             command = [*GPTJ, *base, "--max-new-tokens", tokens, "--memory", planned]

@@ -1,4 +1,4 @@
-"""How two models' outputs are set side by side.
+"""Comparison of two models' outputs.
 
 Shape suffixes: N tokens, V vocabulary.
 """
@@ -12,24 +12,24 @@ import numpy as np
 
 #: Tokens compared at once: float64 copies of a whole prompt's logits would take gigabytes.
 _ROWS = 64
-#: How many of a token's most likely successors are compared beside the first.
+#: Number of a token's most likely successors that are compared beside the first.
 TOP = 10
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFigures:
-    """Differences of two models' logits over some tokens; arrays have one entry a token."""
+    """Differences of two models' logits over some tokens; arrays have one entry per token."""
 
     max_abs_N: np.ndarray
-    """Largest |Δ| of the token's logits."""
+    """Largest |Δ| of each token's logits."""
     kl_N: np.ndarray
-    """KL(reference ‖ other) of its distribution, in nats."""
+    """KL(reference ‖ other) of each token's distribution, in nats."""
     same_first_N: np.ndarray
-    """Whether its most likely successor is the same."""
+    """Whether the most likely successor of each token is the same."""
     shared_top_N: np.ndarray
-    """Share of the reference's ten most likely successors that are the other's too."""
+    """Share of the reference's ten most likely successors that are also the other model's."""
     spread: float
-    """Standard deviation of the reference's logits, of all these tokens together."""
+    """Standard deviation of the reference's logits over all tokens."""
 
     @property
     def max_abs(self) -> float:
@@ -38,12 +38,12 @@ class LogitsFigures:
 
     @property
     def relative(self) -> float:
-        """`max_abs` over `spread`: the verdict's figure."""
+        """`max_abs` divided by `spread`: the figure that decides."""
         return over_spread(self.max_abs, self.spread)
 
     @property
     def max_kl(self) -> float:
-        """The largest of any token; NaN if one is."""
+        """Largest KL of any token; NaN if one is NaN."""
         return max(0.0, float(self.kl_N.max())) if np.isfinite(self.kl_N).all() else math.nan
 
     @property
@@ -63,7 +63,8 @@ class LogitsFigures:
 
 
 def compare_logits(found_NV: np.ndarray, expected_NV: np.ndarray) -> LogitsFigures:
-    """Figures in float64. A NaN on either side makes the figures NaN, which no tolerance passes."""
+    """Return the differences, computed in float64. A NaN on either side makes them NaN, which no
+    tolerance passes."""
     count = len(expected_NV)
     max_abs_N, kl_N = np.empty(count), np.empty(count)
     same_N, shared_N = np.empty(count, bool), np.empty(count)
@@ -86,7 +87,8 @@ def compare_logits(found_NV: np.ndarray, expected_NV: np.ndarray) -> LogitsFigur
 
 
 def relative_by_token(found_ND: np.ndarray, expected_ND: np.ndarray) -> np.ndarray:
-    """Largest |Δ| of each token over the standard deviation of all that is expected: (N,)."""
+    """Return the largest |Δ| of each token divided by the standard deviation of the expected
+    values: (N,)."""
     spread = float(expected_ND.std(dtype=np.float64))
     deltas = np.abs(found_ND - expected_ND).max(-1)
     if spread > 0:
@@ -95,13 +97,13 @@ def relative_by_token(found_ND: np.ndarray, expected_ND: np.ndarray) -> np.ndarr
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest |Δ| divided by the standard deviation of what is expected."""
+    """Return the largest |Δ| divided by the standard deviation of the expected values."""
     spread = float(expected.std(dtype=np.float64))
     return over_spread(float(np.abs(found - expected).max()), spread)
 
 
 def over_spread(delta: float, spread: float) -> float:
-    """|Δ| over a standard deviation; without any spread, 0 or infinity."""
+    """Return |Δ| divided by a standard deviation; where that is 0, 0 or infinity."""
     if spread > 0 or np.isnan(delta) or np.isnan(spread):
         return delta / spread if spread else math.nan
     return 0.0 if delta == 0 else math.inf

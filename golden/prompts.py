@@ -1,4 +1,4 @@
-"""The battery of prompts, stored as ids and fitted to a model.
+"""The prompts of a verification, stored as ids and fitted to a model.
 
 Shape suffixes: B batch, T time.
 """
@@ -16,22 +16,22 @@ from gptj_model.config import GPTJConfig
 
 PROMPTS_FILE = "prompts.jsonl"
 
-#: Prompts that are also run as one batch, padded on the left to the longest of them.
+#: Prompts that also run as one batch, left-padded to the longest of them.
 _PADDED = ("the dog", "17 tokens", "ids from both ends")
 PADDED = "padded batch"
-#: The prompt that is also decoded with a cache: some tokens at once, then one by one.
+#: Prompt that is also decoded with a cache: some tokens at once, then one by one.
 _DECODED = "17 tokens"
 DECODED = "decoded with a cache"
-#: The prompt of the model's full length, and those it is made of.
+#: Prompt of the model's full length, and the prompts it is made of.
 FULL_LENGTH = "full length"
 _FULL_LENGTH_OF = ("text", "source code", "other scripts and emoji")
-#: Names of prompts that begin at a position; with it.
+#: Prefix of the names of prompts that start at a position, which follows.
 _WINDOW = "window at "
-#: Prompts that are cheap and together reach far: for what is run several times.
+#: Prompts that are cheap and together reach far, for what runs several times.
 SHORT = ("17 tokens", "ids from both ends", "window at 2032")
 #: Prompts that are continued.
 _CONTINUED = ("the dog", "17 tokens")
-#: The batch that gradients are taken on.
+#: Prompts that form the batch of which gradients are taken.
 _TRAINED = ("17 tokens", "window at 2032")
 
 
@@ -47,11 +47,11 @@ class Prompt:
     real: np.ndarray
     """bool, shape (B, T): False at padding."""
     pieces: tuple[int, ...] = ()
-    """How many tokens to run at a time, with a cache; () runs all at once."""
+    """Numbers of tokens to run at a time with a cache; () runs all at once."""
 
     @property
     def tokens(self) -> int:
-        """Their number, without padding."""
+        """Number of tokens without padding."""
         return int(self.real.sum())
 
     @property
@@ -61,13 +61,14 @@ class Prompt:
 
 
 def battery(config: GPTJConfig, *, thorough: bool = False) -> list[Prompt]:
-    """Every prompt, its ids taken modulo the vocabulary, lengths and positions cut to the model.
+    """Return every prompt, with ids modulo the vocabulary, and lengths and positions cut to the
+    model.
 
-    An id below 0 counts from the vocabulary's end.
+    A negative id counts from the end of the vocabulary.
 
     Args:
-        config: of the model.
-        thorough: also a prompt of the model's full length.
+        config: configuration of the model.
+        thorough: whether to add a prompt of the model's full length.
     """
     stored = _stored(config)
     decoded = stored[_DECODED]
@@ -83,7 +84,7 @@ def battery(config: GPTJConfig, *, thorough: bool = False) -> list[Prompt]:
 
 
 def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Windows where a model's length has moved them to, and each of them once."""
+    """Return prompts without duplicates, which a short model turns windows into."""
     kept: dict[tuple[bytes, bytes], Prompt] = {}
     for prompt in prompts:
         if prompt.name.startswith(_WINDOW):
@@ -93,13 +94,13 @@ def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def short(config: GPTJConfig) -> list[Prompt]:
-    """The prompts of `SHORT`."""
+    """Return the prompts of `SHORT`."""
     stored = _stored(config)
     return [stored[name] for name in SHORT]
 
 
 def training_batch(config: GPTJConfig) -> Prompt:
-    """Sequences of one length whose tokens are also their own labels; see `labels`."""
+    """Return sequences of one length whose tokens are also their labels; see `labels`."""
     stored = _stored(config)
     prompts = [stored[name] for name in _TRAINED]
     shortest = min(p.tokens for p in prompts)
@@ -116,7 +117,8 @@ def training_batch(config: GPTJConfig) -> Prompt:
 
 
 def continued(config: GPTJConfig, new_tokens: int) -> list[Prompt]:
-    """Prompts to continue by so many tokens, cut where the model's length asks for it."""
+    """Return the prompts to continue by `new_tokens` tokens, cut where the model's length requires
+    it."""
     stored = _stored(config)
     room = max(1, config.n_positions - new_tokens)
     found = (stored[name] for name in _CONTINUED)
@@ -124,7 +126,7 @@ def continued(config: GPTJConfig, new_tokens: int) -> list[Prompt]:
 
 
 def labels(prompt: Prompt) -> np.ndarray:
-    """The token after each: int32, shape (B, T); the last one's is the first."""
+    """Return the token after each token, int32 (B, T); the last token is followed by the first."""
     return np.roll(prompt.ids, -1, axis=1)
 
 
@@ -159,6 +161,6 @@ def _padded(prompts: list[Prompt]) -> Prompt:
 
 
 def _pieces(length: int) -> tuple[int, ...]:
-    """Most of the tokens at once, then the others one by one."""
+    """Return most of the tokens at once, then the others one by one."""
     first = max(1, length * 2 // 3)
     return (first, *([1] * (length - first)))

@@ -1,4 +1,4 @@
-"""What the world knows of the public GPT-J-6B: published.json."""
+"""Published facts about the public GPT-J-6B: published.json."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ PUBLISHED_FILE = "published.json"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The facts that a checkpoint can be held against."""
+    """Facts that a checkpoint can be compared with."""
 
     repository: str
-    """On the Hugging Face hub."""
+    """Repository on the Hugging Face Hub."""
     prompt: tuple[int, ...]
-    """Token ids."""
+    """Token ids of the prompt."""
     continuation: tuple[int, ...]
-    """The most likely token after the prompt, and so on."""
+    """Most likely tokens after the prompt, one after the other."""
     source: str
-    """Of the continuation."""
+    """Source of the continuation."""
 
 
 def published() -> Published:
-    """The facts, read."""
+    """Return the facts."""
     facts = json.loads((files("golden") / PUBLISHED_FILE).read_text(encoding="utf-8"))
     greedy = facts["greedy_continuation"]
     return Published(

@@ -1,7 +1,8 @@
-"""A recording of what a model outputs, to be carried to a machine that cannot run the original.
+"""A recording of a model's outputs, for machines that cannot run the original.
 
-A folder with `recording.json`, which says of which model and of what, and `outputs.npz`, float32.
-Of long prompts a number of tokens is kept, evenly spread; hidden states of the short ones.
+A recording is a folder with `recording.json`, which describes the model and the prompts, and
+`outputs.npz`, float32. Of long prompts some tokens are kept, evenly spread; of short prompts also
+the hidden states.
 
 Shape suffixes: N kept tokens, D hidden, V vocabulary, L blocks.
 """
@@ -26,51 +27,52 @@ RECORDING_FILE = "recording.json"
 OUTPUTS_FILE = "outputs.npz"
 FORMAT_VERSION = 1
 
-#: Tokens of a prompt whose logits are kept.
+#: Number of tokens of a prompt whose logits are kept.
 KEPT = 16
-#: The recording of a small random model that comes with the program.
+#: Recording of a small random model that comes with the program.
 TINY = "tiny"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedPrompt:
-    """One prompt and what the model gave."""
+    """One prompt and the model's outputs for it."""
 
     prompt: Prompt
     kept: np.ndarray
-    """Indices of the tokens whose logits are there: (N,)."""
+    """Indices of the tokens whose logits are kept: (N,)."""
     logits: np.ndarray
-    """Float32, (N, V)."""
+    """Logits of the kept tokens, float32 (N, V)."""
     hidden: np.ndarray | None
-    """Float32, (L, T, D), after each block; None where they are not recorded."""
+    """Hidden states after each block, float32 (L, T, D); None where they are not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recording:
-    """Everything that was recorded of one model."""
+    """Everything that is recorded of one model."""
 
     config: GPTJConfig
     dtype: str
-    """That the weights were rounded to before they were run in float32."""
+    """Dtype that the weights were rounded to before the model ran in float32."""
     made_by: str
-    """The command line, or what was recorded."""
+    """Description of the model."""
     versions: Mapping[str, str]
-    """Of the libraries that ran the original."""
+    """Versions of the libraries that ran the original."""
     weights: Mapping[str, Mapping[str, str]]
-    """By HF name, crc32c in hex of the values in HF's layout, by the dtype they are rounded to."""
+    """crc32c in hex of each tensor's values in HF's layout, by HF name and by the dtype they are
+    rounded to."""
     prompts: tuple[RecordedPrompt, ...]
 
 
 def kept_tokens(prompt: Prompt) -> np.ndarray:
-    """Indices of the tokens of a prompt that are recorded; the first and the last are."""
+    """Return the indices of a prompt's recorded tokens, the first and the last among them."""
     return np.unique(np.linspace(0, prompt.tokens - 1, KEPT).round().astype(np.int64))
 
 
 def write_recording(recording: Recording, folder: Path) -> None:
-    """Write to an empty folder.
+    """Write a recording to an empty folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     arrays: dict[str, np.ndarray] = {}
     rows = []
@@ -101,17 +103,17 @@ def write_recording(recording: Recording, folder: Path) -> None:
 
 
 def read_recording(folder: Path | None) -> Recording:
-    """Read a recording; None: the one that comes with the program.
+    """Read a recording; None reads the one that comes with the program.
 
     Raises:
-        FileFault: there is none, or it is not one.
+        FileFault: the folder does not exist or is not a recording.
         ConfigError: its model is not a GPT-J.
     """
     path = folder if folder is not None else Path(str(files("golden") / TINY))
     try:
         fields = json.loads((path / RECORDING_FILE).read_text(encoding="utf-8"))
         config = GPTJConfig.from_hf(fields["config"])
-        # Opened here: numpy leaves a file open that is none of its own.
+        # Opened here, because numpy leaves a damaged file open.
         with (path / OUTPUTS_FILE).open("rb") as f, np.load(f, allow_pickle=False) as arrays:
             prompts = tuple(
                 _recorded(row, n, arrays, config) for n, row in enumerate(fields["prompts"])

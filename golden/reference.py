@@ -1,7 +1,7 @@
-"""The reference: Hugging Face's PyTorch GPT-J, run block by block. The only user of its model.
+"""The reference: Hugging Face's PyTorch GPT-J, run block by block. No other module imports it.
 
-Weights come through the table from any source, so nothing is unpickled by torch, and memory is
-that of one block.
+Weights come through the table from any source, so torch unpickles nothing, and memory is that of
+one block.
 
 Shape suffixes: B batch, T time, D hidden, V vocabulary.
 """
@@ -24,16 +24,16 @@ from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import HF_BLOCK, Scheme, Tensor, block, final_norm
 from gptj_model.vocabulary import parts, read_embeddings, read_head
 
-#: The functions that torch hands to MKL's vector mathematics on a CPU, and this model uses.
+#: Functions that torch passes to MKL's vector mathematics on a CPU, and that this model uses.
 _VECTOR_MATH = ("sin", "cos", "tanh", "exp", "log", "sqrt", "square", "reciprocal")
 
 
 def _resolve_vector_math() -> None:
-    """Call each vector function of MKL once, in one thread, before any is needed.
+    """Call each vector function of MKL once in one thread, before any is needed.
 
-    MKL chooses a kernel at a function's first call, and when several threads make that call at
-    once, one may get a kernel of low accuracy (pytorch/pytorch#188792). Seen here: sines of the
-    rotary angles wrong by 1.5e-4 in about one process of 25.
+    MKL chooses a kernel at the first call of a function. When several threads make that call at
+    once, one may get a kernel of low accuracy (pytorch/pytorch#188792): sines of the rotary angles
+    were wrong by 1.5e-4 in about one process of 25.
     """
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype)
@@ -122,16 +122,16 @@ class ReferenceBlock:
 
 
 class StreamedReference:
-    """The stages of a forward pass; the same calls as `gptj_model.streaming.forward.StreamedModel`.
+    """The stages of a forward pass, with the calls of `gptj_model.streaming.forward.StreamedModel`.
 
-    The dtype of the hidden states, float32 or float64, is that of the computation; attention
-    scores and their softmax are float32 in either, as the model itself has it.
+    Computation has the dtype of the hidden states, float32 or float64; attention scores and their
+    softmax are always float32, as in the model itself.
 
     Args:
-        config: of the model.
-        source, scheme: where its weights are, and under which names.
+        config: configuration of the model.
+        source, scheme: weights, and the scheme of their names.
         round_to: canonical dtype that weights are rounded to first, so that a difference of
-            rounding alone does not count as one of computation; None leaves them.
+            rounding alone does not count as one of computation; None leaves them as they are.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class StreamedReference:
 
     @staticmethod
     def empty_cache() -> DynamicCache:
-        """The cache of one block."""
+        """Return an empty cache of one block."""
         return DynamicCache()
 
     def head(self, *, last: bool = False) -> StreamedReference:
@@ -198,7 +198,8 @@ class StreamedReference:
 
     @torch.no_grad()
     def logits(self, normed: Sequence[np.ndarray], *, rounded: bool = True) -> list[np.ndarray]:
-        """Normed hidden states (B, T, D) → (B, T, V) each, a part of the vocabulary at a time."""
+        """Return logits (B, T, V) of normed hidden states (B, T, D), a part of the vocabulary at a
+        time."""
         found = [np.empty((*x.shape[:2], self.config.vocab_size), x.dtype) for x in normed]
         for start, stop in parts(self.config):
             weight_VD, bias_V = self._read_head(start, stop, rounded)
@@ -225,7 +226,7 @@ class StreamedReference:
     def _read_head(
         self, start: int, stop: int, rounded: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (stop - start, D) and bias of the head for these tokens, float32."""
+        """Return weight (stop - start, D) and bias of the head for these tokens, float32."""
         read = read_head(self.config, self._source, self._scheme, start, stop)
         weight_VD, bias_V = (torch.from_numpy(self._float32(x, rounded)) for x in read)
         return weight_VD, bias_V

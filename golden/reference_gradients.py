@@ -1,6 +1,6 @@
 """Gradients of the reference, back through its stages in reverse, one block at a time.
 
-Shape suffixes: N tokens, B batch, T time, D hidden, V vocabulary, U different tokens.
+Shape suffixes: N tokens, B batch, T time, D hidden, V vocabulary, U distinct tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from golden.reference import StreamedReference
 from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, final_norm
 
 Gradients = dict[str, np.ndarray]
-"""By HF name, in the dtype of the computation."""
+"""Gradients by HF name, in the dtype of the computation."""
 
 
 class ReferenceGradients(StreamedReference):
-    """The same calls as `gptj_model.streaming.backward.StreamedGradients`, by torch's autograd."""
+    """Gradients by torch's autograd, with the calls of
+    `gptj_model.streaming.backward.StreamedGradients`."""
 
     def loss_gradients(
         self, logits_NV: np.ndarray, labels_N: np.ndarray
     ) -> tuple[float, np.ndarray]:
-        """Mean cross-entropy of the labels, and its gradient of the logits."""
+        """Return the mean cross-entropy of the labels, and its gradient with respect to the
+        logits."""
         labels = torch.from_numpy(labels_N.astype(np.int64))
         logits = _leaf(logits_NV)
         loss = functional.cross_entropy(logits, labels)
@@ -33,7 +35,7 @@ class ReferenceGradients(StreamedReference):
     def head_gradients(
         self, start: int, stop: int, normed_ND: np.ndarray, d_logits_NV: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
-        """Of the normed states and of the head, by its tokens start:stop alone."""
+        """Return the gradients of the normed states and of the head's tokens start:stop."""
         weights = [w.to(_dtype(normed_ND)).requires_grad_() for w in self._read_head(start, stop)]
         d_normed, *d_weights = _backwards(
             lambda x: functional.linear(x, *weights), normed_ND, weights, d_logits_NV
@@ -43,7 +45,7 @@ class ReferenceGradients(StreamedReference):
     def final_norm_gradients(
         self, x_ND: np.ndarray, d_normed_ND: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
-        """Of the hidden states and of the norm's weights."""
+        """Return the gradients of the hidden states and of the final norm's weights."""
         layer = self._loaded_norm().to(_dtype(x_ND))
         names = [t.hf for t in final_norm(self.config)]
         d_x, *d_weights = _backwards(layer, x_ND, list(layer.parameters()), d_normed_ND)
@@ -52,7 +54,7 @@ class ReferenceGradients(StreamedReference):
     def block_gradients(
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, d_out_BTD: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
-        """Of the hidden states and of the resident block's weights."""
+        """Return the gradients of the hidden states and of the loaded block's weights."""
         self._block.to(_dtype(x_BTD))
         named = {f"{self._prefix}{name}": p for name, p in self._block.named_parameters()}
         d_x, *d_weights = _backwards(
@@ -63,7 +65,7 @@ class ReferenceGradients(StreamedReference):
     def embedding_gradients(
         self, ids_N: np.ndarray, d_x_ND: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The different tokens (U,), and the gradient of their rows (U, D)."""
+        """Return the distinct tokens (U,), and the gradients of their rows (U, D)."""
         unique_U, where_N = np.unique(ids_N, return_inverse=True)
         where = torch.from_numpy(where_N)
         rows = np.zeros((len(unique_U), d_x_ND.shape[1]), d_x_ND.dtype)
@@ -77,7 +79,7 @@ def _backwards(
     weights: Sequence[torch.Tensor],
     d_out: np.ndarray,
 ) -> list[np.ndarray]:
-    """Of the input, then of each weight."""
+    """Return the gradient of the input, then of each weight."""
     leaf = _leaf(x)
     found = torch.autograd.grad(run(leaf), [leaf, *weights], torch.from_numpy(d_out))
     return [gradient.numpy() for gradient in found]

@@ -1,4 +1,4 @@
-"""Tolerances, each with the measurement it came from."""
+"""Tolerances, each with the measurement it comes from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 #: or an exact GELU gives 1e-3 and more.
 LOGITS = 1e-4
 
-#: Gradients pass with so many times the tolerance of logits: largest |Δ| of a tensor's gradient
-#: over the root of its mean square.
+#: Factor between the tolerance of gradients and that of logits. Figure of gradients: largest |Δ| of
+#: a tensor's gradient divided by its root mean square.
 GRADIENTS_OVER_LOGITS = 10
 
-#: Losses, learning rates and gradient norms against recorded runs of the reference, relative.
-#: Measured: at most 5e-7 over 20 steps.
+#: Relative tolerance of losses, learning rates and gradient norms against recorded runs of the
+#: reference. Measured: at most 5e-7 over 20 steps.
 TRAINING = 1e-5

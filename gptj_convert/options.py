@@ -1,4 +1,4 @@
-"""What a conversion and a verification may be asked for.
+"""The choices that conversions and verifications offer.
 
 The standard library only, so that the command line can offer it without loading the rest.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-#: "keep" leaves every tensor in the dtype it has.
+#: Choice of dtype that leaves every tensor as it is.
 KEEP = "keep"
 DTYPES = ("float32", "float16", "bfloat16")
 
-#: Formats that can be written, by `gptj_model.tensors.Scheme` value, with their dtype and folder
-#: when none is asked for. The reference's variables are float32.
+#: Default dtype and output folder of each format that can be written, by
+#: `gptj_model.tensors.Scheme` value. The reference's variables are float32.
 DEFAULT_DTYPE = {"tf": "float32", "hf": KEEP, "keras": KEEP, "cs": KEEP}
 DEFAULT_OUT = {
     "tf": Path("converted"),
@@ -22,24 +22,23 @@ DEFAULT_OUT = {
     "cs": Path("converted-cs"),
 }
 
-#: Files that `gptj new` can write weights to, by the name of one that holds them all; and how
-#: the weights of linear layers lie in a `.bin`: as PyTorch makes them, or as transposed views,
-#: which is how the public GPT-J-6B's are stored.
+#: File formats of `gptj new`, by the name of a single weight file; and the memory order of linear
+#: layers in a `.bin`: as PyTorch makes them, or as transposed views, which is how the public
+#: GPT-J-6B stores them.
 FILE_FORMATS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 ROW_MAJOR, TRANSPOSED = LAYOUTS = ("row-major", "transposed")
 
-#: What `gptj convert` can write beside whole models: the adapter of a run with LoRA.
+#: Format of `gptj convert` for the adapter of a run with LoRA, instead of a whole model.
 PEFT = "peft"
 PEFT_OUT = Path("converted-peft")
 
-#: How PyTorch's optimizer was, or will be, given the parameters:
-#: `gptj_model.optimizer_names.Grouping`.
+#: How PyTorch's optimizer numbers the parameters: `gptj_model.optimizer_names.Grouping`.
 GROUPINGS = ("one", "decay")
 
-#: What the CS client computes on, its systems first.
+#: Backends of the CS client, its systems first.
 CS_BACKENDS = ("CSX", "CPU")
 
-#: Where the number of tokens comes from if config.json and tensors disagree.
+#: Which vocabulary size counts if config.json and the tensors disagree.
 FROM_TENSORS = "from-tensors"
 FROM_CONFIG = "from-config"
 VOCAB_SIZES = (FROM_TENSORS, FROM_CONFIG)
@@ -51,15 +50,14 @@ _UNITS = {
     for ending, base in (("B", 1000), ("iB", 1024))
 }
 
-#: Where `gptj download` puts the public model, and so what `gptj convert` takes.
+#: Folder that `gptj download` puts the public model into, and that `gptj convert` reads by default.
 DEFAULT_SOURCE = Path("gpt-j-6b")
 
-#: Levels of verification, from cheap to dear; the one that is run up to if none is named; and
-#: what names them all.
+#: Levels of verification from cheap to expensive, the default last level, and the word for all.
 LEVELS = ("structure", "weights", "logits", "gradients", "generation")
 DEFAULT_LEVEL = "logits"
 ALL_LEVELS = "all"
-#: Levels that run the models, and so need TensorFlow, torch and transformers.
+#: Levels that run the models, and therefore need TensorFlow, torch and transformers.
 MODEL_LEVELS = LEVELS[LEVELS.index("logits") :]
 #: Levels that a recording of the original can stand in for.
 RECORDED_LEVELS = LEVELS[: LEVELS.index("logits") + 1]
@@ -71,10 +69,10 @@ def levels_up_to(level: str) -> tuple[str, ...]:
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as 2GB, 500MiB, 1.5GB or a plain number of bytes.
+    """Return the number of bytes in a size such as 2GB, 500MiB, 1.5GB or 1000.
 
     Raises:
-        ValueError: it is none, or less than a byte.
+        ValueError: the text is not a size, or is less than a byte.
     """
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
     units = {"": 1} | {unit.upper(): factor for unit, factor in _UNITS.items()}

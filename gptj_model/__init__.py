@@ -1,4 +1,4 @@
-"""What GPT-J is: its configuration, its table of tensors, its Keras model.
+"""What GPT-J is: its configuration, its table of tensors and its Keras model.
 
 Importing this package imports no Keras; `gptj_model.network.model` does.
 """

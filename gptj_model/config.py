@@ -19,11 +19,11 @@ CONFIG_FILE = "config.json"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50400
 
-#: Activations that are GELU in its tanh form, under the names Hugging Face gives it.
+#: Names that Hugging Face gives to GELU in its tanh form.
 TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh")
 
-#: No published or plausible GPT-J exceeds these; a config beyond them is a typing error
-#: or hostile, and nothing is allocated by it.
+#: Largest values of any published or plausible GPT-J. A config beyond them is a typing error or
+#: hostile, and nothing is allocated for it.
 _LIMITS = {
     "vocab_size": 10_000_000,
     "n_positions": 1_000_000,
@@ -36,13 +36,13 @@ _LIMITS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPTJConfig:
-    """What determines the shapes and the computation of one GPT-J.
+    """Shapes and constants of one GPT-J, frozen.
 
     Field names are those of the Hugging Face config.json. The defaults are GPT-J-6B.
 
     Raises:
-        ConfigError: a value is of the wrong type, out of range, or not implemented;
-            all such values are named at once.
+        ConfigError: a value has the wrong type, is out of range, or is not implemented; all such
+            values are named at once.
     """
 
     vocab_size: int = VOCAB_SIZE
@@ -58,40 +58,41 @@ class GPTJConfig:
     """Number of blocks."""
 
     n_head: int = 16
-    """Attention heads; each has n_embd / n_head features."""
+    """Number of attention heads; each has n_embd / n_head features."""
 
     n_inner: int | None = None
     """Width of the feed-forward layer; None means 4 · n_embd."""
 
     rotary_dim: int = 64
-    """Leading features of each head that the rotary embedding turns; even."""
+    """Number of leading features of each head that the rotary embedding rotates; even."""
 
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every layer norm."""
+    """Constant added to the variance in every layer norm."""
 
     activation_function: str = "gelu_new"
-    """GELU in its tanh form; one of `TANH_GELU_NAMES`."""
+    """Activation of the feed-forward layer: GELU in its tanh form, one of `TANH_GELU_NAMES`."""
 
     attn_pdrop: float = 0.0
-    """Dropout on attention probabilities, in training."""
+    """Dropout rate of the attention probabilities, in training."""
 
     embd_pdrop: float = 0.0
-    """Dropout on embeddings, in training."""
+    """Dropout rate of the embeddings, in training."""
 
     resid_pdrop: float = 0.0
-    """Dropout on what attention and feed-forward each add to the residual, in training."""
+    """Dropout rate of the outputs of attention and feed-forward, in training."""
 
     tie_word_embeddings: bool = False
-    """Whether the head multiplies by the embedding instead of weights of its own."""
+    """Whether the head uses the embedding as its weight."""
 
     bos_token_id: int | None = END_OF_TEXT_ID
-    """Token that a text begins with."""
+    """Token that starts a text."""
 
     eos_token_id: int | tuple[int, ...] | None = END_OF_TEXT_ID
-    """Token that ends a text, or several of which each does; None means that nothing does."""
+    """Token that ends a text, or several tokens that each end one; None means that no token
+    does."""
 
     carried: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
-    """Fields of a config.json that nothing here reads, kept for the programs that do."""
+    """Fields of a config.json that this program does not read, carried for the programs that do."""
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -100,25 +101,25 @@ class GPTJConfig:
 
     @property
     def head_dim(self) -> int:
-        """Features of one head."""
+        """Number of features per head."""
         return self.n_embd // self.n_head
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward layer, resolved."""
+        """Width of the feed-forward layer, with the default resolved."""
         return self.n_inner if self.n_inner is not None else 4 * self.n_embd
 
     @property
     def dims(self) -> dict[str, int]:
-        """Sizes by the letters that the table of tensors uses."""
+        """Sizes by the letters that the table of tensors uses for them."""
         return {"V": self.vocab_size, "D": self.n_embd, "F": self.ffn_dim}
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTJConfig:
-        """One of `PRESETS`, with single fields replaced.
+        """Return one of `PRESETS`, with single fields replaced.
 
         Raises:
-            ConfigError: no such preset, no such field, or an impossible value.
+            ConfigError: the preset or a field does not exist, or a value is impossible.
         """
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown, expected one of {', '.join(PRESETS)}")
@@ -144,7 +145,7 @@ class GPTJConfig:
             where: the file's name, for error messages.
 
         Raises:
-            ConfigError: not a GPT-J, or a value that is not implemented.
+            ConfigError: the object does not describe a GPT-J, or asks for what is not implemented.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: holds {type(values).__name__}, expected a JSON object")
@@ -174,7 +175,7 @@ class GPTJConfig:
         """Read a config.json.
 
         Raises:
-            ConfigError: absent, not JSON, or see `from_hf`.
+            ConfigError: the file does not exist or is not JSON; see also `from_hf`.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -192,10 +193,10 @@ class GPTJConfig:
         return cls.from_hf(values, where=str(path))
 
     def to_hf(self, *, dtype: str) -> dict[str, Any]:
-        """The content of a Hugging Face config.json that transformers loads.
+        """Return the content of a Hugging Face config.json that transformers loads.
 
         Args:
-            dtype: canonical name of the type the weights are stored in.
+            dtype: canonical name of the dtype that the weights are stored in.
         """
         return {
             "model_type": MODEL_TYPE,
@@ -208,29 +209,30 @@ class GPTJConfig:
         }
 
     def own_fields(self) -> dict[str, Any]:
-        """Return the fields but `carried`, as JSON has them."""
+        """Return every field except `carried`, as JSON has them."""
         values = {name: getattr(self, name) for name in _OWN_FIELDS}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The tokens of which each ends a text."""
+        """Tokens that each end a text."""
         return as_tokens(self.eos_token_id)
 
 
-#: The fields that decide, in the order in which they are written.
+#: Fields that this program reads, in the order in which they are written.
 _OWN_FIELDS = tuple(f.name for f in fields(GPTJConfig) if f.name != "carried")
 
-#: Fields of a config.json that are written from what is known here, never carried.
+#: Fields of a config.json that are written from what is known here and never carried.
 _WRITTEN_FIELDS = frozenset({*_OWN_FIELDS, "model_type", "architectures", "dtype", "torch_dtype"})
 
-#: Fields of a config.json that speak of what is not beside the new weights, with what that is.
+#: Fields of a config.json that are not carried, with the reason: what they refer to is not beside
+#: the new weights.
 NOT_CARRIED = {
     "auto_map": "it names program code, which is never run",
     "quantization_config": "the weights are written unquantised",
 }
 
-#: Other names that transformers gives to fields, and prefers where a file has both.
+#: Aliases of fields in transformers, which prefers the alias where a file has both.
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -240,14 +242,15 @@ _ALIASES = {
 
 
 def as_tokens(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Return the ids that a field with one, several or none holds."""
+    """Return the ids of a field that holds one id, several or none."""
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def default_ends(vocab_size: Any) -> dict[str, Any]:
-    """Return where a text begins and ends if nothing says it: GPT-2's end-of-text, if it exists."""
+    """Return start and end of a text where nothing states them: GPT-2's end-of-text, if it
+    exists."""
     end = END_OF_TEXT_ID if type(vocab_size) is int and vocab_size > END_OF_TEXT_ID else None
     return {"bos_token_id": end, "eos_token_id": end}
 
@@ -279,7 +282,8 @@ NOT_COMPUTED = frozenset(
 
 
 def differing_fields(a: GPTJConfig, b: GPTJConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configs differ, with both values; `ffn_dim` stands for `n_inner`."""
+    """Return the fields in which two configs differ, with both values; `ffn_dim` stands for
+    `n_inner`."""
     names = [*(name for name in _OWN_FIELDS if name != "n_inner"), "ffn_dim"]
     pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,4 +1,4 @@
-"""The floating-point types a checkpoint may hold, under one name each."""
+"""The floating-point types of checkpoints, under one canonical name each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOATS: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-#: Types that are not weights but occur in checkpoints (counters, old mask buffers).
+#: Types in checkpoints that are not weights: counters and old mask buffers.
 OTHERS: dict[str, np.dtype] = {
     "int64": np.dtype(np.int64),
     "int32": np.dtype(np.int32),
@@ -33,34 +33,35 @@ _OVERFLOW = {
     "bfloat16": float.fromhex("0x1.FFp+127"),
     "float32": float.fromhex("0x1.FFFFFFp+127"),
 }
-#: Elements that are looked at together, so that they stay in the cache.
+#: Number of elements examined at once, so that they stay in the cache.
 _PIECE = 2**18
 
 
 def largest(dtype: str) -> float:
-    """The largest finite value of a float dtype."""
+    """Return the largest finite value of a float dtype."""
     return float(ml_dtypes.finfo(NUMPY[dtype]).max)
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """That of some float dtypes, at least one, which has the most bytes."""
+    """Return the widest of one or more float dtypes."""
     return max(dtypes, key=lambda name: FLOATS[name].itemsize)
 
 
 def is_lossless(source: str, target: str) -> bool:
-    """Whether every value of one float dtype is one of another."""
+    """Return whether a float dtype can hold every value of another."""
     (x, y) = (ml_dtypes.finfo(NUMPY[name]) for name in (source, target))
     return bool(x.nmant <= y.nmant and x.maxexp <= y.maxexp and x.minexp >= y.minexp)
 
 
 def count_nonfinite(values: np.ndarray) -> int:
-    """Number of NaN and infinite elements of a contiguous float array."""
+    """Return the number of NaN and infinite elements of a contiguous float array."""
     infinite = _magnitudes(np.full(1, np.inf, values.dtype))[0]
     return sum(int(np.count_nonzero(m >= infinite)) for m in _pieces(values))
 
 
 def count_overflows(values: np.ndarray, target: str) -> int:
-    """Number of finite elements of a contiguous float array that `target` makes infinite."""
+    """Return the number of finite elements of a contiguous float array that `target` makes
+    infinite."""
     if target not in _OVERFLOW or largest(values.dtype.name) < _OVERFLOW[target]:
         return 0
     limits = np.array([_OVERFLOW[target], np.inf]).astype(values.dtype)
@@ -83,6 +84,7 @@ def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _magnitudes(values: np.ndarray) -> np.ndarray:
-    """The bits without the sign, as unsigned integers: they are ordered as the magnitudes are."""
+    """Return the bits without the sign as unsigned integers, which are ordered as the magnitudes
+    are."""
     unsigned = np.dtype(f"u{values.itemsize}")
     return values.view(unsigned) & unsigned.type(2 ** (8 * values.itemsize - 1) - 1)

@@ -1,4 +1,4 @@
-"""Faults a user can act on. They carry data; the text around them is made at the edge."""
+"""Faults that a user can act on. They carry data; the text around them is made at the edge."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class GptjError(Exception):
 
     Attributes:
         message: what was found, where, and what was expected.
-        hint: what to do next, or None.
-        kind: a stable word for programs, the same for every instance of a class.
+        hint: the next step, or None.
+        kind: a stable word for programs, one per class.
     """
 
     kind = "error"
@@ -23,37 +23,37 @@ class GptjError(Exception):
 
 
 class UsageError(GptjError):
-    """The command line asks for something that cannot be meant."""
+    """A command line that asks for something impossible."""
 
     kind = "usage"
 
 
 class ConfigError(GptjError):
-    """A model or training configuration is unreadable or asks for what is not implemented."""
+    """A model or training configuration that is unreadable or asks for what is not implemented."""
 
     kind = "config"
 
 
 class FileFault(GptjError):
-    """A file is missing, cut, corrupt, or cannot be read or written."""
+    """A file that is missing, cut short, corrupt, or cannot be read or written."""
 
     kind = "file"
 
 
 class HubFault(GptjError):
-    """A download could not be done: network, access, or no such repository."""
+    """A download that failed: network, access, or no such repository."""
 
     kind = "hub"
 
 
 class DataFault(GptjError):
-    """Training records or raw text are not what they must be."""
+    """Training records or raw text that are not what they must be."""
 
     kind = "data"
 
 
 class TensorFault(GptjError):
-    """A checkpoint's tensors are not those that its configuration calls for.
+    """Tensors of a checkpoint that are not those its configuration calls for.
 
     Attributes:
         problems: every problem found, one line each.
@@ -72,12 +72,13 @@ class TensorFault(GptjError):
 
 
 class MemoryFault(GptjError):
-    """The system gives less memory than the work needs."""
+    """Less memory from the system than the work needs."""
 
     kind = "memory"
 
 
 class TrainingFault(GptjError):
-    """A run cannot begin or go on: another run's folder, a damaged checkpoint, a diverged loss."""
+    """A run that cannot start or resume: another run's folder, a damaged checkpoint, a diverged
+    loss."""
 
     kind = "training"

@@ -1,7 +1,7 @@
-"""The adapter of a LoRA: what it is called in each format, and how it is merged.
+"""LoRA adapters: their names in each format, and how they are merged.
 
-A kernel W (inputs × outputs) is applied as W + alpha / rank · A · B, A (inputs × rank) and B
-(rank × outputs) being all that is trained. numpy and the table only.
+A kernel W (inputs × outputs) is applied as W + alpha / rank · A · B, where only A (inputs × rank)
+and B (rank × outputs) are trained. This module needs numpy and the table only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
 from gptj_model.tensors import KERNELS, LORA_A, LORA_B, Role, Tensor, table
 
-#: What the peft library puts before the names of the model it has adapted.
+#: Prefix that the peft library puts before the names of an adapted model.
 PEFT_PREFIX = "base_model.model."
 
 
@@ -32,16 +32,16 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What A · B is multiplied by."""
+        """Factor of A · B."""
         return self.alpha / self.rank
 
     @property
     def in_words(self) -> str:
-        """The adapter as a person reads it."""
+        """Description of the adapter for people."""
         return f"rank {self.rank}, alpha {self.alpha:g}, for {', '.join(self.targets)}"
 
     def equals(self, other: Lora) -> bool:
-        """Return whether both adapt the same layers alike; alpha may have been rounded."""
+        """Return whether both adapt the same layers equally; alpha may have been rounded."""
         return (
             self.rank == other.rank
             and set(self.targets) == set(other.targets)
@@ -49,13 +49,14 @@ class Lora:
         )
 
     def rows(self, config: GPTJConfig) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """Rows of A and B by the row of the kernel that they adapt, in the table's order."""
+        """Return the rows of A and B by the row of the kernel that they adapt, in the table's
+        order."""
         return {
             t: adapter_rows(t, self.rank) for t in table(config) if target_of(t) in self.targets
         }
 
     def merged(self, kernel: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The kernel and its update, float32, in Keras' layout (inputs, outputs)."""
+        """Return the kernel with its update, float32, in Keras' layout (inputs, outputs)."""
         return kernel + np.float32(self.scale) * (a @ b)
 
 
@@ -65,7 +66,7 @@ def target_of(tensor: Tensor) -> str | None:
 
 
 def adapter_rows(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of a kernel as rows like the table's; their HF names are those of peft."""
+    """Return A and B of a kernel as rows like the table's; their HF names are those of peft."""
     outputs, inputs = kernel.shape
     layer, folder = kernel.hf.removesuffix("weight"), kernel.keras.removesuffix("kernel")
 
@@ -90,14 +91,14 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
 
     Args:
         lora: the adapter.
-        base: the model that it was trained on, a folder or a repository; None: not known.
+        base: folder or repository of the base model; None if it is not known.
     """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        # Whole numbers are what peft's field is declared for.
+        # peft declares the field as a whole number.
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
         "target_modules": list(lora.targets),
@@ -108,12 +109,12 @@ def peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
 
 
 def stored_lora(config: GPTJConfig, shapes: Mapping[str, Sequence[int]], alpha: float) -> Lora:
-    """The LoRA that a checkpoint's tensors are of.
+    """Return the LoRA that a checkpoint's tensors belong to.
 
     Args:
-        config: of the model.
-        shapes: of every tensor, by TF name.
-        alpha: as stored.
+        config: configuration of the model.
+        shapes: shape of every tensor, by TF name.
+        alpha: alpha as the checkpoint stores it.
     """
     found = {t: f"{t.tf}/{LORA_A}" for t in table(config) if f"{t.tf}/{LORA_A}" in shapes}
     targets = dict.fromkeys(target_of(t) for t in found)

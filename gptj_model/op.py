@@ -25,5 +25,5 @@ class Op(Enum):
         return shape[::-1] if self is Op.TRANSPOSE else shape
 
     def then(self, other: Op) -> Op:
-        """Return the one op that does the same as this one followed by `other`."""
+        """Return the one op that equals this op followed by `other`."""
         return Op.COPY if self is other else Op.TRANSPOSE

@@ -1,7 +1,7 @@
-"""The optimizer's rows: the two moments of Adam that go with every row of the table.
+"""Names of Adam's two moments for every row of the table.
 
-A moment has its weight's shape and moves by its weight's op. TensorFlow's checkpoints name it
-after the weight; PyTorch and the CS client number the parameters, each in an order of its own.
+A moment has its weight's shape and moves by its weight's op. TensorFlow checkpoints name it after
+the weight; PyTorch and the CS client number the parameters, each in its own order.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from gptj_model.tensors import (
 #: First and second moment, as PyTorch and the CS client call them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-#: What the names of numbered state begin with, before the parameter's number.
+#: Prefix of numbered state, before the number of the parameter.
 STATE = "optimizer.state."
 
-#: The reference's optimizers that keep these two moments, the one for a new checkpoint first.
+#: Optimizers of the reference that keep these two moments; a new checkpoint gets the first.
 ADAMS = ("adamw", "adam")
 
-#: Which projection GPTJForCausalLM.parameters() has in the place of one of the table.
+#: Projections whose places GPTJForCausalLM.parameters() exchanges, against the table's order.
 _HF_INSTEAD = {QUERY.layer: KEY.layer, KEY.layer: VALUE.layer, VALUE.layer: QUERY.layer}
 
 
 class Grouping(Enum):
-    """How an optimizer was given the parameters, which numbers them."""
+    """How an optimizer was given the parameters, which determines their numbers."""
 
     ONE = "one"
-    """In one group, as torch.optim.AdamW(model.parameters())."""
+    """One group, as torch.optim.AdamW(model.parameters()) has."""
     DECAY = "decay"
-    """First those with weight decay, the matrices: transformers' Trainer, and the CS client."""
+    """Two groups, first the matrices, which have weight decay: transformers' Trainer and the CS
+    client."""
 
 
-#: How the numbers of each scheme's optimizers may come about.
+#: Groupings that the numbers of each scheme's optimizers may follow, the usual one first.
 GROUPINGS: dict[Scheme, tuple[Grouping, ...]] = {
     Scheme.HF: (Grouping.ONE, Grouping.DECAY),
     Scheme.CS: (Grouping.DECAY,),
@@ -55,7 +56,7 @@ GROUPINGS: dict[Scheme, tuple[Grouping, ...]] = {
 def parameter_groups(
     config: GPTJConfig, scheme: Scheme, grouping: Grouping
 ) -> list[tuple[Tensor, ...]]:
-    """The rows in the order of their numbers, by group of the optimizer."""
+    """Return the rows in the order of their numbers, by parameter group."""
     rows = table(config)
     if scheme is Scheme.HF:
         rows = _in_hf_order(rows)
@@ -72,14 +73,16 @@ def parameter_groups(
 def numbered_moments(
     config: GPTJConfig, scheme: Scheme, grouping: Grouping
 ) -> dict[str, tuple[str, str]]:
-    """What both moments of every row, by its HF name, are called where parameters are numbered."""
+    """Return the names of both moments by the HF name of their row, where parameters are
+    numbered."""
     rows = chain(*parameter_groups(config, scheme, grouping))
     first, second = MOMENTS
     return {t.hf: (f"{STATE}{n}.{first}", f"{STATE}{n}.{second}") for n, t in enumerate(rows)}
 
 
 def named_moments(config: GPTJConfig, optimizer_type: str) -> Mapping[str, tuple[str, str]]:
-    """The same in TensorFlow's checkpoints, for one of `ADAMS`."""
+    """Return the names of both moments by the HF name of their row in TensorFlow checkpoints, for
+    one of `ADAMS`."""
     first, second = SLOTS[optimizer_type]
     return {t.hf: (slot_name(t.tf, first), slot_name(t.tf, second)) for t in table(config)}
 

@@ -1,4 +1,4 @@
-"""Memory in whole pages, for large arrays that are used again and again."""
+"""Page-aligned memory for large arrays that are reused."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from gptj_model.dtypes import NUMPY
 from gptj_model.errors import MemoryFault
 from gptj_model.source import TensorInfo
 
-#: Shared memory, which is the default, has large pages on few systems.
+#: Private mappings, because shared ones, the default, get huge pages on few systems.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-def page_memory(count: int, size: int) -> list[np.ndarray]:
-    """Arrays of bytes that begin with a page; the system gives each page when it is first used.
+def page_buffers(count: int, size: int) -> list[np.ndarray]:
+    """Return page-aligned byte arrays; the system provides each page when it is first used.
 
     Args:
-        count: of arrays.
-        size: of each, in bytes.
+        count: number of arrays.
+        size: size of each array in bytes.
 
     Raises:
-        MemoryFault: the system does not give it.
+        MemoryFault: the system does not provide the memory.
     """
     found = []
     try:
         for _ in range(count):
             memory = mmap.mmap(-1, max(size, 1), **_PRIVATE)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a kernel without them
-                    memory.madvise(mmap.MADV_HUGEPAGE)  # a matrix's columns lie far apart
+                with suppress(OSError):  # this kernel has none
+                    memory.madvise(mmap.MADV_HUGEPAGE)  # the elements of a column lie far apart
             found.append(np.frombuffer(memory, np.uint8))
     except OSError:
         raise MemoryFault(
@@ -43,16 +43,16 @@ def page_memory(count: int, size: int) -> list[np.ndarray]:
 
 
 def whole_pages(size: int) -> int:
-    """The least number of bytes that is not smaller and ends with a page."""
+    """Return the number of bytes rounded up to whole pages."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def page_arrays(memory: np.ndarray, infos: Sequence[TensorInfo]) -> list[np.ndarray]:
-    """Arrays for such tensors in memory that begins with a page, as does each of them.
+    """Return arrays for these tensors, each page-aligned, in memory that is page-aligned.
 
     Args:
-        memory: of `page_memory`, at least `whole_pages` of each tensor's bytes.
-        infos: of the tensors.
+        memory: array from `page_buffers` that holds at least `whole_pages` of each tensor's bytes.
+        infos: dtype and shape of each tensor.
     """
     found, begin = [], 0
     for info in infos:

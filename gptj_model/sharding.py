@@ -1,7 +1,7 @@
-"""How a model that one device cannot hold is divided among several; numpy and stdlib only.
+"""How a model is divided among devices; numpy and the standard library only.
 
-The devices form a mesh of two axes: each batch is divided along `BATCH`, tensors along `MODEL`.
-A device holds its part of every tensor that has a `split` in the table, and a copy of the others.
+The devices form a mesh of two axes: each batch is divided along `BATCH`, tensors along `MODEL`. A
+device holds its part of every tensor that has a `split` in the table, and a copy of the others.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ BATCH, MODEL = "batch", "model"
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """How many devices there are along each axis."""
+    """Numbers of devices along each axis."""
 
     batch: int
     model: int
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.batch * self.model
 
     def __str__(self) -> str:
@@ -33,23 +33,24 @@ class Mesh:
 
 
 def axes(tensor: Tensor) -> tuple[str | None, ...]:
-    """The axis of the mesh that each axis of a tensor in Keras' layout is divided along."""
+    """Return the mesh axis that each axis of a tensor in Keras' layout is divided along, or
+    None."""
     named = tuple(MODEL if n == tensor.split else None for n in range(len(tensor.shape)))
     return named[::-1] if tensor.op(Scheme.HF, Scheme.KERAS) is Op.TRANSPOSE else named
 
 
 def part_size(tensor: Tensor, mesh: Mesh) -> int:
-    """Number of elements of a tensor that one device holds."""
+    """Return the number of elements of a tensor that one device holds."""
     return tensor.size // (1 if tensor.split is None else mesh.model)
 
 
 def check_divides(config: GPTJConfig, mesh: Mesh) -> None:
-    """See that every device gets the same part of each tensor, and whole heads.
+    """Check that every device gets an equal part of each tensor, and whole heads.
 
     Raises:
-        ConfigError: it does not; with the tensors, their dimensions, and the mesh.
+        ConfigError: the mesh does not divide the model evenly; names tensors, dimensions and mesh.
     """
-    # Many tensors have the same dimension: one speaks for all of them.
+    # Many tensors share a dimension, so one is named for all of them.
     undivided: dict[int, list[str]] = {}
     for tensor in table(config):
         axis = tensor.split

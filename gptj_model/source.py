@@ -1,4 +1,4 @@
-"""Where tensors come from: the protocol every checkpoint reader fulfils."""
+"""Where tensors come from: the protocol that every checkpoint reader implements."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from gptj_model.op import Op
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a file's header says of one tensor."""
+    """What the header of a file says about one tensor."""
 
     dtype: str
-    """A canonical name of `gptj_model.dtypes`."""
+    """Canonical name of the dtype, from `gptj_model.dtypes`."""
     shape: tuple[int, ...]
     storage_op: Op = Op.COPY
-    """What leads from the tensor to the array whose row-major bytes the file holds, and back.
+    """Op between the tensor and the array whose row-major bytes the file holds.
 
-    `TRANSPOSE` is a column-major matrix, as `torch.save` writes a transposed view."""
+    `TRANSPOSE` marks a column-major matrix, as `torch.save` writes a transposed view.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -37,20 +38,20 @@ class TensorInfo:
 
     @property
     def kind(self) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape: what two tensors must have in common to be compared bit for bit."""
+        """Dtype and shape, which two tensors must share to be compared bit for bit."""
         return self.dtype, self.shape
 
 
 class TensorSource(Protocol):
-    """Tensors of one checkpoint, by the names its format gives them, read by ranges."""
+    """Tensors of one checkpoint under the names of its format, read by ranges."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor in the file, without reading data."""
+        """Every tensor of the checkpoint, by name; no data is read."""
         ...
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with little-endian bytes of the tensor, from byte `offset` on.
+        """Fill `buffer` with little-endian bytes of the tensor, starting at byte `offset`.
 
         The bytes are those of the row-major array that `TensorInfo.storage_op` leads to.
 
@@ -60,7 +61,7 @@ class TensorSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the files."""
+        """Close the files."""
         ...
 
 
@@ -74,7 +75,8 @@ def read_tensor(source: TensorSource, name: str) -> np.ndarray:
 
 
 def read_rows(source: TensorSource, name: str, start: int, stop: int | None) -> np.ndarray:
-    """Return rows start:stop of the first axis (None: to the end), in the dtype they have."""
+    """Return rows start:stop of the first axis, or from start to the end, in the dtype they are
+    stored in."""
     info = source.tensors[name]
     if not info.shape:
         return read_tensor(source, name)
@@ -92,7 +94,7 @@ def read_columns(source: TensorSource, name: str, start: int, stop: int) -> np.n
 
 
 def _stored_rows(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows of the array that the file holds: one range of bytes."""
+    """Return rows of the array in the file, which are one range of bytes."""
     info = source.tensors[name]
     dtype, inner = NUMPY[info.dtype], info.storage_shape[1:]
     values = np.empty((stop - start, *inner), dtype)
@@ -102,7 +104,7 @@ def _stored_rows(source: TensorSource, name: str, start: int, stop: int) -> np.n
 
 
 def _stored_columns(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
-    """Columns of the matrix that the file holds: one range of bytes a row."""
+    """Return columns of the matrix in the file, which are one range of bytes per row."""
     info = source.tensors[name]
     dtype = NUMPY[info.dtype]
     rows, columns = info.storage_shape
@@ -114,5 +116,5 @@ def _stored_columns(source: TensorSource, name: str, start: int, stop: int) -> n
 
 
 def raw_bytes(values: np.ndarray) -> memoryview:
-    """The memory of a contiguous array, as bytes that may be written to."""
+    """Return the memory of a contiguous array as writable bytes."""
     return values.reshape(-1).view(np.uint8).data

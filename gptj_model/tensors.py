@@ -1,11 +1,11 @@
-"""THE TABLE: what every GPT-J tensor is called in each format, its shape, and how it moves.
+"""THE TABLE: the name of every GPT-J tensor in each format, its shape, its role, and how it moves.
 
-Five global rows and ten per block. Converting, verifying, loading, sharding, initializing,
-training and exporting all interpret these rows; nothing but the layouts and the layers of the
-network spells a tensor's name.
+Five global rows and ten per block. Converting, verifying, loading, sharding, initializing, training
+and exporting all interpret these rows; nothing but the layouts and the layers of the network spells
+a tensor's name.
 
-Names of the TF column are those of the reference's name-based checkpoints, of the CS column
-those of the cerebras-pytorch 2.10 client, of the HF column those of transformers.
+Names in the TF column are those of the reference's name-based checkpoints, names in the CS column
+those of the cerebras-pytorch 2.10 client, names in the HF column those of transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Scheme(Enum):
 
     @property
     def transposes(self) -> bool:
-        """Whether `Op`s apply to tensors in this scheme (the others keep HF's layout)."""
+        """Whether the scheme's tensors are transposed by their `Op`; the others keep HF's
+        layout."""
         return self in (Scheme.TF, Scheme.KERAS)
 
 
@@ -43,7 +44,7 @@ class Role(StrEnum):
     GAIN = "gain"
     """Factors of a layer norm."""
     BIAS = "bias"
-    """What a layer adds."""
+    """Vector that a layer adds."""
     INPUT = "input"
     """Kernel of a layer that reads the residual stream."""
     RESIDUAL = "residual output"
@@ -51,28 +52,29 @@ class Role(StrEnum):
     HEAD = "head"
     """Kernel that turns hidden states into logits, one row per token in HF."""
     ADAPTER = "adapter"
-    """Factor of a LoRA; in no row of the table itself."""
+    """Factor of a LoRA, which is in no row of the table itself."""
 
 
 #: Roles of the kernels of a block's dense layers.
 KERNELS = (Role.INPUT, Role.RESIDUAL)
-#: The dense layers of a block, by their names in HF.
+#: Dense layers of a block, by their HF names.
 DenseLayer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
 DENSE_LAYERS: tuple[str, ...] = get_args(DenseLayer)
-#: Those that LoRA adapts unless others are named, as in its paper (arXiv 2106.09685).
+#: Layers that LoRA adapts unless others are named, as in its paper (arXiv 2106.09685).
 LORA_LAYERS: list[DenseLayer] = ["q_proj", "v_proj"]
 
-#: Axes of a tensor in HF's layout: of a matrix first what comes out (of the embedding and the
-#: head: a token per row), then what goes in.
+#: Axes of a tensor in HF's layout. The first axis of a matrix is its output (for embedding and
+#: head, one row per token), the second its input.
 _OUT, _IN = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """One row of the table. `{i}` is the block; `{dense_in}`, `{dense_out}` see `_dense`."""
+    """One row of the table. `{i}` stands for the block; for `{dense_in}` and `{dense_out}` see
+    `_dense`."""
 
     layer: str
-    """Name of the layer that has the tensor, in HF."""
+    """HF name of the layer that owns the tensor."""
     role: Role
     hf: str
     tf: str
@@ -81,16 +83,17 @@ class TensorSpec:
     dims: tuple[str, ...]
     """Letters of `GPTJConfig.dims`, in HF order."""
     tf_op: Op
-    """What happens to the values between HF and TF."""
+    """Op between the HF and the TF layout."""
     split: int | None
-    """Axis, in HF's layout, that is divided among devices; None: every device has a copy. What
-    leaves one matrix divided enters the next divided, so a block exchanges only its two sums."""
+    """Axis in HF's layout that is divided among devices; None means that every device has a copy.
+    The divided output of one matrix is the divided input of the next, so a block exchanges only its
+    two sums."""
     heads_axis: int | None = None
     """Axis, in HF's layout, that holds the attention heads one after the other."""
     tied: bool = False
     """Whether the tensor vanishes when the head is tied to the embedding."""
     tf_if_tied: str | None = None
-    """The TF name when the head is tied, where it differs."""
+    """TF name when the head is tied, where it differs."""
 
     def at(self, block: int) -> str:
         """Return the HF name of this row in one block."""
@@ -115,11 +118,12 @@ class Tensor:
     heads_axis: int | None = None
 
     def name(self, scheme: Scheme) -> str:
-        """Its name in a scheme."""
+        """Return the name in a scheme."""
         return self._names(scheme)[0]
 
     def copies(self, scheme: Scheme) -> tuple[str, ...]:
-        """Further names under which a scheme stores the same values once more; only CS does."""
+        """Return the further names under which a scheme stores the same values again; only CS
+        does."""
         return self._names(scheme)[1:]
 
     def _names(self, scheme: Scheme) -> tuple[str, ...]:
@@ -127,11 +131,11 @@ class Tensor:
         return found if isinstance(found, tuple) else (found,)
 
     def op(self, source: Scheme, target: Scheme) -> Op:
-        """What happens to the values on the way from one scheme to another."""
+        """Return the op that leads from one scheme to another."""
         return self.tf_op if source.transposes != target.transposes else Op.COPY
 
     def shape_in(self, scheme: Scheme) -> tuple[int, ...]:
-        """Its shape in a scheme."""
+        """Return the shape in a scheme."""
         return self.op(Scheme.HF, scheme).shape(self.shape)
 
     @property
@@ -141,7 +145,7 @@ class Tensor:
 
 
 def _projection(which: str, cs: str) -> TensorSpec:
-    # The heads are divided among devices; what they give is summed over the devices.
+    # Heads are divided among devices; the outputs are summed over the devices.
     axis = _IN if which == "out" else _OUT
     return TensorSpec(
         layer=f"{which}_proj",
@@ -270,7 +274,7 @@ HEAD_BIAS = TensorSpec(
     tf_if_tied="bias",
 )
 
-#: What HF's names of everything but the head begin with, and those of one block.
+#: Prefix of all HF names but the head's, and prefix of the names of one block.
 HF_BODY = "transformer."
 HF_BLOCK = "transformer.h.{i}."
 
@@ -283,7 +287,7 @@ _HF_TEMPLATES = frozenset(
         *IGNORED_HF,
     }
 )
-#: Which part of a block's HF name is its number.
+#: Position of the block number among the dot-separated parts of an HF name.
 _BLOCK_PART = BLOCK[0].hf.split(".").index("{i}")
 
 GLOBAL_STEP = "global_step"
@@ -299,17 +303,17 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "adamw": ("AdamW", "AdamW_1"),
 }
 
-#: What a dynamic loss scale keeps: the scale; steps without overflow (TensorFlow's own); steps
-#: and overflows since it changed (the reference's).
+#: State of a dynamic loss scale: the scale, the number of steps without overflow (TensorFlow's),
+#: and the numbers of steps and of overflows since the last change (the reference's).
 CURRENT_LOSS_SCALE = "current_loss_scale"
 GOOD_STEPS = "good_steps"
 STEPS_SINCE_RESCALE = "steps_since_rescale"
 OVERFLOWS_SINCE_RESCALE = "overflows_since_rescale"
-#: How many groups of batches gave no update: the data are further on than the step by so many.
+#: Number of groups of batches that gave no update; the data is that many groups ahead of the step.
 SKIPPED_STEPS = "skipped_steps"
 
-#: What a run with LoRA keeps beside its kernels, which are merged: the kernel that it began with,
-#: the two factors of the update, and once what the update is scaled by, times its rank.
+#: State of a run with LoRA beside its merged kernels: the base kernel, the two factors, and once
+#: for the run alpha, the scale of the update times the rank.
 LORA_BASE = "lora_base"
 LORA_A = "lora_a"
 LORA_B = "lora_b"
@@ -330,7 +334,7 @@ _TRAINING_SCALARS = (
 
 
 def slot_name(tf_name: str, slot: str) -> str:
-    """The TF name of an optimizer slot of the variable `tf_name`."""
+    """Return the TF name of an optimizer slot of the variable `tf_name`."""
     return f"{tf_name}/{slot}"
 
 
@@ -347,7 +351,8 @@ _CS_TRAINING_STATE = (
 
 
 def is_training_state(name: str, scheme: Scheme) -> bool:
-    """Whether a name is of what an optimizer, a hook or a client keeps, not of a weight."""
+    """Return whether a name belongs to the state of an optimizer, a hook or a client instead of a
+    weight."""
     if scheme is Scheme.CS:
         return name.split(".")[0] in _CS_TRAINING_STATE
     return scheme is Scheme.TF and _is_tf_training_state(name)
@@ -365,7 +370,8 @@ def _is_tf_training_state(tf_name: str) -> bool:
 
 
 def _dense(index: int) -> str:
-    """TF numbers its dense layers through the whole model; the first has no number."""
+    """Return TF's name of a dense layer; numbers run through the whole model, and the first layer
+    has none."""
     return "dense_layer" if index == 0 else f"dense_layer_{index}"
 
 
@@ -373,7 +379,7 @@ def _write_out(spec: TensorSpec, config: GPTJConfig, block: int | None) -> Tenso
     words: dict[str, int | str] = {}
     if block is not None:
         words = {"i": block, "dense_in": _dense(2 * block), "dense_out": _dense(2 * block + 1)}
-    # A tied head is stored by CS although it is the embedding.
+    # CS stores a tied head although it is the embedding.
     tied_head = HEAD_WEIGHT.cs if config.tie_word_embeddings and spec is EMBEDDING else ()
     tf = spec.tf_if_tied if config.tie_word_embeddings and spec.tf_if_tied else spec.tf
     return Tensor(
@@ -392,41 +398,41 @@ def _write_out(spec: TensorSpec, config: GPTJConfig, block: int | None) -> Tenso
 
 
 def embedding(config: GPTJConfig) -> Tensor:
-    """The token embedding, HF shape (V, D)."""
+    """Return the row of the token embedding, HF shape (V, D)."""
     return _write_out(EMBEDDING, config, None)
 
 
 def block(config: GPTJConfig, i: int) -> list[Tensor]:
-    """The ten tensors of block `i`, in the order of `BLOCK`."""
+    """Return the ten rows of block `i`, in the order of `BLOCK`."""
     return [_write_out(spec, config, i) for spec in BLOCK]
 
 
 def final_norm(config: GPTJConfig) -> list[Tensor]:
-    """Return gain and bias of the layer norm after the last block."""
+    """Return the rows of the layer norm after the last block: gain and bias."""
     return [_write_out(spec, config, None) for spec in FINAL_NORM]
 
 
 def head(config: GPTJConfig) -> list[Tensor]:
-    """What follows the blocks: final norm, head weight unless tied, head bias."""
+    """Return the rows after the blocks: final norm, head weight unless it is tied, head bias."""
     specs = (*FINAL_NORM, HEAD_WEIGHT, HEAD_BIAS)
     kept = [s for s in specs if not (s.tied and config.tie_word_embeddings)]
     return [_write_out(spec, config, None) for spec in kept]
 
 
 def table(config: GPTJConfig) -> list[Tensor]:
-    """Every tensor of the model, in the order of its computation."""
+    """Return every row of the model, in the order of its computation."""
     blocks: Iterator[Tensor] = (t for i in range(config.n_layer) for t in block(config, i))
     return [embedding(config), *blocks, *head(config)]
 
 
 def vocabulary(config: GPTJConfig) -> list[Tensor]:
-    """The tensors with one row (in HF's layout) a token: embedding and head."""
+    """Return the rows that have one entry per token along HF's first axis: embedding and head."""
     rows = (EMBEDDING.hf, HEAD_WEIGHT.hf, HEAD_BIAS.hf)
     return [t for t in (embedding(config), *head(config)) if t.hf in rows]
 
 
 def is_hf_name(name: str) -> bool:
-    """Whether a GPT-J of some depth has a tensor, or an ignored buffer, of this HF name."""
+    """Return whether a GPT-J of any depth has a tensor or an ignored buffer of this HF name."""
     parts = name.split(".")
     template = ".".join(
         "{i}" if n == _BLOCK_PART and p.isdecimal() else p for n, p in enumerate(parts)
@@ -435,5 +441,5 @@ def is_hf_name(name: str) -> bool:
 
 
 def ignored_hf(config: GPTJConfig) -> frozenset[str]:
-    """Exact HF names that are dropped on reading."""
+    """Return the HF names that are dropped on reading."""
     return frozenset(n.format(i=i) for i in range(config.n_layer) for n in IGNORED_HF)

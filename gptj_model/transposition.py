@@ -1,10 +1,10 @@
-"""Matrices transposed as fast as memory allows, and rounded on the way."""
+"""Matrix transposition as fast as memory allows, with rounding on the way."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Rows and columns of the result that are transposed at once: shapes that stay in the caches.
+#: Rows and columns of the result that are transposed at once, so that they stay in the caches.
 _TILE = (256, 256)
 _FOUR_BYTE_TILE = (4096, 16)
 _TWO_BYTE_TILE = (1024, 128)
@@ -14,8 +14,8 @@ def transpose(out: np.ndarray, values: np.ndarray) -> None:
     """Write the transpose of a matrix, or of a part of one, to `out`, rounded to its dtype.
 
     Args:
-        out: contiguous.
-        values: a view, of any strides; benchmarks/transposition.py compares the ways.
+        out: contiguous array.
+        values: view with any strides; benchmarks/transposition.py compares the methods.
     """
     if values.T.flags.c_contiguous:
         np.copyto(out, values.T, casting="unsafe")
@@ -24,7 +24,7 @@ def transpose(out: np.ndarray, values: np.ndarray) -> None:
     elif out.itemsize == 4 or values.strides[0] % 8 or values.strides[1] != out.itemsize:
         _transpose_by(_FOUR_BYTE_TILE, out, values)
     else:
-        # Up to three rows before and after those that lie in whole words of 8 bytes.
+        # Up to three rows lie before and after those that fill whole words of 8 bytes.
         rows = len(out)
         head = min(rows, -values.ctypes.data % 8 // 2)
         tail = rows - (rows - head) % 4
@@ -44,11 +44,11 @@ def _transpose_by(tile: tuple[int, int], out: np.ndarray, values: np.ndarray) ->
 
 
 def _transpose_words(out: np.ndarray, values: np.ndarray) -> None:
-    """Two-byte elements, moved four at a time and taken apart: three times as fast.
+    """Transpose two-byte elements, moved four at a time: three times as fast.
 
     Args:
-        out: uint16, of 4n rows.
-        values: uint16, of 4n columns that begin at a multiple of 8 bytes.
+        out: uint16, 4n rows.
+        values: uint16, 4n columns that start at a multiple of 8 bytes.
     """
     height, width = _TWO_BYTE_TILE
     words = values.view(np.uint64)
@@ -58,7 +58,7 @@ def _transpose_words(out: np.ndarray, values: np.ndarray) -> None:
             tile = out[top : top + height, left : left + width]
             moved = scratch[: len(tile) // 4, : tile.shape[1]]
             part = words[left : left + width, top // 4 : (top + height) // 4].T
-            for at in range(0, tile.shape[1], 8):  # a line of the cache
+            for at in range(0, tile.shape[1], 8):  # one cache line
                 np.copyto(moved[:, at : at + 8], part[:, at : at + 8])
             for n in range(4):
                 np.copyto(tile[n::4], moved, casting="unsafe")

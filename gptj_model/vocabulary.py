@@ -1,4 +1,4 @@
-"""Large tensors of the vocabulary, read a part at a time.
+"""Tensors with one row per token, read a part of the vocabulary at a time.
 
 Shape suffixes: D hidden, V vocabulary.
 """
@@ -14,12 +14,12 @@ from gptj_model.op import Op
 from gptj_model.source import TensorSource, read_columns, read_rows
 from gptj_model.tensors import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT, Scheme, Tensor, embedding, table
 
-#: Tokens a part: with the 6B's width, 134 MB in float32.
+#: Tokens per part; with the 6B's width 134 MB in float32.
 PART = 8192
 
 
 def parts(config: GPTJConfig) -> Iterator[tuple[int, int]]:
-    """First token and the one after the last of each part of the vocabulary."""
+    """Yield the first token of each part of the vocabulary, and the one after its last."""
     for start in range(0, config.vocab_size, PART):
         yield start, min(start + PART, config.vocab_size)
 
@@ -27,7 +27,7 @@ def parts(config: GPTJConfig) -> Iterator[tuple[int, int]]:
 def read_tokens(
     source: TensorSource, tensor: Tensor, scheme: Scheme, start: int, stop: int
 ) -> np.ndarray:
-    """Rows start:stop, one a token, of a tensor in HF's layout: (stop - start, …)."""
+    """Return rows start:stop of a tensor in HF's layout, one per token: (stop - start, …)."""
     name = tensor.name(scheme)
     if tensor.op(scheme, Scheme.HF) is Op.COPY:
         return read_rows(source, name, start, stop)
@@ -51,7 +51,7 @@ def gather_rows(read: Callable[[int], np.ndarray], ids: np.ndarray) -> np.ndarra
 def read_embeddings(
     config: GPTJConfig, source: TensorSource, scheme: Scheme, ids: np.ndarray
 ) -> np.ndarray:
-    """Return the embeddings of token ids, as they are stored; see `gather_rows`."""
+    """Return the embeddings of token ids in the dtype they are stored in; see `gather_rows`."""
     name = embedding(config).name(scheme)
     return gather_rows(lambda i: read_rows(source, name, i, i + 1)[0], ids)
 
@@ -59,7 +59,7 @@ def read_embeddings(
 def read_head(
     config: GPTJConfig, source: TensorSource, scheme: Scheme, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The head's weight (stop - start, D) and bias (stop - start) for some tokens."""
+    """Return weight (stop - start, D) and bias (stop - start) of the head for some tokens."""
     by_name = {t.hf: t for t in table(config)}
     weight = by_name[EMBEDDING.hf if config.tie_word_embeddings else HEAD_WEIGHT.hf]
     bias = by_name[HEAD_BIAS.hf]

@@ -1,7 +1,7 @@
-"""An adapter of the peft library on the disk: its settings and tensors, found and checked.
+"""An adapter of the peft library on disk: its settings and tensors, found and checked.
 
-What peft can do and this program does not is refused by name. Which layers are adapted is decided
-as peft decides it, so that merging gives what `merge_and_unload` gives.
+Features of peft that this program lacks are refused by name. Which layers are adapted is decided as
+peft decides it, so that merging gives what `merge_and_unload` gives.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gptj_model.tensors import DENSE_LAYERS, EMBEDDING, HEAD_WEIGHT, Tensor, tab
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-#: Values of fields that must have one of these for the merge to be W + scale · B · A.
+#: Fields that must have one of these values for the merge to be W + scale · B · A.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # Others change the base when peft loads the adapter.
+    # Other values change the base when peft loads the adapter.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-#: Fields that are read below, and those that say nothing about the merge.
+#: Fields that are read below, and fields that do not affect the merge.
 _READ = (
     "r",
     "lora_alpha",
@@ -59,34 +59,34 @@ _HARMLESS = (
     "eva_config",
     "runtime_config",
 )
-#: What peft takes for every dense layer but the head.
+#: What peft reads as every dense layer except the head.
 _ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSettings:
-    """The content of an adapter_config.json, as far as it matters for a merge."""
+    """Content of an adapter_config.json, as far as it affects a merge."""
 
     rank: int
     alpha: float
     targets: str | tuple[str, ...]
     """Names of modules or their endings, a pattern of whole names, or "all-linear"."""
     excluded: str | tuple[str, ...]
-    """Names, endings or a pattern of modules that are not adapted."""
+    """Names, endings or a pattern of modules that are excluded."""
     ranks: Mapping[str, int]
-    """Ranks of their own, by pattern of the module's name."""
+    """Ranks of single modules, by pattern of the module's name."""
     alphas: Mapping[str, float]
-    """Alphas of their own, by pattern of the module's name."""
+    """Alphas of single modules, by pattern of the module's name."""
     stabilized: bool
-    """Whether the update is multiplied by alpha / √rank, not alpha / rank."""
+    """Whether the update is multiplied by alpha / √rank instead of alpha / rank."""
     layers: tuple[int, ...]
-    """Numbers of the blocks that are adapted; none: all."""
+    """Numbers of the adapted blocks; empty means all."""
     layers_pattern: tuple[str, ...]
-    """Names before a block's number; none: any."""
+    """Names that precede a block's number; empty means any."""
     saved: tuple[str, ...]
     """Names or endings of modules that are replaced as a whole."""
     base: str | None
-    """The model that it was made for: a folder, or a repository of the hub."""
+    """Base model: a folder, or a repository on the hub."""
 
     def adapts(self, module: str) -> bool:
         """Return whether a module gets an adapter, by its name in the model."""
@@ -118,7 +118,7 @@ class AdapterSettings:
         return self.alphas.get(_pattern_of(self.alphas, module), self.alpha)
 
     def scale_of(self, module: str) -> float:
-        """Return what a module's B · A is multiplied by."""
+        """Return the factor of a module's B · A."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.stabilized else rank)
 
@@ -138,12 +138,12 @@ def _pattern_of(patterns: Mapping[str, Any], module: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """What is added to a kernel: scale · B · A."""
+    """Update of a kernel: scale · B · A."""
 
     a: str
     """Name of A (rank × inputs) in the adapter's file."""
     b: str
-    """Name of B (outputs × rank)."""
+    """Name of B (outputs × rank) in the adapter's file."""
     rank: int
     scale: float
 
@@ -157,12 +157,12 @@ class PeftAdapter:
     source: TensorSource
     files: tuple[Path, ...]
     updates: Mapping[Tensor, Update]
-    """By row of the kernel that each is added to."""
+    """Updates by the row of their kernel."""
     replaced: Mapping[Tensor, str]
-    """By row of the table, the adapter's tensor that takes its place."""
+    """Tensors of the adapter that replace a row of the table, by that row."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what a manifest says of it."""
+        """Return the adapter as a manifest records it."""
         settings = self.settings
         targets = dict.fromkeys(target_of(t) or _HEAD for t in self.updates)
         return {
@@ -179,10 +179,10 @@ class PeftAdapter:
         }
 
     def lora(self, config: GPTJConfig) -> Lora:
-        """Return the adapter in the words of training, which knows one rank and one scale.
+        """Return the adapter as training describes it, with one rank and one scale.
 
         Raises:
-            ConfigError: it is more than that can say.
+            ConfigError: the adapter has several ranks or scales, or replaces modules.
         """
         found = {target_of(t) for t in self.updates}
         rows = [t for t in table(config) if target_of(t) in found]
@@ -206,7 +206,7 @@ class PeftAdapter:
         return Lora(rank=rank, alpha=scale * rank, targets=tuple(targets))
 
     def close(self) -> None:
-        """Release the files."""
+        """Close the files."""
         self.source.close()
 
 
@@ -216,7 +216,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def stated_base(path: Path) -> str | None:
-    """Return the model that an adapter's folder says it was made for; None: it does not say."""
+    """Return the base model that an adapter's folder names; None if it names none."""
     try:
         base = _json(path).get("base_model_name_or_path")
     except (ConfigError, FileFault):
@@ -228,13 +228,15 @@ def open_adapter(folder: Path, config: GPTJConfig) -> PeftAdapter:
     """Open the adapter in a folder.
 
     Args:
-        folder: of adapter_config.json and the weights.
-        config: of the model that it is for.
+        folder: folder with adapter_config.json and the weights.
+        config: configuration of the base model.
 
     Raises:
-        FileFault: one of the files is missing or corrupt.
-        ConfigError: a setting is not implemented, or names what GPT-J has not; all are named.
-        TensorFault: its tensors are not those that the settings call for; all are named.
+        FileFault: a file is missing or corrupt.
+        ConfigError: a setting is not implemented, or names what GPT-J lacks; all such settings are
+            named.
+        TensorFault: the tensors are not those that the settings call for; all such tensors are
+            named.
     """
     if not folder.exists():
         raise FileFault(f"{folder}: not found, expected a folder with {CONFIG_FILE}")
@@ -278,12 +280,12 @@ def _module(tensor: Tensor) -> str:
 
 
 def _kernels(config: GPTJConfig) -> list[Tensor]:
-    """The kernels of dense layers, the head's included where it has its own."""
+    """Return the kernels of dense layers, with the head's unless it is tied."""
     return [t for t in table(config) if target_of(t) or t.hf == HEAD_WEIGHT.hf]
 
 
 def _adapted(settings: AdapterSettings, config: GPTJConfig) -> dict[Tensor, tuple[Tensor, Tensor]]:
-    """The rows of A and B by the kernel's."""
+    """Return the rows of A and B by the row of their kernel."""
     kernels = (t for t in _kernels(config) if settings.adapts(_module(t)))
     return {t: adapter_rows(t, settings.rank_of(_module(t))) for t in kernels}
 
@@ -291,13 +293,13 @@ def _adapted(settings: AdapterSettings, config: GPTJConfig) -> dict[Tensor, tupl
 def _match(
     tensors: Mapping[str, TensorInfo], settings: AdapterSettings, config: GPTJConfig
 ) -> tuple[dict[Tensor, str], list[str]]:
-    """What replaces rows of the table, and how the tensors are not what they must be."""
+    """Return what replaces rows of the table, and what is wrong with the tensors."""
     adapted = _adapted(settings, config)
     expected = {row.hf: row.shape for pair in adapted.values() for row in pair}
     optional: dict[str, Tensor] = {}
     for row in table(config):
         module, _, part = row.hf.rpartition(".")
-        # Of an adapted layer peft saves its own weight under another name, if at all.
+        # peft saves the own weight of an adapted layer, if at all, under another name.
         layer = f"{module}.base_layer" if settings.adapts(module) else module
         name = f"{PEFT_PREFIX}{layer}.{part}"
         optional[name] = row
@@ -368,7 +370,7 @@ def _listed(value: Any) -> tuple[Any, ...]:
 
 
 def _field_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is of another type, or asks for what is not implemented."""
+    """Return the fields that have a wrong type, or ask for what is not implemented."""
     for key, only in _IMPLEMENTED.items():
         value = values.get(key, only[0])
         if not any(value is one or (value == one and type(value) is type(one)) for one in only):
@@ -433,7 +435,7 @@ def _is_layers(value: Any) -> bool:
 
 
 def _layer_problems(settings: AdapterSettings, config: GPTJConfig) -> Iterator[str]:
-    """What the settings name that GPT-J has not, or that cannot be merged there."""
+    """Return what the settings name that GPT-J lacks, or that cannot be merged there."""
     kernels = {_module(t) for t in _kernels(config)}
     modules = dict.fromkeys(_module(t) for t in table(config))
     adapted = [name for name in modules if settings.adapts(name)]

@@ -6,9 +6,9 @@ from gptj_model.source import TensorInfo, TensorSource
 
 
 class JoinedSource:
-    """The tensors of several sources, as `gptj_model.source.TensorSource`.
+    """Tensors of several sources as one `TensorSource`.
 
-    Of names that recur, the first counts.
+    Where names recur, the first source counts.
     """
 
     def __init__(self, *sources: TensorSource) -> None:
@@ -17,10 +17,10 @@ class JoinedSource:
         self.tensors: dict[str, TensorInfo] = {n: s.tensors[n] for n, s in self._of.items()}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
+        """Implement `TensorSource`."""
         self._of[name].read_into(name, offset, buffer)
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all sources."""
         for source in self._sources:
             source.close()

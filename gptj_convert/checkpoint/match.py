@@ -1,4 +1,4 @@
-"""What every tensor of a file is, by the table, decided from headers alone."""
+"""Tensors of a file matched against the table, from headers alone."""
 
 from __future__ import annotations
 
@@ -25,40 +25,42 @@ from gptj_model.tensors import (
 
 
 class Role(Enum):
-    """What a tensor of a file is."""
+    """What a tensor in a file is."""
 
     WEIGHT = "weight"
     """A row of the table."""
     COPY = "copy"
-    """By name and shape another tensor once more, such as a head that is tied to the embedding."""
+    """The values of another tensor again, judging by name and shape, such as a head tied to the
+    embedding."""
     TRAINING_STATE = "training state"
     IGNORED = "ignored buffer"
     UNKNOWN = "unknown"
     UNMATCHED = "unmatched"
-    """Perhaps a weight: without a config there is no table."""
+    """Possibly a weight: without a config there is no table to match."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One tensor that a file holds, or lacks."""
+    """One tensor that a file holds or lacks."""
 
     name: str
-    """In the source."""
+    """Name in the source."""
     info: TensorInfo | None
-    """None: it is not there."""
+    """Dtype and shape; None if the file lacks the tensor."""
     role: Role
     tensor: Tensor | None = None
     """Its row of the table."""
     problem: str | None = None
-    """How it is not what the config calls for."""
+    """How it differs from what the config calls for."""
     copy_of: str | None = None
-    """Of a copy, the name of the other one in the file."""
+    """Name of the tensor that it repeats, if it is a copy."""
 
 
 def survey(
     tensors: Mapping[str, TensorInfo], scheme: Scheme, config: GPTJConfig | None
 ) -> list[Finding]:
-    """Every row of the table, in its order, then every other tensor, in the file's order."""
+    """Return a finding for every row of the table in its order, then for every other tensor in the
+    file's order."""
     left = dict.fromkeys(tensors)
     found, copies = [], {}
     for tensor in table(config) if config else ():
@@ -90,13 +92,13 @@ def survey(
 
 
 def _alike(tensors: Mapping[str, TensorInfo], name: str, original: str | None) -> bool:
-    """Whether two tensors have one dtype and shape, so that they may be equal."""
+    """Return whether two tensors have the same dtype and shape, and so may be equal."""
     other = tensors.get(original) if original else None
     return other is not None and tensors[name].kind == other.kind
 
 
 def settle_copies(findings: Sequence[Finding], source: TensorSource) -> list[Finding]:
-    """Read every `COPY`; one that is not the other tensor, bit for bit, is a problem."""
+    """Compare every `COPY` with its original; a copy that differs becomes a problem."""
 
     def settled(finding: Finding) -> Finding:
         if finding.copy_of is None:
@@ -125,7 +127,7 @@ def _unknown(name: str) -> str:
 
 
 def same_bits(a: Iterable[np.ndarray], b: Iterable[np.ndarray]) -> bool:
-    """Whether two streams of arrays, however they are cut, have the same bytes."""
+    """Return whether two streams of arrays hold the same bytes, however they are cut."""
     streams = iter(a), iter(b)
     left = [memoryview(b""), memoryview(b"")]
     while True:

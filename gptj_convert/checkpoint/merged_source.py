@@ -1,9 +1,9 @@
 """A checkpoint with an adapter merged into it, as a source of tensors like any other.
 
-Rows are merged as they are read: W + scale · (B · A), each step in float32, which are the bits of
-peft's `merge_and_unload` of a model that was loaded in float32. Of torch's and NumPy's products
-every element is a chain of fused multiply-adds over the rank, in order; a product of a single row
-is another routine, so two rows at least are taken together.
+Rows are merged as they are read: W + scale · (B · A), each step in float32, which gives the bits of
+peft's `merge_and_unload` on a model loaded in float32. In the products of torch and NumPy every
+element is a chain of fused multiply-adds over the rank, in order; a product with a single row takes
+another routine, so at least two rows are computed together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptj_model.source import (
 )
 from gptj_model.tensors import Scheme, Tensor
 
-#: What an adapted kernel is computed and given in.
+#: Dtype in which adapted kernels are computed and returned.
 MERGED_DTYPE = "float32"
 
 
@@ -43,13 +43,13 @@ class _Kernel:
 
 
 class MergedSource:
-    """The base's tensors, of which some are merged and some replaced. See `TensorSource`.
+    """Tensors of a base model of which some are merged and some replaced.
 
     Args:
-        base: is closed with this.
-        scheme: of the base.
-        names: of every row of the table, in the base.
-        adapter: open; is closed with this.
+        base: source of the base model, closed with this one.
+        scheme: naming scheme of the base.
+        names: names in the base of every row of the table.
+        adapter: open adapter, closed with this source.
     """
 
     def __init__(
@@ -80,12 +80,13 @@ class MergedSource:
 
     @property
     def memory(self) -> int:
-        """Bytes that merging takes beside what is read: two factors, and two panels of rows."""
+        """Bytes that merging takes beside the buffer that is read into: two factors, and two panels
+        of rows."""
         factors = (4 * u.rank * sum(row.shape) for row, u in self._updates.values())
         return max(factors, default=0) + 2 * strips.PANEL_BYTES
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
+        """Implement `TensorSource`."""
         if name not in self._updates and name not in self._replaced:
             self.base.read_into(name, offset, buffer)
             return
@@ -129,7 +130,7 @@ class MergedSource:
         return read_rows(self.base, name, start, stop)
 
     def _replacement(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of the adapter's own tensor, in the base's layout."""
+        """Return rows of the adapter's own tensor, in the base's layout."""
         row, found = self._replaced[name]
         source = self._adapter.source
         if row.op(Scheme.HF, self._scheme) is Op.COPY:
@@ -137,7 +138,8 @@ class MergedSource:
         return np.ascontiguousarray(read_columns(source, found, start, stop).T)
 
     def _kernel(self, name: str) -> _Kernel:
-        """The factors of a kernel's update, kept until those of another are asked for."""
+        """Return the factors of a kernel's update, which are kept until those of another kernel are
+        asked for."""
         last = self._last
         if last is None or last[0] != name:
             row, update = self._updates[name]

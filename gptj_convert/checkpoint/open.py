@@ -1,4 +1,4 @@
-"""A checkpoint of either layout, found and opened: its config, its tensors, its other files."""
+"""Checkpoints of any format, found and opened: config, tensors and companion files."""
 
 from __future__ import annotations
 
@@ -41,52 +41,53 @@ class Checkpoint:
     """An open checkpoint. Use it as a context manager, or close its source."""
 
     path: Path
-    """What was asked for."""
+    """Path that was asked for."""
     scheme: Scheme
     config: GPTJConfig
     source: TensorSource
     files: tuple[Path, ...]
-    """The files that hold its tensors, and their index."""
+    """Files that hold the tensors, and their index."""
     vocab_choice: str | None = None
-    """Where its vocab_size is from: one of `options.VOCAB_SIZES`; None: both must agree."""
+    """How its vocab_size was chosen: one of `options.VOCAB_SIZES`; None means that config and
+    tensors must agree."""
     dropped: tuple[str, ...] = ()
-    """Names, in its files, of tensors that were left out because they were asked to be."""
+    """Names in its files of tensors that were dropped on request."""
     optimizer: OptimizerSource | None = None
-    """A file with an optimizer's state beside the weights, if it was asked for and is there."""
+    """File with optimizer state beside the weights, if it was asked for and exists."""
     config_file: Path | None = None
-    """The config.json that describes it; None: there is none, and a YAML file does."""
+    """The config.json that describes it; None if a YAML file does."""
     adapter: PeftAdapter | None = None
-    """The adapter that is merged into `source`; see `merged_checkpoint`."""
+    """Adapter that is merged into `source`; see `merged_checkpoint`."""
 
     @property
     def everything(self) -> TensorSource:
-        """Weights and state, by names that are none of both."""
+        """Weights and optimizer state as one source; their names never collide."""
         return JoinedSource(self.source, self.optimizer) if self.optimizer else self.source
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """Folder of its files."""
         return self.files[0].parent
 
     @property
     def dtype(self) -> str:
-        """The widest dtype of its weights, which are those of the table; see `plan.match`."""
+        """Widest dtype of its weights, which must be those of the table; see `plan.match`."""
         names = (t.name(self.scheme) for t in table(self.config))
         return widest(self.source.tensors[name].dtype for name in names)
 
     def stored_dtype(self, name: str) -> str:
-        """Return the dtype of a tensor in the files; one that is merged is read in a wider one."""
+        """Return the dtype of a tensor in the files; a merged tensor is read in a wider one."""
         source = self.source.base if isinstance(self.source, MergedSource) else self.source
         return source.tensors[name].dtype
 
     @property
     def merging_memory(self) -> int:
-        """Bytes that reading takes beside a buffer; 0 where nothing is merged."""
+        """Number of bytes that reading takes beside a buffer; 0 where nothing is merged."""
         return self.source.memory if isinstance(self.source, MergedSource) else 0
 
     @property
     def companions(self) -> list[str]:
-        """Settings beside the weights that go with them, by their paths in the folder."""
+        """Settings files beside the weights that belong to them, by their paths in the folder."""
         return hf.choose_companions(hf.settings_files(self.folder))
 
     def __enter__(self) -> Checkpoint:
@@ -100,13 +101,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a checkpoint is, before anything of it is read."""
+    """Location of a checkpoint, before anything of it is read."""
 
     path: Path
-    """What was asked for."""
+    """Path that was asked for."""
     scheme: Scheme
     weights: Path
-    """The weight file, the index of shards or, of a bundle, the prefix."""
+    """Weight file, index of shards or, of a bundle, the prefix."""
 
 
 def open_checkpoint(
@@ -119,21 +120,21 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find and open the GPT-J checkpoint that `path` is or holds.
 
-    Its tensors have the names of the table where a wrapper of the model has put its own around
-    them; a note in the log says so.
+    Where a wrapper has renamed the tensors, they get the names of the table back, and a note in the
+    log says so.
 
     Args:
-        path: a folder, a weight file, an index of shards, or a bundle's prefix.
-        config_file: a file that states the config, to use instead of the one beside the weights.
-        vocab_choice: see `Checkpoint`.
-        drop: names of tensors to leave out, or patterns as a shell has them.
-        with_optimizer: open an optimizer.pt beside Hugging Face's weights, too.
+        path: folder, weight file, index of shards, or prefix of a bundle.
+        config_file: file that states the config, instead of the one beside the weights.
+        vocab_choice: which vocabulary size counts; see `Checkpoint.vocab_choice`.
+        drop: names of tensors to drop, or shell patterns of them.
+        with_optimizer: whether to open an optimizer.pt beside Hugging Face's weights, too.
 
     Raises:
-        ConfigError: no config, or one that is not a GPT-J.
-        FileFault: no checkpoint there, or a corrupt one.
+        ConfigError: there is no config, or it describes no GPT-J.
+        FileFault: there is no checkpoint, or it is corrupt.
         TensorFault: an index and its shards disagree.
-        UsageError: a weight of the model is to be dropped.
+        UsageError: a weight of the model would be dropped.
     """
     location = locate(path)
     scheme = location.scheme
@@ -168,7 +169,7 @@ def open_checkpoint(
 
 
 def open_named(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
-    """A checkpoint's tensors under the table's names, and the files that hold them.
+    """Return a checkpoint's tensors under the table's names, and the files that hold them.
 
     Raises:
         FileFault, TensorFault: see `open_source`.
@@ -180,7 +181,7 @@ def open_named(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
 def _renamed(
     path: Path, source: TensorSource, scheme: Scheme, drop: Sequence[str]
 ) -> tuple[TensorSource, tuple[str, ...]]:
-    """The source under the table's names without some tensors, and these."""
+    """Return the source under the table's names without the dropped tensors, and these."""
     dropped = tuple(name for name in source.tensors if matching(drop, name))
     kept = [name for name in source.tensors if name not in dropped]
     names = (
@@ -199,7 +200,7 @@ def locate(path: Path) -> Location:
     """Find the checkpoint that `path` is or holds.
 
     Raises:
-        FileFault: there is none.
+        FileFault: there is no checkpoint.
     """
     if weights := hf.find_weights(path):
         return Location(path, Scheme.HF, weights)
@@ -216,10 +217,10 @@ def locate(path: Path) -> Location:
 
 
 def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
-    """A checkpoint's tensors under the names they have in its files, and these.
+    """Return a checkpoint's tensors under the names in its files, and the files.
 
     Raises:
-        FileFault: one of them is missing or corrupt.
+        FileFault: a file is missing or corrupt.
         TensorFault: an index and its shards disagree.
     """
     if location.scheme is Scheme.HF:
@@ -233,10 +234,10 @@ def open_source(location: Location) -> tuple[TensorSource, tuple[Path, ...]]:
 
 
 def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
-    """The config in `config_file`, else the one beside the weights.
+    """Return the config in `config_file`, else the one beside the weights.
 
     Raises:
-        ConfigError: there is none, or one that is not a GPT-J.
+        ConfigError: there is no config, or it describes no GPT-J.
     """
     beside = location.weights.parent / CONFIG_FILE
     yaml = _CONFIG_FROM_YAML.get(location.scheme)
@@ -253,7 +254,7 @@ def read_config(location: Location, config_file: Path | None) -> GPTJConfig:
     return config
 
 
-#: The YAML file that may describe a checkpoint in place of a config.json, and its reader.
+#: YAML files that may describe a checkpoint instead of a config.json, with their readers.
 _CONFIG_FROM_YAML = {
     Scheme.TF: (PARAMS_FILE, config_beside_bundle),
     Scheme.CS: (TRAINER_FILE, config_beside_model),

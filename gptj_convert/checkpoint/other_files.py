@@ -1,6 +1,6 @@
-"""What lies where no checkpoint of ours does, in words, and the command that comes next.
+"""What a path holds where it holds no checkpoint of GPT-J, in words, and the command to run next.
 
-Every row of `ROWS` is a kind of folder that people hold; the first that applies is told.
+Every row of `ROWS` is a kind of folder that people have; the first that applies is reported.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from gptj_convert.formats.layouts import cs, hf, keras, tf
 from gptj_model.config import CONFIG_FILE
 from gptj_model.errors import FileFault
 
-#: What transformers' Trainer and peft put beside weights under names like theirs.
+#: Files that transformers' Trainer and peft put beside weights under similar names.
 _BESIDE = r"(optimizer|scheduler|scaler|rng_state|training_args|adapter_model)\b.*|rng_state_\d+.*"
-#: Folders of a folder that are looked into.
+#: Largest number of subfolders that are examined.
 _MOST_FOLDERS = 200
 _OLD_TRANSFORMERS = (
     'in an environment with transformers 4: python -c "from transformers import '
@@ -31,10 +31,10 @@ _OLD_TRANSFORMERS = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is there, and what to do with it."""
+    """What a path holds, and what to do with it."""
 
     what: str
-    """Goes after "holds"."""
+    """Completes "holds …"."""
     hint: str | None
 
 
@@ -44,11 +44,11 @@ class Row:
 
     kind: str
     look: Callable[[Path], Found | None]
-    """Gives None where the folder is of another kind."""
+    """Returns None where the folder is of another kind."""
 
 
 def no_checkpoint(path: Path) -> FileFault:
-    """Return the fault of a path that is no checkpoint of ours: what it is, and what to do."""
+    """Return the fault of a path that is no checkpoint of GPT-J: what it is, and what to do."""
     if not path.exists():
         return FileFault(
             f"{path}: not found, expected a checkpoint",
@@ -76,7 +76,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, pattern: str) -> list[str]:
-    """Names of files that match a regular expression as a whole."""
+    """Return the names of files that match a regular expression as a whole."""
     return [n for n in _names(folder) if re.fullmatch(pattern, n) and (folder / n).is_file()]
 
 
@@ -87,7 +87,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a checkpoint is in this very folder, by names of files alone."""
+    """Return whether a checkpoint is in this very folder, judging by file names."""
     names = (*hf.WEIGHT_FILES, f"{tf.CONVERTED_PREFIX}.index", keras.WEIGHTS_FILE, cs.MODEL_FILE)
     return any((folder / n).is_file() for n in (*names, tf.STATE_FILE))
 
@@ -127,7 +127,7 @@ def _trainer(folder: Path) -> Found | None:
 
 
 def _cache(folder: Path) -> Found | None:
-    """A folder `models--OWNER--NAME` of the hub's cache, or the cache itself."""
+    """Recognize a folder `models--OWNER--NAME` of the hub's cache, or the cache itself."""
     roots = [folder] if (folder / "snapshots").is_dir() else []
     roots += [p for p in _folders(folder) if re.match("models--", p.name)]
     for root in roots:
@@ -206,7 +206,7 @@ def _other_runtime(folder: Path) -> Found | None:
 
 
 def _other_name(folder: Path) -> Found | None:
-    """Weights that can be read, under a name of somebody's own."""
+    """Recognize readable weights under an unusual name."""
     names = [
         n
         for n in _names(folder)
@@ -238,7 +238,7 @@ def _no_weights(folder: Path) -> Found | None:
     )
 
 
-#: Kinds of folders, the most telling first.
+#: Kinds of folders, the most specific first.
 ROWS: tuple[Row, ...] = (
     Row("shards without an index", _shards),
     Row("folders of transformers' Trainer", _trainer),

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face file under the table's names, whatever put its own words around them.
+"""Tensors of a Hugging Face file under the table's names, whatever a wrapper has added to them.
 
 Wrappers of a model leave their names in its state dict: `module.` of DistributedDataParallel,
 `base_model.model.` of peft, `_orig_mod.` of torch.compile. The body alone (a GPTJModel) lacks
@@ -15,10 +15,10 @@ from gptj_model.errors import UsageError
 from gptj_model.source import TensorInfo, TensorSource
 from gptj_model.tensors import EMBEDDING, HF_BODY, is_hf_name
 
-#: What a GPTJForCausalLM calls the GPTJModel in it.
+#: Name of the embedding in a GPTJModel alone.
 _BARE_EMBEDDING = EMBEDDING.hf.removeprefix(HF_BODY)
 
-#: Parts of names that wrappers put in anywhere, around single blocks too.
+#: Parts of names that wrappers insert anywhere, even around single blocks.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -27,17 +27,17 @@ class SourceNames:
     """How a file's names become the table's."""
 
     in_file: Mapping[str, str]
-    """The name in the file, by the table's name; of an unknown tensor by its own."""
+    """Name in the file by the table's name; unknown tensors keep their own."""
     prefix: str = ""
-    """What was before the names of all of the model."""
+    """Prefix of all names of the model."""
     without_body: bool = False
-    """Whether the names lacked `HF_BODY`."""
+    """Whether the names lack `HF_BODY`."""
     wrappers: tuple[str, ...] = ()
-    """Those of `WRAPPERS` that were in names."""
+    """Those of `WRAPPERS` that the names contain."""
 
     @property
     def notes(self) -> list[str]:
-        """What was undone, one sentence each."""
+        """Notes on what was undone, one sentence each."""
         notes = []
         if self.wrappers:
             notes.append(f"{', '.join(self.wrappers)} in names of tensors is left out")
@@ -49,7 +49,7 @@ class SourceNames:
 
 
 def source_names(names: Iterable[str]) -> SourceNames:
-    """Find what was put around the table's names, if one thing was put around all of them."""
+    """Return what was put around the table's names, if the same was put around all of them."""
     listed = list(names)
     wrappers = tuple(w for w in WRAPPERS if any(w in name.split(".") for name in listed))
     plain = {name: _unwrapped(name) for name in listed}
@@ -61,14 +61,14 @@ def source_names(names: Iterable[str]) -> SourceNames:
         inner = inner.removeprefix(prefix)
         if is_hf_name(HF_BODY + inner):
             inner, added = HF_BODY + inner, True
-        # What is no tensor of a GPT-J, or is one for the second time, keeps its name.
+        # A name that is no tensor of GPT-J, or that occurs again, stays as it is.
         known = is_hf_name(inner) and inner not in in_file
         in_file[inner if known else name] = name
     return SourceNames(in_file, prefix, added, wrappers)
 
 
 def model_prefixes(names: Iterable[str]) -> list[str]:
-    """What is before the names of each GPT-J that a file holds, "" for none."""
+    """Return the prefix of each GPT-J that a file holds; "" is none."""
     found: dict[str, None] = {}
     for name in names:
         for embedding in (EMBEDDING.hf, _BARE_EMBEDDING):
@@ -83,15 +83,15 @@ def _unwrapped(name: str) -> str:
 
 
 def matching(patterns: Sequence[str], name: str) -> bool:
-    """Whether one of the patterns, as a shell has them, is a tensor's name or matches it."""
+    """Return whether a name is one of the shell patterns, or matches one."""
     return any(name == p or fnmatchcase(name, p) for p in patterns)
 
 
 def refuse_unmatched(patterns: Sequence[str], dropped: Sequence[str]) -> None:
-    """Refuse patterns that name no tensor of a checkpoint.
+    """Refuse patterns that match no tensor of a checkpoint.
 
     Raises:
-        UsageError: one does not; it may be misspelt.
+        UsageError: a pattern matches no tensor, and may be misspelled.
     """
     for pattern in patterns:
         if not any(matching([pattern], name) for name in dropped):
@@ -102,14 +102,14 @@ def refuse_unmatched(patterns: Sequence[str], dropped: Sequence[str]) -> None:
 
 
 class RenamedSource:
-    """The tensors of a source under other names, as `gptj_model.source.TensorSource`.
+    """Tensors of a source under other names, as a `TensorSource`.
 
     Args:
-        source: of the tensors.
-        in_file: the source's name by the new one; a tensor that is not among them is left out.
+        source: source of the tensors.
+        in_file: the source's name by the new name; a tensor that is not listed is left out.
 
     Attributes:
-        in_file: as given.
+        Names in the source, by new name.
     """
 
     def __init__(self, source: TensorSource, in_file: Mapping[str, str]) -> None:
@@ -120,7 +120,7 @@ class RenamedSource:
         }
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
+        """Implement `TensorSource`."""
         self._source.read_into(self.in_file[name], offset, buffer)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""What is wrong with a checkpoint's tensors as a whole, and the way out: two tables of conditions.
+"""What is wrong with a checkpoint's tensors as a whole, and how to fix it: two tables of
+conditions.
 
-A file that was quantised, or holds an adapter that is not merged, lacks most of its names: that is
-one fact, not a hundred problems. What else may have happened is a hint, told only where what it
-says of the file is true.
+A quantized file, or one with an adapter that is not merged, lacks most names: that is one fact, not
+a hundred problems. Other explanations are hints, given only where their condition holds for the
+file.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from gptj_model.tensors import HEAD_WEIGHT, Scheme, head, table
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Something that all of a file is."""
+    """A property of the whole file."""
 
     what: str
     name: str
-    """Regular expression that a tensor's whole name matches in such a file only."""
+    """Regular expression that matches a whole tensor name only in such a file."""
     hint: str
     beside: str = ""
-    """Another one that a name of such a file matches, too; "" for none."""
+    """Regular expression that another name of such a file matches; "" for none."""
 
 
 _DEQUANTISE = (
@@ -35,7 +36,7 @@ _DEQUANTISE = (
     "model.save_pretrained(DIR); or take the checkpoint that it was made from"
 )
 
-#: The most telling first.
+#: Properties, the most specific first.
 WHOLES: tuple[Whole, ...] = (
     Whole(
         "is quantised to 4 bits by bitsandbytes (NF4 or FP4)",
@@ -62,7 +63,8 @@ WHOLES: tuple[Whole, ...] = (
 
 
 def whole_problem(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """What all of a file is that cannot be read as weights, in one line, and a hint."""
+    """Return why no tensor of a file can be read as a weight, in one line, and a hint; None if they
+    can."""
     if len(prefixes := sorted(model_prefixes(tensors))) > 1:
         shown = " and ".join(repr(p) if p else "no prefix" for p in prefixes)
         drop = " ".join(f"--drop '{p}*'" for p in prefixes[1:])
@@ -96,11 +98,11 @@ class Situation:
 
     @property
     def faulty(self) -> list[Finding]:
-        """Weights of this model that are missing, or not as they must be."""
+        """Weights of this model that are missing or wrong."""
         return [f for f in self.findings if f.tensor and f.problem]
 
     def has(self, config: GPTJConfig) -> bool:
-        """Whether all of another config's tensors are there."""
+        """Return whether all tensors of another config are present."""
         return {t.name(self.scheme) for t in table(config)} <= {
             f.name for f in self.findings if f.info
         }
@@ -108,7 +110,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A way out, and when it is one."""
+    """A hint, and the condition under which it holds."""
 
     applies: Callable[[Situation], bool]
     text: Callable[[Situation], str]
@@ -142,7 +144,7 @@ def _only_more(s: Situation) -> bool:
 
 
 def drop_options(names: Sequence[str]) -> str:
-    """The options that leave these tensors out, one for all of a part of the model."""
+    """Return the options that drop these tensors, one for each part of the model."""
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(name.split(".")[0], []).append(name)
@@ -151,7 +153,7 @@ def drop_options(names: Sequence[str]) -> str:
     return shown if len(patterns) <= 4 else f"{shown} …"
 
 
-#: The first that applies is told.
+#: Hints; the first whose condition holds is given.
 HINTS: tuple[Hint, ...] = (
     Hint(
         _lacks_head,
@@ -182,6 +184,6 @@ HINTS: tuple[Hint, ...] = (
 
 
 def hint(findings: Sequence[Finding], scheme: Scheme, config: GPTJConfig) -> str | None:
-    """What may have happened to a file that is not what its config calls for, and the way out."""
+    """Return what may have happened to a file that differs from its config, and how to fix it."""
     situation = Situation(findings, scheme, config)
     return next((h.text(situation) for h in HINTS if h.applies(situation)), None)

@@ -1,4 +1,4 @@
-"""How many tokens a model has: by its config, and by the rows of its tensors."""
+"""The vocabulary size of a model: by its config, and by the rows of its tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ NEVER = "rows are never made up, nor dropped"
 
 
 def rows(config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """By name in the scheme, the rows of each tensor that has one a token.
+    """Return the number of rows of each tensor that has one row per token, by its name in the
+    scheme.
 
-    Without those that differ from what the config calls for in more than their rows.
+    Tensors that differ from the config in more than their rows are left out.
     """
     found = {}
     for tensor in vocabulary(config):
@@ -31,14 +32,14 @@ def rows(config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo]) 
 def settle(
     config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo], choice: str | None
 ) -> GPTJConfig:
-    """The config, with the tensors' number of rows if that is chosen and they agree on one.
+    """Return the config, with the tensors' number of rows if that is chosen and they agree on one.
 
     Args:
-        config, scheme, tensors: of a checkpoint.
-        choice: one of `options.VOCAB_SIZES`; None: both must agree.
+        config, scheme, tensors: configuration and tensors of a checkpoint.
+        choice: one of `options.VOCAB_SIZES`; None means that both must agree.
 
     Raises:
-        ConfigError: no model can have that many.
+        ConfigError: no model can have that vocabulary size.
     """
     counts = set(rows(config, scheme, tensors).values())
     if choice == FROM_TENSORS and len(counts) == 1:
@@ -47,7 +48,7 @@ def settle(
 
 
 def disagreement(config: GPTJConfig, found: Mapping[str, int]) -> str | None:
-    """What is wrong with these `rows`, if anything is."""
+    """Return what is wrong with these `rows`, or None."""
     counts = set(found.values())
     if counts <= {config.vocab_size}:
         return None
@@ -59,7 +60,7 @@ def disagreement(config: GPTJConfig, found: Mapping[str, int]) -> str | None:
 
 
 def hint(found: Mapping[str, int], choice: str | None) -> str:
-    """What to do about a `disagreement`."""
+    """Return what to do about a `disagreement`."""
     counts = set(found.values())
     if len(counts) > 1 or choice == FROM_CONFIG:
         return (

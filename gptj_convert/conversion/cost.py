@@ -1,6 +1,6 @@
-"""Memory and time that converting and comparing weights take, by formula from a plan.
+"""Memory and time of converting and comparing weights, by formula from a plan.
 
-Sizes are in bytes, times in seconds. What the models themselves take is in
+Sizes are in bytes, times in seconds. The costs of running models are in
 `gptj_convert.resources.footprint`.
 """
 
@@ -26,7 +26,8 @@ from gptj_model.source import TensorInfo
 
 
 def conversion_memory(plan: Plan) -> int:
-    """Peak of `execute`: strips and blocks; columns are cut from whole rows in a panel more."""
+    """Return the peak memory of `execute`: strips and blocks, and one panel more for columns, which
+    are cut from whole rows."""
     sizes = [size for m in plan.in_file_order for size in strip_sizes(m.source, m.op)]
     strips = _strips(sizes, strips_around(max(sizes, default=0)))
     blocks = min(plan.layout.total, BLOCKS * BLOCK_BYTES)
@@ -34,15 +35,14 @@ def conversion_memory(plan: Plan) -> int:
 
 
 def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int:
-    """Peak of verify's level weights, on sides that are equal.
+    """Return the peak memory of verify's level weights, for two sides that are equal.
 
-    Strips of the source go around as in a conversion; of the converted side they are a panel
-    each. One panel more is laid out, and compared by a mask of a byte an element. The hash reads
-    pieces of half a panel.
+    Strips of the source are in use as in a conversion; strips of the converted side are one panel
+    each. One panel more is laid out, and compared through a mask of one byte per element. The hash
+    reads pieces of half a panel.
 
     Args:
-        pairs: source, what is done to it, and target of each tensor, in the order of the
-            converted file.
+        pairs: source, op and target of each tensor, in the order of the converted file.
     """
     sizes: list[int] = []
     target_bytes = mask = 0
@@ -55,18 +55,20 @@ def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int
 
 
 def _strips(sizes: Iterable[int], count: int) -> int:
-    """Of strips that go around in turn: each buffer grows to the largest of every so many."""
+    """Return the memory of `count` strips that are used in turn, each of which grows to the largest
+    it holds."""
     large = [size for size in sizes if size > SMALL_STRIP_BYTES]
     return sum(max(large[n::count], default=0) for n in range(count))
 
 
 def conversion_seconds(plan: Plan, rates: Rates, cores: float) -> float:
-    """Of `execute`: that of its slowest stage, or of all that compute on too few cores.
+    """Return the time of `execute`: that of its slowest stage, or of all stages if there are too
+    few cores.
 
-    The disk is taken to be read as fast as it is written, and to do one at a time.
+    The disk is assumed to read as fast as it writes, and to do one at a time.
     """
     moved = sum(m.target.nbytes for m in plan.moves if m.op is Op.TRANSPOSE)
-    # Checksums and counts of what is not finite are about as fast as laying out.
+    # Checksums and counts of values that are not finite run at about the speed of transposition.
     computing = (
         plan.source_bytes / rates.transposition,
         moved / rates.transposition,
@@ -77,6 +79,7 @@ def conversion_seconds(plan: Plan, rates: Rates, cores: float) -> float:
 
 
 def comparison_seconds(plan: Plan, rates: Rates) -> float:
-    """Of verify's level weights after that conversion: one thread lays out, compares, hashes."""
-    # Comparing moves about as many bytes as laying out does.
+    """Return the time of verify's level weights after that conversion: one thread lays out,
+    compares and hashes."""
+    # Comparing moves about as many bytes as laying out.
     return 2 * plan.target_bytes / rates.transposition + plan.layout.total / rates.sha256

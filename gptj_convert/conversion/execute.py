@@ -1,7 +1,7 @@
-"""A plan carried out: read → lay out → checksum → write, in bounded memory.
+"""Execution of a plan: read → lay out → checksum → write, in bounded memory.
 
-Every output offset is known before the first byte. Nothing is visible under the output's name
-until all of it is durable; an interrupted run is gone on with where its last whole tensor ends.
+Every output offset is known before the first byte. Nothing appears under the output's name until
+all of it is durable; an interrupted run resumes after its last complete tensor.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ from gptj_model.op import Op
 from gptj_model.source import raw_bytes
 from gptj_model.tensors import Scheme
 
-#: Files that are made to be changed, and so not hashed.
+#: Files that are meant to be edited, and are therefore not hashed.
 _EDITED = (PARAMS_FILE, TRAINER_FILE)
-#: Bytes of the small files beside the weights, generously.
+#: Upper bound of the small files beside the weights, in bytes.
 _SMALL_FILES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished conversion."""
+    """Result of a finished conversion."""
 
     moved: tuple[Moved, ...]
-    """In the order of the target's bytes."""
+    """Tensors in the order of the target's bytes."""
     kept_bytes: int
-    """Of the target, that an interrupted run had written."""
+    """Bytes of the target that were reused from an interrupted run."""
 
     @property
     def nonfinite(self) -> dict[str, int]:
-        """NaN and infinite values by name of the tensor in the target."""
+        """Number of NaN and infinite values, by name of the tensor in the target."""
         return {m.name: m.nonfinite for m in self.moved if m.nonfinite}
 
     @property
     def saturated(self) -> dict[str, int]:
-        """Replaced values by name of the tensor in the target."""
+        """Number of replaced values, by name of the tensor in the target."""
         return {m.name: m.saturated for m in self.moved if m.saturated}
 
 
@@ -88,17 +88,18 @@ def execute(
     Progress is in bytes of the target.
 
     Args:
-        plan: see `make_plan`.
-        checkpoint: the plan's source.
-        out: the folder to make.
-        force: replace an existing one, and begin anew what was interrupted.
-        resume: go on with what was interrupted; a complete `out` of the same plan is left.
+        plan: plan from `make_plan`.
+        checkpoint: source of the plan.
+        out: folder to write.
+        force: whether to overwrite an existing folder, and to discard an interrupted run.
+        resume: whether to resume an interrupted run; a complete `out` of the same plan is left as
+            it is.
 
     Raises:
-        UsageError: `out` exists, or an interrupted run is there, and neither option is given;
-            or that run was another conversion.
+        UsageError: `out` exists, or an interrupted run exists, and neither option is given; or that
+            run was another conversion.
         FileFault: the source is cut short or has changed, or the disk is too small.
-        TensorFault: a value does not fit the target's dtype.
+        TensorFault: a value is beyond the range of the target's dtype.
         OSError: writing fails.
     """
     job = _job(plan, checkpoint)
@@ -126,12 +127,12 @@ def execute(
                 finally:
                     staging.keep = bool(journal.parts)
         except TensorFault:
-            staging.keep = False  # going on would end the same way
+            staging.keep = False  # resuming would end the same way
             raise
 
 
 def is_resumable(out: Path) -> bool:
-    """Whether an interrupted conversion to `out` can be gone on with."""
+    """Return whether an interrupted conversion to `out` can be resumed."""
     return read_journal(staging_root(out) / JOURNAL_FILE, Moved) is not None
 
 
@@ -141,7 +142,7 @@ def states_no_end(checkpoint: Checkpoint) -> bool:
 
 
 def not_carried(checkpoint: Checkpoint) -> list[str]:
-    """Say what may be settings of a checkpoint and is not in what it is converted to."""
+    """Return notes on possible settings of a checkpoint that are not carried into the output."""
     used = {*checkpoint.companions, *(p.name for p in checkpoint.files), CONFIG_FILE, MANIFEST_FILE}
     files = [
         name
@@ -158,15 +159,15 @@ def not_carried(checkpoint: Checkpoint) -> list[str]:
 
 
 def check_space(needed: int, out: Path, *, there: Path | None = None) -> None:
-    """Refuse before the first byte what the disk cannot hold.
+    """Check before the first byte that the disk can hold the output.
 
     Args:
         needed: bytes of the large files.
-        out: what is to be made.
-        there: a folder whose files take their space already.
+        out: folder to write.
+        there: folder whose files already take part of the space.
 
     Raises:
-        FileFault: with bytes needed and free.
+        FileFault: the disk is too small; names bytes needed and free.
     """
     folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
     needed += _SMALL_FILES
@@ -181,7 +182,7 @@ def check_space(needed: int, out: Path, *, there: Path | None = None) -> None:
 
 
 def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is converted into what: an interrupted run is gone on with only for the same."""
+    """Return what is converted into what; an interrupted run resumes only for the same."""
     names = {m.target_name: m.source_name for m in plan.moves}
     return {
         "source": describe_source(checkpoint),
@@ -254,7 +255,7 @@ def _write(
 
 
 class _Reader:
-    """The source's tensors in the order of the target's bytes, read ahead."""
+    """The source's tensors in the order of the target's bytes, prefetched."""
 
     def __init__(
         self, plan: Plan, checkpoint: Checkpoint, pipeline: Pipeline, start: Start
@@ -266,14 +267,14 @@ class _Reader:
         self._nonfinite: dict[str, int] = {}
         self._overflows: dict[str, int] = {}
         self.facts: dict[str, Moved] = {}
-        """Of every tensor that is read, without the crc32c of the result."""
+        """Facts about every tensor that is read, except the crc32c of the result."""
         names = plan.layout.tensors_from(start.file, start.offset)
         moves = [self._moves[name] for name in names if name in self._moves]
         wanted = [Wanted(m.source_name, m.op, partial(self._look, m)) for m in moves]
         self._ahead = ReadAhead(checkpoint.everything, wanted, pipeline, None)
 
     def strips(self, name: str) -> Iterator[Strip]:
-        """The strips of a tensor of the target; tensors must be asked for in order."""
+        """Yield the strips of a tensor of the target; tensors must be asked for in order."""
         if name in self._values:
             values = self._values[name].reshape(-1)
             self.facts[name] = Moved(name, crc32c(raw_bytes(values)), 0)
@@ -305,7 +306,7 @@ class _Reader:
 
 
 def _changed(checkpoint: Checkpoint) -> dict[str, int]:
-    """When each file of the source was last changed, in nanoseconds."""
+    """Return the modification time of each source file, in nanoseconds."""
     return {p.name: p.stat().st_mtime_ns for p in checkpoint.files}
 
 

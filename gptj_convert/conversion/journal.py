@@ -1,4 +1,4 @@
-"""What interrupted work had done: a line about the whole, then one a finished part."""
+"""The record of interrupted work: one line about the whole, then one per finished part."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ class Moved:
     """A tensor that is written."""
 
     name: str
-    """In the target."""
+    """Name in the target."""
     source_crc32c: int
     crc32c: int
     nonfinite: int = 0
-    """NaN and infinite values of the source; kept as they are."""
+    """Number of NaN and infinite values of the source, which are kept."""
     saturated: int = 0
-    """Values replaced by the largest that the target's dtype has."""
+    """Number of values replaced by the largest value of the target's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[Part]):
-    """What a journal holds."""
+    """Content of a journal."""
 
     job: dict[str, Any]
     parts: list[Part]
 
 
 class Journal(Generic[Part]):
-    """The file, open for more lines.
+    """A journal that is open for more lines.
 
     Args:
-        path: of the file; an existing one is replaced at once by one that says this:
-        job: what is to be done.
-        parts: what is done already.
+        path: path of the file; an existing file is replaced at once by one with this content.
+        job: description of the whole work.
+        parts: parts that are already finished.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], parts: Iterable[Part] = ()) -> None:
@@ -62,7 +62,7 @@ class Journal(Generic[Part]):
         partial.replace(path)
 
     def add(self, part: Part) -> None:
-        """Note a part whose bytes are in the output."""
+        """Record a part whose bytes are in the output."""
         self.parts.append(part)
         self._line(asdict(part))
 
@@ -76,9 +76,10 @@ class Journal(Generic[Part]):
 
 
 def read_journal(path: Path, kind: type[Part]) -> Found[Part] | None:
-    """The whole lines of a journal of parts of this kind, a dataclass; checked on resuming.
+    """Return the complete lines of a journal whose parts are of this dataclass; they are checked on
+    resuming.
 
-    None when there is none, or no whole line.
+    Return None if there is no journal, or it has no complete line.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -91,7 +92,7 @@ def read_journal(path: Path, kind: type[Part]) -> Found[Part] | None:
     for line in lines[1:]:
         try:
             if not line.endswith(b"\n"):
-                break  # the line that the interruption cut
+                break  # the line that was cut short
             parts.append(kind(**json.loads(line)))
         except (ValueError, TypeError):
             break

@@ -1,4 +1,4 @@
-"""manifest.json: where a converted checkpoint came from, and what every part of it hashes to."""
+"""manifest.json: the origin of a converted checkpoint, and the hash of every part of it."""
 
 from __future__ import annotations
 
@@ -23,33 +23,32 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of a manifest.json. It holds no time: the same source gives the same file."""
+    """Content of a manifest.json. It holds no time, so the same source gives the same file."""
 
     source: Mapping[str, Any]
     """path, format, size in bytes of each file, `vocab_size` (`Checkpoint.vocab_choice`) and, where
-    they apply, names of tensors that were `dropped`, and of what was merged `adapter`:
-    `PeftAdapter.describe`."""
+    they apply, names of `dropped` tensors and the merged `adapter` (`PeftAdapter.describe`)."""
     target: Mapping[str, Any]
-    """format and dtype."""
+    """Format and dtype."""
     files: Mapping[str, Mapping[str, Any]]
-    """Size and SHA-256 of each file of the output that nobody edits."""
+    """Size and SHA-256 of each output file that is not meant to be edited."""
     tensors: Mapping[str, Mapping[str, Any]]
-    """By HF name: crc32c of the source's bytes and of the result's, in hex."""
+    """crc32c in hex of the source's bytes and of the result's, by HF name."""
     tool: Mapping[str, str] = field(
         default_factory=lambda: {"name": "gptj", "version": __version__}
     )
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the text of the file."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The manifest in a folder; None when there is none.
+        """Return the manifest in a folder, or None if there is none.
 
         Raises:
-            FileFault: it is there and is not a manifest.
+            FileFault: the file is not a manifest.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -66,7 +65,7 @@ _NOT_A_MANIFEST = (OSError, ValueError, TypeError, KeyError, AttributeError, Rec
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise one of `_NOT_A_MANIFEST` unless files and tensors are described as they must be."""
+    """Raise one of `_NOT_A_MANIFEST` unless files and tensors are described correctly."""
     manifest.source.items()
     for name, stated in manifest.files.items():
         if not is_inner_path(name) or type(stated["bytes"]) is not int:
@@ -80,7 +79,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The manifest's word on what was converted; with the hub's digests where they are known."""
+    """Return the manifest's entry about the source, with the hub's digests where they are known."""
     record = read_record(checkpoint.folder)
     files: dict[str, dict[str, Any]] = {}
     for path in checkpoint.files:
@@ -103,7 +102,7 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_target(plan: Plan) -> dict[str, Any]:
-    """The manifest's word on the output."""
+    """Return the manifest's entry about the output."""
     target: dict[str, Any] = {
         "format": plan.scheme.value,
         "dtype": plan.dtype,
@@ -116,5 +115,5 @@ def describe_target(plan: Plan) -> dict[str, Any]:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": digest(path)}

@@ -28,11 +28,11 @@ def open_merged(
 
     Args:
         path, config_file, vocab_choice, drop, with_optimizer: see `open_checkpoint`.
-        adapter: the adapter's folder; None: nothing is merged.
+        adapter: folder of the adapter; None merges nothing.
 
     Raises:
-        ConfigError, FileFault, TensorFault: see `open_checkpoint` and `open_adapter`; or the
-            adapter was made for another model.
+        ConfigError, FileFault, TensorFault: as `open_checkpoint` and `open_adapter` raise them, or
+            the adapter was made for another model.
     """
     checkpoint = open_checkpoint(
         path,
@@ -59,11 +59,11 @@ def open_merged(
 
 
 def is_base(checkpoint: Checkpoint, base: str) -> bool | None:
-    """Return whether a checkpoint is the model that an adapter names; None: that is not known.
+    """Return whether a checkpoint is the model that an adapter names; None if that is not known.
 
     Args:
-        checkpoint: the model.
-        base: a folder, or a repository of the hub.
+        checkpoint: model that the adapter is merged into.
+        base: folder, or repository on the hub.
     """
     own, named = origin(checkpoint), Path(base)
     if named.is_dir():

@@ -1,4 +1,4 @@
-"""The model that a run began from, as the peft library and transformers would load it."""
+"""The model that a run started from, as peft and transformers would load it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gptj_model.config import CONFIG_FILE
 from gptj_model.errors import FileFault
 from gptj_model.tensors import Scheme
 
-#: Where transformers keeps it, in a config.json.
+#: Key of the origin in a config.json of transformers.
 ORIGIN_KEY = "_name_or_path"
 
 
 def origin(checkpoint: Checkpoint) -> str:
-    """Return the repository or folder of a checkpoint's weights; of a converted checkpoint that
-    of its source, which is the same model in the format that others load."""
+    """Return the repository or folder of a checkpoint's weights; for a converted checkpoint that of
+    its source, which is the same model in the format that others load."""
     folder = checkpoint.folder
     if checkpoint.scheme is not Scheme.HF:
         try:
             manifest = Manifest.read(folder)
-        except FileFault:  # verification says so
+        except FileFault:  # verification reports it
             manifest = None
         source = manifest.source if manifest else {}
         if source.get("format") == Scheme.HF.value and "adapter" not in source:
@@ -34,7 +34,7 @@ def origin(checkpoint: Checkpoint) -> str:
 
 
 def stated_origin(folder: Path) -> str | None:
-    """Return the origin that a run's config.json states; None when it states none."""
+    """Return the origin that a run's config.json states, or None."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -22,20 +22,21 @@ WEIGHTS_FILE = WEIGHTS_FILES[0]
 
 
 def has_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether it is of a run with LoRA."""
+    """Return whether a checkpoint is of a run with LoRA."""
     return checkpoint.scheme is Scheme.TF and LORA_ALPHA in checkpoint.source.tensors
 
 
 def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> tuple[Lora, str | None]:
-    """Write the adapter to `out`, which appears when it is complete; returns it and its base.
+    """Write the adapter to `out`, which appears when it is complete; return the adapter and its
+    base.
 
     Args:
-        checkpoint: of a run.
-        out: the folder to make.
-        force: replace an existing one.
+        checkpoint: checkpoint of a run with LoRA.
+        out: folder to write.
+        force: whether to overwrite an existing folder.
 
     Raises:
-        UsageError: the checkpoint has no adapter; or `out` exists, and `force` is off.
+        UsageError: the checkpoint has no adapter, or `out` exists and `force` is off.
         TensorFault: see `match`.
         FileFault, OSError: reading or writing fails.
     """
@@ -52,7 +53,7 @@ def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> tuple[Lo
     rows = {row.hf: row for pair in lora.rows(config).values() for row in pair}
     infos = {name: TensorInfo("float32", row.shape) for name, row in rows.items()}
     base = stated_origin(checkpoint.folder)
-    # As transformers' own files, which say which library's layout they have.
+    # transformers' own files also name the library whose layout they have.
     layout = safetensors_file(WEIGHTS_FILE, infos, {"format": "pt"})
     with staged_folder(out, force=force) as staging:
         with (staging.content / WEIGHTS_FILE).open("wb") as f:

@@ -1,4 +1,4 @@
-"""What a conversion will do, decided from headers alone: a plan, or every problem at once."""
+"""The plan of a conversion, made from headers alone: every move, or every problem at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gptj_model.tensors import EMBEDDING, GLOBAL_STEP, HEAD_WEIGHT, Scheme, Tens
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One tensor's way from a source to a target."""
+    """The way of one tensor from a source to a target."""
 
     tensor: Tensor
     source_name: str
@@ -41,81 +41,81 @@ class Move:
     target_name: str
     target: TensorInfo
     op: Op
-    """What is done to the tensor."""
+    """Op from the source's layout to the target's."""
     is_moment: bool = False
-    """Of the optimizer: a moment of the weight `tensor`."""
+    """Whether it is an optimizer moment of the weight `tensor`."""
 
     @property
     def stored_op(self) -> Op:
-        """What is done to the array that the source's file holds."""
+        """Op from the array in the source's file to the target's layout."""
         return stored_op(self.source, self.op)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every move of a conversion, in the order of the table; moments after the weights."""
+    """Every move of a conversion in the order of the table, moments after the weights."""
 
     source_config: GPTJConfig
     config: GPTJConfig
-    """Of the target."""
+    """Configuration of the target."""
     scheme: Scheme
-    """Of the target."""
+    """Naming scheme of the target."""
     moves: tuple[Move, ...]
     layout: Layout
-    """Of the target."""
+    """Files of the target."""
     saturate: bool = False
-    """Values beyond the target's range become its largest, instead of an error."""
+    """Whether values beyond the target's range become its largest value instead of an error."""
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Small tensors of the target that no tensor of the source becomes, by name."""
+    """Small tensors of the target that have no tensor in the source, by name."""
     continuation: Continuation | None = None
     """Optimizer state that is carried over."""
     cs_backend: str = CS_BACKENDS[0]
-    """What the CS client is to compute on: one of `options.CS_BACKENDS`."""
+    """Backend of the CS client: one of `options.CS_BACKENDS`."""
 
     @property
     def weights(self) -> list[Move]:
-        """The moves that are no moments."""
+        """Moves of weights."""
         return [m for m in self.moves if not m.is_moment]
 
     @property
     def in_file_order(self) -> list[Move]:
-        """The moves in the order of the target's bytes."""
+        """Moves in the order of the target's bytes."""
         moves = {m.target_name: m for m in self.moves}
         return [moves[n] for n in self.layout.tensors_from(0, 0) if n in moves]
 
     @property
     def source_bytes(self) -> int:
-        """Bytes to read."""
+        """Number of bytes to read."""
         return sum(m.source.nbytes for m in self.moves)
 
     @property
     def target_bytes(self) -> int:
-        """Bytes to write."""
+        """Number of bytes to write."""
         return sum(m.target.nbytes for m in self.moves)
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all large files, those that are made of the weights file included."""
+        """Number of bytes of all large files, including those made from the weights file."""
         return self.layout.total * (2 if self.scheme is Scheme.KERAS else 1)
 
     @property
     def shares_embeddings(self) -> bool:
-        """Whether the source's head is left out, being the embedding once more."""
+        """Whether the source's head is dropped because it equals the embedding."""
         return self.config != self.source_config
 
     @property
     def dtype(self) -> str:
-        """The weights' dtype in the target, or the widest of them."""
+        """Dtype of the weights in the target, or the widest of them."""
         return widest(m.target.dtype for m in self.weights)
 
 
 def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
-    """Every row of the table with the name and header of the checkpoint's tensor for it.
+    """Return every row of the table with the name and header of the checkpoint's tensor for it.
 
     Raises:
-        FileFault: the weights are quantised, or an adapter beside them is not merged.
-        TensorFault: a tensor is missing, unknown, or of another shape or kind than the config
-            calls for; all such tensors are named.
+        FileFault: the weights are quantized, or an adapter beside them is not merged.
+        TensorFault: a tensor is missing, unknown, or of another shape or kind than the config calls
+            for; all such tensors are named.
     """
     source, scheme, config = checkpoint.source, checkpoint.scheme, checkpoint.config
     if whole := whole_problem(source.tensors):
@@ -123,7 +123,7 @@ def match(checkpoint: Checkpoint) -> list[tuple[Tensor, str, TensorInfo]]:
     findings = settle_copies(survey(source.tensors, scheme, config), source)
     rows = vocabulary_size.rows(config, scheme, source.tensors)
     disagreement = vocabulary_size.disagreement(config, rows)
-    # One problem of the vocabulary, not one of each tensor that has it.
+    # A wrong vocabulary size is one problem, not one per tensor that has it.
     problems = [f.problem for f in findings if f.problem and not (disagreement and f.name in rows)]
     if disagreement:
         problems.insert(0, disagreement)
@@ -149,20 +149,21 @@ def make_plan(
     """Plan the conversion of an open checkpoint.
 
     Args:
-        checkpoint: the source.
-        target: one of `options.DEFAULT_OUT`.
+        checkpoint: source of the conversion.
+        target: scheme of one of `options.DEFAULT_OUT`.
         dtype: one of `options.DTYPES`, or `options.KEEP`.
-        max_shard_bytes: of the tensors of one file of weights, for `Scheme.HF`; None: one file.
-        share_embeddings: leave out a head that is the embedding once more.
-        saturate: see `Plan`.
+        max_shard_bytes: largest size of the tensors in one weight file, for `Scheme.HF`; None
+            writes one file.
+        share_embeddings: whether to drop a head that equals the embedding.
+        saturate: whether values beyond the target's range become its largest value.
         continuation: optimizer state of the checkpoint to carry over.
-        cs_backend: one of `options.CS_BACKENDS`, for `Scheme.CS`; None: the first.
+        cs_backend: one of `options.CS_BACKENDS`, for `Scheme.CS`; None is the first.
 
     Raises:
-        TensorFault: see `match`.
-        UsageError: the format has no shards, or there would be too many; or the head is another;
-            or the format has no place for the state.
-        ConfigError: the state's optimizer or schedule has no counterpart there.
+        TensorFault: as `match` raises it.
+        UsageError: the format has no shards, or there would be too many; the head differs from the
+            embedding; or the format has no place for the state.
+        ConfigError: the optimizer or schedule has no counterpart in the format.
     """
     if max_shard_bytes is not None and target is not Scheme.HF:
         raise UsageError(
@@ -213,7 +214,7 @@ def make_plan(
 
 
 def _moments(checkpoint: Checkpoint, target: Scheme, continuation: Continuation) -> list[Move]:
-    """Both moments of every weight, which move as it does."""
+    """Return both moments of every weight, which move as the weight does."""
     config, sources = checkpoint.config, continuation.state.moments
     names = (
         named_moments(config, ADAMS[0])
@@ -237,7 +238,8 @@ def _moments(checkpoint: Checkpoint, target: Scheme, continuation: Continuation)
 
 
 def head_is_embedding(checkpoint: Checkpoint) -> bool:
-    """Whether the head of an untied checkpoint is its embedding, bit for bit; reads both."""
+    """Return whether the head of an untied checkpoint equals its embedding bit for bit; reads
+    both."""
     scheme = checkpoint.scheme
     sides = []
     for spec in (HEAD_WEIGHT, EMBEDDING):
@@ -254,7 +256,7 @@ def _layout(
     max_shard_bytes: int | None,
     continuation: Continuation | None,
 ) -> tuple[Layout, dict[str, np.ndarray]]:
-    """The files, and the small tensors in them."""
+    """Return the files of the target, and the small tensors in them."""
     weights = {m.target_name: m.target for m in moves if not m.is_moment}
     moments = {m.target_name: m.target for m in moves if m.is_moment}
     if target is Scheme.TF:

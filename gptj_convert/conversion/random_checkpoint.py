@@ -1,4 +1,4 @@
-"""A random GPT-J in the Hugging Face layout: the true structure and size, for trials."""
+"""A random GPT-J in the Hugging Face layout, with the true structure and size, for trials."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def write_random_checkpoint(
     max_shard_bytes: int | None = None,
     force: bool = False,
 ) -> Work[None]:
-    """Write weights, config.json and, when the vocabulary is GPT-J's, the tokenizer.
+    """Write weights, config.json and, if the vocabulary is GPT-J's, the tokenizer.
 
-    The values do not depend on the dtype (but for rounding), nor on how they are stored, nor on
-    numpy's thread count.
+    The values depend neither on the dtype (except for rounding), nor on how they are stored, nor on
+    numpy's number of threads.
 
     Args:
-        config: of the model.
-        out: the folder to make.
-        seed: of the values.
-        dtype: of the weights.
-        file_format: a key of `options.FILE_FORMATS`.
-        transposed: store the weights of linear layers as transposed views, as the public
+        config: configuration of the model.
+        out: folder to write.
+        seed: seed of the values.
+        dtype: dtype of the weights.
+        file_format: key of `options.FILE_FORMATS`.
+        transposed: whether to store the weights of linear layers as transposed views, as the public
             GPT-J-6B does; one such matrix at a time is held in memory. Needs `bin`.
-        max_shard_bytes: see `hf_layout`.
-        force: replace an existing folder.
+        max_shard_bytes: largest size of one weight file; see `hf_layout`.
+        force: whether to overwrite an existing folder.
 
     Raises:
-        UsageError: `out` exists and `force` is off, or see `hf_layout`.
+        UsageError: `out` exists and `force` is off; see also `hf_layout`.
         OSError: the disk is full or not writable.
     """
     tensors = {t.hf: (n, t) for n, t in enumerate(table(config))}
@@ -90,7 +90,7 @@ def write_random_checkpoint(
 
 
 def _whole(pieces: Iterator[np.ndarray], info: TensorInfo) -> np.ndarray:
-    """A matrix of its pieces, rounded to its dtype."""
+    """Return a matrix made of its pieces, rounded to its dtype."""
     matrix = np.empty(info.shape, NUMPY[info.dtype])
     flat, at = matrix.reshape(-1), 0
     for piece in pieces:
@@ -102,11 +102,11 @@ def _whole(pieces: Iterator[np.ndarray], info: TensorInfo) -> np.ndarray:
 def _values(
     tensor: Tensor, config: GPTJConfig, generator: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Float32 pieces of a tensor, of a scale at which every part of the model matters.
+    """Yield float32 pieces of a tensor, of a scale at which every part of the model matters.
 
-    Matrices keep the size of what passes through them, those that add to the residual are
-    smaller by the number of additions, gains lie about 1, and no bias is 0: so an exchanged,
-    transposed or dropped tensor changes the logits.
+    Matrices preserve the scale of their input, those that add to the residual stream are smaller by
+    the number of additions, gains lie around 1, and no bias is 0: so an exchanged, transposed or
+    dropped tensor changes the logits.
     """
     scale, mean = 0.02, 0.0
     if len(tensor.shape) == 2:

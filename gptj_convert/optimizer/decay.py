@@ -10,21 +10,21 @@ from gptj_model.config import GPTJConfig
 from gptj_model.optimizer_names import Grouping, parameter_groups
 from gptj_model.tensors import NORM, Scheme, Tensor, table
 
-#: Value of `exclude_from_weight_decay` with which matrices alone are decayed.
+#: Value of `exclude_from_weight_decay` that decays only matrices.
 MATRICES_ONLY = ("LayerNorm", "layer_norm", "bias", "Bias", NORM[0].layer)
 
 
 def decayed(config: GPTJConfig, exclusions: Iterable[str]) -> set[Tensor]:
-    """Return the rows whose TF name no pattern of `exclude_from_weight_decay` is found in."""
+    """Return the rows whose TF name contains no pattern of `exclude_from_weight_decay`."""
     patterns = [re.compile(pattern) for pattern in exclusions]
     return {t for t in table(config) if not any(p.search(t.tf) for p in patterns)}
 
 
 def exclusions_of_groups(decays: Sequence[float | None]) -> tuple[str, ...]:
-    """Return the patterns that say what groups of parameters with these decays say.
+    """Return the patterns that express what groups of parameters with these decays express.
 
     Args:
-        decays: one number for all parameters, or that of the matrices and that of the others.
+        decays: one number for all parameters, or one for the matrices and one for the others.
 
     Raises:
         ValueError: the second group has a decay of its own, which no pattern can express.
@@ -42,8 +42,8 @@ def group_decays(
 ) -> list[float]:
     """Return the decay of each group of parameters.
 
-    A group that the settings decay in part is decayed if it holds matrices; `decay_notes` says
-    what that changes.
+    A group that the settings decay in part is decayed if it holds matrices; `decay_notes` says what
+    this changes.
     """
     rows = decayed(config, settings.exclude_from_weight_decay)
     return [
@@ -57,7 +57,8 @@ def group_decays(
 def decay_notes(
     config: GPTJConfig, scheme: Scheme, grouping: Grouping, settings: AdamSettings
 ) -> list[str]:
-    """Say what decays, and what will decay otherwise in a checkpoint of the scheme."""
+    """Return notes on what decays, and on what will decay differently in a checkpoint of the
+    scheme."""
     rate = settings.weight_decay_rate
     if not rate:
         return ["no weight decay"]
@@ -80,7 +81,7 @@ def decay_notes(
 
 
 def describe(config: GPTJConfig, rows: set[Tensor]) -> str:
-    """Return what a set of rows is in words, one for the same tensor of every block."""
+    """Return a description of a set of rows, naming the same tensor of every block once."""
     everything = table(config)
     matrices = {t for t in everything if len(t.shape) > 1}
     if rows == set(everything):

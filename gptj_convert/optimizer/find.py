@@ -1,5 +1,6 @@
-"""The state in a checkpoint of any format: TensorFlow's hold it beside the weights, by name; a
-`.mdl` in its tree, by number; of Hugging Face's PyTorch's optimizer.pt beside the weights does."""
+"""Optimizer state in a checkpoint of any format. TensorFlow's checkpoints hold it beside the
+weights, by name; a `.mdl` holds it in its tree, by number; beside Hugging Face's weights PyTorch's
+optimizer.pt holds it."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from gptj_model.tensors import SLOTS, Scheme, table
 
 
 def read_state(checkpoint: Checkpoint) -> OptimizerState:
-    """The state in a checkpoint that was opened with it.
+    """Return the state in a checkpoint that was opened with its optimizer.
 
     Raises:
-        FileFault: there is none.
-        TensorFault: it is of another optimizer, or not whole; all that is missing is named.
+        FileFault: there is no state.
+        TensorFault: the state belongs to another optimizer, or is incomplete; all that is missing
+            is named.
     """
     state = find_state(checkpoint)
     if state is None:
@@ -34,7 +36,7 @@ def read_state(checkpoint: Checkpoint) -> OptimizerState:
 
 
 def find_state(checkpoint: Checkpoint) -> OptimizerState | None:
-    """The same; None when there is none."""
+    """Return the state in a checkpoint, or None where there is none; see `read_state`."""
     if checkpoint.scheme is Scheme.TF:
         state = from_tf(checkpoint)
     elif checkpoint.scheme is Scheme.CS:

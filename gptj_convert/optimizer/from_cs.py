@@ -1,4 +1,4 @@
-"""Optimizer state as the CS client holds it: by number, in a tree."""
+"""Optimizer state as the CS client stores it: by number, in a tree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gptj_model.tensors import (
     table,
 )
 
-#: A dynamic loss scale's variables, and how the CS client calls them in its tree.
+#: Variables of a dynamic loss scale, and their paths in the CS client's tree.
 CS_LOSS_SCALE = {
     CURRENT_LOSS_SCALE: "loss_scale",
     STEPS_SINCE_RESCALE: "steps_since_rescale",
@@ -36,12 +36,12 @@ CS_LOSS_SCALE = {
     SKIPPED_STEPS: "num_skipped_steps",
 }
 CS_SCALER = "grad_scaler"
-#: The decay of norms and biases.
+#: Weight decay of norms and biases.
 _SECOND_DECAY = "optimizer.param_groups.1.weight_decay"
 
 
 def from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
-    """See `find_state`."""
+    """Implement `find_state` for a `.mdl`."""
     source = checkpoint.source
     assert isinstance(source, CsSource)
     stored = [name for name in source.tensors if name.startswith(STATE)]
@@ -59,7 +59,7 @@ def from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
     return OptimizerState(
         step=whole_number(checkpoint, "global_step", step),
         powers={name: np.float32(power) for name, power in powers.items()},
-        # A scale that is fixed is a number, not a tensor.
+        # A fixed scale is a number, not a tensor.
         loss_scale=scale_variables(checkpoint, scale)
         if f"{CS_SCALER}.loss_scale" in source.tensors
         else {},
@@ -69,7 +69,8 @@ def from_cs(checkpoint: Checkpoint) -> OptimizerState | None:
 
 
 def _cs_settings(checkpoint: Checkpoint, source: CsSource) -> AdamSettings | None:
-    """Return the settings of the first group, which holds the matrices, and what decays."""
+    """Return the settings of the first group, which holds the matrices, and the decay of each
+    group."""
     group = "optimizer.param_groups.0"
     keys = ("lr", "betas.0", "betas.1", "eps", "weight_decay", "correct_bias")
     lr, beta1, beta2, eps, decay, corrects = (source.number(f"{group}.{key}") for key in keys)

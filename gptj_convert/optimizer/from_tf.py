@@ -1,4 +1,4 @@
-"""Optimizer state as TensorFlow's checkpoints hold it: by name."""
+"""Optimizer state as TensorFlow checkpoints store it: by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptj_model.tensors import GLOBAL_STEP, LORA_ALPHA, SLOTS
 
 
 def from_tf(checkpoint: Checkpoint) -> OptimizerState | None:
-    """See `find_state`."""
+    """Implement `find_state` for a TensorFlow checkpoint."""
     source = checkpoint.source
     slots = {name.rsplit("/", 1)[-1] for name in source.tensors if "/" in name}
     kinds = [kind for kind, suffixes in SLOTS.items() if slots.intersection(suffixes)]

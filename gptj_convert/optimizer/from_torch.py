@@ -1,4 +1,4 @@
-"""Optimizer state as PyTorch holds it: by number, in groups, in a file of its own."""
+"""Optimizer state as PyTorch stores it: by number, in groups, in a separate file."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from gptj_model.optimizer_names import (
 )
 from gptj_model.tensors import Scheme, table
 
-#: Under this key an optimizer.pt keeps what PyTorch's optimizer has no place for.
+#: Key of an optimizer.pt for what PyTorch's optimizer has no place for.
 TORCH_MORE = "gptj"
-#: Steps after which a power does not change any more: PyTorch counts them in float32.
+#: Number of steps after which a power no longer changes: PyTorch counts steps in float32.
 _LONGEST = 2**24
 
 
 def from_torch(checkpoint: Checkpoint, source: OptimizerSource) -> OptimizerState:
-    """See `find_state`."""
+    """Implement `find_state` for an optimizer.pt."""
     names = (*source.tensors, *source.plain)
     refuse(checkpoint, other_optimizers(names, (*MOMENTS, "step")))
     groups, config = source.groups, checkpoint.config
@@ -74,14 +74,14 @@ def from_torch(checkpoint: Checkpoint, source: OptimizerSource) -> OptimizerStat
 
 
 def beta_power(beta: float, step: int) -> np.float32:
-    """A beta's power after so many steps, rounded at each as the optimizers round it."""
+    """Return beta to the power of `step`, rounded at each step as the optimizers round it."""
     count = min(step + 1, _LONGEST)
     with np.errstate(all="ignore"):
         return np.multiply.accumulate(np.full(count, beta, np.float32))[-1]
 
 
 def _grouping(checkpoint: Checkpoint, source: OptimizerSource) -> Grouping:
-    """How the file's parameters were numbered."""
+    """Return how the file's parameters were numbered."""
     found = [group["params"] for group in source.groups]
     for grouping in GROUPINGS[Scheme.HF]:
         groups = parameter_groups(checkpoint.config, Scheme.HF, grouping)
@@ -120,7 +120,7 @@ def _torch_settings(groups: list[dict[str, Any]]) -> AdamSettings:
         raise ValueError("another rule")
     beta1, beta2 = group["betas"]
     corrects = bool(group.get("correct_bias", True))
-    # A rate may be a tensor; then the one that a schedule began with must do.
+    # The rate may be a tensor; then the initial rate of a schedule stands for it.
     rate = next(r for r in (group["lr"], group.get("initial_lr")) if isinstance(r, int | float))
     exclusions = exclusions_of_groups([float(g["weight_decay"]) for g in groups])
     decay = group["weight_decay"]

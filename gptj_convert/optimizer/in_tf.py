@@ -13,15 +13,16 @@ from gptj_model.tensors import Scheme, table
 
 
 class StateInTf:
-    """Optimizer state of any checkpoint, by the names and in the layout of TensorFlow's.
+    """Optimizer state of any checkpoint under the names and in the layout of TensorFlow's.
 
-    A `TensorSource` of slots and scalars, to begin a run with: a moment is read whole, and kept
+    A `TensorSource` of slots and scalars to start a run from: a moment is read whole, and kept
     until another is asked for.
 
     Args:
-        checkpoint: open, with its optimizer's state.
-        state: found in it.
-        optimizer_type: of the run; if it is none of `ADAMS`, there are no slots for it.
+        checkpoint: open checkpoint with its optimizer state.
+        state: state found in it.
+        optimizer_type: optimizer of the run; unless it is one of `ADAMS`, there are no slots for
+            it.
     """
 
     def __init__(self, checkpoint: Checkpoint, state: OptimizerState, optimizer_type: str) -> None:
@@ -41,17 +42,17 @@ class StateInTf:
             self.tensors |= dict.fromkeys(names[tensor.hf], info)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource.read_into`."""
+        """Implement `TensorSource`."""
         values = self._scalars[name] if name in self._scalars else self._moment(name)
         buffer[:] = raw_bytes(values)[offset : offset + len(buffer)]
 
     def _moment(self, name: str) -> np.ndarray:
         if self._last is None or self._last[0] != name:
             stored, op = self._moments[name]
-            self._last = None  # not two of them at once
+            self._last = None  # never two of them at once
             values = np.ascontiguousarray(op(read_tensor(self._source, stored)), DTYPE)
             self._last = name, values
         return self._last[1]
 
     def close(self) -> None:
-        """The checkpoint is closed by whoever has opened it."""
+        """Do nothing: whoever opened the checkpoint closes it."""

@@ -1,6 +1,7 @@
-"""What Adam keeps between steps, in no format's words; and what every format's reader checks.
+"""The state that Adam keeps between steps, independent of any format, and checks that every
+format's reader makes.
 
-The moments stay where they are: what is read says where. Everything else is a few numbers.
+Moments stay where they are; the state names them. Everything else is a few numbers.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from gptj_model.tensors import (
     STEPS_SINCE_RESCALE,
 )
 
-#: All state is float32, as each of the optimizers makes it.
+#: Dtype of all state, as each of the optimizers makes it.
 DTYPE = "float32"
 
-#: The variables of a dynamic loss scale.
+#: Variables of a dynamic loss scale.
 LOSS_SCALE = (
     CURRENT_LOSS_SCALE,
     STEPS_SINCE_RESCALE,
@@ -38,9 +39,9 @@ LOSS_SCALE = (
     SKIPPED_STEPS,
     GOOD_STEPS,
 )
-#: The setting that each power is of.
+#: The setting that each power belongs to.
 BETAS = {BETA1_POWER: "beta1", BETA2_POWER: "beta2"}
-#: What to do when there is no state, or none that can be gone on with.
+#: Hint where there is no state, or none that can be resumed.
 WITHOUT = (
     "to take the weights alone, convert without --optimizer-state, or train with --checkpoint-path"
 )
@@ -48,10 +49,10 @@ WITHOUT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamSettings:
-    """Parameters of the optimizer, in the words of params.yaml."""
+    """Settings of the optimizer, under the names of params.yaml."""
 
     learning_rate: float
-    """Of the next step."""
+    """Learning rate of the next step."""
     beta1: float
     beta2: float
     epsilon: float
@@ -62,34 +63,33 @@ class AdamSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerState:
-    """The state after a step."""
+    """Optimizer state after a step."""
 
     step: int
     powers: Mapping[str, np.float32]
-    """By TF name, as after that step: each beta to the power of step + 1; empty without bias
-    correction."""
+    """Each beta to the power of step + 1, by TF name; empty without bias correction."""
     loss_scale: Mapping[str, np.ndarray]
-    """By TF name; empty unless it is dynamic."""
+    """Variables of the loss scale by TF name; empty unless it is dynamic."""
     moments: Mapping[str, tuple[str, str]]
-    """By HF name of the weight, the names of its two moments in the checkpoint."""
+    """Names of both moments in the checkpoint, by HF name of their weight."""
     settings: AdamSettings | None
-    """Those that are stored with the state."""
+    """Settings that are stored with the state."""
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """All but the moments, as TensorFlow's checkpoints hold it."""
+        """Everything except the moments, as TensorFlow checkpoints store it."""
         powers = {name: np.asarray(power) for name, power in self.powers.items()}
         return {GLOBAL_STEP: np.asarray(self.step, np.int64), **powers, **self.loss_scale}
 
 
 def refuse(checkpoint: Checkpoint, problems: Iterable[str]) -> None:
-    """Raise a TensorFault of all of them, if there are any."""
+    """Raise a TensorFault of all problems, if there are any."""
     if found := list(problems):
         raise TensorFault(str(checkpoint.path), found, hint=WITHOUT)
 
 
 def other_optimizers(names: Iterable[str], known: tuple[str, ...]) -> Iterator[str]:
-    """State that is not Adam's, once a kind."""
+    """Return problems that name state of optimizers other than Adam, one per kind."""
     kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
     for kind in kinds:
         if kind not in known:
@@ -97,7 +97,7 @@ def other_optimizers(names: Iterable[str], known: tuple[str, ...]) -> Iterator[s
 
 
 def common_value(checkpoint: Checkpoint, values: Mapping[str, float | None]) -> float:
-    """The one value that all have, by name of each."""
+    """Return the value that all names share."""
     first = next(iter(values.values()))
     refuse(
         checkpoint,
@@ -112,16 +112,16 @@ def common_value(checkpoint: Checkpoint, values: Mapping[str, float | None]) -> 
 
 
 def one_number(source: TensorSource, name: str) -> float | None:
-    """The one value of a tensor; None if it has another number of them."""
+    """Return the value of a one-element tensor; None if it has another number of elements."""
     info = source.tensors[name]
     return read_tensor(source, name).item() if math.prod(info.shape) == 1 else None
 
 
 def whole_number(checkpoint: Checkpoint, name: str, value: float | None) -> int:
-    """The value of a count.
+    """Return a count as a whole number.
 
     Raises:
-        TensorFault: it is none.
+        TensorFault: the value is not a whole number.
     """
     if value is None or not 0 <= value < 2**63 or value != int(value):
         raise TensorFault(
@@ -135,7 +135,7 @@ def whole_number(checkpoint: Checkpoint, name: str, value: float | None) -> int:
 def scale_variables(
     checkpoint: Checkpoint, values: Mapping[str, float | None]
 ) -> dict[str, np.ndarray]:
-    """Those of the values that are of a loss scale."""
+    """Return those values that belong to a loss scale."""
     found: dict[str, np.ndarray] = {}
     for name in (n for n in LOSS_SCALE if values.get(n) is not None):
         if name == CURRENT_LOSS_SCALE:
@@ -154,10 +154,10 @@ def adam_settings(
     exclusions: tuple[str, ...],
     corrects: bool,
 ) -> AdamSettings:
-    """From numbers of whatever type a file has.
+    """Return the settings from numbers of whatever type a file has.
 
     Raises:
-        TypeError, ValueError: they are none.
+        TypeError, ValueError: a value is not a number.
     """
     return AdamSettings(
         learning_rate=float(rate),

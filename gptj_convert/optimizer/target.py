@@ -1,4 +1,4 @@
-"""What goes into a new checkpoint beside weights and moments, so that training goes on."""
+"""What a new checkpoint holds beside weights and moments, so that training can resume."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gptj_model.tensors import GLOBAL_STEP, Scheme
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Continuation:
-    """Optimizer state on its way, and the parameters that a run goes on with."""
+    """Optimizer state to be carried over, and the parameters that a run resumes with."""
 
     state: OptimizerState
     settings: AdamSettings
-    """Of the optimizer, at that step."""
+    """Settings of the optimizer at that step."""
     params: Mapping[str, Any]
-    """The content of a params.yaml."""
+    """Content of a params.yaml."""
     grouping: Grouping = Grouping.ONE
     """How the new checkpoint numbers the parameters, where it does."""
 
@@ -38,14 +38,15 @@ def cs_tree(
     grouping: Grouping,
     schedulers: list[dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the CS client keeps beside the model, and the values of its small tensors by path.
+    """Return what the CS client keeps beside the model, and the values of its small tensors by
+    path.
 
     Args:
-        config: of the model.
-        state: to be kept.
-        settings: of the optimizer, at that step.
+        config: configuration of the model.
+        state: optimizer state to store.
+        settings: settings of the optimizer at that step.
         grouping: how the parameters are numbered.
-        schedulers: their states, a dict of arrays each.
+        schedulers: state of each scheduler, as a dict of arrays.
     """
     values: dict[str, np.ndarray] = {}
 
@@ -99,7 +100,7 @@ def cs_tree(
 def torch_state(
     config: GPTJConfig, state: OptimizerState, settings: AdamSettings, grouping: Grouping
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """State, param_groups and further keys of an optimizer.pt; see `optimizer_file`."""
+    """Return state, param_groups and further keys of an optimizer.pt; see `optimizer_file`."""
     groups = parameter_groups(config, Scheme.HF, grouping)
     names = numbered_moments(config, Scheme.HF, grouping)
     rows = [t for group in groups for t in group]

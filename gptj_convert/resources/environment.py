@@ -1,4 +1,4 @@
-"""On what something was measured or proven: the machine and the libraries, in words."""
+"""The machine and the libraries that something was measured or proven on, in words."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib import metadata
 from gptj_convert.resources import machine
 from gptj_model import __version__
 
-#: Distributions whose versions may bear on what a model computes.
+#: Distributions whose versions may affect what a model computes.
 LIBRARIES = ("numpy", "tensorflow", "tensorflow-cpu", "keras", "torch", "transformers")
 
 
 def describe() -> dict[str, str]:
-    """Names and values; libraries that are not installed are left out."""
+    """Return facts by name; libraries that are not installed are left out."""
     facts = {
         "gptj": __version__,
         "Python": platform.python_version(),
@@ -25,7 +25,7 @@ def describe() -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of `LIBRARIES` that are installed; none is imported."""
+    """Return the versions of those of `LIBRARIES` that are installed; none is imported."""
     found = {}
     for name in LIBRARIES:
         try:

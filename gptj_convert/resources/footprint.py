@@ -1,7 +1,10 @@
-"""What memory, disk and time each command needs, by formula, from headers and a config alone.
+"""Memory, disk and operations that running and training GPT-J take, by formula from a config.
 
-Nothing here asks the machine: what there is says `gptj_convert.resources.machine`, how fast it is
-`gptj_convert.resources.rates`. All sizes are in bytes.
+Nothing here examines the machine: `gptj_convert.resources.machine` and
+`gptj_convert.resources.rates` do. What conversions take is in `gptj_convert.conversion.cost`. All
+sizes are in bytes. Constants that are called measured were measured in 2026 on 2-core machines with
+24 GiB; `benchmarks/memory.py` and `benchmarks/streaming.py` compare the formulas with what the
+commands take.
 """
 
 from __future__ import annotations
@@ -12,37 +15,38 @@ from gptj_convert.resources.rates import Rates
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.sharding import Mesh, part_size
-from gptj_model.streaming.residency import NOTHING_KEPT, Kept
+from gptj_model.streaming.residency import NOTHING_RESIDENT, Residency
 from gptj_model.tensors import EMBEDDING, Tensor, block, table
 from gptj_model.vocabulary import PART
 
 #: The interpreter with numpy and the command line, measured.
 INTERPRETER = 45_000_000
-#: `gptj download`, measured: the client, and one piece of 1 MiB at a time.
+#: `gptj download` with the hub's client and one piece of 1 MiB at a time, measured.
 DOWNLOAD = 200_000_000
-#: TensorFlow with Keras, and torch with transformers beside it, measured: imported and warm.
+#: TensorFlow with Keras, and both with torch and transformers, imported and warm, measured.
 _TENSORFLOW = 600_000_000
 _BOTH_FRAMEWORKS = 960_000_000
-#: What compiling a step has taken, and not given back, measured.
+#: Memory that compiling a step takes and does not return, measured.
 _COMPILER = 200_000_000
-#: Parsed JSON of a tokenizer, by the size of GPT-J's vocabulary, measured.
+#: Parsed JSON of a tokenizer with GPT-J's vocabulary size, measured.
 TOKENIZER = 15_000_000
 
-#: Checkpoints that the params.yaml of a conversion keeps of a run.
+#: Number of checkpoints of a run that the params.yaml of a conversion keeps.
 KEPT_CHECKPOINTS = 2
 
 
 def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
-    """Peak of verify's level logits: while a block is loaded, or the logits are compared.
+    """Return the peak memory of verify's level logits.
 
-    First both blocks are there, in float32, the reference's once more in float64 for the noise
-    floor, and what one is read and handed over in; then what TensorFlow has not given back of
-    them, a part of both heads, the logits of all prompts on both sides, and copies of the longest
-    in float64. The factors are measured at the 6B's width, not read from TensorFlow.
+    The peak is reached while a block is loaded or while logits are compared. While a block is
+    loaded, both sides hold it in float32, the reference also in float64 for the noise floor, and
+    one buffer passes it on. While logits are compared, memory holds what TensorFlow has not
+    returned, a part of both heads, the logits of all prompts on both sides, and float64 copies of
+    the longest. The factors are measured at the 6B's width.
 
     Args:
-        config: of both sides.
-        lengths: of the prompts, in tokens; the hidden states of both sides are kept.
+        config: configuration of both sides.
+        lengths: number of tokens of each prompt; the hidden states of both sides are kept.
     """
     one_block = _block_bytes(config)
     part = 4 * PART * config.n_embd
@@ -54,21 +58,22 @@ def logits_memory(config: GPTJConfig, lengths: Sequence[int]) -> int:
 
 
 def gradients_memory(config: GPTJConfig) -> int:
-    """Peak of verify's level gradients: a block and its gradients on both sides, in float32, and
-    copies of them on the way. The factor is measured at the 6B's width."""
+    """Return the peak memory of verify's level gradients: a block and its gradients in float32 on
+    both sides, and copies of them. The factor is measured at the 6B's width."""
     return round(_BOTH_FRAMEWORKS + 10 * _block_bytes(config))
 
 
 def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) -> int:
-    """Weights; of those that are trained, gradients, the two slots of Adam, and the gradients once
-    more without the loss scale; all in float32: 20 bytes a parameter if all are. While one is
-    saved, its largest tensor twice.
+    """Return the memory of weights and, for each trained weight, of its gradient, the two slots of
+    Adam and the gradient without the loss scale; all in float32, 20 bytes per parameter if all are
+    trained. While a checkpoint is saved, its largest tensor is held twice.
 
-    Measured: 19.7 bytes for each parameter that 162 million have more than 106 million.
+    Measured: 19.7 bytes per parameter, from the difference between models of 162 and 106 million.
 
     Args:
-        config: of the model.
-        trained: rows of the table, or of an adapter, which comes on top; None: the whole table.
+        config: configuration of the model.
+        trained: trained rows of the table, or rows of an adapter, which come on top; None trains
+            the whole table.
     """
     rows = table(config)
     trained = rows if trained is None else trained
@@ -79,14 +84,14 @@ def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) 
 def device_state(
     config: GPTJConfig, mesh: Mesh, *, trained: Sequence[Tensor], slots: int, accumulated: bool
 ) -> dict[str, int]:
-    """What each device of a mesh holds of a model in training, in float32, beside activations.
+    """Return what each device of a mesh holds in training, in float32, beside activations.
 
     Args:
-        config: of the model.
-        mesh: see `gptj_model.sharding.check_divides`.
-        trained: rows of the table.
-        slots: of a trained weight.
-        accumulated: gradients of several batches are added up, beside those of one.
+        config: configuration of the model.
+        mesh: mesh that `gptj_model.sharding.check_divides` accepts.
+        trained: trained rows of the table.
+        slots: number of slots per trained weight.
+        accumulated: whether the gradients of several batches are summed beside those of one.
     """
     held = 4 * sum(part_size(t, mesh) for t in table(config))
     updated = 4 * sum(part_size(t, mesh) for t in trained)
@@ -98,17 +103,18 @@ def device_state(
 
 
 def sequence_activations(config: GPTJConfig, length: int | None = None) -> int:
-    """What one sequence keeps for the gradients, in float32; None: one of full length.
+    """Return the memory of the activations of one sequence in float32; None stands for full length.
 
-    A block keeps 8.5 arrays of T × D and 2 of T × F, three of H × T × T (scores, their softmax,
-    its product with dropout); the head three of T × V (logits, their softmax, the gradient).
+    A block keeps 8.5 arrays of T × D, 2 of T × F and three of H × T × T (scores, their softmax, its
+    product with dropout); the head keeps three of T × V (logits, their softmax, the gradient).
     """
     T = length or config.n_positions
     return T * (config.n_layer * _activations(config, T) + 12 * config.vocab_size)
 
 
 def _activations(config: GPTJConfig, length: int) -> int:
-    """What a block computes for one token of a sequence of this length, in float32."""
+    """Return the memory of a block's activations per token of a sequence of this length, in
+    float32."""
     return 34 * config.n_embd + 8 * config.ffn_dim + 12 * config.n_head * length
 
 
@@ -119,26 +125,27 @@ def training_memory(
     *,
     length: int | None = None,
 ) -> int:
-    """Peak of `gptj train` with so many sequences a step, of so many tokens or of full length; see
-    `training_state`."""
+    """Return the peak memory of `gptj train` with `batch` sequences per step, of `length` tokens or
+    of full length; see `training_state`."""
     state = training_state(config, trained)
     return _TENSORFLOW + _COMPILER + state + batch * sequence_activations(config, length)
 
 
 def streamed_training_memory(config: GPTJConfig, batch: int, length: int) -> int:
-    """Peak of `gptj train --execution streaming`, which the number of blocks does not change.
+    """Return the peak memory of `gptj train --execution streaming`, which is independent of the
+    number of blocks.
 
-    While a block's gradients are computed, its weights are there, those of the next one, and its
-    gradients twice, the last ones on their way to the disk; and what the block computes. Less is
-    there for the head: two blocks, itself and its gradient, and logits of a part of the tokens.
+    While the gradients of a block are computed, memory holds its weights, those of the next block,
+    its gradients twice (the last ones are being written), and its activations. The head takes less:
+    two blocks, itself and its gradient, and the logits of some tokens.
 
     Args:
-        config: of the model.
-        batch: sequences of one forward pass; how many are accumulated does not matter.
-        length: of a sequence, in tokens.
+        config: configuration of the model.
+        batch: sequences per forward pass; the number of accumulated batches does not matter.
+        length: tokens per sequence.
     """
     one_block = _block_bytes(config)
-    # What is computed backwards: the factor is measured at the 6B's width.
+    # Activations of the backward pass; the factor is measured at the 6B's width.
     backwards = 4 * one_block + round(1.4 * batch * length * _activations(config, length))
     vocabulary = 4 * config.vocab_size * config.n_embd
     logits = 2 * 4 * min(batch * length * config.vocab_size, 2**27)
@@ -153,23 +160,23 @@ def streamed_memory(
     batch: int,
     length: int,
     states: int,
-    kept: Kept = NOTHING_KEPT,
+    kept: Residency = NOTHING_RESIDENT,
 ) -> int:
-    """Peak of a forward pass that brings blocks from the disk, which their number alone does not
-    change.
+    """Return the peak memory of a forward pass that streams blocks from disk, which their number
+    alone does not change.
 
-    While a block computes its weights are there, and those of the next one as they are stored.
-    Beside them are first scores and their softmax with six arrays of T × D; then a part of the
-    head, twice as it is stored and once as it is laid out, and six arrays of its logits. The
-    factors are measured at the 6B's width, with 2 and 28 blocks.
+    While a block computes, memory holds its weights and those of the next block as they are stored.
+    Beside them it holds first the scores and their softmax with six arrays of T × D, then a part of
+    the head, twice as it is stored and once as it is computed with, and six arrays of its logits.
+    The factors are measured at the 6B's width, with 2 and 28 blocks.
 
     Args:
-        config: of the model.
-        stored: the dtype of its weights on the disk.
-        batch: sequences that are computed together.
-        length: of a sequence, in tokens.
-        states: bytes of what lasts from block to block: hidden states, or the caches.
-        kept: what stays in memory beside.
+        config: configuration of the model.
+        stored: dtype of the weights on disk.
+        batch: sequences per forward pass.
+        length: tokens per sequence.
+        states: bytes that last from block to block: hidden states, or the caches.
+        kept: blocks and head that stay in memory.
     """
     one_block = _block_bytes(config)
     share = NUMPY[stored].itemsize / 4
@@ -181,57 +188,59 @@ def streamed_memory(
     return _TENSORFLOW + _COMPILER + round(working) + states + staying
 
 
-def kept_within(budget: int, config: GPTJConfig, *, least: int) -> Kept:
-    """What can stay in memory: the head first, which is not read ahead, then blocks.
+def residency_within(budget: int, config: GPTJConfig, *, least: int) -> Residency:
+    """Return what can stay in memory: first the head, which is not prefetched, then blocks.
 
     Args:
-        budget: bytes that may be taken.
-        config: of the model.
-        least: what is taken if nothing stays, see `streamed_memory`; not more than the budget.
+        budget: bytes that may be used.
+        config: configuration of the model.
+        least: bytes that are used if nothing stays, see `streamed_memory`; at most the budget.
     """
     one_block = _block_bytes(config)
     room = budget - least
     head = room >= _head_bytes(config)
     room -= head * _head_bytes(config)
-    return Kept(blocks=min(config.n_layer, room // one_block), head=head)
+    return Residency(blocks=min(config.n_layer, room // one_block), head=head)
 
 
 def cache_bytes(config: GPTJConfig, batch: int, length: int) -> int:
-    """Keys and values of every block, and of three more while one is computed; in float32."""
+    """Return the memory of the keys and values of every block, and of three more while one is
+    computed; in float32."""
     return (config.n_layer + 3) * 2 * 4 * batch * length * config.n_embd
 
 
 def _block_bytes(config: GPTJConfig) -> int:
-    """Its weights in float32."""
+    """Return the size of a block's weights in float32."""
     return 4 * sum(t.size for t in block(config, 0))
 
 
 def _head_bytes(config: GPTJConfig) -> int:
-    """Its weight and bias in float32."""
+    """Return the size of the head's weight and bias in float32."""
     return 4 * config.vocab_size * (config.n_embd + 1)
 
 
 def streamed_scratch(config: GPTJConfig, tokens: int, kept: int) -> int:
-    """Bytes of disk that a streamed step needs beside its states.
+    """Return the disk space that a streamed step needs beside the run's checkpoints.
 
     Args:
-        config: of the model.
-        tokens: of the step, whose hidden states are kept before each block and after the last.
-        kept: bytes of the gradients that wait for the norm of all.
+        config: configuration of the model.
+        tokens: number of tokens per step, whose hidden states are kept before each block and after
+            the last.
+        kept: bytes of gradients that wait for the norm of all gradients.
     """
     return 4 * tokens * config.n_embd * (config.n_layer + 1) + kept
 
 
 def parameters(config: GPTJConfig) -> int:
-    """Number of the model's weights."""
+    """Return the number of the model's weights."""
     return sum(t.size for t in table(config))
 
 
 def token_flops(config: GPTJConfig, length: int, trained: Sequence[Tensor] | None = None) -> float:
-    """Floating-point operations that training needs for a token: forwards, and backwards for
-    inputs and for weights that are trained; the attention over half a sequence of this length
-    included. What an adapter itself computes, a thousandth, and layers before the first that is
-    trained, which need nothing backwards, are not looked at."""
+    """Return the floating-point operations that training takes per token: the forward pass, and the
+    backward pass for inputs and for trained weights, including attention over half a sequence of
+    this length. The operations of an adapter, a thousandth of all, are ignored, and so are layers
+    before the first trained one, which need no backward pass."""
     embedded = config.vocab_size * config.n_embd
     multiplied = parameters(config) - (0 if config.tie_word_embeddings else embedded)
     updated = multiplied
@@ -243,10 +252,12 @@ def token_flops(config: GPTJConfig, length: int, trained: Sequence[Tensor] | Non
 
 
 def logits_seconds(config: GPTJConfig, tokens: int, rates: Rates) -> float:
-    """Of verify's level logits: two operations a weight and token, on both sides."""
+    """Return the time of verify's level logits in seconds: two operations per weight and token, on
+    both sides."""
     return 2 * 2 * parameters(config) * tokens / rates.multiplication
 
 
 def step_seconds(config: GPTJConfig, batch: int, rates: Rates) -> float:
-    """Of one step of training: forwards once, and backwards for inputs and for weights."""
+    """Return the time of one training step in seconds: the forward pass, and the backward pass for
+    inputs and weights."""
     return 3 * 2 * parameters(config) * batch * config.n_positions / rates.multiplication

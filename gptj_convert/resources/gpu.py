@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs of this machine, as their driver's tool tells of them; no library is loaded."""
+"""NVIDIA GPUs of this machine, as their driver's tool lists them; no library is loaded."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One of them; what the tool does not say is None."""
+    """One GPU; what the tool does not report is None."""
 
     name: str
     driver: str | None = None
     memory: int | None = None
-    """Bytes."""
+    """Memory in bytes."""
     free: int | None = None
-    """Bytes."""
+    """Free memory in bytes."""
     capability: tuple[int, int] | None = None
-    """Compute capability, such as (9, 0): what its cores can do."""
+    """Compute capability, such as (9, 0)."""
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether it multiplies bfloat16 (capability 8.0, NVIDIA's CUDA programming guide)."""
+        """Whether the GPU multiplies bfloat16 (capability 8.0, NVIDIA's CUDA programming guide)."""
         return self.capability is not None and self.capability >= (8, 0)
 
 
 def gpus() -> list[Gpu]:
-    """All of them, in the driver's order."""
+    """Return all GPUs in the driver's order."""
     tool = shutil.which("nvidia-smi")
     if tool:
         query = (tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
@@ -47,7 +47,8 @@ def gpus() -> list[Gpu]:
 
 
 def _parse(line: str) -> Gpu:
-    """A line of the tool's answer, in which what it does not know is in brackets or missing."""
+    """Return the GPU in a line of the tool's output, which puts unknown values in brackets or
+    leaves them out."""
     name, *rest = (field.strip() for field in line.split(","))
     driver, total, free, capability = (*rest, "", "", "", "")[:4]
     return Gpu(

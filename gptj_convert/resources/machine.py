@@ -1,4 +1,4 @@
-"""What this machine is: one function a question. The standard library only.
+"""Facts about this machine, one function per fact. The standard library only.
 
 Limits that a container sets count as the machine's own.
 """
@@ -14,33 +14,36 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
-#: What a version 1 cgroup says when there is no limit is about this many bytes.
+#: About the number of bytes that a version 1 cgroup reports when it has no limit.
 _NO_LIMIT = 2**60
-#: What a processor computes with 16 bits by, without widening each number first, by Linux's names.
+#: CPU feature, by Linux's name, that computes with each 16-bit dtype without widening numbers
+#: first.
 HALF_PRECISION = {"float16": "avx512_fp16", "bfloat16": "avx512_bf16"}
 
 
 def memory_total() -> int:
-    """Bytes of memory that this process may ever use."""
+    """Return the bytes of memory that this process may ever use."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([installed, *(limit for limit, _ in _memory_limits())])
 
 
 def memory_available() -> int:
-    """Bytes of memory that can be taken now: free, or held by pages that can be read again."""
+    """Return the bytes of memory that are available now: free, or held by pages that can be read
+    again."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(_PROC / "meminfo"), re.MULTILINE)
     free = int(found[1]) * 1024 if found else memory_total()
     return max(0, min([free, *(limit - used for limit, used in _memory_limits())]))
 
 
 def peak_rss() -> int | None:
-    """Most bytes that were resident at once in this process, mapped pages included."""
+    """Return the largest number of bytes that were resident at once in this process, mapped pages
+    included."""
     found = re.search(r"^VmHWM:\s+(\d+) kB", _text(_PROC / "self/status"), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
 def cores() -> float:
-    """Processor cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     allowed = float(len(os.sched_getaffinity(0)))
     for folder in _cgroup_folders("cpu"):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
@@ -52,24 +55,24 @@ def cores() -> float:
 
 
 def cpu_features() -> frozenset[str]:
-    """The processor's features under Linux's names, such as `avx2`."""
+    """Return the CPU's features under Linux's names, such as `avx2`."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text(_PROC / "cpuinfo"), re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
 
 
 def cpu_name() -> str:
-    """The processor's name; empty when it has none."""
+    """Return the CPU's name; empty if it is not known."""
     found = re.search(r"^model name\s*:(.*)$", _text(_PROC / "cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else ""
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes that may still be written below a folder."""
+    """Return the bytes that may still be written below a folder."""
     return shutil.disk_usage(folder).free
 
 
 def file_system(folder: Path) -> str:
-    """The kind of file system a folder is on; empty when that is not known."""
+    """Return the file system type of a folder; empty if it is not known."""
     place, best, kind = os.path.realpath(folder), "", ""
     for line in _text(_PROC / "self/mounts").splitlines():
         fields = line.split(" ")
@@ -81,10 +84,11 @@ def file_system(folder: Path) -> str:
 
 
 def direct_io(folder: Path) -> bool:
-    """Whether files there can be written around the page cache. Makes a file, and removes it.
+    """Return whether files in a folder can be written around the page cache. Creates a file and
+    removes it.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder is not writable.
     """
     fd, name = tempfile.mkstemp(dir=folder, prefix=".gptj-doctor-")
     try:
@@ -98,7 +102,8 @@ def direct_io(folder: Path) -> bool:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Bytes allowed and in use, of every group around this process that has a limit."""
+    """Yield bytes allowed and in use, for every control group around this process that has a
+    limit."""
     for folder in _cgroup_folders("memory"):
         for limit, usage, inactive in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -113,14 +118,15 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """The folders of the groups that this process is in, of either version, outwards."""
+    """Yield the folders of the control groups of this process, of either version, from the inside
+    out."""
     for line in _text(_PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root = _CGROUPS / controller if controllers else _CGROUPS
         inner = root / path.lstrip("/")
-        # A container may see its own group as the root, under the path it has outside.
+        # A container may see its own group as the root, under the path that it has outside.
         yield from (p for p in (inner, *inner.parents) if p == root or root in p.parents)
 
 

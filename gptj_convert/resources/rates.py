@@ -1,4 +1,5 @@
-"""How fast this machine does what conversions and models are made of, in about a second."""
+"""Rates of this machine at the work that conversions and models consist of, measured in about a
+second."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ from gptj_convert.streams.strips import PANEL_BYTES, Strip
 from gptj_convert.streams.writer import BLOCK_BYTES
 from gptj_model.op import Op
 
-#: Seconds for each measurement, and what is written at most.
+#: Seconds per measurement, and the most bytes that are written.
 _SECONDS = 0.3
 _WRITTEN = 256 * 10**6
-#: Blocks that are written between two calls that wait for the device.
+#: Number of blocks written between two calls that wait for the device.
 _SYNC = 4
 
 _MATRIX = 4096
@@ -31,24 +32,24 @@ _FACTOR = 1024
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes a second, but for `multiplication`."""
+    """Rates in bytes per second, except `multiplication`."""
 
     sha256: float
     transposition: float
-    """Of a float32 matrix into the other layout, by one thread."""
+    """Transposition of a float32 matrix by one thread."""
     write: float
-    """To the disk of the folder, around the page cache where it can do that."""
+    """Writing to the folder's disk, around the page cache where possible."""
     read: float
-    """From there, likewise."""
+    """Reading from the folder's disk, around the page cache where possible."""
     multiplication: float
-    """Floating-point operations a second of float32 matrices, on all cores."""
+    """Multiplication of float32 matrices on all cores, in floating-point operations per second."""
 
 
 def measure(folder: Path) -> Rates:
-    """Measure; what is written in `folder` has no name any more by then.
+    """Return the measured rates; the file written in `folder` is already unnamed.
 
     Raises:
-        FileFault, OSError: nothing can be written there.
+        FileFault, OSError: the folder is not writable.
     """
     block = np.ones(BLOCK_BYTES, np.uint8)
     matrix = np.ones((_MATRIX, _MATRIX), np.float32)
@@ -66,7 +67,7 @@ def measure(folder: Path) -> Rates:
 
 
 def _rate(amount: int, act: Callable[[], object]) -> float:
-    act()  # memory and threads are there from now on
+    act()  # allocates memory and threads
     begun, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - begun) < _SECONDS:
         act()
@@ -75,7 +76,7 @@ def _rate(amount: int, act: Callable[[], object]) -> float:
 
 
 def _disk_rates(folder: Path) -> tuple[float, float]:
-    """Of writing, and of reading what was written."""
+    """Return the rates of writing, and of reading what was written."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gptj-doctor-") as place, Pipeline() as p:
         (memory := Buffers(p, 1, BLOCK_BYTES).take()).fill(1)
         blocks = _WRITTEN // BLOCK_BYTES

@@ -1,5 +1,5 @@
 """A model's configuration from any file that may state one: config.json, the reference's
-params.yaml, or the CS client's YAML, told apart by their content."""
+params.yaml or a YAML of the CS client, recognized by content."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gptj_model.errors import ConfigError
 
 
 def config_from_file(path: Path) -> GPTJConfig:
-    """Return the config that a file states, whatever it is called.
+    """Return the config that a file states, whatever the file is called.
 
     Raises:
-        ConfigError: it cannot be read, is of another kind, or is not a GPT-J's.
+        ConfigError: the file cannot be read, is of another kind, or describes no GPT-J.
     """
     if _is_json(path):
         return GPTJConfig.from_file(path)
@@ -31,12 +31,12 @@ def config_from_file(path: Path) -> GPTJConfig:
 
 
 def _is_json(path: Path) -> bool:
-    """Whether the file begins as a JSON object does, or is called as one."""
+    """Return whether the file starts as a JSON object does, or is named as one."""
     try:
         with path.open("rb") as f:
             return path.suffix == ".json" or f.read(64).lstrip()[:1] == b"{"
     except OSError:
-        return True  # whose reader says why it cannot be read
+        return True  # its reader says why it cannot be read
 
 
 def _some(values: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""generation_config.json: where a model's texts end, read and written."""
+"""generation_config.json, which says where a model's texts end: read and written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptj_model.errors import ConfigError
 MAX_BYTES = 2**20
 MAX_MARKS = 2**17
 
-#: Settings that decide which tokens transformers generates, beside those that end a text.
+#: Settings that decide which tokens transformers generates, except those that end a text.
 _CHOICES = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
     *("eta_cutoff", "num_beams", "num_return_sequences", "penalty_alpha", "length_penalty"),
@@ -25,21 +25,21 @@ _CHOICES = (
 
 
 def generation_text(config: GPTJConfig) -> str:
-    """Return a generation_config.json that says where the model's texts begin and end."""
+    """Return a generation_config.json that says where the model's texts start and end."""
     fields = config.own_fields()
     ends = {name: fields[name] for name in ("bos_token_id", "eos_token_id")}
     return json.dumps(ends, indent=2) + "\n"
 
 
 def stop_tokens(folder: Path, config: GPTJConfig) -> tuple[int, ...]:
-    """Return the ids of which each ends a text, as transformers finds them.
+    """Return the ids that each end a text, as transformers finds them.
 
     Args:
-        folder: may hold a generation_config.json, which alone counts then.
-        config: of the model in it.
+        folder: folder of the model; if it has a generation_config.json, only that counts.
+        config: configuration of the model in the folder.
 
     Raises:
-        FileFault: the file is no JSON object.
+        FileFault: the file is not a JSON object.
         ConfigError: its eos_token_id is neither an id nor a list of ids.
     """
     values = _read(folder)
@@ -56,7 +56,7 @@ def stop_tokens(folder: Path, config: GPTJConfig) -> tuple[int, ...]:
 
 
 def unapplied(folder: Path, config: GPTJConfig) -> str | None:
-    """Name the settings of generation that transformers would apply and nothing here does.
+    """Name the generation settings that transformers would apply and this program does not.
 
     Raises:
         FileFault: see `stop_tokens`.

@@ -21,11 +21,11 @@ from gptj_model.errors import ConfigError
 
 PARAMS_FILE = "params.yaml"
 MAX_YAML_BYTES = 2**20
-#: Aliases let a small file describe a huge one; no params.yaml needs many.
+#: Largest number of aliases, which let a small file describe a huge one; no params.yaml needs many.
 MAX_ALIASES = 20
 _ALIAS = re.compile(rb"(?:^|[\s\[{,:-])\*\w")
 
-#: YAML key → GPTJConfig field, for the values that are stored as they are.
+#: YAML key → GPTJConfig field, for values that are stored unchanged.
 MODEL_KEYS = {
     "hidden_size": "n_embd",
     "num_heads": "n_head",
@@ -40,13 +40,13 @@ MODEL_KEYS = {
     "residual_dropout_rate": "resid_pdrop",
 }
 
-#: Fields of training, in which YAML wins over config.json.
+#: Fields of training, for which YAML takes precedence over config.json.
 TRAINING_FIELDS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 #: The reference's name of the tanh-form GELU.
 NONLINEARITY = "gelu"
 
-#: Keys with the one value that is GPT-J.
+#: Keys whose only valid value is GPT-J's.
 FIXED_MODEL_KEYS: dict[str, Any] = {
     "use_projection_bias_in_attention": False,
     "use_ffn_bias_in_attention": False,
@@ -64,7 +64,7 @@ READ_WITHOUT_DEFAULT: dict[str, Any] = {
     "tf_summary": False,
 }
 
-#: Of adam and adamw when none is given, in 32 bits and with mixed_precision.
+#: Defaults of adam's and adamw's epsilon, in 32 bits and with mixed_precision.
 EPSILON, MIXED_EPSILON = 1e-8, 1e-5
 
 #: The reference's defaults for keys that its files leave out.
@@ -79,10 +79,11 @@ MODEL_DEFAULTS: dict[str, Any] = {
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The content of a YAML 1.2 file (`1e-4` is a number), which must be a mapping.
+    """Return the content of a YAML 1.2 file (`1e-4` is a number), which must be a mapping.
 
     Raises:
-        ConfigError: absent, too large, not YAML, a duplicate key, or not a mapping; with line.
+        ConfigError: the file does not exist, is too large, is not YAML, has a duplicate key, or is
+            not a mapping; names the line.
     """
     try:
         with path.open("rb") as f:
@@ -110,8 +111,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def line_finder(path: Path) -> Callable[[Sequence[Any]], int | None]:
-    """Where things are in a YAML file that `read_yaml` has read: the line of a path in it, or
-    of the longest part of the path that is there."""
+    """Return a function that finds the line of a path in a YAML file that `read_yaml` accepts, or
+    the line of the longest part of the path that exists."""
 
     def find(location: Sequence[Any]) -> int | None:
         node = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
@@ -136,26 +137,26 @@ def line_finder(path: Path) -> Callable[[Sequence[Any]], int | None]:
 
 
 class _Representer(RoundTripRepresenter):
-    """Scalars that readers of YAML 1.1, such as PyYAML, and of YAML 1.2 understand alike."""
+    """Scalars that readers of YAML 1.1, such as PyYAML, and of YAML 1.2 understand equally."""
 
     def represent_number(self, data: float) -> ScalarNode:
-        """A float with a point: YAML 1.1 takes `5e-05` for text."""
+        """Return a float with a point, because YAML 1.1 reads `5e-05` as text."""
         text = _NOT_FINITE.get(str(data), repr(data))
         if "." not in text:
             text = text.replace("e", ".0e")
         return self.represent_scalar("tag:yaml.org,2002:float", text)
 
     def represent_text(self, data: str) -> ScalarNode:
-        """A string in quotes unless it is a word that neither version takes for anything else."""
+        """Return a string, quoted unless it is a word that both versions read as text."""
         plain = _PLAIN.fullmatch(data) and data.lower() not in _NOT_TEXT
         quotes = None if plain else "'" if data.isascii() and data.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=quotes)
 
 
 _NOT_FINITE = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
-#: Strings that begin as no number, date or other type does, and need no quotes for their syntax.
+#: Strings that start unlike any number, date or other type, and need no quotes for their syntax.
 _PLAIN = re.compile(r"[A-Za-z_/][\w./@+-]*", re.ASCII)
-#: Words of YAML 1.1 for a truth value or for nothing.
+#: Words that YAML 1.1 reads as a truth value or as null.
 _NOT_TEXT = frozenset(("y", "yes", "n", "no", "on", "off", "true", "false", "null"))
 
 _Representer.add_representer(float, _Representer.represent_number)
@@ -163,7 +164,7 @@ _Representer.add_representer(str, _Representer.represent_text)
 
 
 def yaml_text(values: Mapping[str, Any]) -> str:
-    """Return a mapping as YAML that readers of versions 1.1 and 1.2 understand alike."""
+    """Return a mapping as YAML that readers of versions 1.1 and 1.2 understand equally."""
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -185,15 +186,15 @@ def complete_for_reference(values: Mapping[str, Any]) -> dict[str, Any]:
 def config_from_model_section(
     section: Mapping[str, Any], *, vocab_size: int | None, where: str
 ) -> GPTJConfig:
-    """The GPTJConfig a `model` section describes.
+    """Return the GPTJConfig that a `model` section describes.
 
     Args:
-        section: the parsed section; unknown keys are not looked at.
-        vocab_size: from the input section, where the reference keeps it.
-        where: the file's name, for errors.
+        section: parsed section; unknown keys are ignored.
+        vocab_size: vocabulary size from the input section, where the reference keeps it.
+        where: name of the file, for errors.
 
     Raises:
-        ConfigError: a key is missing or asks for what GPT-J does not have.
+        ConfigError: a key is missing, or asks for what GPT-J does not have.
     """
     values = MODEL_DEFAULTS | dict(section)
     for key, only in FIXED_MODEL_KEYS.items():
@@ -220,13 +221,14 @@ def _in_yaml_words(message: str) -> str:
 
 
 def model_section(config: GPTJConfig) -> dict[str, Any]:
-    """The `model` section that describes a config."""
+    """Return the `model` section that describes a config."""
     values: dict[str, Any] = {key: getattr(config, field) for key, field in MODEL_KEYS.items()}
     return values | FIXED_MODEL_KEYS | {"filter_size": config.ffn_dim}
 
 
 def config_beside(checkpoint: Path) -> GPTJConfig | None:
-    """The config that a params.yaml in the checkpoint's folder, or one folder up, describes."""
+    """Return the config that a params.yaml in the checkpoint's folder, or one folder up,
+    describes."""
     path = params_beside(checkpoint)
     if path is None:
         return None
@@ -237,11 +239,11 @@ def config_from_params(values: Mapping[str, Any], *, where: str) -> GPTJConfig:
     """Return the config that the content of a params.yaml describes.
 
     Args:
-        values: the parsed file.
-        where: the file's name, for errors.
+        values: parsed file.
+        where: name of the file, for errors.
 
     Raises:
-        ConfigError: it has no section `model`, or see `config_from_model_section`.
+        ConfigError: there is no section `model`; see also `config_from_model_section`.
     """
     section = values.get("model")
     if not isinstance(section, dict):
@@ -258,6 +260,6 @@ def config_from_params(values: Mapping[str, Any], *, where: str) -> GPTJConfig:
 
 
 def params_beside(checkpoint: Path) -> Path | None:
-    """The params.yaml in the checkpoint's folder, or one folder up."""
+    """Return the path of a params.yaml in the checkpoint's folder, or one folder up."""
     folders = (checkpoint.parent, checkpoint.parent.parent)
     return next((f / PARAMS_FILE for f in folders if (f / PARAMS_FILE).is_file()), None)

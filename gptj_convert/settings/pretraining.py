@@ -10,9 +10,10 @@ from gptj_model.config import GPTJConfig
 
 
 def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:
-    """Parameters to go on pre-training with: the reference's 6B values, sized to this machine.
+    """Return parameters for continued pre-training: the reference's 6B values, sized to this
+    machine.
 
-    The learning rate begins where the published run ended its decay, after a short warm-up.
+    The learning rate starts, after a short warm-up, where the published run ended its decay.
     """
     batch = fitting_batch_size(config)
     inputs: dict[str, Any] = {
@@ -58,6 +59,7 @@ def continued_pretraining(config: GPTJConfig) -> dict[str, Any]:
 
 
 def fitting_batch_size(config: GPTJConfig) -> int:
-    """Sequences a step, from 1 to 8, that fit half of the memory beside weights and slots."""
+    """Return the number of sequences per step, from 1 to 8, that fit in half of the memory beside
+    weights and optimizer slots."""
     free = machine.memory_total() // 2 - footprint.training_state(config)
     return max(1, min(8, free // footprint.sequence_activations(config)))

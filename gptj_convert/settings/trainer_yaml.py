@@ -1,7 +1,7 @@
-"""trainer.yaml of the CS client (`cszoo fit trainer.yaml`): written from a model and the
-parameters to train it with, and read back as a config.
+"""trainer.yaml of the CS client (`cszoo fit trainer.yaml`): written from a model and its training
+parameters, and read back as a config.
 
-Key names are those of the model zoo 2.10, whose model `gptj` this is.
+Key names are those of the model zoo 2.10 and its model `gptj`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from gptj_model.optimizer_names import ADAMS
 
 TRAINER_FILE = "trainer.yaml"
 
-#: Key of `trainer.init.model` → GPTJConfig field: the reference's, and what it keeps elsewhere.
+#: Key of `trainer.init.model` → GPTJConfig field: the reference's keys, and one that the reference
+#: keeps elsewhere.
 _MODEL_KEYS = {"vocab_size": "vocab_size"} | MODEL_KEYS
 
-#: Keys with the one value that is GPT-J. The client's own "gelu" is the exact form.
+#: Keys whose only valid value is GPT-J's. The client's own "gelu" is the exact form.
 _FIXED_KEYS: dict[str, Any] = {
     "name": "gptj",
     "position_embedding_type": "rotary",
@@ -53,7 +54,7 @@ _PRECISION_KEYS = (
     "max_loss_scale",
 )
 
-#: Where the records for the client are, as `gptj data … --format hdf5` makes them.
+#: Folder of the client's records, as `gptj data … --format hdf5` writes it.
 _DATA = "data"
 _PROCESSOR = "GptHDF5MapDataProcessor"
 
@@ -61,7 +62,7 @@ _PROCESSOR = "GptHDF5MapDataProcessor"
 def trainer(
     config: GPTJConfig, params: Mapping[str, Any], backend: str = CS_BACKENDS[0]
 ) -> dict[str, Any]:
-    """Return a whole `cszoo fit` configuration that continues from `model.mdl` beside it."""
+    """Return a complete `cszoo fit` configuration that starts from `model.mdl` beside it."""
     return trainer_from_params(config, params, checkpoint=MODEL_FILE, data=[_DATA], backend=backend)
 
 
@@ -73,12 +74,13 @@ def trainer_from_params(
     data: Sequence[str],
     backend: str = CS_BACKENDS[0],
 ) -> dict[str, Any]:
-    """The same from the reference's parameters.
+    """Return a complete `cszoo fit` configuration from the reference's parameters.
 
     Args:
-        config: of the model.
-        params: the content of a params.yaml.
-        checkpoint: path of the `.mdl` to begin with; None: random weights, or the run's own.
+        config: configuration of the model.
+        params: content of a params.yaml.
+        checkpoint: path of the `.mdl` to start from; None starts from random weights, or from the
+            run's own checkpoint.
         data: folders of HDF5 records.
         backend: one of `options.CS_BACKENDS`.
 
@@ -91,7 +93,7 @@ def trainer_from_params(
     loader = {
         "data_processor": _PROCESSOR,
         "data_dir": list(data),
-        # A step of the reference takes so many batches.
+        # One step of the reference takes this many batches.
         "batch_size": inputs["batch_size"] * (optimizer.get("grad_accum_steps") or 1),
         "num_workers": 0,
     }
@@ -145,7 +147,7 @@ def _optimizer(values: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
         )
     rate, is_adam = values["learning_rate"], kind == "adam"
     return {
-        # Without decay, and corrected, it is the reference's adam.
+        # Without decay and with bias correction it equals the reference's adam.
         "adamw": {
             "learning_rate": rate if isinstance(rate, int | float) else 0.0,
             "betas": [values.get("beta1", 0.9), values.get("beta2", 0.999)],
@@ -161,10 +163,10 @@ def _if_set(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _members(optimizer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The schedules that run one after the other.
+    """Return the schedules that run one after the other.
 
     Raises:
-        ConfigError: one does not count from its own beginning, as the client's do.
+        ConfigError: a schedule does not count from its own start, as all of the client's do.
     """
     schedule = optimizer["learning_rate"]
     members = schedule if isinstance(schedule, list) else [schedule]
@@ -179,7 +181,7 @@ def _members(optimizer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def scheduler_states(params: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
-    """What the client's schedulers of such parameters keep after so many steps: their count."""
+    """Return the state that the client's schedulers hold after `step` steps: their counts."""
     schedule = params["optimizer"]["learning_rate"]
     if isinstance(schedule, int | float):
         return []
@@ -208,7 +210,7 @@ def _schedulers(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _schedule(values: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """One schedule under the client's name; the reference's step-0 origin is the client's, too."""
+    """Return one schedule under the client's name; both count step 0 as their first."""
     kind = values["scheduler"]
     if kind == "Constant":
         fields = {"learning_rate": values["learning_rate"], "total_iters": values.get("steps")}
@@ -253,10 +255,11 @@ def _schedule(values: Mapping[str, Any], n: int) -> dict[str, Any]:
 
 
 def config_beside(checkpoint: Path) -> GPTJConfig | None:
-    """The config that a trainer.yaml in the checkpoint's folder, or one folder up, describes.
+    """Return the config that a trainer.yaml in the checkpoint's folder, or one folder up,
+    describes.
 
     Raises:
-        ConfigError: it describes another model than a GPT-J.
+        ConfigError: the file describes a model other than GPT-J.
     """
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         path = folder / TRAINER_FILE
@@ -266,8 +269,8 @@ def config_beside(checkpoint: Path) -> GPTJConfig | None:
 
 
 def is_clients(values: Mapping[str, Any]) -> bool:
-    """Return whether the content of a YAML is the client's: a whole configuration, or what its
-    converter writes, whose section `model` also holds the size of the vocabulary."""
+    """Return whether the content of a YAML file is the client's: a complete configuration, or the
+    output of its converter, whose section `model` also holds the vocabulary size."""
     model = values.get("model")
     return "trainer" in values or (isinstance(model, dict) and "vocab_size" in model)
 
@@ -276,16 +279,16 @@ def config_from_trainer(values: Mapping[str, Any], *, where: str) -> GPTJConfig:
     """Return the config that the content of one of the client's YAML files describes.
 
     Args:
-        values: the parsed file.
-        where: the file's name, for errors.
+        values: parsed file.
+        where: name of the file, for errors.
 
     Raises:
-        ConfigError: it describes no model, or another one than a GPT-J.
+        ConfigError: the file describes no model, or a model other than GPT-J.
     """
     path = ("trainer", "init", "model") if "trainer" in values else ("model",)
     section: Any = values
     for key in path:
-        if isinstance(section, list) and section:  # of trainers that run one after the other
+        if isinstance(section, list) and section:  # trainers that run one after the other
             section = section[0].get("trainer") if isinstance(section[0], dict) else None
         section = section.get(key) if isinstance(section, dict) else None
     at = ".".join(path)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from gptj_model.page_buffers import page_memory
+from gptj_model.page_buffers import page_buffers
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class _End:
 
 
 class Buffers:
-    """Memory that goes around, touched only once; see `page_memory`.
+    """Memory that goes around, touched only once; see `page_buffers`.
 
     Args:
         pipeline: whose end also ends waiting here.
@@ -127,7 +127,7 @@ class Buffers:
     def __init__(self, pipeline: Pipeline, count: int, size: int) -> None:
         self._pipeline = pipeline
         self._free: queue.Queue[np.ndarray] = queue.Queue(count)
-        for memory in page_memory(count, size):
+        for memory in page_buffers(count, size):
             self._free.put(memory)
 
     def take(self) -> np.ndarray:

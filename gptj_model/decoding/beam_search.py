@@ -1,6 +1,6 @@
-"""The most probable continuation that a search with few candidates finds.
+"""Beam search for the most probable continuation.
 
-Shape suffixes: K beam (candidates that are followed), T time, V vocabulary.
+Shape suffixes: K beams, T time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from gptj_model.network.model import GPTJ
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beam:
-    """How the search goes."""
+    """Settings of the search."""
 
     width: int = 4
-    """Candidates that are followed; 1 takes the most likely token each time."""
+    """Number of beams; 1 is greedy decoding."""
     max_new_tokens: int = 128
     min_new_tokens: int = 0
-    """The end is not chosen before so many."""
+    """Number of tokens before which the end is not chosen."""
     length_penalty: float = 1.0
-    """Candidates are compared by log-probability over their length to this power."""
+    """Power of the length that a beam's log-probability is divided by when beams are compared."""
     end: int
-    """The token that ends a text, and is not part of it."""
+    """Token that ends a text, and is not part of it."""
 
 
 class BeamSearch:
-    """A search with one model, compiled once.
+    """Beam search with one model, compiled once.
 
-    It ends when as many texts have ended as are followed, or at `max_new_tokens`.
+    The search ends when as many texts have ended as there are beams, or at `max_new_tokens`.
 
     Args:
-        model: with its weights loaded.
-        beam: how.
+        model: model with its weights loaded.
+        beam: settings of the search.
     """
 
     def __init__(self, model: GPTJ, beam: Beam) -> None:
@@ -53,10 +53,10 @@ class BeamSearch:
             self._step = tf.function(self._step_eagerly, reduce_retracing=True)
 
     def __call__(self, prompt: Sequence[int]) -> list[int]:
-        """The best continuation's ids.
+        """Return the ids of the best continuation.
 
         Raises:
-            UsageError: prompt and continuation are too long together.
+            UsageError: prompt and continuation together are too long.
         """
         beam, width = self._beam, self._beam.width
         length = len(prompt) + beam.max_new_tokens
@@ -67,7 +67,7 @@ class BeamSearch:
             )
         caches = self._model.empty_caches(1, length)
         logits_KV, caches = self._call([list(prompt)], caches, 0, [0])
-        # One candidate to begin with; the first step makes as many of it as are followed.
+        # The search starts with one beam; the first step branches it into all.
         scores_K = np.zeros(1)
         texts: list[list[int]] = [[]]
         ended: list[tuple[float, list[int]]] = []
@@ -118,7 +118,8 @@ class BeamSearch:
     def _step_eagerly(
         self, ids_KT: Tensor, caches: list[Cache], start: Tensor, parents_K: Tensor
     ) -> tuple[Tensor, list[Cache]]:
-        """Logits of the last token, after the caches were arranged as the candidates' parents."""
+        """Return the logits of the last token, after the caches are reordered by the beams'
+        parents."""
         caches = [
             (ops.take(keys, parents_K, axis=0), ops.take(values, parents_K, axis=0))
             for keys, values in caches

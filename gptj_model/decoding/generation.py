@@ -1,4 +1,4 @@
-"""Continuing prompts: cached decoding of several at once, greedy or sampled.
+"""Continuation of prompts: cached decoding of several at once, greedy or sampled.
 
 Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 """
@@ -19,7 +19,7 @@ from gptj_model.network.layers import Cache
 from gptj_model.network.model import GPTJ
 from gptj_model.streaming.forward import StreamedModel
 
-#: Lengths of caches are multiples of it.
+#: Step in which the lengths of caches grow.
 CACHE_STEP = 64
 
 
@@ -28,42 +28,43 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; 1 samples the model's own distribution."""
+    """Divisor of the logits; 0 takes the most likely token, 1 samples the model's own
+    distribution."""
     top_k: int = 0
-    """Sample among so many most likely tokens; 0 among all."""
+    """Number of most likely tokens to sample from; 0 means all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
+    """Probability that the tokens to sample from add up to, the most likely first."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that are there already are divided by it if positive, else multiplied."""
+    """Divisor of positive logits of tokens already in the text, and factor of negative ones."""
     seed: int = 0
-    """Of the first prompt; each other one's is one more than the last."""
+    """Seed of the first prompt; each further prompt takes the next number."""
 
 
 class Decoder(Protocol):
-    """A model that has read some tokens, and is given more."""
+    """A model that has read some tokens, and takes more."""
 
     def __call__(
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
     ) -> np.ndarray:
-        """Read on by these tokens.
+        """Read further tokens.
 
         Args:
             ids_BT: int32 token ids.
-            positions_BT: int32, theirs.
-            visible_BS: False at what no token may see.
+            positions_BT: int32 position of each of these tokens.
+            visible_BS: False at tokens that none may attend to, S being the cache's length.
 
         Returns:
-            Logits (B, V) of the tokens that follow.
+            Logits (B, V) of the next tokens.
         """
         ...
 
 
 class ResidentDecoder:
-    """A model in memory. See `Decoder`.
+    """Decoder of a model in memory.
 
     Args:
-        step: what `compiled` gave for the model.
-        caches: empty ones.
+        step: the compiled decoding step of the model.
+        caches: empty caches, one per block.
     """
 
     def __init__(self, step: Any, caches: Any) -> None:
@@ -74,7 +75,7 @@ class ResidentDecoder:
     def __call__(
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
     ) -> np.ndarray:
-        """See `Decoder`."""
+        """Implement `Decoder`."""
         start = ops.convert_to_tensor(self._start, dtype="int32")
         given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
         logits_BV, self._caches = self._step(*given, self._caches, start)
@@ -83,13 +84,13 @@ class ResidentDecoder:
 
 
 class StreamedDecoder:
-    """A model that is read once for every token, block by block; only the caches stay in memory.
-    See `Decoder`.
+    """Decoder of a model that is read block by block, once per token; only the caches stay in
+    memory.
 
     Args:
-        model: see `StreamedModel`.
+        model: the streamed model.
         batch: number of prompts.
-        length: tokens of each that are read and written, at most.
+        length: largest number of tokens per prompt, read and written.
     """
 
     def __init__(self, model: StreamedModel, batch: int, length: int) -> None:
@@ -100,7 +101,7 @@ class StreamedDecoder:
     def __call__(
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
     ) -> np.ndarray:
-        """See `Decoder`."""
+        """Implement `Decoder`."""
         x_BTD = self._model.embed(ids_BT)
         for block in self._model.blocks():
             i = block.number
@@ -114,12 +115,12 @@ class StreamedDecoder:
 
 
 class Generator:
-    """Continues prompts with one model, compiled once.
+    """Continuation of prompts with one model, compiled once.
 
     Args:
-        model: with its weights loaded, or read for every token.
+        model: model with its weights loaded, or a streamed model.
         sampling: how each token is chosen.
-        stop_at: token ids of which each ends a text and is not part of it, such as end-of-text.
+        stop_at: token ids that each end a text and are not part of it, such as end-of-text.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, first: int = 0
     ) -> list[list[int]]:
-        """What follows each prompt; see `stream`."""
+        """Return the continuation of each prompt; see `stream`."""
         found: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, first=first):
             for made, token in zip(found, tokens, strict=True):
@@ -144,23 +145,25 @@ class Generator:
     def stream(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, first: int = 0
     ) -> Iterator[list[int | None]]:
-        """Yield the next token of every prompt, again and again; None once its text has ended.
+        """Yield the next token of every prompt, step by step; None for a prompt whose text has
+        ended.
 
-        The prompts are computed together, and do not see one another: the shorter are padded on
-        the left.
+        The prompts are computed together and do not see one another: the shorter ones are
+        left-padded.
 
         Args:
-            prompts: token ids, at least one each.
-            max_new_tokens: how many to add at most.
-            first: number of the first prompt, if there were others before, for its seed.
+            prompts: token ids, at least one per prompt.
+            max_new_tokens: largest number of tokens to add.
+            first: index of the first prompt among all, for its seed.
 
         Raises:
-            UsageError: an id outside the vocabulary, or prompt and continuation too long together.
+            UsageError: an id is outside the vocabulary, or prompt and continuation together are too
+                long.
         """
         T = max(map(len, prompts))
         for prompt in prompts:
             self._check(prompt, max_new_tokens)
-        # In steps, so that texts of other lengths find the same compiled program.
+        # In steps, so that texts of other lengths use the same compiled program.
         B, S = len(prompts), -(-(T + max_new_tokens) // CACHE_STEP) * CACHE_STEP
         padding_B1 = np.array([[T - len(prompt)] for prompt in prompts])
         visible_BS = np.arange(S)[None] >= padding_B1
@@ -216,7 +219,7 @@ def choose(
     random: np.random.Generator,
     seen: Collection[int] = (),
 ) -> int:
-    """One token id from float logits of shape (V,), after the tokens `seen`."""
+    """Return one token id chosen from float logits of shape (V,), after the tokens `seen`."""
     if sampling.repetition_penalty != 1 and seen:
         logits_V, there = logits_V.copy(), np.fromiter(seen, np.int64)
         values = logits_V[there]
@@ -230,14 +233,15 @@ def choose(
         order = order[: sampling.top_k]
     p = np.exp(scaled[order] - scaled[order[0]])
     p /= p.sum()
-    # The token that crosses the threshold stays, so there is always one.
+    # The token that crosses the threshold stays, so at least one does.
     kept = np.cumsum(p) - p < sampling.top_p
     p = p[kept] / p[kept].sum()
     return int(random.choice(order[kept], p=p))
 
 
 def _compiled(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
-    """One decoding step, compiled on TensorFlow: logits (B, V) of the last token, caches."""
+    """Return one decoding step, compiled on TensorFlow: logits (B, V) of the last token, and
+    caches."""
 
     def step(
         ids_BT: Tensor,
@@ -256,7 +260,7 @@ def _compiled(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
     import tensorflow as tf
 
     plain = tf.function(step, reduce_retracing=True)
-    # Of a single token, starting the operations one by one takes a third of the time.
+    # For a single token, launching the operations one by one takes a third of the time.
     of_one = tf.function(step, jit_compile=True)
 
     def compiled(ids_BT: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:

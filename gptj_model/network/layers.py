@@ -18,25 +18,25 @@ from keras import ops
 
 from gptj_model.config import GPTJConfig
 from gptj_model.network.array_type import Tensor
-from gptj_model.network.matmul import product
+from gptj_model.network.matmul import matmul
 from gptj_model.network.observation import observe
 from gptj_model.network.rotary import rotate
 
-# A sequence of one token attends to itself alone, and that is meant.
+# A sequence of one token attends only to itself, as intended.
 warnings.filterwarnings("ignore", message="You are using a softmax over axis -1")
 
-#: Initializer of weights: they always come from a checkpoint, and random numbers would take
-#: three times the memory and most of the time that building a large model takes.
+#: Initializer of weights. They always come from elsewhere, and random numbers would take three
+#: times the memory and most of the time of building a large model.
 UNSET = "zeros"
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares."""
+    """What all blocks share in one forward pass."""
 
     sin_BTR2: Tensor
     cos_BTR2: Tensor
     bias_B1TS: Tensor
-    """0 where a query may see a key, a large negative number elsewhere; float32."""
+    """0 where a query may attend to a key, a large negative number elsewhere; float32."""
     cache_start: Tensor
     """Index of the first query among the cached keys; 0 without a cache."""
 
@@ -46,8 +46,7 @@ Cache = tuple[Tensor, Tensor]
 
 
 class Dropout(keras.layers.Layer):
-    """Zeroes a share of the values in training. All draw from one generator, whose state
-    therefore restores them all."""
+    """Dropout whose masks all come from one generator, so that its state restores them all."""
 
     def __init__(self, rate: float, seeds: keras.random.SeedGenerator, **kwargs: Any):
         super().__init__(**kwargs)
@@ -61,11 +60,11 @@ class Dropout(keras.layers.Layer):
 
 
 class Dense(keras.layers.Dense):
-    """Keras' own, but for how its LoRA is applied (to the input, not to a copy of the kernel) and
-    for how a single token is multiplied."""
+    """Keras' dense layer, except that LoRA is applied to the input instead of a copy of the kernel,
+    and that a single token is multiplied in parts."""
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        y = product(inputs, self._kernel)
+        y = matmul(inputs, self._kernel)
         if self.lora_enabled:
             narrow = ops.matmul(inputs, self.lora_kernel_a)
             y = y + (self.lora_alpha / self.lora_rank) * ops.matmul(narrow, self.lora_kernel_b)
@@ -73,7 +72,7 @@ class Dense(keras.layers.Dense):
 
 
 class Attention(keras.layers.Layer):
-    """Causal self-attention with rotary positions; no biases; softmax in float32."""
+    """Causal self-attention with rotary positions, without biases, with the softmax in float32."""
 
     def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)  # angles and mask stay in float32
@@ -96,7 +95,7 @@ class Attention(keras.layers.Layer):
     def call(
         self, h_BTD: Tensor, context: Context, cache: Cache | None = None, training: bool = False
     ) -> tuple[Tensor, Cache | None]:
-        """Returns (output BTD, cache)."""
+        """Return the output (B, T, D) and the cache."""
         B, T = ops.shape(h_BTD)[:2]
         heads = (B, T, self.config.n_head, self.config.head_dim)
         q_BTHK = ops.reshape(observe("q_proj", self.q_proj(h_BTD)), heads)
@@ -127,7 +126,7 @@ class Attention(keras.layers.Layer):
 
 
 class FeedForward(keras.layers.Layer):
-    """Two dense layers with a tanh-form GELU between."""
+    """Two dense layers with a tanh-form GELU between them."""
 
     def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
         super().__init__(**kwargs)
@@ -160,9 +159,9 @@ class Block(keras.layers.Layer):
     def call(
         self, x_BTD: Tensor, context: Context, cache: Cache | None = None, training: bool = False
     ) -> tuple[Tensor, Cache | None]:
-        """Returns (hidden states BTD, cache)."""
+        """Return the hidden states (B, T, D) and the cache."""
         h_BTD = observe("ln_1", self.ln_1(x_BTD))
-        in_turn = cache is None and not training  # few tokens at a time take little memory
+        in_turn = cache is None and not training  # few tokens at a time need little memory
         attended_BTD, cache = self.attn(h_BTD, context, cache, training=training)
         if in_turn:
             h_BTD = _after(attended_BTD, h_BTD)
@@ -171,7 +170,8 @@ class Block(keras.layers.Layer):
 
 
 class Head(keras.layers.Layer):
-    """Hidden states → logits. `kernel` (D, V) is absent when tied to the embedding (V, D)."""
+    """The layer from hidden states to logits. Its `kernel` (D, V) is absent when it is tied to the
+    embedding (V, D)."""
 
     def __init__(self, config: GPTJConfig, **kwargs: Any):
         super().__init__(**kwargs)
@@ -186,28 +186,28 @@ class Head(keras.layers.Layer):
 
     def call(self, x_BTD: Tensor, embeddings_VD: Tensor) -> Tensor:
         kernel_DV = self.kernel_or(embeddings_VD)
-        return product(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
+        return matmul(x_BTD, ops.cast(kernel_DV, self.compute_dtype)) + self.bias
 
     def kernel_or(self, embeddings_VD: Tensor) -> Tensor:
-        """Its kernel (D, V): its own, or the embedding it is tied to."""
+        """Return the kernel (D, V): its own, or that of the embedding it is tied to."""
         return ops.transpose(embeddings_VD) if self.kernel is None else self.kernel
 
 
 def dense(units: int, name: str, dtype: Any, *, use_bias: bool = True) -> Dense:
-    """A dense layer whose weights are still to come."""
+    """Return a dense layer whose weights are assigned later."""
     return Dense(units, use_bias=use_bias, name=name, dtype=dtype, kernel_initializer=UNSET)
 
 
 def layer_norm(config: GPTJConfig, name: str, dtype: Any) -> keras.layers.LayerNormalization:
-    """A layer norm over the hidden axis with the model's epsilon."""
+    """Return a layer norm over the hidden axis with the model's epsilon."""
     return keras.layers.LayerNormalization(
         epsilon=config.layer_norm_epsilon, name=name, dtype=dtype
     )
 
 
 def _after(first: Tensor, value: Tensor) -> Tensor:
-    """The value, which a graph of TensorFlow gives on only once `first` is there: side by side,
-    both branches of a block would need their memory at once."""
+    """Return the value, delayed in a TensorFlow graph until `first` exists: side by side, the two
+    branches of a block would need their memory at once."""
     if keras.backend.backend() != "tensorflow":
         return value
     import tensorflow as tf

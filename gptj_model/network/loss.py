@@ -16,7 +16,7 @@ from keras import ops, tree
 
 from gptj_model.network.array_type import Tensor
 
-#: Logits that are held at once, at most: 64 MiB of float32.
+#: Largest number of logits held at once: 64 MiB of float32.
 _CHUNK_LOGITS = 2**24
 
 
@@ -26,9 +26,9 @@ class TokenLoss(NamedTuple):
     total: Tensor
     """Sum of their cross-entropies, in nats."""
     count: Tensor
-    """Their number."""
+    """Number of these tokens."""
     correct: Tensor
-    """Number of them whose most likely token is the label."""
+    """Number of these tokens whose most likely token is the label."""
 
     @property
     def mean(self) -> Tensor:
@@ -37,10 +37,10 @@ class TokenLoss(NamedTuple):
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor, ignored_BT: Tensor) -> TokenLoss:
-    """Cross-entropy of the labels.
+    """Return the cross-entropy of the labels.
 
     Args:
-        logits_BTV: any float dtype; computed in float32.
+        logits_BTV: logits of any float dtype; the loss is computed in float32.
         labels_BT: int32 token ids.
         ignored_BT: 1 on padding and other tokens that do not count, 0 elsewhere.
     """
@@ -65,20 +65,21 @@ def head_loss(
     *,
     devices: int = 1,
 ) -> TokenLoss:
-    """The loss of the head's logits, a chunk of tokens at a time.
+    """Return the loss of the head's logits, computed a chunk of tokens at a time.
 
-    In training the gradients are computed beside the loss, so that a chunk's logits are never
-    needed again: memory for one chunk, and no more multiplications than without chunks.
+    In training the gradients are computed together with the loss, so that the logits of a chunk are
+    never needed again: this takes the memory of one chunk, and no more multiplications than without
+    chunks.
 
     Args:
-        h_BTD: normed hidden states; their dtype is that of the multiplications.
-        kernel_DV: of the head, in float32.
-        bias_V: of the head, in float32.
+        h_BTD: normed hidden states; matrices are multiplied in their dtype.
+        kernel_DV: kernel of the head, float32.
+        bias_V: bias of the head, float32.
         labels_BT: int32 token ids.
         ignored_BT: 1 on tokens that do not count, 0 elsewhere.
         training: whether gradients will be asked for.
-        devices: that share out sequences and vocabulary. Each chunk then has tokens of every
-            sequence, so that all of them work on it, and is larger by their number.
+        devices: number of devices that share sequences and vocabulary. Each chunk then has tokens
+            of every sequence, so that all devices work on it, and is larger by that number.
     """
     D, V = kernel_DV.shape
     B, T = labels_BT.shape
@@ -112,7 +113,7 @@ def head_loss(
         carry = add_chunk(0, begin) if chunks == 1 else ops.fori_loop(0, chunks, add_chunk, begin)
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> tuple[Tensor, ...]:
-            # TensorFlow hands over one argument an output, JAX one for all.
+            # TensorFlow passes one argument per output, JAX one for all outputs.
             up = tree.flatten(args if upstream is None else upstream)[0]
             d_h = ops.cast(carry[4] * up, h_nCD.dtype)
             return d_h, carry[2] * up, carry[3] * up
@@ -131,8 +132,8 @@ def _chunk_loss(
     bias_V: Tensor,
     training: bool,
 ) -> tuple[Tensor, ...]:
-    """Sum of losses and of hits; in training also what they add to the gradients of kernel and
-    bias; then the gradient of h, in float32."""
+    """Return the sums of losses and of hits; in training also the contributions to the gradients of
+    kernel and bias, and the gradient of h in float32."""
     logits_CV = ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V
     top_C1 = ops.max(logits_CV, axis=-1, keepdims=True)
     exp_CV = ops.exp(logits_CV - top_C1)
@@ -144,7 +145,8 @@ def _chunk_loss(
     sums = (ops.sum(losses_C * counted_C), ops.sum(ops.cast(hits_C, "float32") * counted_C))
     if not training:
         return sums
-    # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
+    # The values lie between -1 and 1, so half precision holds them whatever the loss scale and the
+    # count.
     d_CV = (exp_CV / sum_C1 - ops.cast(is_label_CV, "float32")) * counted_C[:, None]
     narrow_CV = ops.cast(d_CV, h_CD.dtype)
     d_kernel_DV = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CV), "float32")
@@ -153,14 +155,14 @@ def _chunk_loss(
 
 
 def _chunks(tokens: int, width: int) -> int:
-    """The least number of equal parts of so many tokens whose logits, `width` each, are few
-    enough."""
+    """Return the smallest number of equal chunks of the tokens whose logits, `width` per token, are
+    few enough."""
     least = min(max(1, tokens * width // _CHUNK_LOGITS), tokens)
     return next(n for n in range(least, tokens + 1) if tokens % n == 0)
 
 
 class RunningLoss:
-    """Cross-entropy of logits that come a part of the vocabulary at a time, in float64.
+    """Cross-entropy in float64 of logits that arrive a part of the vocabulary at a time.
 
     Args:
         labels_N: int32 token ids.
@@ -174,12 +176,12 @@ class RunningLoss:
         self._best_N = np.zeros(labels_N.shape, np.int64)
 
     def add(self, logits_CV: np.ndarray, first: int, start: int) -> None:
-        """Take logits of some tokens for a part of the vocabulary.
+        """Add the logits of some tokens for one part of the vocabulary.
 
         Args:
-            logits_CV: float32.
-            first: the first of the tokens.
-            start: id of the part's first.
+            logits_CV: float32 logits.
+            first: index of the first of these tokens.
+            start: first token id of the part.
         """
         tokens = slice(first, first + len(logits_CV))
         rows_C, best_C = np.arange(len(logits_CV)), logits_CV.argmax(-1)
@@ -203,7 +205,7 @@ class RunningLoss:
         return np.log(self._sum_N) + self._top_N
 
     def sums(self, ignored_N: np.ndarray) -> TokenLoss:
-        """Of the tokens that count, once every part was added."""
+        """Return the sums over the tokens that count, once every part is added."""
         counted_N = 1.0 - ignored_N
         losses_N = self.log_sum_N - self._label_N
         hits_N = self._best_N == self._labels_N

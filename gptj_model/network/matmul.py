@@ -1,6 +1,6 @@
-"""Hidden states times a kernel.
+"""Multiplication of hidden states by a kernel.
 
-Shape suffixes: I and O features in and out, P parts of the sum over I, R features of a part.
+Shape suffixes: I and O features in and out, P parts of the sum over I, R features per part.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from keras import ops
 from gptj_model.network.array_type import Tensor
 
 
-def product(x: Tensor, kernel_IO: Tensor) -> Tensor:
-    """x (…, I) times a kernel (I, O) → (…, O).
+def matmul(x: Tensor, kernel_IO: Tensor) -> Tensor:
+    """Return x (…, I) times a kernel (I, O), shape (…, O).
 
-    A single row is bound by reading the kernel. XLA reads it with one core if what follows is
-    fused with the product, as a bias is; therefore each core takes a part of the sum over I.
+    A single row is bound by reading the kernel. XLA reads it with one core if the product is fused
+    with what follows, such as a bias; therefore each core takes a part of the sum over I.
     """
     parts = math.gcd(os.cpu_count() or 1, x.shape[-1])
     if parts == 1 or any(n != 1 for n in x.shape[:-1]):

@@ -21,22 +21,23 @@ from gptj_model.network.layers import UNSET, Block, Cache, Context, Dropout, Hea
 from gptj_model.network.loss import TokenLoss, head_loss
 from gptj_model.network.rotary import sin_cos_tables
 
-#: Added to the score of a key that must not be seen: its probability underflows to 0.
+#: Number added to the score of a key that must not be attended to: its probability underflows to 0.
 MASKED = -1e9
 
 
 @keras.saving.register_keras_serializable(package="gptj")
 class GPTJ(keras.Model):
-    """Token ids → logits.
+    """The model from token ids to logits.
 
-    `embed`, each of `blocks`, and `unembed` are the three stages of `call`; executors that
-    hold one block at a time run them separately.
+    `embed`, each of `blocks`, and `unembed` are the three stages of `call`; executors that hold one
+    block at a time run them separately.
 
     Args:
-        config: shapes and constants.
-        dtype: a Keras dtype or policy; "float32" or for example "mixed_bfloat16".
-        seed: of the dropout masks, used in training only.
-        recompute: in training, keep no activations inside a block but compute them again.
+        config: shapes and constants of the model.
+        dtype: Keras dtype or policy, such as "float32" or "mixed_bfloat16".
+        seed: seed of the dropout masks, used only in training.
+        recompute: whether to recompute the activations of a block in the backward pass instead of
+            keeping them.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class GPTJ(keras.Model):
         self.build((None, None))
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` makes the same model of; `config` in Hugging Face's words."""
+        """Return what `from_config` makes the same model from; `config` is in Hugging Face's
+        terms."""
         hf = self.config.to_hf(dtype=self.compute_dtype)
         return {"config": hf, "dtype": self.dtype_policy.name, "seed": self.seed, "name": self.name}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPTJ:
-        """The inverse of `get_config`; keys that are missing take their defaults."""
+        """Return the model that `get_config` describes; missing keys take their defaults."""
         del custom_objects
         known = {k: config[k] for k in ("dtype", "seed", "name") if k in config}
         return cls(GPTJConfig.from_hf(config["config"]), **known)
@@ -95,12 +97,12 @@ class GPTJ(keras.Model):
         attention_mask_BT: Tensor = None,
         training: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V) in the compute dtype.
+        """Return logits (B, T, V) in the compute dtype.
 
         Args:
             ids_BT: int32 token ids.
             positions_BT: int32 position of each token, shape (B, T) or (1, T); default 0, 1, ….
-            attention_mask_BT: 0 at padding that no query may see; default none.
+            attention_mask_BT: 0 at padding that no query may attend to; default none.
             training: whether dropout is on.
         """
         context = self.context(ids_BT, positions_BT, attention_mask_BT)
@@ -115,7 +117,8 @@ class GPTJ(keras.Model):
         training: bool = False,
         devices: int = 1,
     ) -> TokenLoss:
-        """Cross-entropy of the labels, without ever holding all logits; see `head_loss`."""
+        """Return the cross-entropy of the labels without ever holding all logits; see
+        `head_loss`."""
         x_BTD = self.embed(ids_BT, training=training)
         x_BTD = self.decode(x_BTD, self.context(ids_BT), training=training)
         kernel_DV = self.lm_head.kernel_or(self.wte.embeddings)
@@ -138,15 +141,16 @@ class GPTJ(keras.Model):
         attention_mask_BS: Tensor = None,
         last: bool = False,
     ) -> tuple[Tensor, list[Cache]]:
-        """Logits of tokens start … start + T, and the caches with their keys and values.
+        """Return logits of tokens start … start + T, and the caches with their keys and values.
 
         Args:
             ids_BT: int32 token ids.
-            caches: what `empty_caches` or the last call gave.
+            caches: caches from `empty_caches` or from the previous call.
             start: int32 scalar, number of tokens already in the caches.
             positions_BT: as in `call`; default start, start + 1, ….
-            attention_mask_BS: 0 at cached padding that no query may see, S the cache's length.
-            last: logits of the last token alone.
+            attention_mask_BS: 0 at cached padding that no query may attend to, S being the cache's
+                length.
+            last: whether to return only the logits of the last token.
         """
         T, S = ops.shape(ids_BT)[1], ops.shape(caches[0][0])[2]
         context = make_context(self.config, T, S, positions_BT, attention_mask_BS, start)
@@ -160,16 +164,16 @@ class GPTJ(keras.Model):
     def context(
         self, ids_BT: Tensor, positions_BT: Tensor = None, attention_mask_BT: Tensor = None
     ) -> Context:
-        """What the blocks share when these ids are one whole sequence each."""
+        """Return what the blocks share when these ids are one whole sequence each."""
         T = ops.shape(ids_BT)[1]
         return make_context(self.config, T, T, positions_BT, attention_mask_BT)
 
     def embed(self, ids_BT: Tensor, training: bool = False) -> Tensor:
-        """Token ids → hidden states (B, T, D) before the first block."""
+        """Return hidden states (B, T, D) before the first block."""
         return self.drop(self.wte(ids_BT), training=training)
 
     def decode(self, x_BTD: Tensor, context: Context, training: bool = False) -> Tensor:
-        """Hidden states through every block."""
+        """Return the hidden states after every block."""
         for block in self.blocks:
             if training and self.recompute:
                 x_BTD = self._recomputed(block, context)(x_BTD)
@@ -178,7 +182,8 @@ class GPTJ(keras.Model):
         return x_BTD
 
     def _recomputed(self, block: Block, context: Context) -> Callable[[Tensor], Tensor]:
-        """A block in training whose gradient computes it anew, with the same dropout masks."""
+        """Return a block for training whose activations are recomputed in the backward pass, with
+        the same dropout masks."""
 
         seed_state = ops.copy(self.seeds.state)
 
@@ -189,11 +194,11 @@ class GPTJ(keras.Model):
         return keras.remat(run)
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
-        """Hidden states after the last block → logits (B, T, V)."""
+        """Return logits (B, T, V) of hidden states after the last block."""
         return self.lm_head(self.ln_f(x_BTD), self.wte.embeddings)
 
     def empty_caches(self, batch: int, length: int) -> list[Cache]:
-        """Room for the keys and values of so many tokens, one of each block."""
+        """Return caches for the keys and values of `length` tokens, one per block."""
         shape = (batch, self.config.n_head, length, self.config.head_dim)
         return [
             (ops.zeros(shape, "float32"), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks
@@ -208,7 +213,7 @@ def make_context(
     attention_mask_BS: Tensor = None,
     start: Tensor = 0,
 ) -> Context:
-    """Rotary angles and the causal mask for queries start … start + T over S keys."""
+    """Return rotary angles and the causal mask for queries start … start + T over S keys."""
     start = ops.convert_to_tensor(start, dtype="int32")
     query_T = ops.arange(T, dtype="int32") + start
     if positions_BT is None:

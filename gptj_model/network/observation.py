@@ -1,6 +1,7 @@
-"""Looking at intermediate values of the model while it computes, without a second copy of it.
+"""Observation of intermediate values while the model computes, without a second copy of it.
 
-Layers hand over what an operation gave with `observe`; nothing happens unless somebody looks.
+Layers pass the result of each operation to `observe`, which does nothing unless a caller is
+observing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 _seen: ContextVar[dict[str, Any] | None] = ContextVar("seen", default=None)
 
-#: What a block hands over, in the order of its computation.
+#: Operations of a block, in the order of its computation.
 OPERATIONS = (
     "ln_1",
     "q_proj",
@@ -33,7 +34,7 @@ OPERATIONS = (
 
 
 def observe(operation: str, value: T) -> T:
-    """The value, unchanged; kept if a caller is `observing`."""
+    """Return the value unchanged, and record it if a caller is `observing`."""
     seen = _seen.get()
     if seen is not None:
         seen[operation] = value
@@ -42,9 +43,9 @@ def observe(operation: str, value: T) -> T:
 
 @contextmanager
 def observing() -> Generator[dict[str, Any]]:
-    """A mapping that is filled with what is observed, by operation, while the context is open.
+    """Yield a mapping that receives the value of each operation while the context is open.
 
-    Only what runs eagerly is seen: a compiled function hands over nothing that is a value.
+    Only eager code is observed: a compiled function passes no values.
     """
     seen: dict[str, Any] = {}
     token = _seen.set(seen)

@@ -38,11 +38,11 @@ def sin_cos_tables(n_positions: int, rotary_dim: int) -> tuple[np.ndarray, np.nd
 
 
 def rotate(x_BTHK: Tensor, sin_BTR2: Tensor, cos_BTR2: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of the first R features of each head; the others pass.
+    """Rotate the pairs (2i, 2i+1) of the first R features of each head; the others pass unchanged.
 
     Args:
         x_BTHK: queries or keys.
-        sin_BTR2, cos_BTR2: rows of `sin_cos_tables` at each token's position, R/2 wide.
+        sin_BTR2, cos_BTR2: rows of `sin_cos_tables` at the position of each token, R/2 wide.
     """
     half = sin_BTR2.shape[-1]
     rotated, passed = x_BTHK[..., : 2 * half], x_BTHK[..., 2 * half :]

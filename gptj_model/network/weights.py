@@ -1,4 +1,4 @@
-"""Weights of a Keras GPT-J, by the table: put there from any source, and found by name."""
+"""Weights of a Keras GPT-J, by the table: loaded from any source, and found by name."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from gptj_model.network.model import GPTJ
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme, Tensor, table
 
-#: How Keras names what `enable_lora` adds to a layer.
+#: Prefix of the variables that Keras' `enable_lora` adds to a layer.
 ADAPTER = "lora_kernel_"
 
 
 def variables(model: GPTJ) -> dict[str, Any]:
-    """The model's weights by HF name, in the table's order."""
+    """Return the model's weights by HF name, in the table's order."""
     return assigned_variables(model, {t.hf: t for t in table(model.config)}, prefix=model.name)
 
 
 def assigned_variables(layer: Any, tensors: Mapping[str, Tensor], *, prefix: str) -> dict[str, Any]:
-    """The variables of a layer by HF name; its paths must be those of the table, below `prefix`.
+    """Return the variables of a layer by HF name; their paths below `prefix` must be those of the
+    table.
 
     Raises:
-        KeyError: a variable has no row, or a row no variable.
+        KeyError: a variable has no row, or a row has no variable.
     """
     own = (v for v in layer.weights if not v.name.startswith(ADAPTER))
     by_path = {v.path.removeprefix(f"{prefix}/"): v for v in own}
@@ -38,12 +39,13 @@ def assigned_variables(layer: Any, tensors: Mapping[str, Tensor], *, prefix: str
 
 
 def enable_lora(model: GPTJ, lora: Lora, seed: int) -> dict[Tensor, Any]:
-    """Adapt the model's dense layers: A random, B 0, so that nothing changes yet.
+    """Add an adapter to the model's dense layers, with random A and zero B, so that nothing changes
+    yet.
 
     Args:
-        model: without an adapter so far.
-        lora: which layers, and how.
-        seed: of A; each has its own.
+        model: model without an adapter.
+        lora: adapted layers, rank and alpha.
+        seed: seed of A; every layer gets a different A.
 
     Returns:
         The variables of A and B by their rows, in the table's order.
@@ -58,13 +60,13 @@ def enable_lora(model: GPTJ, lora: Lora, seed: int) -> dict[Tensor, Any]:
 
 
 def adapted_layer(block: Any, kernel: Tensor) -> Any:
-    """The dense layer of a block that has this kernel."""
+    """Return the dense layer of a block that owns this kernel."""
     *_, part, layer_name, _ = kernel.hf.split(".")
     return getattr(getattr(block, part), layer_name)
 
 
 def first_a(seed: int, n: int) -> keras.Initializer:
-    """What A of the n-th adapted kernel begins with."""
+    """Return the initializer of A of the n-th adapted kernel."""
     return keras.initializers.HeUniform(seed=(seed * 10_007 + n) % 2**31)
 
 
@@ -72,7 +74,7 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
     """Assign every weight from a source whose names follow `scheme`, cast to the model's dtype.
 
     Raises:
-        KeyError: the source lacks a tensor (a plan would have said so before).
+        KeyError: the source lacks a tensor, which a plan would have found.
     """
     found = variables(model)
     for tensor in table(model.config):
@@ -80,11 +82,11 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
 
 
 def assign(variable: Any, tensor: Tensor, source: TensorSource, scheme: Scheme) -> None:
-    """Give one variable its values from a source, in Keras' layout."""
+    """Assign one variable from a source, in Keras' layout."""
     variable.assign(read_values(tensor, source, scheme, variable.dtype))
 
 
 def read_values(tensor: Tensor, source: TensorSource, scheme: Scheme, dtype: str) -> np.ndarray:
-    """A tensor of a source in Keras' layout and this dtype, contiguous."""
+    """Return a tensor of a source in Keras' layout and this dtype, contiguous."""
     values = read_tensor(source, tensor.name(scheme))
     return np.ascontiguousarray(tensor.op(scheme, Scheme.KERAS)(values), NUMPY[dtype])

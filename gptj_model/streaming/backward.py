@@ -1,6 +1,6 @@
-"""Gradients of a GPT-J that is run one block at a time: back through the stages, in reverse.
+"""Gradients of a GPT-J that is run one block at a time: its stages in reverse.
 
-Shape suffixes: N tokens, B batch, T time, D hidden, V vocabulary, U different tokens.
+Shape suffixes: N tokens, B batch, T time, D hidden, V vocabulary, U distinct tokens.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from gptj_model.streaming.forward import StreamedModel
 from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT, Scheme, block, final_norm
 
 Gradients = dict[str, np.ndarray]
-"""By HF name, float32, in HF's layout."""
+"""Gradients by HF name, float32, in HF's layout."""
 
 
 class StreamedGradients(StreamedModel):
-    """The stages backwards: each takes the loss' gradient of what the stage gives.
+    """The stages in reverse: each takes the gradient of the loss with respect to the stage's
+    output.
 
     Raises:
-        UsageError: Keras runs on another backend than TensorFlow.
+        UsageError: Keras runs on a backend other than TensorFlow.
     """
 
     def loss_gradients(
         self, logits_NV: np.ndarray, labels_N: np.ndarray
     ) -> tuple[float, np.ndarray]:
-        """Mean cross-entropy of the labels, and its gradient of the logits."""
+        """Return the mean cross-entropy of the labels, and its gradient with respect to the
+        logits."""
         logits = ops.convert_to_tensor(logits_NV[None])
         with _tape() as tape:
             tape.watch(logits)
@@ -42,12 +44,12 @@ class StreamedGradients(StreamedModel):
     def head_gradients(
         self, start: int, stop: int, normed_ND: np.ndarray, d_logits_NV: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
-        """Of the normed states and of the head, by its tokens start:stop alone.
+        """Return the gradients of the normed states and of the head's tokens start:stop.
 
         Args:
-            start, stop: one of `gptj_model.vocabulary.parts`.
-            normed_ND: what the head was given.
-            d_logits_NV: the gradient of these tokens' logits, V = stop - start.
+            start, stop: one part of `gptj_model.vocabulary.parts`.
+            normed_ND: input of the head.
+            d_logits_NV: gradient of the logits of these tokens, V = stop - start.
         """
         part, (weight, bias) = self._head(start, stop)
         normed = ops.convert_to_tensor(normed_ND[None])
@@ -66,7 +68,7 @@ class StreamedGradients(StreamedModel):
     def final_norm_gradients(
         self, x_ND: np.ndarray, d_normed_ND: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
-        """Of the hidden states and of the norm's weights."""
+        """Return the gradients of the hidden states and of the final norm's weights."""
         layer = self._loaded_norm()
         names = [t.hf for t in final_norm(self.config)]
         d_x, *d_weights = _backwards(layer, x_ND, d_normed_ND)
@@ -75,7 +77,7 @@ class StreamedGradients(StreamedModel):
     def block_gradients(
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, d_out_BTD: np.ndarray
     ) -> tuple[np.ndarray, Gradients]:
-        """Of the hidden states and of the resident block's weights."""
+        """Return the gradients of the hidden states and of the loaded block's weights."""
         resident = self._resident
         context = resident.context(x_BTD, positions_BT, None)
         tensors = {t.hf: t for t in block(self.config, resident.number)}
@@ -93,7 +95,7 @@ class StreamedGradients(StreamedModel):
     def embedding_gradients(
         self, ids_N: np.ndarray, d_x_ND: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The different tokens (U,), and the gradient of their rows (U, D)."""
+        """Return the distinct tokens (U,), and the gradients of their rows (U, D)."""
         unique_U, where_N = np.unique(ids_N, return_inverse=True)
         shape_UD = len(unique_U), d_x_ND.shape[1]
         rows = ops.zeros(shape_UD)
@@ -101,14 +103,14 @@ class StreamedGradients(StreamedModel):
             tape.watch(rows)
             x = ops.take(rows, where_N, axis=0)
         slices = _pull(tape, x, rows, d_x_ND)
-        # TensorFlow gives a row for each token, and says which it belongs to.
+        # TensorFlow returns one row per token, and the row index it belongs to.
         gradient = np.zeros(shape_UD, np.float32)
         np.add.at(gradient, np.asarray(slices.indices), np.asarray(slices.values))
         return unique_U, gradient
 
 
 def _backwards(layer: keras.Layer, x: np.ndarray, d_out: np.ndarray) -> list[np.ndarray]:
-    """Of the input, then of each trainable variable."""
+    """Return the gradient of the input, then of each trainable variable."""
     value = ops.convert_to_tensor(x)
     with _tape() as tape:
         tape.watch(value)
@@ -130,6 +132,6 @@ def _tape() -> Any:
 
 
 def _pull(tape: Any, out: Any, sources: Any, d_out: np.ndarray) -> Any:
-    """Gradients of the sources; zeros where nothing of them is in `out`."""
+    """Return the gradients of the sources; zeros where `out` does not depend on one."""
     d_out_tensor = ops.convert_to_tensor(d_out)
     return tape.gradient(out, sources, output_gradients=d_out_tensor, unconnected_gradients="zero")

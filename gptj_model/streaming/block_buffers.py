@@ -1,4 +1,4 @@
-"""The memory that blocks are read into, one after the other."""
+"""Buffers that blocks are read into, one after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
-from gptj_model.page_buffers import page_arrays, page_memory, whole_pages
+from gptj_model.page_buffers import page_arrays, page_buffers, whole_pages
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.tensors import Scheme, Tensor, block
 from gptj_model.transposition import transpose
@@ -17,31 +17,31 @@ from gptj_model.transposition import transpose
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """Memory of one block, as it is stored."""
+    """Memory of one block as it is stored."""
 
     memory: np.ndarray
     holds: tuple[TensorSource, int] | None = None
-    """Whose values they are: source and number of the block."""
+    """Source and block number of the values in it."""
 
 
-class BlockMemory:
-    """Memory of the block that computes and of the next one, which is read meanwhile.
+class BlockBuffers:
+    """Buffers of the block that computes and of the next one, which is prefetched.
 
-    Weights that are stored as they are computed with, in float32 and Keras' layout, are read into
-    two places, each in the place of the one before. The two that were read last stay, for a pass
-    in the other direction. Others have one place where they are as they are stored, which in 16
-    bits is half as large, and one where they are laid out.
+    Weights stored as they are computed with, in float32 and Keras' layout, are read into two
+    buffers in turn; the two blocks read last stay available for a pass in the other direction.
+    Other weights have one buffer in the stored form, which in 16 bits is half as large, and one in
+    the computed form.
 
-    The system is asked for memory only once, and gives a page at the first use; what begins with
-    a page is read from the disk without a copy.
+    Memory is requested from the system only once, which provides a page at its first use;
+    page-aligned buffers are read from disk without a copy.
 
     Args:
-        config: of the model.
-        scheme: of the names and layouts of what is read.
-        tensors: as they are stored, by their names in the scheme.
+        config: configuration of the model.
+        scheme: naming scheme and layout of what is read.
+        tensors: dtype and shape of the stored tensors, by their names in the scheme.
 
     Raises:
-        MemoryFault: the system does not give it.
+        MemoryFault: the system does not provide the memory.
     """
 
     def __init__(
@@ -58,17 +58,18 @@ class BlockMemory:
         )
         stored = max(sum(whole_pages(info.nbytes) for _, info in rows) for rows in self._blocks)
         count = 2 if self._is_ready else 1
-        self._places = [_Place(memory) for memory in page_memory(count, stored)]
+        self._places = [_Place(memory) for memory in page_buffers(count, stored)]
         self._laid_out = None if self._is_ready else self._new()
 
     def read(self, source: TensorSource, i: int, *, over: bool = False) -> list[np.ndarray]:
-        """The weights of block `i` as they are stored. They stay until the one after the next is
-        read, if they are computed with as they are; else until the next is.
+        """Return the weights of block `i` as they are stored. If they are computed with as they
+        are, they stay until the block after the next is read; else until the next is.
 
         Args:
-            source: of the weights.
+            source: source of the weights.
             i: number of the block.
-            over: with the block before nobody computes any more: this one may take its place.
+            over: whether the previous block is no longer in use, so that its buffer may be
+                overwritten.
 
         Raises:
             FileFault: the source cannot be read.
@@ -87,12 +88,13 @@ class BlockMemory:
         return found
 
     def lay_out(self, i: int, stored: Sequence[np.ndarray], *, own: bool) -> list[np.ndarray]:
-        """What `read` gave for block `i`, in float32 and Keras' layout.
+        """Return the result of `read` for block `i` in float32 and Keras' layout.
 
         Args:
             i: number of the block.
-            stored: where it is as it is to be, it is given back, unless it gets memory of its own.
-            own: whether it does; else it takes the place of the block before.
+            stored: weights from `read`; weights that need no conversion are returned as they are,
+                unless `own` is set.
+            own: whether the block gets memory of its own; else it overwrites the block before.
         """
         if self._is_ready and not own:
             return list(stored)
@@ -107,20 +109,20 @@ class BlockMemory:
         return found
 
     def between_blocks(self, size: int) -> np.ndarray:
-        """So many bytes for something else, as long as no block is laid out: that place, if there
-        is one and it is large enough, else new memory."""
+        """Return a scratch buffer of `size` bytes; it reuses the buffer of the computed form while
+        no block is in it, if that is large enough."""
         if self._laid_out is not None and size <= self._laid_out.size:
             return self._laid_out[:size]
-        return page_memory(1, size)[0]
+        return page_buffers(1, size)[0]
 
     def _layout_op(self, tensor: Tensor, info: TensorInfo) -> Op:
-        """From the array that the file holds to Keras' layout."""
+        """Return the op from the array in the file to Keras' layout."""
         return info.storage_op.then(tensor.op(self._scheme, Scheme.KERAS))
 
     def _new(self) -> np.ndarray:
-        """Memory of one block in float32."""
+        """Return memory for one block in float32."""
         size = sum(whole_pages(_computed(t).nbytes) for t, _ in self._blocks[0])
-        return page_memory(1, size)[0]
+        return page_buffers(1, size)[0]
 
 
 def _computed(tensor: Tensor) -> TensorInfo:
@@ -128,5 +130,5 @@ def _computed(tensor: Tensor) -> TensorInfo:
 
 
 def _stored(info: TensorInfo) -> TensorInfo:
-    """The array that the file holds."""
+    """Return shape and dtype of the array in the file."""
     return TensorInfo(info.dtype, info.storage_shape)

@@ -1,4 +1,4 @@
-"""GPT-J run one block at a time from a weight source: memory for one block, not for the model.
+"""GPT-J run one block at a time from a weight source, in the memory of one block.
 
 Shape suffixes: B batch, T time, D hidden, V vocabulary.
 """
@@ -20,11 +20,11 @@ from gptj_model.network.loss import RunningLoss, TokenLoss
 from gptj_model.network.model import make_context
 from gptj_model.network.observation import observing
 from gptj_model.network.weights import assign, assigned_variables
-from gptj_model.page_buffers import page_memory
+from gptj_model.page_buffers import page_buffers
 from gptj_model.source import TensorSource
-from gptj_model.streaming.block_buffers import BlockMemory
-from gptj_model.streaming.prefetch import blocks_ahead
-from gptj_model.streaming.residency import NOTHING_KEPT, Kept
+from gptj_model.streaming.block_buffers import BlockBuffers
+from gptj_model.streaming.prefetch import prefetch_blocks
+from gptj_model.streaming.residency import NOTHING_RESIDENT, Residency
 from gptj_model.tensors import FINAL_NORM, HEAD_WEIGHT, Scheme, block, final_norm
 from gptj_model.transposition import transpose
 from gptj_model.vocabulary import PART, parts, read_embeddings, read_head
@@ -41,7 +41,7 @@ class BlockPass:
         number: index of the block in the model.
         weights: its weights in the order of `tensors.block`.
         call: the block as a function of weights, states, context and cache.
-        compiled: the same, compiled for whole sequences.
+        compiled: the same function, compiled for whole sequences.
         config: configuration of the model.
     """
 
@@ -209,14 +209,14 @@ class StreamedModel:
         source: TensorSource,
         scheme: Scheme,
         *,
-        kept: Kept = NOTHING_KEPT,
-        memory: BlockMemory | None = None,
+        kept: Residency = NOTHING_RESIDENT,
+        memory: BlockBuffers | None = None,
     ) -> None:
         self.config = config
         self.source = source
         self._scheme = scheme
         self._kept = kept
-        self._memory = memory or BlockMemory(config, scheme, source.tensors)
+        self._memory = memory or BlockBuffers(config, scheme, source.tensors)
         seeds = keras.random.SeedGenerator(0)
         self._block = _without_values(lambda: Block(config, seeds, name="h_0"), config.n_embd)
         rows = {t.hf: t for t in block(config, 0)}
@@ -238,7 +238,7 @@ class StreamedModel:
         """Yield each block in turn, while the next one is read from the source."""
         numbers = range(self.config.n_layer)
         missing = [i for i in numbers if i not in self._kept_blocks]
-        loaded = blocks_ahead(self._read_block, missing, self._load)
+        loaded = prefetch_blocks(self._read_block, missing, self._load)
         for i in numbers:
             if i in missing:
                 next(loaded)
@@ -287,7 +287,7 @@ class StreamedModel:
         """
         if last:
             self._resident.end()
-            (self._head_memory,) = page_memory(1, self._part_bytes)
+            (self._head_memory,) = page_buffers(1, self._part_bytes)
             del self._block, self._run, self._variables, self._memory
         return HeadPass(self._loaded_norm, lambda *part: self._head(*part)[0], self.config)
 
@@ -301,8 +301,8 @@ class StreamedModel:
         return layer
 
     def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
-        """The head as a function of normed hidden states, for tokens start:stop; and its weight,
-        (D, V) or tied to the embedding (V, D), and bias."""
+        """Return the head for tokens start:stop as a function of normed hidden states, and its
+        weight, (D, V) or tied to the embedding (V, D), with its bias."""
         if start in self._kept_head:
             return self._kept_head[start]
         found = self._read_head(start, stop)
@@ -313,8 +313,8 @@ class StreamedModel:
     def _read_head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
         stored_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
         tied = self.config.tie_word_embeddings
-        self._resident.end()  # its buffer becomes the head's
-        memory = page_memory(1, self._part_bytes)[0] if self._kept.head else self._head_memory
+        self._resident.end()  # the head takes over its buffer
+        memory = page_buffers(1, self._part_bytes)[0] if self._kept.head else self._head_memory
         shape = stored_VD.shape if tied else stored_VD.shape[::-1]
         values = memory[: 4 * stored_VD.size].view(np.float32).reshape(shape)
         if tied:
@@ -335,14 +335,14 @@ class StreamedModel:
 
 
 def _head_layer(config: GPTJConfig, size: int) -> Head:
-    """The head for so many tokens."""
+    """Return the head for `size` tokens."""
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     part = replace(config, vocab_size=size, **ends)
     return _without_values(lambda: Head(part, name=HEAD_WEIGHT.layer), config.n_embd)
 
 
 def _without_values(make: Callable[[], AnyLayer], width: int) -> AnyLayer:
-    """A layer for hidden states, whose variables have no values but within `_scope`."""
+    """Return a layer for hidden states whose variables have values only within `_scope`."""
     with keras.StatelessScope(initialize_variables=False):
         layer = make()
         layer.build((None, None, width))
@@ -350,13 +350,13 @@ def _without_values(make: Callable[[], AnyLayer], width: int) -> AnyLayer:
 
 
 def _scope(variables: Sequence[Any], values: Sequence[Any]) -> keras.StatelessScope:
-    """Within it the variables have these values."""
+    """Return a scope in which the variables have these values."""
     pairs = list(zip(variables, values, strict=True))
     return keras.StatelessScope(pairs, initialize_variables=False)
 
 
 def _tensor(values: np.ndarray) -> Any:
-    """It may share the memory of the array; see `shared_tensor`."""
+    """Return a tensor that may share the memory of the array; see `shared_tensor`."""
     if keras.backend.backend() == "tensorflow":
         from gptj_model.streaming.shared_tensor import shared_tensor
 
@@ -365,7 +365,7 @@ def _tensor(values: np.ndarray) -> Any:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled where the backend is TensorFlow."""
+    """Return the function, compiled where the backend is TensorFlow."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

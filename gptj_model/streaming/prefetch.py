@@ -1,4 +1,4 @@
-"""Blocks brought one after the other, the next one read while the present one computes."""
+"""Blocks loaded one after the other, while the next one is read."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TypeVar
 Weights = TypeVar("Weights")
 
 
-def blocks_ahead(
+def prefetch_blocks(
     read: Callable[[int], Weights], order: Iterable[int], load: Callable[[Weights], None]
 ) -> Iterator[int]:
     """Yield the number of each block once its weights are loaded.
 
     Args:
-        read: gives the weights of a block; called in a thread.
-        order: of the blocks.
-        load: takes the weights of one, and does not keep them longer than it must: those of the
-            next are read as soon as it returns.
+        read: returns the weights of a block; called in a thread.
+        order: numbers of the blocks.
+        load: takes the weights of one block; the next block is read as soon as it returns, so it
+            must not hold them longer.
     """
     numbers = list(order)
     with ThreadPoolExecutor(1, "read") as reader:

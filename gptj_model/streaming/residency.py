@@ -1,4 +1,4 @@
-"""What stays in memory of a model that is read block by block."""
+"""Which parts of a streamed model stay in memory."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kept:
+class Residency:
     """Parts that are read once; the others are read in every pass."""
 
     blocks: int = 0
-    """How many, beside the one that computes."""
+    """Number of blocks that stay, beside the one that computes."""
     head: bool = False
-    """Whether the head is one; of the embedding only the rows of the tokens are ever read."""
+    """Whether the head stays; of the embedding only the rows of the tokens are ever read."""
 
     def keeps(self, i: int, n_layer: int) -> bool:
-        """Whether block `i` of `n_layer` is one of them.
+        """Return whether block `i` of `n_layer` stays.
 
-        They are spread evenly, the first block not among them unless all are: so the next one that
-        is read has the more time to come.
+        They are spread evenly and leave out the first block unless all stay, so that the next block
+        to read has more time to arrive.
         """
         return i * self.blocks // n_layer < (i + 1) * self.blocks // n_layer
 
 
-NOTHING_KEPT = Kept()
+NOTHING_RESIDENT = Residency()

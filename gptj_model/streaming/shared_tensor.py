@@ -1,4 +1,4 @@
-"""Arrays handed to TensorFlow without a copy."""
+"""Arrays passed to TensorFlow without a copy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-#: What compiled programs expect of an address.
+#: Alignment that compiled programs expect, in bytes.
 _ALIGNMENT = 64
 
 
 def shared_tensor(values: np.ndarray) -> Any:
-    """A tensor with the memory of an array, or with a copy of it where that cannot be shared.
+    """Return a tensor that shares the memory of an array, or a copy where it cannot be shared.
 
-    It changes with the array: whoever fills that anew has seen to it that nothing computes with
-    the tensor.
+    The tensor changes with the array: nothing may compute with it once the array is refilled.
     """
     if values.ctypes.data % _ALIGNMENT or not (
         values.flags.c_contiguous and values.flags.writeable

@@ -1,9 +1,10 @@
-"""One training step of a GPT-J that is run one block at a time: its compiled stages.
+"""The compiled stages of one training step of a GPT-J that is run one block at a time.
 
-The layers and the loss are those of `GPTJ`; what differs is that a stage is given its weights
-before it runs, and that the gradients of a stage are asked for with those of what follows it.
+Layers and loss are those of `GPTJ`. A stage gets its weights before it runs, and the gradients of a
+stage are computed from those of the next stage.
 
-Shape suffixes: B batch, T time, N tokens, C some of them, D hidden, V vocabulary, P part of it.
+Shape suffixes: B batch, T time, N tokens, C tokens of a chunk, D hidden, V vocabulary, P part of
+the vocabulary.
 """
 
 # keras.ops is annotated as if its functions returned None.
@@ -30,40 +31,42 @@ from gptj_model.streaming.shared_tensor import shared_tensor
 from gptj_model.tensors import FINAL_NORM, block
 from gptj_model.vocabulary import parts
 
-#: Logits that are held at once, at most: 512 MiB of float32.
+#: Largest number of logits held at once: 512 MiB of float32.
 _LOGITS = 2**27
 
 Draw = tuple[int, int]
-"""Seed and counter that the dropout masks of a batch begin with."""
+"""Seed and counter that the dropout masks of a batch start from."""
 
 
 class HeadGradients(NamedTuple):
-    """Of what follows the blocks; float32, in the order of `tensors.head`."""
+    """Gradients of the layers after the blocks; float32, in the order of `tensors.head`."""
 
     gain_D: np.ndarray
-    """Of the final norm."""
+    """Gradient of the final norm's gain."""
     shift_D: np.ndarray
     weight: np.ndarray
-    """(D, V), or (V, D) of the embedding that the head is tied to."""
+    """Gradient of the head's weight: (D, V), or (V, D) of the embedding that the head is tied
+    to."""
     bias_V: np.ndarray
 
 
 ReadHead = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-"""The head's weight, in its layout, and bias for tokens start:stop of the vocabulary."""
+"""Returns the head's weight in its layout, and its bias, for tokens start:stop of the
+vocabulary."""
 
 
 class StreamedTraining:
-    """The stages `embed`, `forward` and `head`, and back again `backward` and `embed_backward`.
+    """The stages `embed`, `forward` and `head`, and in reverse `backward` and `embed_backward`.
 
-    Hidden states are in the compute dtype; gradients of weights in float32, in Keras' layout,
-    without the loss scale. Every mask is the one that the resident model draws.
+    Hidden states are in the compute dtype; gradients of weights are float32, in Keras' layout,
+    without the loss scale. Dropout masks are those that the resident model draws.
 
     Args:
-        config: of the model.
-        dtype: a Keras dtype or policy.
-        accumulate: batches of one update, whose gradients are averaged.
-        lora: how the blocks are adapted; the gradients of a block are then those of its adapters.
-        head_rows: parts of the head's weight come as (P, D), one row a token.
+        config: configuration of the model.
+        dtype: Keras dtype or policy.
+        accumulate: number of batches per update, whose gradients are averaged.
+        lora: adapter of the blocks; the gradients of a block are then those of its adapter.
+        head_rows: whether parts of the head's weight are (P, D), one row per token.
     """
 
     def __init__(
@@ -103,28 +106,28 @@ class StreamedTraining:
         self._context = lru_cache(maxsize=1)(partial(_context, config))
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
-        """Make these weights the block's: those of `tensors.block`, in Keras' layout; then A and
-        B of each adapted kernel. They are shared where they can be: see `shared_tensor`."""
+        """Load the weights of a block: those of `tensors.block` in Keras' layout, then A and B of
+        each adapted kernel. Memory is shared where possible; see `shared_tensor`."""
         for variable, values in zip(self._weights, weights, strict=True):
             variable.assign(shared_tensor(values))
 
     def embed(self, rows_BTD: np.ndarray, batch: int, draw: Draw) -> Any:
-        """The embeddings of a batch's tokens as hidden states.
+        """Return the embeddings of a batch's tokens as hidden states.
 
         Args:
             rows_BTD: float32 rows of the embedding.
-            batch: its number among those of the step.
-            draw: of the step.
+            batch: index of the batch in the step.
+            draw: start of the step's dropout masks.
         """
         return self._embed(rows_BTD, self._state(draw, batch, 0))
 
     def forward(self, x_BTD: Any, i: int, batch: int, draw: Draw) -> Any:
-        """Hidden states before block `i`, whose weights are loaded → after it."""
+        """Return the hidden states after block `i`, whose weights are loaded."""
         state = self._state(draw, batch, i + 1)
         return self._forward(x_BTD, self._context(x_BTD.shape[1]), state)
 
     def load_norm(self, gain_D: np.ndarray, shift_D: np.ndarray) -> None:
-        """Make these weights the final norm's."""
+        """Load the weights of the final norm."""
         self._norm.gamma.assign(gain_D)
         self._norm.beta.assign(shift_D)
 
@@ -137,18 +140,17 @@ class StreamedTraining:
         ignored_BT: np.ndarray,
         scale: float,
     ) -> tuple[float, Any]:
-        """Loss of a batch, and the gradient of its hidden states after the last block.
+        """Return the loss of a batch, and the gradient of its hidden states after the last block.
 
-        The logits of some of the tokens are there at once, the head for a part of the vocabulary.
+        Only the logits of some tokens, and a part of the head, are in memory at once.
 
         Args:
-            x_BTD: the states; the final norm is loaded.
-            read: gives parts of the head.
-            sums: the gradients of norm and head are added to these, in place; None: they are not
-                computed.
+            x_BTD: hidden states; the final norm is loaded.
+            read: returns parts of the head.
+            sums: gradients of norm and head, which are added to in place; None skips them.
             labels_BT: int32 token ids.
             ignored_BT: 1 on tokens that do not count, 0 elsewhere.
-            scale: of the loss, for the gradients.
+            scale: factor on the loss, for the gradients.
         """
         h_ND = ops.reshape(self._normed(x_BTD), (-1, self._config.n_embd))
         labels_N = labels_BT.reshape(-1)
@@ -179,8 +181,8 @@ class StreamedTraining:
         ignored_C: np.ndarray,
         factor: np.float32,
     ) -> tuple[float, np.ndarray]:
-        """The sum of the losses of some tokens, and its gradient of h; `factor` times those of
-        the head are added to `sums`, if there are any."""
+        """Return the summed loss of some tokens, and its gradient of h; add `factor` times the
+        gradients of the head to `sums`, if there are any."""
         loss = RunningLoss(labels_C)
         logits: list[Any] = []
         for start, stop in parts(self._config):
@@ -211,19 +213,21 @@ class StreamedTraining:
     def backward(
         self, x_BTD: Any, d_out_BTD: Any, i: int, batch: int, draw: Draw, scale: float
     ) -> tuple[Any, list[np.ndarray]]:
-        """From the gradient of what block `i` gave for `x_BTD`, that of `x_BTD`, and those of the
-        block's weights (or adapters) in their order; computes the block once more."""
+        """Return the gradient of `x_BTD`, and those of the block's weights (or adapter) in their
+        order, from the gradient of the output of block `i`; recomputes the block."""
         state, context = self._state(draw, batch, i + 1), self._context(x_BTD.shape[1])
         d_x_BTD, gradients = self._backward(x_BTD, context, d_out_BTD, state, _factor(scale))
         return d_x_BTD, [g.numpy() for g in gradients]
 
     def embed_backward(self, d_x_BTD: Any, batch: int, draw: Draw, scale: float) -> np.ndarray:
-        """From the gradient of what `embed` gave, that of the rows it was given: (B, T, D)."""
+        """Return the gradient of the embedding rows (B, T, D) from the gradient of the output of
+        `embed`."""
         state = self._state(draw, batch, 0)
         return self._embed_back(d_x_BTD, state, _factor(scale)).numpy()
 
     def _state(self, draw: Draw, batch: int, stage: int) -> Any:
-        """That of the generator of masks before a stage: the embedding is 0, block i is i + 1."""
+        """Return the state of the mask generator before a stage: the embedding is stage 0, block i
+        is stage i + 1."""
         config = self._config
         first = int(config.embd_pdrop > 0)
         each = int(config.attn_pdrop > 0) + 2 * int(config.resid_pdrop > 0)
@@ -237,7 +241,7 @@ class StreamedTraining:
         return self._drop(ops.cast(rows_BTD, self._dtype), training=True)
 
     def _run_embed_back(self, d_x_BTD: Any, state: Any, scale: Any) -> Any:
-        # The mask does not depend on what it is applied to.
+        # The mask does not depend on the values.
         rows_BTD = tf.zeros(d_x_BTD.shape, self._dtype)
         with tf.GradientTape() as tape:
             tape.watch(rows_BTD)
@@ -267,7 +271,7 @@ class StreamedTraining:
         return d_x_BTD, *(_unscaled(g, scale) for g in gradients)
 
     def _kernel(self, weight: Any) -> Any:
-        """A part of the head's kernel (D, P) in the compute dtype."""
+        """Return a part of the head's kernel (D, P) in the compute dtype."""
         return ops.cast(ops.transpose(weight) if self._head_rows else weight, self._dtype)
 
     def _run_logits(self, h_CD: Any, weight: Any, bias_P: Any) -> Any:
@@ -285,11 +289,12 @@ class StreamedTraining:
         factor: Any,
         of_head: bool,
     ) -> tuple[Any, ...]:
-        """Gradients of the summed loss: by a part of the head of h; and `factor` times of that
-        part."""
+        """Return the gradients of the summed loss: that of h by a part of the head, and `factor`
+        times those of that part."""
         is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
         share_CP = ops.exp(logits_CP - log_sum_C[:, None])
-        # Between -1 and 1: half precision holds it, whatever the loss scale and the count.
+        # The values lie between -1 and 1, so half precision holds them whatever the loss scale and
+        # the count.
         d_CP = (share_CP - ops.cast(is_label_CP, "float32")) * counted_C[:, None]
         narrow_CP = ops.cast(d_CP, self._dtype)
         kernel_PD = ops.transpose(self._kernel(ops.cast(weight, "float32")))
@@ -302,7 +307,7 @@ class StreamedTraining:
 
 
 def _adapted(layers: Block, lora: Lora, config: GPTJConfig) -> Iterator[Any]:
-    """A and B of each kernel of a block that is adapted, in the table's order."""
+    """Yield A and B of each adapted kernel of a block, in the table's order."""
     for kernel in lora.rows(config):
         if kernel.block == 0:
             layer = adapted_layer(layers, kernel)
@@ -316,7 +321,8 @@ def _context(config: GPTJConfig, T: int) -> Context:
 
 
 def _factor(scale: float) -> Any:
-    """A loss scale as the stages take it; None: 1, which spares a walk over every gradient."""
+    """Return a loss scale as the stages take it; None stands for 1 and spares a pass over every
+    gradient."""
     return None if scale == 1 else tf.constant(scale, tf.float32)
 
 

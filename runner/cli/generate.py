@@ -25,7 +25,7 @@ from runner.config.execution import Execution
 if TYPE_CHECKING:
     from gptj_convert.checkpoint.open import Checkpoint
     from gptj_model.decoding.generation import Generator
-    from gptj_model.streaming.residency import Kept
+    from gptj_model.streaming.residency import Residency
 
 RULES = OptionRules(
     needs={"--batch-size": "--prompts"},
@@ -142,7 +142,7 @@ def generate(
     )
     budget = MemoryBudget(output, memory)
 
-    def keep(checkpoint: Checkpoint) -> Kept:
+    def keep(checkpoint: Checkpoint) -> Residency:
         batch = min(batch_size, len(prompts))
         length = max(map(len, prompts)) + max_new_tokens
         states = cache_bytes(checkpoint.config, batch, length)

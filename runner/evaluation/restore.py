@@ -12,7 +12,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
 from gptj_model.network.weights import load_weights
 from gptj_model.streaming.forward import StreamedModel
-from gptj_model.streaming.residency import Kept
+from gptj_model.streaming.residency import Residency
 
 
 def load_model(
@@ -42,7 +42,7 @@ def load_model(
 
 @contextmanager
 def opened_model(
-    path: Path, *, keep: Callable[[Checkpoint], Kept] | None
+    path: Path, *, keep: Callable[[Checkpoint], Residency] | None
 ) -> Iterator[GPTJ | StreamedModel]:
     """A checkpoint as a model: loaded, or open to be read block by block.
 

@@ -13,7 +13,7 @@ from transformers import GPTJForCausalLM
 
 from gptj_convert.resources.footprint import cache_bytes, streamed_memory
 from gptj_model.config import GPTJConfig
-from gptj_model.streaming.residency import Kept
+from gptj_model.streaming.residency import Residency
 from runner.cli.shared.output import printable
 from runner.config.params_file import load_params
 from runner.data.making.tokenizer import load_tokenizer
@@ -57,7 +57,12 @@ def test_streamed_text_is_the_resident_one(sampling: tuple, small_hf: Path, gptj
     assert len(made[0]) > 4
 
 
-KEPT = [Kept(), Kept(head=True), Kept(blocks=2, head=True), Kept(blocks=3, head=True)]
+KEPT = [
+    Residency(),
+    Residency(head=True),
+    Residency(blocks=2, head=True),
+    Residency(blocks=3, head=True),
+]
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.full)])
@@ -104,7 +109,7 @@ def test_metrics_within_any_budget_are_the_same(golden_run: Path, gptj):
     }
     for blocks in range(config.n_layer + 1):
         # Too little is left for a second batch to share a reading of the weights.
-        budget = streamed_memory(config, **needs, kept=Kept(blocks=blocks, head=True))
+        budget = streamed_memory(config, **needs, kept=Residency(blocks=blocks, head=True))
         done = gptj(*common, "--memory", budget)
         assert done.json["kept_blocks"] == blocks
         assert done.json["metrics"] == expected

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptj_convert.files.ranged_file import RangedFile
 from gptj_model.errors import FileFault
-from gptj_model.page_buffers import page_memory
+from gptj_model.page_buffers import page_buffers
 
 SIZE = 19 * 2**20 + 1234
 
@@ -56,7 +56,7 @@ def test_a_range_into_whole_pages(large: Path, content: bytes, offset: int):
     with large.open("rb") as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     file = RangedFile(large)
-    (memory,) = page_memory(1, SIZE)
+    (memory,) = page_buffers(1, SIZE)
     for length in (min(9 * 2**20 + 100, SIZE - offset), 2**20, 5000):
         part = memory[:length]
         part.fill(0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from gptj_model.errors import UsageError
-from gptj_model.streaming.residency import NOTHING_KEPT, Kept
+from gptj_model.streaming.residency import NOTHING_RESIDENT, Residency
 from runner.cli.shared.options import SIZE
 from runner.cli.shared.output import Output
 from runner.config.execution import Execution
@@ -73,14 +73,14 @@ class MemoryBudget:
         self.fields: dict[str, Any] = {}
         """For the result: what stays, and the memory that is planned."""
 
-    def keep(self, checkpoint: Checkpoint, load: Load) -> Kept:
+    def keep(self, checkpoint: Checkpoint, load: Load) -> Residency:
         """What stays of it.
 
         Raises:
             UsageError: the budget is too small for one block.
         """
         if self._budget is None:
-            return NOTHING_KEPT
+            return NOTHING_RESIDENT
         from gptj_convert.resources import footprint
 
         config = checkpoint.config
@@ -99,7 +99,7 @@ class MemoryBudget:
                 f"{least / 1e9:.2f} GB are needed for {load.batch} x {load.length} tokens",
                 hint=f"--memory {-(-least // 10**7) / 100:.2f}GB, or fewer or shorter sequences",
             )
-        kept = footprint.kept_within(self._budget, config, least=least)
+        kept = footprint.residency_within(self._budget, config, least=least)
         planned = memory(kept=kept)
         self.spare = self._budget - planned
         head = "and the head stay" if kept.head else "stay"

@@ -15,7 +15,7 @@ from gptj_model.errors import ConfigError
 from gptj_model.lora import Lora
 from gptj_model.network.weights import first_a
 from gptj_model.source import TensorSource, read_rows, read_tensor
-from gptj_model.streaming.prefetch import blocks_ahead
+from gptj_model.streaming.prefetch import prefetch_blocks
 from gptj_model.streaming.training import Draw, ReadHead, StreamedTraining
 from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
@@ -185,7 +185,7 @@ class _FrozenModel:
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return blocks_ahead(self._block, order, load)
+        return prefetch_blocks(self._block, order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.config import GPTJConfig
-from gptj_model.page_buffers import page_memory
+from gptj_model.page_buffers import page_buffers
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.streaming.forward import StreamedModel
 from gptj_model.streaming.training import Draw, StreamedTraining
@@ -67,7 +67,7 @@ class StreamedExecutor:
             accumulate=params.optimizer.grad_accum_steps,
             head_rows=config.tie_word_embeddings,
         )
-        (self._gradients,) = page_memory(1, room_bytes(config))
+        (self._gradients,) = page_buffers(1, room_bytes(config))
         self._scratch: Scratch | None = None
         self._background = Background("update")
 

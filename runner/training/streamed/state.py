@@ -22,10 +22,10 @@ from gptj_convert.streams.pipeline import Buffers, Pipeline
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import TrainingFault
-from gptj_model.page_buffers import page_memory
+from gptj_model.page_buffers import page_buffers
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes, read_rows
-from gptj_model.streaming.block_buffers import BlockMemory
-from gptj_model.streaming.prefetch import blocks_ahead
+from gptj_model.streaming.block_buffers import BlockBuffers
+from gptj_model.streaming.prefetch import prefetch_blocks
 from gptj_model.streaming.training import Draw, ReadHead
 from gptj_model.tensors import (
     EMBEDDING,
@@ -108,7 +108,7 @@ class DiskState:
         self._head_rows = (*tied, *vocabulary)
         self._model_dir = model_dir
         self._weights = {t.tf: _info(t) for t in table(config)}
-        self.memory = BlockMemory(config, Scheme.TF, self._weights)
+        self.memory = BlockBuffers(config, Scheme.TF, self._weights)
         """That its blocks are read into."""
         self._source: TensorSource | None = None
         self._has_slots = False
@@ -176,7 +176,7 @@ class DiskState:
     def head(self) -> ReadHead:
         """See `BlockWeights`; it is read once, for logits and gradients."""
         weight, bias = self._head_rows
-        (memory,) = page_memory(1, 4 * weight.size)
+        (memory,) = page_buffers(1, 4 * weight.size)
         values = memory.view(np.float32).reshape(weight.shape_in(Scheme.TF))
         self.source.read_into(weight.tf, 0, raw_bytes(values))
         bias_V = self.rows(bias)
@@ -191,7 +191,7 @@ class DiskState:
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
         """See `BlockWeights`."""
-        return blocks_ahead(partial(self.memory.read, self.source), order, load)
+        return prefetch_blocks(partial(self.memory.read, self.source), order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
         """See `BlockWeights`."""

@@ -9,7 +9,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.network.weights import read_values
 from gptj_model.source import TensorInfo
-from gptj_model.streaming.block_buffers import BlockMemory
+from gptj_model.streaming.block_buffers import BlockBuffers
 from gptj_model.tensors import Scheme, block
 from tests.small_model import SMALL
 
@@ -46,7 +46,7 @@ STORED = [("float32",), ("float16",), ("bfloat16", "float64", "float32")]
 @pytest.mark.parametrize("scheme", [Scheme.HF, Scheme.TF])
 def test_every_block_as_it_is_computed_with(scheme: Scheme, dtypes: tuple[str, ...]):
     source = _Arrays(scheme, dtypes)
-    memory = BlockMemory(CONFIG, scheme, source.tensors)
+    memory = BlockBuffers(CONFIG, scheme, source.tensors)
     addresses, own = set(), []
     for i in [*range(CONFIG.n_layer), *reversed(range(CONFIG.n_layer))]:
         expected = [read_values(t, source, scheme, "float32") for t in block(CONFIG, i)]
@@ -65,7 +65,7 @@ def test_every_block_as_it_is_computed_with(scheme: Scheme, dtypes: tuple[str, .
 
 def test_the_last_two_blocks_stay_for_the_way_back():
     source = _Arrays(Scheme.TF, ("float32",))
-    memory = BlockMemory(CONFIG, Scheme.TF, source.tensors)
+    memory = BlockBuffers(CONFIG, Scheme.TF, source.tensors)
     for i in range(3):
         memory.read(source, i)
     before = source.reads
@@ -78,7 +78,7 @@ def test_the_last_two_blocks_stay_for_the_way_back():
 
 def test_a_block_in_the_place_of_the_one_before():
     source = _Arrays(Scheme.TF, ("float32",))
-    memory = BlockMemory(CONFIG, Scheme.TF, source.tensors)
+    memory = BlockBuffers(CONFIG, Scheme.TF, source.tensors)
     first = memory.read(source, 0)[0].ctypes.data
     assert memory.read(source, 1, over=True)[0].ctypes.data == first
     assert memory.read(source, 2)[0].ctypes.data != first
