@@ -1,6 +1,6 @@
-"""How two checkpoints of any formats differ: in config, in structure, and value by value.
+"""Differences between two checkpoints of any formats: in config, in structure, and value by value.
 
-Both are read piece by piece, through the table, in the order of the second one's file.
+Both are read piece by piece through the table, in the order of the second one's file.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from gptj_model.errors import ConfigError
 from gptj_model.op import Op
 from gptj_model.tensors import Scheme
 
-#: What is compared; the rest is no part of the model.
+#: Roles of tensors that are compared; the others are not part of the model.
 _COMPARED = (Role.WEIGHT, Role.UNKNOWN)
 
 
 class Outcome(Enum):
-    """How a tensor or a checkpoint compares, from best to worst."""
+    """Outcome of a comparison, from best to worst."""
 
     IDENTICAL = "identical"
-    """The same bits."""
+    """Same bits."""
     EQUAL = "equal"
-    """The same values: in another dtype, or but for signs of zeros and kinds of NaN."""
+    """Same values in another dtype, or with other signs of zeros or kinds of NaN."""
     ROUNDED = "rounded"
-    """One side is the other, rounded to its dtype."""
+    """One side equals the other, rounded to its dtype."""
     DIFFERENT = "different"
 
 
@@ -45,59 +45,60 @@ class TensorComparison:
     """One tensor on both sides. Pairs are (of the first checkpoint, of the second)."""
 
     name: str
-    """Its HF name; of a tensor that is not in the table, its name in the file."""
+    """HF name; for a tensor outside the table, its name in the file."""
     dtypes: tuple[str | None, str | None]
-    """None: it is not there."""
+    """Dtypes; None on a side that lacks the tensor."""
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
-    """In HF order."""
+    """Shapes in HF order."""
     outcome: Outcome = Outcome.DIFFERENT
     values: int = 0
-    """How many were compared."""
+    """Number of values that were compared."""
     differing: int = 0
-    """How many of them differ. NaN is equal to NaN."""
+    """Number of values that differ. NaN equals NaN."""
     nonfinite: int = 0
-    """How many of those are NaN or infinite on a side."""
+    """Number of differing values that are NaN or infinite on a side."""
     max_abs: float | None = None
-    """The largest |Δ| of those that are finite on both sides."""
+    """Largest |Δ| of the differing values that are finite on both sides."""
     relative: float | None = None
-    """The same over the standard deviation of the second checkpoint's finite values."""
+    """`max_abs` divided by the standard deviation of the second checkpoint's finite values."""
     first: list[int] | None = None
-    """Index, in HF order, of the first that differs in the order of the second file."""
+    """Index in HF order of the value that differs first in the order of the second file."""
     first_values: tuple[float | str, float | str] | None = None
-    """There; a value that JSON has no number for is "nan", "inf" or "-inf"."""
+    """Both values there; what JSON has no number for is "nan", "inf" or "-inf"."""
     rounded: str | None = None
-    """Which side the other one's rounding equals: "path", the first, or "other"."""
+    """The side that equals the other one rounded: "path", the first, or "other"."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object."""
+        """Return the fields of the JSON object."""
         return asdict(self) | {"outcome": self.outcome.value}
 
 
 @dataclass(slots=True)
 class Comparison:
-    """Two checkpoints compared, filled tensor by tensor. Pairs are as in `TensorComparison`."""
+    """Comparison of two checkpoints. Pairs are as in `TensorComparison`."""
 
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Fields that differ."""
+    """Fields of the config that differ."""
     tensors: list[TensorComparison] = field(default_factory=list)
     not_compared: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
-    """Number of tensors that are no part of the model, by role."""
+    """Number of tensors that are not part of the model, by role."""
 
     @property
     def outcome(self) -> Outcome:
-        """The worst of all; a config that computes otherwise is a difference."""
+        """Worst outcome of all tensors; a config that computes differently counts as a
+        difference."""
         if self.config.keys() - NOT_COMPUTED:
             return Outcome.DIFFERENT
         order = list(Outcome)
         return max((t.outcome for t in self.tensors), key=order.index, default=Outcome.IDENTICAL)
 
     def counts(self) -> dict[str, int]:
-        """Number of tensors by outcome."""
+        """Return the number of tensors by outcome."""
         found = Counter(t.outcome for t in self.tensors)
         return {outcome.value: found[outcome] for outcome in Outcome}
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object; identical tensors are only counted."""
+        """Return the fields of the JSON object; identical tensors are only counted."""
         return {
             "outcome": self.outcome.value,
             "config": self.config,
@@ -108,10 +109,10 @@ class Comparison:
 
 
 def compare(first: Inspection, second: Inspection) -> Work[Comparison]:
-    """Compare tensor by tensor, yielding progress in bytes of the first checkpoint.
+    """Compare two checkpoints tensor by tensor; progress is in bytes of the first.
 
     Raises:
-        ConfigError: names cannot be matched, since a side has no config.
+        ConfigError: names cannot be matched, because a side has no config.
         FileFault: a side is cut short, or a device fails.
     """
     result = Comparison()
@@ -145,7 +146,7 @@ def compare(first: Inspection, second: Inspection) -> Work[Comparison]:
 
 
 def _key(finding: Finding) -> tuple[bool, str]:
-    """What a tensor is found by on the other side: no stray name is taken for a row's."""
+    """Return the key that finds a tensor on the other side; no stray name is taken for a row's."""
     return (True, finding.tensor.hf) if finding.tensor else (False, finding.name)
 
 
@@ -155,7 +156,8 @@ def _hf_shape(finding: Finding, scheme: Scheme) -> tuple[int, ...]:
 
 
 def _op(finding: Finding, source: Scheme, target: Scheme) -> Op:
-    """COPY, too, for what is no matrix though its row is one: it cannot be laid out otherwise."""
+    """Return the op between two layouts; COPY for a tensor that is no matrix although its row
+    is."""
     matrix = finding.info and len(finding.info.shape) == 2
     return finding.tensor.op(source, target) if finding.tensor and matrix else Op.COPY
 
@@ -163,7 +165,7 @@ def _op(finding: Finding, source: Scheme, target: Scheme) -> Op:
 def _compare_values(
     result: TensorComparison, first: Inspection, a: Finding, second: Inspection, b: Finding
 ) -> Iterator[int]:
-    """Fill `result`; yields bytes of `first` that are done."""
+    """Fill `result`; yield the number of bytes of `first` that are done."""
     assert a.info
     assert b.info
     judge = _Judge(a.info.dtype, b.info.dtype)
@@ -190,7 +192,8 @@ def _compare_values(
 def in_step(
     a: Iterable[np.ndarray], b: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Flat pieces of equal sizes from two runs of pieces of any sizes, equal in sum."""
+    """Yield flat pieces of equal sizes from two streams of pieces whose sizes add up to the
+    same."""
     pieces, others = iter(a), iter(b)
     x = y = np.empty(0)
     while True:
@@ -206,14 +209,14 @@ def in_step(
 
 
 class _Judge:
-    """Compares values of two dtypes that are added piece by piece."""
+    """Comparison of values of two dtypes, added piece by piece."""
 
     def __init__(self, a: str, b: str) -> None:
         self._dtypes = NUMPY[a], NUMPY[b]
         self._common = _common(a, b)
         self._same_dtype = a == b
         self._same_bits = a == b
-        #: Whether each side may still be the other one, rounded.
+        #: Whether each side may still equal the other one, rounded.
         self._rounded = [a != b and {a, b} <= FLOATS.keys()] * 2
         self.seen = self.differing = self.nonfinite = 0
         self.max_abs: float | None = None
@@ -222,7 +225,7 @@ class _Judge:
 
     @property
     def outcome(self) -> Outcome:
-        """Of all values so far."""
+        """Outcome of all values so far."""
         if self._same_bits:
             return Outcome.IDENTICAL
         if not self.differing:
@@ -231,12 +234,12 @@ class _Judge:
 
     @property
     def rounded(self) -> str | None:
-        """Which side may still be the other one, rounded."""
+        """Side that may still equal the other one, rounded."""
         sides = zip(("path", "other"), self._rounded, strict=True)
         return next((side for side, may in sides if may), None)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Compare flat pieces of one size."""
+        """Compare two flat pieces of the same size."""
         bits = f"u{a.itemsize}"
         if not (self._same_dtype and np.array_equal(a.view(bits), b.view(bits))):
             self._same_bits = False
@@ -266,7 +269,7 @@ class _Judge:
 
 
 def _common(a: str, b: str) -> np.dtype:
-    """A dtype that holds every value of both: the wider one, where one is."""
+    """Return a dtype that holds every value of both, the wider one where possible."""
     if a == b:
         return NUMPY[a]
     narrow = {"float32", "float16", "bfloat16"}
@@ -274,5 +277,5 @@ def _common(a: str, b: str) -> np.dtype:
 
 
 def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where values differ, NaN being equal to NaN."""
+    """Return where values differ; NaN equals NaN."""
     return (a != b) & ((a == a) | (b == b))

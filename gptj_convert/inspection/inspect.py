@@ -1,6 +1,6 @@
-"""What a checkpoint holds: every tensor with its names and its role, and figures of its values.
+"""Contents of a checkpoint: every tensor with its names and role, and statistics of its values.
 
-It shows what is there: what is missing, unknown or of another shape is listed, not refused.
+Tensors that are missing, unknown or of another shape are listed, not refused.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gptj_model.op import Op
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme
 
-#: Values that are worked on at once: in float64 they stay in the processor's cache, and are too
-#: few for BLAS to start threads, which takes four times as long.
+#: Number of values processed at once: in float64 they stay in the CPU cache, and are too few for
+#: BLAS to start threads, which takes four times as long.
 _CHUNK = 2**13
 
 
@@ -35,11 +35,11 @@ class Inspection:
     """An open checkpoint and what its headers say. Use it as a context manager."""
 
     path: Path
-    """What was asked for."""
+    """Path that was asked for."""
     scheme: Scheme
     source: TensorSource
     files: tuple[Path, ...]
-    """The files that hold its tensors."""
+    """Files that hold its tensors."""
     config: GPTJConfig | None
     config_fault: ConfigError | None
     """Why there is no config, and so nothing to match names with."""
@@ -53,7 +53,7 @@ class Inspection:
 
     @property
     def problems(self) -> list[str]:
-        """How the tensors are not those that the config calls for, one line each."""
+        """How the tensors differ from those that the config calls for, one line each."""
         if whole := whole_problem(self.source.tensors):
             return [whole[0]]
         unmatched = [f"names cannot be matched: {e.message}"] if (e := self.config_fault) else []
@@ -69,12 +69,13 @@ class Inspection:
         return hint(self.findings, self.scheme, self.config) if self.problems else None
 
     def name_in_file(self, finding: Finding) -> str:
-        """Return what the file itself calls a tensor; of one that is missing, the table's name."""
+        """Return the name of a tensor in the file; for a missing one, the table's name."""
         renamed = self.source.in_file if isinstance(self.source, RenamedSource) else {}
         return renamed.get(finding.name, finding.name)
 
     def totals(self) -> dict[str, Any]:
-        """Number of tensors, of parameters (values of weights) and of bytes; these by dtype."""
+        """Return the numbers of tensors, of parameters (values of weights) and of bytes, also by
+        dtype."""
         present = [(f, f.info) for f in self.findings if f.info]
         tensors, bytes_ = Counter[str](), Counter[str]()
         for _, info in present:
@@ -89,10 +90,10 @@ class Inspection:
         }
 
     def to_json(self, statistics: dict[str, Statistics] | None = None) -> dict[str, Any]:
-        """The fields of the JSON object.
+        """Return the fields of the JSON object.
 
         Args:
-            statistics: by name in the source; the tensors' `stats`.
+            statistics: statistics by name in the source, for the field `stats`.
         """
         return {
             "path": str(self.path),
@@ -112,12 +113,12 @@ def inspect(path: Path, *, config_file: Path | None = None) -> Inspection:
     """Open the checkpoint that `path` is or holds, and read its headers.
 
     Args:
-        path: a folder, a weight file, or a bundle's prefix.
-        config_file: a file that states the config, to use instead of the one beside the weights.
+        path: folder, weight file, or prefix of a bundle.
+        config_file: file that states the config, instead of the one beside the weights.
 
     Raises:
-        ConfigError: `config_file` is not a GPT-J's.
-        FileFault: no checkpoint there, or a corrupt one.
+        ConfigError: `config_file` describes no GPT-J.
+        FileFault: there is no checkpoint, or it is corrupt.
     """
     location = locate(path)
     config = fault = None
@@ -133,15 +134,15 @@ def inspect(path: Path, *, config_file: Path | None = None) -> Inspection:
 
 
 class Statistics:
-    """Figures of values that are added piece by piece, in float64.
+    """Statistics of values that are added piece by piece, in float64.
 
-    `minimum`, `maximum`, `mean` and `std` are of the finite values. They are None without any,
-    and where float64 cannot hold them.
+    `minimum`, `maximum`, `mean` and `std` cover the finite values. They are None without any, and
+    where float64 cannot hold them.
 
     Attributes:
-        nan: number of values that are not a number.
-        infinite: of infinities of either sign.
-        zero: of zeros of either sign.
+        nan: number of values that are NaN.
+        infinite: number of infinities of either sign.
+        zero: number of zeros of either sign.
     """
 
     def __init__(self) -> None:
@@ -152,17 +153,17 @@ class Statistics:
 
     @property
     def minimum(self) -> float | None:
-        """The smallest finite value."""
+        """Smallest finite value."""
         return self._minimum if self._finite else None
 
     @property
     def maximum(self) -> float | None:
-        """The largest finite value."""
+        """Largest finite value."""
         return self._maximum if self._finite else None
 
     @property
     def mean(self) -> float | None:
-        """Of the finite values."""
+        """Mean of the finite values."""
         return self._mean if self._finite and math.isfinite(self._mean) else None
 
     @property
@@ -172,7 +173,7 @@ class Statistics:
         return std if math.isfinite(std) else None
 
     def add(self, values: np.ndarray) -> None:
-        """Count these values in."""
+        """Add values."""
         flat = values.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, flat.size, _CHUNK):
@@ -190,8 +191,8 @@ class Statistics:
         self.zero += values.size - int(np.count_nonzero(values))
         self._minimum = min(self._minimum, float(values.min()))
         self._maximum = max(self._maximum, float(values.max()))
-        # Means and squared deviations of two parts joined (Chan, Golub and LeVeque): exact where
-        # a sum of squares would cancel.
+        # Means and squared deviations of two parts are joined (Chan, Golub and LeVeque), which is
+        # exact where a sum of squares would cancel.
         mean = float(values.mean())
         values -= mean
         before, delta = self._finite, mean - self._mean
@@ -201,7 +202,7 @@ class Statistics:
         self._squares += float(values @ values) + delta * delta * before * share
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of a JSON object; no number in it is NaN or infinite."""
+        """Return the fields of a JSON object; no number in it is NaN or infinite."""
         return {
             "min": self.minimum,
             "max": self.maximum,

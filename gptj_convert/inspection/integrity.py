@@ -1,7 +1,7 @@
-"""Is a checkpoint what it was when it was written? Its files and tensors against what is stated.
+"""Integrity of a checkpoint: its files and tensors against recorded sizes, hashes and checksums.
 
-What is stated: sizes and digests in a converted folder's manifest.json or a download's record,
-crc32c of tensors in the manifest and in a bundle's index, CRC32s in a `.bin` archive.
+Recorded are sizes and digests in a converted folder's manifest.json or a download's record, crc32c
+of tensors in the manifest and in a bundle's index, and CRC32s in a `.bin` archive.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _WORDS = {SHA256: "SHA-256", GIT: "git blob"}
 
 
 class StatedFile:
-    """A file that must have a size and a digest (in hex, of a kind of `gptj_convert.files.digest`).
+    """A file with a recorded size and digest (in hex, of a kind of `gptj_convert.files.digest`).
 
-    Iterating reads it, and yields the size of each piece. Afterwards `fault` is None, or what
+    Iterating reads the file and yields the size of each piece. Afterwards `fault` is None, or what
     was found and what was expected.
     """
 
@@ -67,13 +67,14 @@ class StatedFile:
 def stated_checksums(
     source: TensorSource, name: str, manifest: Manifest | None, hf: str
 ) -> dict[str, int]:
-    """What a bundle's index and the manifest say a tensor's crc32c is, by who says it.
+    """Return the recorded crc32c values of a tensor, by who records them: a bundle's index and the
+    manifest.
 
     Args:
         source: the checkpoint.
-        name: of the tensor in it.
-        manifest: of the checkpoint's folder.
-        hf: the tensor's HF name, by which the manifest knows it.
+        name: name of the tensor in it.
+        manifest: manifest in the checkpoint's folder.
+        hf: HF name of the tensor, which the manifest uses.
     """
     stated: dict[str, int] = {}
     if isinstance(source, BundleSource):
@@ -85,7 +86,7 @@ def stated_checksums(
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A file or tensor that is not what is stated of it."""
+    """A file or tensor that differs from what is recorded."""
 
     kind: str
     """"file" or "tensor"."""
@@ -97,16 +98,16 @@ class Mismatch:
 
 @dataclass(slots=True)
 class Check:
-    """Outcome of a check, filled as it goes."""
+    """Outcome of a check."""
 
     checked: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By who states it: how many files and tensors were held against it."""
+    """Number of files and tensors that were compared, by who records them."""
     mismatches: list[Mismatch] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
-    """Files in the folder that no manifest or record names."""
+    """Files in the folder that neither manifest nor record names."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object."""
+        """Return the fields of the JSON object."""
         return {
             "checked": self.checked,
             "problems": [asdict(m) for m in self.mismatches],
@@ -114,7 +115,8 @@ class Check:
         }
 
     def add(self, kind: str, name: str, fault: tuple[str, str] | None, stated_by: str) -> None:
-        """Note that a file or tensor was compared; `fault` is what was found and expected."""
+        """Count a file or tensor that was compared; `fault` is what was found and what was
+        expected."""
         self.checked.setdefault(stated_by, {"files": 0, "tensors": 0})[f"{kind}s"] += 1
         if fault:
             self.mismatches.append(Mismatch(kind, name, *fault, stated_by))
@@ -122,7 +124,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One thing to read: iterating `pieces` fills the result and yields bytes done."""
+    """One item to read: iterating `pieces` fills the result and yields bytes that are done."""
 
     name: str
     size: int
@@ -130,15 +132,15 @@ class _Work:
 
 
 def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
-    """Hold a checkpoint against all that is stated of it, yielding progress in bytes.
+    """Compare a checkpoint with everything that is recorded about it; progress is in bytes.
 
     Args:
-        path: a folder, a weight file, or a bundle's prefix.
-        opened: the checkpoint there, or why it cannot be opened.
+        path: folder, weight file, or prefix of a bundle.
+        opened: the open checkpoint, or why it cannot be opened.
 
     Raises:
-        UsageError: nothing is stated of it.
-        FileFault: the same, and it cannot be opened either; or a device fails.
+        UsageError: nothing is recorded.
+        FileFault: nothing is recorded and the checkpoint cannot be opened, or a device fails.
     """
     result = Check()
     folder = path if path.is_dir() else path.parent
@@ -166,7 +168,7 @@ def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
 
 
 def _concerns(path: Path, names: Collection[str]) -> bool:
-    """Whether a statement on files of these names is one on the checkpoint at `path`."""
+    """Return whether records of files with these names concern the checkpoint at `path`."""
     return path.is_dir() or any(name.startswith(path.name) for name in names)
 
 
@@ -180,7 +182,7 @@ def _read_manifest(path: Path, folder: Path, result: Check) -> Manifest | None:
 
 
 def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -> list[_Work]:
-    """The files that the manifest and a download's record name; others are noted."""
+    """Return the files that the manifest and a download's record name; note the others."""
     stated = [
         (MANIFEST_FILE, StatedFile(folder / name, file["bytes"], file["sha256"]))
         for name, file in (manifest.files if manifest else {}).items()
@@ -212,11 +214,11 @@ def _file(file: StatedFile, stated_by: str, result: Check) -> Iterator[int]:
 
 
 def _tensors(opened: Inspection, manifest: Manifest | None, result: Check) -> list[_Work]:
-    """The tensors whose checksums the manifest or the bundle's index states."""
+    """Return the tensors whose checksums the manifest or the bundle's index records."""
     if manifest and not {p.name for p in opened.files} <= manifest.files.keys():
-        manifest = None  # it is that of another checkpoint in the folder
+        manifest = None  # it describes another checkpoint in the folder
     present = {f.tensor.hf if f.tensor else f.name: f for f in opened.findings if f.info}
-    # In a bundle, which tensor is which HF one is not known without a config.
+    # Without a config, the HF names of a bundle's tensors are unknown.
     if manifest and (opened.config or opened.scheme is Scheme.HF):
         for hf, stated in manifest.tensors.items():
             if hf not in present:
@@ -243,7 +245,7 @@ def _tensor(
 
 
 def _archives(opened: Inspection, result: Check) -> list[_Work]:
-    """The `.bin` files, which state a CRC32 of each storage."""
+    """Return the `.bin` files, which record a CRC32 of each storage."""
     archives = [
         p
         for p in opened.files

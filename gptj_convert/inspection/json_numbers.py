@@ -1,4 +1,4 @@
-"""Numbers as JSON can hold them: it has no NaN and no infinity."""
+"""Numbers for JSON, which has no NaN and no infinity."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def json_number(value: Any) -> float | str:
-    """A value as JSON can have it: NaN and infinities as words."""
+    """Return a value as JSON can hold it, with NaN and infinities as words."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
 
 
 def three_digits(values: Iterable[float]) -> list[float | str]:
-    """Figures to be looked at, in as few letters as that takes."""
+    """Return figures to look at, in as few characters as possible."""
     return [json_number(float(f"{float(value):.3g}")) for value in values]

@@ -1,8 +1,8 @@
-"""Hold a converted checkpoint against a recording of its original: neither PyTorch nor the
-original is needed.
+"""Verification of a converted checkpoint against a recording of its original, without PyTorch and
+without the original.
 
-The levels are structure, weights and logits, as far as a recording tells: which tensor differs,
-and the first block; not which value, and not the operation.
+The levels are structure, weights and logits. A recording shows which tensor differs and the first
+block that differs, but neither which value nor which operation.
 
 Shape suffixes: T time, D hidden, N kept tokens, V vocabulary.
 """
@@ -163,5 +163,5 @@ def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> W
 
 
 def _first(of_blocks: list[float], tolerance: float) -> int:
-    """The first block beyond the tolerance; the number of blocks if there is none."""
+    """Return the first block beyond the tolerance; the number of blocks if there is none."""
     return next((i for i, d in enumerate(of_blocks) if not d <= tolerance), len(of_blocks))

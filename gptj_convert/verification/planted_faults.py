@@ -1,4 +1,4 @@
-"""Faults that a checkpoint is read with, in memory, to see that verification finds them."""
+"""Faults planted in memory while a checkpoint is read, to see that verification finds them."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from gptj_model.tensors import (
 )
 
 Rule = Callable[[np.ndarray], np.ndarray]
-"""A tensor's values in HF's layout → others of the same shape and dtype."""
+"""Changes a tensor's values in HF's layout, keeping shape and dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlantedFault:
-    """One thing that a conversion may do wrong."""
+    """One mistake that a conversion may make."""
 
     what: str
     rules: Mapping[str, Rule] = field(default_factory=dict)
-    """By HF name, what is done to a tensor's values."""
+    """Changes of values, by HF name."""
     origins: Mapping[str, str] = field(default_factory=dict)
-    """By HF name, the HF name of the tensor that is read in its place."""
+    """HF name of the tensor that is read instead, by HF name."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the config that are other ones."""
+    """Fields of the config that are changed."""
 
     @property
     def tensors(self) -> set[str]:
-        """HF names of what is not the source's."""
+        """HF names of the tensors that are wrong."""
         return {*self.rules, *self.origins}
 
 
 def planted_faults(config: GPTJConfig) -> list[PlantedFault]:
-    """Faults of every kind, in blocks at both ends and in the middle."""
+    """Return faults of every kind, in blocks at both ends and in the middle."""
     first, middle, last = 0, config.n_layer // 2, config.n_layer - 1
     fc_in, _, fc_out, _ = BLOCK[-4:]
     faults = [
@@ -114,7 +114,7 @@ def _exchanged(a: str, b: str) -> PlantedFault:
 
 
 def _by_head(config: GPTJConfig, rule: Callable[[np.ndarray, GPTJConfig], np.ndarray]) -> Rule:
-    """A rule on (heads, features of one, …) of a projection's rows."""
+    """Return a rule that works on (heads, features of a head, …) of a projection's rows."""
 
     def apply(values: np.ndarray) -> np.ndarray:
         heads = values.reshape(config.n_head, config.head_dim, -1)
@@ -154,12 +154,12 @@ def _lowest_bit_flipped(values: np.ndarray) -> np.ndarray:
 
 
 class FaultySource:
-    """A source that is read with a fault in it: a `TensorSource`.
+    """A `TensorSource` that is read with a fault in it.
 
     Args:
-        source, scheme: the sound one.
-        config: of the model.
-        fault: what is wrong.
+        source, scheme: sound source, and the scheme of its names.
+        config: configuration of the model.
+        fault: fault to plant.
     """
 
     def __init__(
@@ -178,14 +178,15 @@ class FaultySource:
         }
         self._held: tuple[str, memoryview] | None = None
         self.tensors: dict[str, TensorInfo] = dict(source.tensors)
-        """Those of the sound source; a tensor with a rule is row-major."""
+        """Tensors of the sound source; one with a rule is row-major."""
         for name in self._rules:
             self.tensors[name] = replace(self.tensors[name], storage_op=Op.COPY)
         for name, other in self._origins.items():
             self.tensors[name] = source.tensors[other]
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource`; a tensor with a rule is held whole until another one is read."""
+        """Implement `TensorSource`; a tensor with a rule is held whole until another one is
+        read."""
         if name not in self._rules:
             self._source.read_into(self._origins.get(name, name), offset, buffer)
             return
@@ -202,7 +203,7 @@ class FaultySource:
         )
 
     def close(self) -> None:
-        """Nothing of its own is open."""
+        """Do nothing: the source has no file of its own."""
 
 
 @contextmanager
@@ -216,7 +217,8 @@ def reading(model: Any, source: TensorSource) -> Generator[None]:
 
 
 def damaged_stages(config: GPTJConfig, fault: PlantedFault) -> set[int | str]:
-    """Blocks, by number, "embedding" and "head": what is read otherwise with a fault."""
+    """Return the blocks, by number, and "embedding" and "head", that are read differently with a
+    fault."""
     found: set[int | str] = set()
     if embedding(config).hf in fault.tensors:
         found.add("embedding")

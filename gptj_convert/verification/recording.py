@@ -1,4 +1,4 @@
-"""Record what the original outputs, for `verify` on a machine that has no PyTorch."""
+"""Recordings of the original's outputs, for `verify` on a machine without PyTorch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from gptj_model.tensors import Scheme, Tensor
 def record(
     checkpoint: Checkpoint, out: Path, *, dtype: str | None, made_by: str, force: bool
 ) -> Work[None]:
-    """Run the original on the battery and write a recording, yielding progress.
+    """Run the original on the prompts and write a recording.
 
     Args:
         checkpoint: the original, in any format.
-        out: the folder to make; it appears when it is complete.
-        dtype: that the weights are rounded to first; None: they stay as they are.
-        made_by: the command line.
-        force: replace an existing `out`.
+        out: folder to write, which appears when it is complete.
+        dtype: dtype that the weights are rounded to first; None leaves them as they are.
+        made_by: description of the model.
+        force: whether to overwrite an existing `out`.
 
     Raises:
         UsageError: `out` exists, and `force` is off.
@@ -91,10 +91,10 @@ class _Run:
     prompts: list[Prompt]
     states: list[np.ndarray]
     hidden: dict[str, np.ndarray] = field(default_factory=dict)
-    """By name of a short prompt, after each block so far: (L, T, D)."""
+    """Hidden states after each block so far, by name of a short prompt: (L, T, D)."""
 
     def keep(self) -> None:
-        """Keep the hidden states of short prompts after a block."""
+        """Record the hidden states of short prompts after a block."""
         for p, x_BTD in zip(self.prompts, self.states, strict=True):
             if p.name in SHORT:
                 before = self.hidden.get(p.name, np.empty((0, *x_BTD.shape[1:]), np.float32))
@@ -102,13 +102,13 @@ class _Run:
 
     @property
     def of_kept_tokens(self) -> list[np.ndarray]:
-        """The present states of the tokens whose logits are recorded: (1, N, D) each."""
+        """Current states of the tokens whose logits are recorded: (1, N, D) each."""
         pairs = zip(self.prompts, self.states, strict=True)
         return [np.ascontiguousarray(x_BTD[:, kept_tokens(p)]) for p, x_BTD in pairs]
 
 
 def checksum(tensor: Tensor, source: TensorSource, name: str, scheme: Scheme, dtype: str) -> str:
-    """crc32c, in hex, of a tensor's values in HF's layout, rounded to a dtype."""
+    """Return the crc32c in hex of a tensor's values in HF's layout, rounded to a dtype."""
     op: Op = tensor.op(scheme, Scheme.HF)
     crc = 0
     for panel in laid_out(Strips(source, name, op), NUMPY[dtype]):

@@ -1,4 +1,4 @@
-"""A verification as one self-contained HTML page, to be read, printed, and shown to others."""
+"""A verification as one self-contained HTML page, to be read, printed and shown to others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gptj_convert.options import LEVELS
 
 TEMPLATE_FILE = "report.html.j2"
 
-#: Width of the heat map in cells; tokens beyond share one, which shows their largest figure.
+#: Width of the heat map in cells; further tokens share cells, which show their largest figure.
 _CELLS = 160
-#: Least cells of a prompt, so that the shortest can be seen.
+#: Smallest number of cells per prompt, so that the shortest can be seen.
 _LEAST_CELLS = 3
-#: Shades below the tolerance, one for each power of ten; the one above it is the alarm.
+#: Number of shades below the tolerance, one per power of ten; the shade above it is the alarm.
 _SHADES = 6
 #: Powers of ten of the histogram of divergences.
 _DIVERGENCES = range(-16, 1)
@@ -28,13 +28,13 @@ class _Cell:
     x: int
     y: int
     shade: int
-    """0 … `_SHADES` - 1: the closer to the tolerance the higher; `_SHADES`: beyond it."""
+    """0 … `_SHADES` - 1, higher towards the tolerance; `_SHADES` beyond it."""
     title: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """One prompt's place in the heat map, in cells."""
+    """Place of one prompt in the heat map, in cells."""
 
     name: str
     x: int
@@ -46,7 +46,7 @@ class _Bar:
     label: str
     count: int
     height: float
-    """Of 1."""
+    """Height of the bar, between 0 and 1."""
 
 
 def write_report(
@@ -55,12 +55,12 @@ def write_report(
     """Write the page; it appears under its name when it is complete.
 
     Args:
-        path: of the page; an existing one is replaced.
-        fields: what `gptj verify --json` prints.
-        facts: tables of names and values, by title, at the end of the page.
+        path: path of the page; an existing page is replaced.
+        fields: output of `gptj verify --json`.
+        facts: tables of names and values for the end of the page, by title.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     logits = fields.get("levels", {}).get("logits", {})
     prompts = [row for row in logits.get("prompts", ()) if row.get("hidden_by_token")]

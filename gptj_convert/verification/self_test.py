@@ -1,8 +1,9 @@
-"""Would verification find it? Faults planted in memory into a checkpoint, each looked for.
+"""Self-test of verification: faults planted in memory into a checkpoint, each of which must be
+found.
 
-Nothing is written. Every fault is first looked for as level structure or weights does it, then
-by what the model computes: how far beyond the tolerance the logits are shows whether level logits
-alone would have found it, and so what a tolerance can tell on this checkpoint.
+Nothing is written. Every fault is first looked for as level structure or weights does, then by the
+model's outputs: how far the logits exceed the tolerance shows whether level logits alone would have
+found it, and so what a tolerance can tell on this checkpoint.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ class Planted:
 
     what: str
     caught_by: str | None
-    """The level that finds it first; None: nothing does."""
+    """Level that finds it first; None if none does."""
     named: str | None
-    """HF name of the first tensor, or the field, that is blamed."""
+    """HF name of the first tensor, or the field, that is named."""
     relative: float
     """Largest |Δ| of logits over their standard deviation."""
     margin: float
-    """The same over the tolerance: above 1, level logits alone finds it."""
+    """`relative` divided by the tolerance: above 1, level logits alone finds the fault."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object."""
+        """Return the fields of the JSON object."""
         return asdict(self) | {
             "relative": json_number(self.relative),
             "margin": json_number(self.margin),
@@ -58,12 +59,12 @@ class Planted:
 
 @dataclass(slots=True)
 class SelfTest:
-    """Outcome, filled fault by fault."""
+    """Outcome of a self-test."""
 
     tolerance: float
     planted: list[Planted]
     floor: float = float("nan")
-    """The sound checkpoint against the one it is held against: what a tolerance must exceed."""
+    """Difference of the sound checkpoint itself, which a tolerance must exceed."""
 
     @property
     def ok(self) -> bool:
@@ -72,7 +73,7 @@ class SelfTest:
         return self.floor <= self.tolerance and caught and bool(self.planted)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object."""
+        """Return the fields of the JSON object."""
         return {
             "floor": json_number(self.floor),
             "tolerance": self.tolerance,
@@ -119,14 +120,14 @@ def _faulty(fault: PlantedFault, checkpoint: Checkpoint) -> FaultySource:
 
 
 def _changes(fault: PlantedFault, checkpoint: Checkpoint) -> bool:
-    """Whether it changes anything here: a bias of zeros, say, cannot be zeroed."""
+    """Return whether the fault changes anything here: a bias of zeros, say, cannot be zeroed."""
     return any(c.differing for c in _compared(fault, checkpoint, checkpoint))
 
 
 def _caught(
     fault: PlantedFault, checkpoint: Checkpoint, source: Checkpoint
 ) -> tuple[str | None, str | None]:
-    """The level that finds it without running a model, and what it blames."""
+    """Return the level that finds the fault without running a model, and what it names."""
     if fault.fields:
         changed = replace(checkpoint.config, **fault.fields)
         differing = list(differing_fields(changed, source.config))
@@ -138,7 +139,7 @@ def _caught(
 
 
 def _compared(fault: PlantedFault, checkpoint: Checkpoint, source: Checkpoint) -> list[Compared]:
-    """The fault's tensors, as level weights compares them."""
+    """Return the fault's tensors as level weights compares them."""
     faulty = _faulty(fault, checkpoint)
     pairs = pair_up(
         [(t, name, info) for t, name, info in match(source) if t.hf in fault.tensors],
@@ -151,7 +152,8 @@ def _compared(fault: PlantedFault, checkpoint: Checkpoint, source: Checkpoint) -
 
 
 class _Run:
-    """The short prompts through the source, sound, and through the checkpoint with each fault."""
+    """The short prompts through the source, through the sound checkpoint, and through it with each
+    fault."""
 
     def __init__(
         self, checkpoint: Checkpoint, source: Checkpoint, faults: list[PlantedFault]
@@ -173,7 +175,7 @@ class _Run:
         self._logits: list[np.ndarray] = []
 
     def block(self, i: int) -> None:
-        """Take everything through block `i`."""
+        """Take all of them through block `i`."""
         original = self._original.load_block(i)
         self._expected = _run(original, self._expected, self._prompts)
         sound = self._model.load_block(i)
@@ -188,7 +190,7 @@ class _Run:
                 self._faulty[n] = _run(faulty, self._faulty[n], self._prompts)
 
     def finish(self) -> tuple[float, list[float]]:
-        """The largest difference of the sound checkpoint, and of each fault."""
+        """Return the largest difference of the sound checkpoint, and of each fault."""
         self._logits = _logits(self._original.head(last=True), self._expected)
         head = self._model.head(last=True)
         floor = _worst(_logits(head, self._sound), self._logits)
@@ -199,7 +201,8 @@ class _Run:
         return floor, found
 
     def with_config(self, fault: PlantedFault) -> float:
-        """The largest difference of the checkpoint with another config; after `finish`."""
+        """Return the largest difference of the checkpoint with another config; call it after
+        `finish`."""
         changed = replace(self._checkpoint, config=replace(self._checkpoint.config, **fault.fields))
         model = _model(changed)
         states = _embed(model, self._prompts)

@@ -24,16 +24,16 @@ from gptj_convert.verification.levels.structure import check_files, check_struct
 from gptj_model.config import differing_fields
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
 
-#: Fields that must be equal for two models to be run side by side.
+#: Fields that must be equal for two models to run side by side.
 _SIDE_BY_SIDE = ("vocab_size", "n_positions", "n_embd", "n_layer")
 
 
 def source_of(converted: Path) -> Path:
-    """The source that a converted folder's manifest names.
+    """Return the source that a converted folder's manifest names.
 
     Raises:
-        FileFault: there is nothing at `converted`.
-        UsageError: there is no manifest that names one.
+        FileFault: `converted` does not exist.
+        UsageError: no manifest names a source.
     """
     _refuse_nothing_there(converted)
     path = _stated_source(converted).get("path")
@@ -47,7 +47,7 @@ def source_of(converted: Path) -> Path:
 
 def adapter_of(converted: Path, against: Path) -> Path | None:
     """Return the adapter that was merged into a source, if the manifest names both; a damaged
-    manifest is found later."""
+    manifest is reported later."""
     try:
         stated = _stated_source(converted)
     except FileFault:
@@ -68,9 +68,9 @@ def _stated_source(converted: Path) -> Mapping[str, Any]:
 
 
 def _choices(converted: Path) -> tuple[str | None, list[str]]:
-    """How the conversion chose the source's vocab_size, and the tensors that it dropped.
+    """Return how the conversion chose the source's vocab_size, and the tensors that it dropped.
 
-    A damaged manifest is found later.
+    A damaged manifest is reported later.
     """
     try:
         stated = _stated_source(converted)
@@ -95,17 +95,17 @@ def verify(
     """Judge a converted checkpoint level by level, and return the verdict.
 
     Args:
-        converted: what is to be judged.
-        against: what it must equal.
+        converted: checkpoint to judge.
+        against: source that it must equal.
         tolerance: largest |Δ| of logits over their standard deviation that passes.
         level: last level to run, or `ALL_LEVELS`.
-        adapter: folder of an adapter that is merged into the source first.
-        config_file: for a bundle without a config beside it.
-        keep_going: run a level, as far as that is possible, although one before it failed.
-        thorough: level logits also runs a prompt of the model's full length.
+        adapter: folder of an adapter to merge into the source first.
+        config_file: configuration of a side that has none beside it.
+        keep_going: whether to run a level, as far as possible, although an earlier one failed.
+        thorough: whether level logits also runs a prompt of the model's full length.
 
     Raises:
-        GptjError: the source cannot be read or has changed, or there is nothing at `converted`.
+        GptjError: the source cannot be read or has changed, or `converted` does not exist.
     """
     verdict = Verdict(tolerance, levels_up_to(level))
     _refuse_nothing_there(converted)
@@ -135,7 +135,8 @@ def verify(
                 }
             result.ok = not faults and not of_files
             verdict.note(*faults)
-            # A file's hash says less than a tensor's name: it ends nothing yet, and comes last.
+            # A tensor's name says more than a file's hash, which therefore ends nothing yet, and
+            # comes last.
             if "weights" in verdict.asked and (keep_going or not faults):
                 named = {d.file for d in of_files}
                 yield from weights.compare(checkpoint, source, expected, manifest, verdict, named)
@@ -148,7 +149,7 @@ def verify(
 
 
 def _refuse_nothing_there(converted: Path) -> None:
-    """Raise a FileFault unless there is something to be judged."""
+    """Raise a FileFault unless there is something to judge."""
     if not converted.exists() and not list(converted.parent.glob(f"{converted.name}.*")):
         raise FileFault(
             f"{converted}: not found, expected a converted checkpoint",
@@ -160,7 +161,7 @@ _Run = Callable[[Checkpoint, Checkpoint, Verdict], Work[None]]
 
 
 def _model_level(level: str, *, thorough: bool) -> _Run:
-    """What runs a level; the models' libraries are loaded only here."""
+    """Return the function that runs a level; the models' libraries are loaded only here."""
     if level == "logits":
         from gptj_convert.verification.levels.logits import compare_outputs
 
@@ -177,7 +178,7 @@ def _model_level(level: str, *, thorough: bool) -> _Run:
 def _if_possible(
     level: str, run: _Run, checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict
 ) -> Work[None]:
-    """The level, or why it did not run on a checkpoint that differs already."""
+    """Run a level, or say why it did not run on a checkpoint that already differs."""
     unlike = differing_fields(checkpoint.config, source.config).keys() & _SIDE_BY_SIDE
     try:
         if unlike:

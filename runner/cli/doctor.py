@@ -12,7 +12,7 @@ from runner.cli.shared.errors import Exit
 from runner.cli.shared.output import Output, one_line
 
 if TYPE_CHECKING:
-    from runner.planning.command_plan import Machine, Outlook
+    from runner.planning.command_plan import Machine, CommandPlan
 
 _DEFAULT_MODEL = "6b"
 
@@ -63,28 +63,28 @@ def _plan(output: Output, model: str) -> dict[str, Any]:
     sources = find_sources(model)
     has, rates = Machine.here(), measure(Path())
     try:
-        outlook = plan_commands(sources, has, rates)
+        plan = plan_commands(sources, has, rates)
     finally:
         for source in sources:
             source.checkpoint.source.close()
     count = parameters(sources[0].checkpoint.config)
     output.data(f"{one_line(model)}: {count:,} parameters")
-    _show(output, has, outlook)
+    _show(output, has, plan)
     return {
         "model": model,
         "parameters": count,
         "machine": asdict(has),
         "rates": asdict(rates),
-        "steps": [asdict(step) | {"fits": step.fits} for step in outlook.steps],
-        "commands": outlook.commands,
-        "advice": outlook.advice,
+        "steps": [asdict(step) | {"fits": step.fits} for step in plan.steps],
+        "commands": plan.commands,
+        "advice": plan.advice,
     }
 
 
-def _show(output: Output, has: Machine, outlook: Outlook) -> None:
-    width = max(len(step.command) for step in outlook.steps)
+def _show(output: Output, has: Machine, plan: CommandPlan) -> None:
+    width = max(len(step.command) for step in plan.steps)
     output.data(f"{'':<{width}}  {'memory':>10}  {'disk':>9}  {'time, estimated':<16}  fits")
-    for step in outlook.steps:
+    for step in plan.steps:
         disk = f"{step.disk / 1e9:.1f} GB" if step.disk >= 5e7 else f"{step.disk / 1e6:.1f} MB"
         verdict = f"no: too little {' and '.join(step.short_of)}" if step.short_of else "yes"
         if step.on_gpus:
@@ -95,10 +95,10 @@ def _show(output: Output, has: Machine, outlook: Outlook) -> None:
         )
     memory, disk = (f"{n / 1e9:.1f} GB" for n in (has.memory, has.disk))
     output.data(f"here: {memory} of memory available, {disk} of disk free, {has.cores:g} cores")
-    for line in outlook.advice:
+    for line in plan.advice:
         output.data(f"advice: {one_line(line)}")
     output.data("run:")
-    for line in outlook.commands:
+    for line in plan.commands:
         output.data(f"  {one_line(line)}")
 
 

@@ -28,10 +28,10 @@ _CONVERTED = DEFAULT_OUT["tf"]
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is for a command."""
+    """Resources that a command may use."""
 
     memory: int
-    """Bytes that can be taken now."""
+    """Bytes of memory that are available now."""
     disk: int
     """Bytes that may be written in the current folder."""
     cores: float
@@ -39,7 +39,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This one."""
+        """Return the resources of this machine."""
         memory, disk = machine.memory_available(), machine.disk_free(Path())
         return cls(memory, disk, machine.cores(), tuple(gpus()))
 
@@ -51,15 +51,15 @@ class Step:
     command: str
     memory: int
     disk: int
-    """Bytes it writes."""
+    """Bytes that it writes."""
     seconds: float | None
-    """Estimated; None: that depends on others."""
+    """Estimated seconds; None if they depend on others."""
     short_of: tuple[str, ...] = ()
-    """What the machine has too little of: "memory", "disk"."""
+    """Resources that the machine lacks: "memory", "disk"."""
     per: str = ""
-    """What the seconds are for, if not for all of it."""
+    """What the seconds are for, if not for the whole command."""
     on_gpus: tuple[int, ...] = ()
-    """Numbers of the GPUs that have the memory for it, if it is training."""
+    """Numbers of the GPUs whose memory is sufficient, for training."""
 
     @property
     def fits(self) -> bool:
@@ -68,13 +68,13 @@ class Step:
 
 
 @dataclass(slots=True)
-class Outlook:
+class CommandPlan:
     """Every step, and the commands to run."""
 
     steps: list[Step] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
-    """What must be different from the plain commands, and why."""
+    """What must differ from the plain commands, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,17 @@ class _Way:
         return sum(step.disk for step in self.steps)
 
 
-def plan_commands(sources: Sequence[Source], has: Machine, rates: Rates) -> Outlook:
+def plan_commands(sources: Sequence[Source], has: Machine, rates: Rates) -> CommandPlan:
     """Plan download, conversion, verification and training.
 
     Args:
-        sources: of one model, the best first; the first conversion that fits is gone on with.
-        has: what there is.
-        rates: of this machine.
+        sources: sources of one model, the best first; the first conversion that fits is used.
+        has: resources of the machine.
+        rates: rates of the machine.
     """
     ways = [way for source in sources for way in _ways(source, has, rates)]
     chosen = next((w for w in ways if w.fits), ways[-1])
-    outlook = Outlook()
+    outlook = CommandPlan()
     # A source with two conversions is fetched once.
     outlook.steps += dict.fromkeys(step for way in ways for step in way.steps)
     config = chosen.plan.config
@@ -164,7 +164,8 @@ def _verifications(way: _Way, has: Machine, rates: Rates) -> tuple[Step, Step]:
 
 
 def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> tuple[Step, int]:
-    """Training with the batch that convert's params.yaml has, or with the one that fits."""
+    """Return the training step with the batch of the converted params.yaml, or with a smaller one
+    that fits."""
     command = f"gptj train --init-from {_CONVERTED}/"
     usual = batch = fitting_batch_size(config)
     while batch > 1 and footprint.training_memory(config, batch) > has.memory:
@@ -181,7 +182,8 @@ def _training(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> 
 
 
 def _trainings(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) -> Iterator[Step]:
-    """What takes less: one block in memory, an adapter alone, both; one sequence a step."""
+    """Yield cheaper trainings: one block in memory, only an adapter, both; one sequence per
+    step."""
     streaming = {"runconfig.execution": Execution.STREAMING.value}, "--execution streaming"
     adapter = {"model.lora.rank": 8}, "--set model.lora.rank=8"
     smaller = "" if fitting_batch_size(config) == 1 else " --set train_input.batch_size=1"
@@ -198,8 +200,8 @@ def _trainings(config: GPTJConfig, has: Machine, rates: Rates, *, taken: int) ->
 
 
 def _parameters(config: GPTJConfig) -> dict[str, Any]:
-    """Return the parameters that the planned run will have: continued pre-training, as far and
-    with as many checkpoints as the converted folder says, if there is one of this model."""
+    """Return the parameters that the planned run will have: continued pre-training, with the steps
+    and checkpoints that the converted folder states, if there is one of this model."""
     values = continued_pretraining(config)
     path = _CONVERTED / PARAMS_FILE
     if path.is_file():
@@ -210,7 +212,8 @@ def _parameters(config: GPTJConfig) -> dict[str, Any]:
 
 
 def _inference(way: _Way, has: Machine, rates: Rates) -> Iterator[Step]:
-    """Evaluation and generation with the least --memory: one sequence of full length, one block."""
+    """Return evaluation and generation with the least --memory: one sequence of full length, one
+    block."""
     config, T = way.plan.config, way.plan.config.n_positions
     reading = way.plan.layout.total / rates.read
     computing = 2 * footprint.parameters(config) * T / rates.multiplication
@@ -226,7 +229,8 @@ def _inference(way: _Way, has: Machine, rates: Rates) -> Iterator[Step]:
 
 
 def _judged(step: Step, has: Machine, *, taken: int = 0) -> Step:
-    """The step with what it is short of, on a disk where earlier steps take their space first."""
+    """Return the step with the resources it lacks, on a disk where earlier steps take their space
+    first."""
     short = []
     if step.memory > has.memory:
         short.append("memory")
@@ -236,7 +240,7 @@ def _judged(step: Step, has: Machine, *, taken: int = 0) -> Step:
 
 
 def _placed(step: Step, has: Machine) -> Step:
-    """The step with the GPUs that it fits."""
+    """Return the step with the GPUs that it fits."""
     fitting = (n for n, gpu in enumerate(has.gpus) if step.memory <= (gpu.free or 0))
     return replace(step, on_gpus=tuple(fitting))
 

@@ -1,4 +1,4 @@
-"""What this machine has and lacks for this program; nothing heavy is imported to find out."""
+"""Facts about this machine that matter to the program; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runner.planning.extras import PACKAGES, TENSORFLOW_FOR_CPUS, install_comman
 
 
 class State(Enum):
-    """What is to be thought of a fact."""
+    """How a fact is rated."""
 
     OK = "ok"
     WARNING = "warning"
@@ -26,20 +26,20 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing this machine has, or lacks."""
+    """One thing that this machine has or lacks."""
 
     name: str
     value: str
     state: State = State.OK
     needed_for: str = ""
     fix: str = ""
-    """The command that mends it, or what else does."""
+    """Command that fixes it, or what else does."""
     core: bool = False
     """Whether every command needs it."""
 
 
 _OLDEST_PYTHON = (3, 11)
-#: The processor's features by Linux's names, and what they speed up.
+#: CPU features by Linux's names, and what they speed up.
 _FEATURES = (
     (("avx2",), "AVX2", "TensorFlow and torch"),
     (("avx512f",), "AVX-512", "TensorFlow and torch, up to twice as fast as with AVX2"),
@@ -53,7 +53,7 @@ _CEREBRAS = ("cszoo", "csrun_wse")
 
 
 def examine() -> list[Fact]:
-    """Every fact, in the order of a reader's interest."""
+    """Yield every fact, in the order of interest."""
     return [*_software(), *_hardware(), *_disk(), *_hub(), *_cerebras()]
 
 
@@ -106,7 +106,7 @@ def _gpus() -> Iterator[Fact]:
 
 
 def _described(gpu: Gpu) -> str:
-    """Name, memory, driver, and what its cores can do."""
+    """Return name, memory, driver and capability of a GPU."""
     parts = [gpu.name]
     if gpu.memory is not None:
         free = f"{gpu.free / 1e9:.1f} GB free of " if gpu.free is not None else ""
@@ -149,7 +149,7 @@ def _hub() -> Iterator[Fact]:
 
 
 def _has_token() -> bool:
-    """Whether the hub's client will find one; it is not read."""
+    """Return whether the hub's client will find a token; the token is not read."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 
-#: How the program is called on the package index.
+#: Name of the program on the package index.
 DISTRIBUTION = "gptj-tf"
-#: TensorFlow without what it needs for GPUs.
+#: TensorFlow without its GPU libraries.
 TENSORFLOW_FOR_CPUS = "tensorflow-cpu"
 
 
@@ -20,16 +20,16 @@ class Package:
     """A package that this program uses."""
 
     module: str
-    """As it is imported."""
+    """Name of the module."""
     distributions: tuple[str, ...]
-    """As they are installed; any will do."""
+    """Names of the distributions that provide it; any will do."""
     needed_for: str
     extra: str = ""
-    """That installs it; without one every command needs it."""
+    """Extra that installs it; "" means that every command needs it."""
 
     @property
     def installed(self) -> str | None:
-        """Its version, if it is there; nothing is imported."""
+        """Installed version, if any; nothing is imported."""
         found = (version_of(name) for name in self.distributions)
         return next((version for version in found if version), None)
 
@@ -58,14 +58,14 @@ PACKAGES = (
 
 
 def installed_versions() -> Iterator[tuple[str, str | None]]:
-    """Python's version, and that of each package; None: it is not installed."""
+    """Yield Python's version and that of each package, or None if it is not installed."""
     yield "Python", platform.python_version()
     for package in PACKAGES:
         yield package.distributions[-1], package.installed
 
 
 def version_of(distribution: str) -> str | None:
-    """Of a package as it is installed; None: it is not."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -73,7 +73,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def install_command(extra: str) -> str:
-    """What installs this program with an extra; "" means none."""
+    """Return the command that installs this program with an extra; "" means none."""
     named = f"[{extra}]" * bool(extra)
     if _from_a_checkout():
         return f"pip install -e '.{named}'"
@@ -82,12 +82,12 @@ def install_command(extra: str) -> str:
 
 @cache
 def _from_a_checkout() -> bool:
-    """Whether it is linked, not copied, into this environment (PEP 610)."""
-    found = metadata.distributions(name=DISTRIBUTION)  # what building leaves behind is one, too
+    """Return whether the program is linked into this environment instead of copied (PEP 610)."""
+    found = metadata.distributions(name=DISTRIBUTION)  # building leaves another one behind
     origins = (json.loads(d.read_text("direct_url.json") or "{}") for d in found)
     return any(origin.get("dir_info", {}).get("editable") for origin in origins)
 
 
 def extra_of(module: str) -> str:
-    """The extra that brings a module; `all` for one that is not named here."""
+    """Return the extra that installs a module; `all` for one that is not listed here."""
     return next((p.extra for p in PACKAGES if p.module == module.partition(".")[0]), "all")

@@ -1,4 +1,4 @@
-"""Checkpoints that a plan begins with: what is there, and what a command will bring."""
+"""Checkpoints that a plan starts from: existing ones, and those that a command will provide."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import Scheme, table
 
-#: The preset that is on the hub; its weights there are float32, and float16 in a branch.
+#: Preset that is on the hub; its weights there are float32, and float16 in a branch.
 PUBLISHED = "6b"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint that is there, or can be fetched."""
+    """A checkpoint that exists, or can be fetched."""
 
     checkpoint: Checkpoint
     fetch: str | None
-    """The command that brings it; None: it is there."""
+    """Command that fetches it; None if it exists."""
 
 
 class _Headers:
-    """A checkpoint that is not there yet: what its headers will say. See `TensorSource`."""
+    """A checkpoint that does not exist yet, by the headers that it will have."""
 
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self.tensors = tensors
@@ -42,13 +42,13 @@ class _Headers:
 
 
 def find_sources(what: str) -> list[Source]:
-    """What can be converted, the best first.
+    """Return the checkpoints that can be converted, the best first.
 
     Args:
         what: one of `PRESETS`, a config.json, a folder with one, or a checkpoint.
 
     Raises:
-        ConfigError, FileFault, TensorFault: it is none of these.
+        ConfigError, FileFault, TensorFault: the argument is none of these.
     """
     path = Path(what)
     if what in PRESETS:

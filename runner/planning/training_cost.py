@@ -1,4 +1,4 @@
-"""What a run of training will need, from its parameters and headers alone."""
+"""Memory, disk, traffic and operations of a training run, from its parameters and headers alone."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from runner.config.trainable import trained_rows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPlan:
-    """Sizes are in bytes."""
+    """Costs of a run. Sizes are in bytes."""
 
     execution: Execution
     memory: int
-    """Peak of the process."""
+    """Peak memory of the process."""
     state: int
-    """Of one checkpoint: weights and slots."""
+    """Size of one checkpoint: weights and slots."""
     states: int
-    """Number of checkpoints on the disk at once, at most: those that are kept, and one being
-    written; if all are kept, those of the whole run."""
+    """Largest number of checkpoints on disk at once: those that are kept, and one being written; if
+    all are kept, those of the whole run."""
     scratch: int
-    """What a step keeps on the disk while it goes on."""
+    """Disk space that a step needs beside the checkpoints."""
     read: int
-    """From the disk, each step; the hidden states, which mostly stay in memory, are left out."""
+    """Bytes read from disk per step, without the hidden states, which mostly stay in memory."""
     written: int
-    """To the disk, each step."""
+    """Bytes written to disk per step."""
     flops: float
-    """Floating-point operations of a step, blocks that are computed again included."""
+    """Floating-point operations per step, including recomputed blocks."""
     update_read: int = 0
-    """Of `read`, what is moved behind the next step's forwards."""
+    """Part of `read` that moves during the next step's forward pass."""
     update_written: int = 0
-    """Of `written`, likewise."""
+    """Part of `written` that moves during the next step's forward pass."""
     awaited: float = 0.0
-    """The share of that which the first block waits for."""
+    """Share of that traffic which the first block waits for."""
 
     @property
     def disk(self) -> int:
-        """Needed in the run's folder."""
+        """Disk space needed in the run's folder."""
         return self.states * self.state + self.scratch
 
     def missing_disk(self, existing: int) -> int:
-        """What of it is not taken yet, when so many checkpoints are there."""
+        """Return the disk space that is still needed when `existing` checkpoints exist."""
         return max(1, self.states - existing) * self.state + self.scratch
 
     def seconds(self, rates: Rates) -> float:
-        """Of a step: computing, and what of the disk's time is not hidden behind it.
+        """Return the time of a step: computing, and the disk's time that is not hidden behind it.
 
         The first block waits for its own update and the embedding's; the others are updated while
-        forwards compute, a quarter of the step's operations.
+        the forward pass, a quarter of the step's operations, computes.
         """
         computing = self.flops / rates.multiplication
         updating = self.update_read / rates.read + self.update_written / rates.write
@@ -68,19 +68,19 @@ class TrainingPlan:
 def waiting_gradients(
     config: GPTJConfig, params: Params, trained: Iterable[Tensor]
 ) -> Iterator[Tensor]:
-    """Those of `trained` whose gradients a streamed step keeps on the disk: until the norm of all
-    is known, or, of an embedding that the head is tied to, until its other part is."""
+    """Yield those of `trained` whose gradients a streamed step keeps on disk: until the norm of all
+    is known or, for an embedding that the head is tied to, until its other part is."""
     for tensor in trained:
         if tensor.hf == EMBEDDING.hf:
             waits = config.tie_word_embeddings
-        else:  # those of block 0, the last ones, stay in memory
+        else:  # the last gradients, those of block 0, stay in memory
             waits = bool(params.optimizer.max_gradient_norm) and tensor.block != 0
         if waits:
             yield tensor
 
 
 def slots_dtype(params: Params) -> str:
-    """What the slots of a run are stored in.
+    """Return the dtype that the slots of a run are stored in.
 
     Raises:
         ConfigError: 16 bits are asked for where slots are in memory.
@@ -99,22 +99,22 @@ def slots_dtype(params: Params) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """From where to where a run trains."""
+    """The steps that a run trains."""
 
     begin: int = 0
-    """Step that it begins after."""
+    """Step after which it starts."""
     end: int
-    """Step that it stops after."""
+    """Step after which it stops."""
     existing: int = 0
     """Number of checkpoints in its folder."""
 
     def checkpoints(self, runconfig: RunConfig) -> int:
-        """Return how many checkpoints are on the disk at once, at most."""
+        """Return the largest number of checkpoints on disk at once."""
         if self.end <= self.begin:
             return self.existing
         every = runconfig.save_checkpoints_steps
         made = (self.end - 1) // every - self.begin // every + 1
-        # A streamed run writes a checkpoint each step, most of which the next one supersedes.
+        # A streamed run writes a checkpoint every step, and the next one supersedes most of them.
         passing = runconfig.execution == Execution.STREAMING
         kept = runconfig.keep_checkpoint_max
         whole = self.existing + made + passing
@@ -122,15 +122,15 @@ class Span:
 
 
 def plan_training(config: GPTJConfig, params: Params, span: Span | None = None) -> TrainingPlan:
-    """Plan a run, whose parameters and weights are reconciled.
+    """Return the costs of a run whose parameters and weights are reconciled.
 
     Args:
-        config: of the model.
-        params: of the run.
-        span: the steps to train; None: all of `max_steps`.
+        config: configuration of the model.
+        params: parameters of the run.
+        span: steps to train; None means all of `max_steps`.
 
     Raises:
-        ConfigError: see `trained_rows` and `slots_dtype`.
+        ConfigError: as `trained_rows` and `slots_dtype` raise it.
     """
     section, optimizer = params.train_input, params.optimizer
     batch, length = section.batch_size, section.max_sequence_length
@@ -140,7 +140,7 @@ def plan_training(config: GPTJConfig, params: Params, span: Span | None = None) 
     total = footprint.parameters(config)
     slot = NUMPY[slots_dtype(params)].itemsize * trained
     slots = len(SLOTS[optimizer.optimizer_type]) * slot
-    # Kernels with an adapter are there merged and as they were.
+    # Adapted kernels are stored merged, and as they were.
     state = 4 * total + slots + (8 * trained if params.model.lora else 0)
     span = span or Span(end=params.runconfig.max_steps)
     states = span.checkpoints(params.runconfig)
@@ -159,11 +159,13 @@ def plan_training(config: GPTJConfig, params: Params, span: Span | None = None) 
         )
     vocabulary = 4 * config.vocab_size * config.n_embd
     one_block = 4 * sum(t.size for t in block(config, 0))
-    # Forwards and backwards every weight; of the embedding next to nothing, of the head all.
+    # Every weight is read in the forward and in the backward pass; of the embedding next to
+    # nothing, of the head all.
     passes = 2 * (4 * total - (0 if config.tie_word_embeddings else vocabulary))
     waiting = update = 0
-    if not params.model.lora:  # whose model is only read
-        # The head is read once for both, and the last blocks stay for the way back.
+    if not params.model.lora:  # the model is only read
+        # The head is read once for both passes, and the last blocks stay in memory for the backward
+        # pass.
         passes -= vocabulary + min(config.n_layer, 2) * one_block
         update = state
         waiting = 4 * sum(t.size for t in waiting_gradients(config, params, rows))

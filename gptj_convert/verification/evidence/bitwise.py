@@ -1,8 +1,8 @@
-"""Every tensor of two checkpoints, bit for bit, at the speed at which both can be read.
+"""Bitwise comparison of every tensor of two checkpoints, at the speed at which both can be read.
 
-Each side is read in a thread of its own, and the files are hashed in a third, in step with what
-is compared, so that the system has their pages at hand. Panels are compared as integers; only
-of those that differ anything else is worked out.
+Each side is read in its own thread, and a third hashes the files in step with the comparison, so
+that their pages are in the page cache. Panels are compared as integers; details are worked out only
+for those that differ.
 """
 
 from __future__ import annotations
@@ -30,62 +30,63 @@ from gptj_model.tensors import Scheme, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One tensor, on both sides."""
+    """One tensor on both sides."""
 
     tensor: Tensor
     source_name: str
     source: TensorInfo
     name: str
-    """On the converted side."""
+    """Name on the converted side."""
     info: TensorInfo
-    """On the converted side."""
+    """Dtype and shape on the converted side."""
     op: Op
-    """From the source's layout to the converted one."""
+    """Op from the source's layout to the converted one."""
     transposed: bool
-    """Whether the converted side's layout is the transpose of Hugging Face's."""
+    """Whether the converted layout is the transpose of Hugging Face's."""
 
     @property
     def names(self) -> dict[str, str]:
-        """{hf, tf, cs}."""
+        """Names of the tensor: {hf, tf, cs}."""
         return {"hf": self.tensor.hf, "tf": self.tensor.tf, "cs": self.tensor.cs[0]}
 
 
 @dataclass(slots=True)
 class Compared:
-    """A pair, compared. "Expected" is the source, laid out and rounded as the other side is."""
+    """Comparison of a pair. "Expected" is the source, laid out and rounded as the converted side
+    is."""
 
     pair: Pair
     differing: int = 0
-    """Values whose bits differ."""
+    """Number of values whose bits differ."""
     max_abs: float | None = None
-    """The largest |Δ| of those that is finite."""
+    """Largest finite |Δ| of the differing values."""
     first: int | None = None
-    """Place of the first of them, in the order of the converted side."""
+    """Index of the first differing value, in the order of the converted side."""
     found: Any = None
     """Its value, a numpy scalar of the converted dtype."""
     expected: Any = None
-    """What it must be; the same."""
+    """Expected value, a numpy scalar of the converted dtype."""
     nonfinite_found: int = 0
-    """NaN and infinite values."""
+    """Number of NaN and infinite values."""
     nonfinite_expected: int = 0
     zero_in_source: bool = True
     zero_found: bool = True
     """Whether all values are zero."""
     source_crc: int = 0
-    """crc32c of the source's bytes, as they are there."""
+    """crc32c of the source's bytes as they are stored."""
     expected_crc: int = 0
     found_crc: int = 0
 
     @property
     def index(self) -> list[int] | None:
-        """Where `first` is, in Hugging Face's order of the axes."""
+        """Index of `first` in Hugging Face's order of the axes."""
         if self.first is None:
             return None
         index = [int(i) for i in np.unravel_index(self.first, self.pair.info.shape)]
         return index[::-1] if self.pair.transposed else index
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object; of a pair that differs."""
+        """Return the fields of the JSON object of a pair that differs."""
         return {
             **self.pair.names,
             "values": self.pair.tensor.size,
@@ -103,7 +104,7 @@ def pair_up(
     converted: Sequence[tuple[Tensor, str, TensorInfo]],
     scheme: Scheme,
 ) -> list[Pair]:
-    """The tensors that both sides have in one shape, in the order of the source's table."""
+    """Return the tensors that both sides have in one shape, in the order of the source's table."""
     found = {tensor.hf: (name, info) for tensor, name, info in converted}
     pairs = []
     for tensor, source_name, source_info in source:
@@ -116,7 +117,7 @@ def pair_up(
 
 
 def in_file_order(pairs: Sequence[Pair], converted: TensorSource) -> list[Pair]:
-    """The order in which they are compared: the converted file is read from its beginning on."""
+    """Return pairs in the order of comparison: the converted file is read from start to end."""
     places = {name: n for n, name in enumerate(converted.tensors)}
     return sorted(pairs, key=lambda p: places[p.name])
 
@@ -129,13 +130,13 @@ def compare_weights(
     saturated: bool,
     hashing: Iterable[int],
 ) -> Work[list[Compared]]:
-    """Compare every pair, yielding progress in bytes of the converted side.
+    """Compare every pair; progress is in bytes of the converted side.
 
     Args:
-        pairs: what is compared.
-        source, converted: the sides.
-        saturated: whether values beyond the converted dtype's range are its largest there.
-        hashing: is gone through in a thread of its own, to the end; yields bytes that are done.
+        pairs: tensors to compare.
+        source, converted: both sides.
+        saturated: whether values beyond the converted dtype's range are its largest value there.
+        hashing: is iterated to its end in its own thread; yields bytes that are done.
 
     Returns:
         The comparison of each pair, in the order of `pairs`.
@@ -200,7 +201,7 @@ def _saturated(strips: Iterable[Strip], dtype: str) -> Iterator[Strip]:
 
 
 def _work_out(result: Compared, expected: np.ndarray, found: np.ndarray, seen: int) -> None:
-    """Count in flat pieces that differ, `seen` values from the tensor's beginning."""
+    """Record the differences of two flat pieces that lie `seen` values after the tensor's start."""
     bits = f"u{found.itemsize}"
     unequal = np.flatnonzero(expected.view(bits) != found.view(bits))
     result.differing += unequal.size
@@ -220,12 +221,13 @@ def _work_out(result: Compared, expected: np.ndarray, found: np.ndarray, seen: i
 
 
 def new_zeros(compared: Iterable[Compared]) -> list[str]:
-    """HF names of tensors whose values are all zero, but not in the source."""
+    """Return the HF names of tensors whose values are all zero, but not in the source."""
     return [c.pair.tensor.hf for c in compared if c.zero_found and not c.zero_in_source]
 
 
 def new_duplicates(compared: Iterable[Compared], converted: TensorSource) -> list[list[str]]:
-    """HF names of tensors of one shape that are equal bit for bit, but not in the source."""
+    """Return the HF names of tensors of one shape that are equal bit for bit, but not in the
+    source."""
     alike: dict[tuple[TensorInfo, int], list[Compared]] = {}
     for c in compared:
         if not c.zero_found:

@@ -1,8 +1,8 @@
-"""What may have happened to a converted checkpoint that is not its source, in words.
+"""Diagnosis of a converted checkpoint that differs from its source, in words.
 
-Hypotheses on what differs, each tested: none is said that does not hold for every value. First
-by checksums, which the comparison has gathered: which tensor is another one. Then, tensor by
-tensor, by reading both sides once more: values, then rows and columns by a hash of each.
+Each hypothesis about the differences is tested, and none is stated that does not hold for every
+value. Checksums from the comparison show first which tensor is another one. Then both sides of
+single tensors are read again: their values, then their rows and columns by a hash of each.
 
 Rows and columns are those of Hugging Face's layout, (out, in).
 """
@@ -24,9 +24,9 @@ from gptj_model.dtypes import FLOATS, NUMPY
 from gptj_model.op import Op
 from gptj_model.source import TensorSource
 
-#: Bytes of tensors that are read once more; beyond, only what checksums tell is said.
+#: Bytes of tensors that are read again; beyond them, only checksums are used.
 _BUDGET = 4 * 2**30
-#: Rows that may have moved on together, at most.
+#: Largest number of rows by which rows may have shifted together.
 _SHIFTS = 8
 
 _ANOTHER = "no tensor is the source's: these are the weights of another model or revision"
@@ -34,23 +34,23 @@ _ANOTHER = "no tensor is the source's: these are the weights of another model or
 
 @dataclass(slots=True)
 class Diagnosis:
-    """What was found out."""
+    """Findings about the differences."""
 
     by_tensor: dict[str, str] = field(default_factory=dict)
-    """By HF name."""
+    """Findings by HF name."""
     summary: list[str] = field(default_factory=list)
-    """Everything, each cause once."""
+    """Every cause once."""
 
 
 def diagnose(
     compared: Sequence[Compared], source: TensorSource, converted: TensorSource, config: GPTJConfig
 ) -> Diagnosis:
-    """Test hypotheses on the tensors that differ.
+    """Test hypotheses about the tensors that differ.
 
     Args:
-        compared: every tensor.
-        source, converted: the sides.
-        config: of the source.
+        compared: comparison of every tensor.
+        source, converted: both sides.
+        config: configuration of the source.
 
     Raises:
         FileFault: a side cannot be read.
@@ -83,7 +83,7 @@ def diagnose(
     return result
 
 
-# By the checksums of both sides.
+# Tests on the checksums of both sides.
 
 
 def _key(c: Compared, crc: int) -> tuple[str, tuple[int, ...], int]:
@@ -91,12 +91,12 @@ def _key(c: Compared, crc: int) -> tuple[str, tuple[int, ...], int]:
 
 
 def _row(c: Compared) -> str:
-    """The row of the table, whatever the block."""
+    """Return the row of the table, whatever the block."""
     return c.pair.tensor.hf.replace(f".{c.pair.tensor.block}.", ".")
 
 
 def _exchanged_blocks(compared: Sequence[Compared]) -> dict[str, str]:
-    """By HF name, that its whole block is another one of the source."""
+    """Return findings, by HF name, of whole blocks that are another block of the source."""
     blocks: dict[int, list[Compared]] = defaultdict(list)
     for c in compared:
         if c.pair.tensor.block is not None:
@@ -120,7 +120,7 @@ def _exchanged_blocks(compared: Sequence[Compared]) -> dict[str, str]:
 
 
 def _exchanged_tensors(compared: Sequence[Compared]) -> dict[str, str]:
-    """By HF name, that it is another tensor of the source."""
+    """Return findings, by HF name, of tensors that are another tensor of the source."""
     expected: dict[tuple[str, tuple[int, ...], int], list[Compared]] = defaultdict(list)
     for c in compared:
         expected[_key(c, c.expected_crc)].append(c)
@@ -168,12 +168,12 @@ def _untransposed(pair: Pair) -> str:
     return "it is transposed, and must not be"
 
 
-# By reading both sides again.
+# Tests that read both sides again.
 
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """One tensor on both sides, to be read in flat pieces of equal sizes."""
+    """One tensor on both sides, read in flat pieces of equal sizes."""
 
     pair: Pair
     source: TensorSource
@@ -181,16 +181,17 @@ class _Sides:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the converted side."""
+        """Dtype of the converted side."""
         return NUMPY[self.pair.info.dtype]
 
     def pieces(self, op: Op | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of the source, laid out by `op` and in its own dtype, and of the converted side."""
+        """Yield pieces of the source, laid out by `op` in its own dtype, and of the converted
+        side."""
         theirs = Panels(self.source, self.pair.source_name, op or self.pair.op)
         yield from in_step(theirs, Panels(self.converted, self.pair.name, Op.COPY))
 
     def rounded(self, op: Op | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The same, the source in the converted dtype."""
+        """Yield the same pieces with the source in the converted dtype."""
         for values, found in self.pieces(op):
             yield _cast(values, self.dtype), found
 
@@ -209,7 +210,8 @@ def _by_reading(c: Compared, sides: _Sides, config: GPTJConfig) -> str | None:
 
 
 def _layout(sides: _Sides) -> str | None:
-    """Whether the values are there in the other order of the axes, whatever the shape."""
+    """Return a finding if the values are stored in the other order of the axes, whatever the
+    shape."""
     if len(sides.pair.info.shape) != 2:
         return None
     other = Op.COPY if sides.pair.op is Op.TRANSPOSE else Op.TRANSPOSE
@@ -218,7 +220,7 @@ def _layout(sides: _Sides) -> str | None:
 
 
 def _values(sides: _Sides) -> str | None:
-    """Whether one rule makes every value of the source's."""
+    """Return a finding if one rule makes every value from the source's."""
     dtype = sides.dtype
     rules: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         f"the source, rounded to {name} on the way": lambda v, to=to: _cast(v, to)
@@ -254,14 +256,14 @@ def _values(sides: _Sides) -> str | None:
 
 
 def _cut(values: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 values."""
+    """Return float32 values without their lower halves."""
     if values.dtype != np.float32:
         return values
     return (_bits(values) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _places(sides: _Sides, config: GPTJConfig) -> str | None:
-    """Whether rows or columns are elsewhere, or only some of them differ."""
+    """Return a finding if rows or columns are elsewhere, or if only some of them differ."""
     found, expected = _hashes(sides)
     axes = [("rows", 0), ("columns", 1)] if len(sides.pair.info.shape) == 2 else [("values", 0)]
     if sides.pair.transposed:
@@ -284,9 +286,9 @@ def _span(what: str, places: np.ndarray) -> str:
 
 
 def _hashes(sides: _Sides) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of each row and each column of the converted side's layout, found and expected.
+    """Return the hash of each row and each column of the converted layout, found and expected.
 
-    A hash is a sum of the values' bits, each times a random number, modulo 2^64.
+    A hash is the sum of the values' bits, each times a random number, modulo 2^64.
     """
     shape = sides.pair.info.shape
     height, width = shape if len(shape) == 2 else (shape[0], 1)
@@ -312,7 +314,7 @@ def _add_hashes(
     by_column, by_row = factors
     while bits.size:
         row, column = divmod(at, width)
-        if column or bits.size < width:  # a part of a row
+        if column or bits.size < width:  # part of a row
             part, end = bits[: width - column], min(width, column + bits.size)
             rows[row : row + 1] += (part * by_column[column:end]).sum(dtype=np.uint64)
             columns[column:end] += part * by_row[row]
@@ -328,7 +330,7 @@ def _add_hashes(
 def _moved(
     found: np.ndarray, expected: np.ndarray, what: str, heads: GPTJConfig | None
 ) -> str | None:
-    """How rows (or columns) of these hashes are elsewhere, if that is all."""
+    """Return how rows (or columns) with these hashes are elsewhere, if that explains everything."""
     for shift in range(1, min(_SHIFTS, found.size - 1) + 1):
         for n, here, there in ((shift, found[shift:], expected[:-shift]),
                                (-shift, found[:-shift], expected[shift:])):  # fmt: skip
@@ -350,7 +352,8 @@ def _moved(
 
 
 def _origins(found: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
-    """Where in `expected` each element of a permutation of it is from; None if it is none."""
+    """Return where in `expected` each element of a permutation of it comes from; None if it is no
+    permutation."""
     origin = np.arange(found.size)
     places: dict[int, list[int]] = defaultdict(list)
     differ = np.flatnonzero(found != expected)
@@ -369,7 +372,7 @@ def _origins(found: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
 def _heads_moved(
     origin: np.ndarray, moved: np.ndarray, what: str, config: GPTJConfig
 ) -> str | None:
-    """The same in terms of heads, where that says it."""
+    """Return the same in terms of heads, where heads explain it."""
     size = config.head_dim
     by_head = origin.reshape(config.n_head, size)
     inner, heads = by_head % size, by_head // size
@@ -396,7 +399,7 @@ def _heads_moved(
 
 
 def _rotary_order(order: np.ndarray, config: GPTJConfig) -> str:
-    """Whether features were put in the order of the other kind of rotary embedding."""
+    """Return a finding if features are in the order of the other kind of rotary embedding."""
     n = config.rotary_dim
     pairs = np.arange(n)
     halves = np.concatenate([pairs[0::2], pairs[1::2]])
@@ -407,15 +410,15 @@ def _rotary_order(order: np.ndarray, config: GPTJConfig) -> str:
     return ""
 
 
-# At level structure.
+# Tests of level structure.
 
 
 def of_file(size: int | None, stated: int) -> str:
-    """What became of a file that is not what the manifest says.
+    """Return what became of a file that differs from the manifest.
 
     Args:
-        size: in bytes; None: it is not there.
-        stated: its size by the manifest.
+        size: size in bytes; None if the file does not exist.
+        stated: size that the manifest states.
     """
     if size is None:
         return "it is missing"
@@ -427,7 +430,8 @@ def of_file(size: int | None, stated: int) -> str:
 
 
 def of_vocabulary(found: Mapping[str, int], expected: int) -> str | None:
-    """What became of the vocabulary, given the rows of the tensors that have one a token."""
+    """Return what became of the vocabulary, given the rows of the tensors that have one row per
+    token."""
     counts = set(found.values())
     if len(counts) != 1 or counts == {expected}:
         return None

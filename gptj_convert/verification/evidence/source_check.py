@@ -1,4 +1,5 @@
-"""Is a source still what a manifest says was converted? Nothing is judged by another one."""
+"""Check that a source is still what a manifest says was converted; nothing is judged by another
+one."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from gptj_model.errors import FileFault
 
 
 def is_stated(source: Checkpoint, manifest: Manifest | None) -> bool:
-    """Whether the manifest is of a conversion of what is at the source's path."""
+    """Return whether the manifest describes a conversion of what is at the source's path."""
     if not manifest:
         return False
     now = describe_source(source)
@@ -23,14 +24,14 @@ def is_stated(source: Checkpoint, manifest: Manifest | None) -> bool:
 def refuse_changed_source(
     source: Checkpoint, manifest: Manifest | None, changed: Sequence[str] = ()
 ) -> None:
-    """Judge nothing by a source that is no longer what was converted.
+    """Refuse to judge by a source that is no longer what was converted.
 
     Args:
-        source, manifest: see `is_stated`.
-        changed: HF names of tensors that are not what the manifest says they were.
+        source, manifest: source and manifest of `is_stated`.
+        changed: HF names of tensors that differ from what the manifest records.
 
     Raises:
-        FileFault: it has changed.
+        FileFault: the source has changed.
     """
     if not manifest or not is_stated(source, manifest):
         return

@@ -1,4 +1,4 @@
-"""What a verification found: a verdict, filled level by level."""
+"""The verdict of a verification, filled level by level."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Difference:
     found: str
     expected: str
     tensor: dict[str, str] | None = None
-    """The tensor's names: {hf, tf, cs}."""
+    """Names of the tensor: {hf, tf, cs}."""
     block: int | None = None
     operation: str | None = None
-    """Of the block, by `gptj_model.network.observation`; outside of blocks embedding, ln_f or
-    lm_head."""
+    """Operation of the block, by `gptj_model.network.observation`; outside the blocks embedding,
+    ln_f or lm_head."""
     prompt: str | None = None
     file: str | None = None
     diagnosis: str | None = None
@@ -29,7 +29,7 @@ class Difference:
 
     @property
     def place(self) -> str:
-        """Where, in words."""
+        """Place in words."""
         if self.tensor:
             return f"tensor {self.tensor['hf']} ({self.tensor['tf']})"
         if self.file:
@@ -55,13 +55,13 @@ class Verdict:
 
     tolerance: float
     asked: tuple[str, ...] = LEVELS[: LEVELS.index(DEFAULT_LEVEL) + 1]
-    """The levels to run."""
+    """Levels to run."""
     levels: dict[str, LevelResult] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     diagnosis: list[str] = field(default_factory=list)
     """What may have happened, each cause once."""
     planned_memory: int | None = None
-    """Bytes of the levels that were begun, by `capacity`."""
+    """Memory in bytes that the levels run so far were expected to take."""
 
     @property
     def ok(self) -> bool:
@@ -71,11 +71,11 @@ class Verdict:
 
     @property
     def first_difference(self) -> Difference | None:
-        """The first, if anything differs."""
+        """First difference, if there is any."""
         return self.differences[0] if self.differences else None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON object."""
+        """Return the fields of the JSON object."""
         first = self.first_difference
         return {
             "levels": {name: {"ok": r.ok, **r.figures} for name, r in self.levels.items()},
@@ -86,7 +86,7 @@ class Verdict:
         }
 
     def note(self, *differences: Difference) -> None:
-        """Add differences, and what their diagnosis is."""
+        """Add differences, with their diagnosis."""
         self.differences += differences
         for d in differences:
             text = d.diagnosis and f"{d.file}: {d.diagnosis}" if d.file else d.diagnosis
@@ -94,10 +94,11 @@ class Verdict:
                 self.diagnosis.append(text)
 
     def plan_memory(self, size: int) -> None:
-        """Levels run one after the other: the largest counts. In bytes."""
+        """Record the planned memory of a level in bytes; levels run one after the other, so the
+        largest counts."""
         self.planned_memory = max(self.planned_memory or 0, size)
 
 
 def names(tensor: Tensor) -> dict[str, str]:
-    """A tensor's names: {hf, tf, cs}."""
+    """Return the names of a tensor: {hf, tf, cs}."""
     return {"hf": tensor.hf, "tf": tensor.tf, "cs": tensor.cs[0]}

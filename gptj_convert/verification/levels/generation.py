@@ -1,7 +1,7 @@
 """Level generation: greedy and sampled continuations, token for token, with and without a cache.
 
-Both models are given the reference's tokens, and choose each next one by themselves. First they
-decode with a cache, then all that was written is run once more at once, without.
+Both models are given the reference's tokens, and choose each next token themselves. First they
+decode with a cache; then the whole text runs once more without one.
 
 Shape suffixes: B batch, T time, D hidden, V vocabulary.
 """
@@ -30,13 +30,13 @@ from gptj_model.errors import GptjError
 
 LEVEL = "generation"
 
-#: Tokens that are written; as many as were published.
+#: Number of tokens to generate, as many as were published.
 _NEW_TOKENS = len(published().continuation)
 _GREEDY = Sampling()
 _SAMPLED = Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=0)
 
 
-#: The ways in which a continuation is chosen.
+#: The two ways of choosing a continuation.
 _CACHED, _AT_ONCE = "with a cache", "without a cache"
 
 
@@ -45,26 +45,26 @@ class _Choices:
     """Our tokens of one continuation, chosen in one way."""
 
     tokens: list[int] = field(default_factory=list)
-    """Each after the reference's tokens before it; -1 where our logits are not finite."""
+    """Each token after the reference's tokens before it; -1 where our logits are not finite."""
     relative: list[float] = field(default_factory=list)
-    """|Δ| of the logits that each was chosen by, over the spread."""
+    """|Δ| of the logits behind each token, divided by their standard deviation."""
 
 
 class _Sequence:
-    """One continuation, on both sides."""
+    """One continuation on both sides."""
 
     def __init__(self, name: str, prompt: list[int], sampling: Sampling) -> None:
         self.name = name
         self.prompt = prompt
         self.sampling = sampling
         self.tokens: list[int] = []
-        """The reference's choices, with a cache."""
+        """Tokens that the reference chose with a cache."""
         self.choices = {_CACHED: _Choices(), _AT_ONCE: _Choices()}
         self._random = {way: np.random.default_rng(sampling.seed) for way in self.choices}
         self._reference_random = np.random.default_rng(sampling.seed)
 
     def choose(self, way: str, ours_V: np.ndarray, theirs_V: np.ndarray) -> None:
-        """Add a token by the logits of both sides."""
+        """Add a token from the logits of both sides."""
         if not np.isfinite(theirs_V).all():
             raise GptjError(
                 f"continuing {self.name!r}: the original's logits are NaN or infinite, so nothing "
@@ -81,12 +81,13 @@ class _Sequence:
             self.tokens.append(choose(theirs_V, self.sampling, self._reference_random))
 
     def unlike(self, way: str) -> list[int]:
-        """Indices of our tokens that are not the reference's."""
+        """Return the indices of our tokens that differ from the reference's."""
         pairs = enumerate(zip(self.choices[way].tokens, self.tokens, strict=True))
         return [n for n, (x, y) in pairs if x != y]
 
     def difference(self, tolerance: float) -> Difference | None:
-        """The first token that is another one, unless the logits agree: that is a tie."""
+        """Return the first token that differs although its logits do not agree; agreeing logits are
+        a tie."""
         for way, choices in self.choices.items():
             for n in self.unlike(way):
                 if not choices.relative[n] <= tolerance:
@@ -96,11 +97,11 @@ class _Sequence:
 
 
 _Group = Sequence[_Sequence]
-"""Continuations of one prompt, which are written as one batch."""
+"""Continuations of one prompt, which are generated as one batch."""
 
 
 def compare_generation(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Work[None]:
-    """Fill the level of a verdict, yielding progress.
+    """Judge the level, and add it to the verdict.
 
     Raises:
         GptjError: the reference's logits are NaN or infinite, so nothing can be judged.
@@ -154,7 +155,7 @@ def compare_generation(checkpoint: Checkpoint, source: Checkpoint, verdict: Verd
 
 
 def _decode(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[str]:
-    """Write every continuation token by token, all groups through each block in turn."""
+    """Generate every continuation token by token, all groups through each block in turn."""
     layers = range(reference.config.n_layer)
     length = max(len(s.prompt) for group in groups for s in group) + _NEW_TOKENS
     our_caches = [[ours.empty_cache(len(group), length) for _ in layers] for group in groups]
@@ -180,7 +181,7 @@ def _decode(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[str
 
 
 def _at_once(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[str]:
-    """Choose every token once more, from one pass over all of them."""
+    """Choose every token again, from one pass over all of them."""
     ids = [np.asarray([s.prompt + s.tokens[:-1] for s in group], np.int32) for group in groups]
     models = (ours, reference)
     states = [[model.embed(ids_BT) for ids_BT in ids] for model in models]
@@ -199,13 +200,13 @@ def _at_once(ours: Any, reference: Any, groups: Sequence[_Group]) -> Iterator[st
 
 
 def _positions(ids_BT: np.ndarray, start: int) -> np.ndarray:
-    """start, start + 1, … in each row: int32 (B, T)."""
+    """Return positions start, start + 1, … in each row: int32 (B, T)."""
     B, T = ids_BT.shape
     return np.tile(np.arange(start, start + T, dtype=np.int32), (B, 1))
 
 
 def _of_last_tokens(model: Any, states: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """Logits (B, T, V) of the last `count` tokens of each group."""
+    """Return logits (B, T, V) of the last `count` tokens of each group."""
     head = model.head()
     return head.logits(head.normed([x_BTD[:, -count:] for x_BTD in states]))
 
@@ -213,7 +214,7 @@ def _of_last_tokens(model: Any, states: Sequence[np.ndarray], count: int) -> lis
 def _choose(
     way: str, groups: Sequence[_Group], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
 ) -> None:
-    """A token of each sequence, by each of its logits in turn."""
+    """Choose a token of each sequence from each of its logits in turn."""
     for group, ours_BTV, theirs_BTV in zip(groups, ours, theirs, strict=True):
         for s, ours_TV, theirs_TV in zip(group, ours_BTV, theirs_BTV, strict=True):
             for ours_V, theirs_V in zip(ours_TV, theirs_TV, strict=True):
@@ -221,8 +222,8 @@ def _choose(
 
 
 def _published(source: Checkpoint, sequences: Sequence[_Sequence]) -> dict[str, Any] | None:
-    """The published continuation beside what was written; None unless it is the public model,
-    whose files the download has held against the hub's SHA-256."""
+    """Return the published continuation beside the generated one; None unless the source is the
+    public model, whose files the download compared with the hub's SHA-256."""
     facts, record = published(), read_record(source.folder)
     downloaded = {path.name for path in source.files}
     if not record or record.repository.lower() != facts.repository.lower():

@@ -1,7 +1,7 @@
-"""Level gradients: the loss' gradient of every tensor, against Hugging Face's model.
+"""Level gradients: the gradient of the loss for every tensor, against Hugging Face's model.
 
-Both models run forwards block by block, keep what each block was given, and go back through the
-blocks in reverse, one resident at a time.
+Both models run forward block by block, keep the input of each block, and run backward through the
+blocks, with one block in memory at a time.
 
 Shape suffixes: N tokens, T time, D hidden, V vocabulary.
 """
@@ -32,7 +32,7 @@ LEVEL = "gradients"
 
 @dataclass(slots=True)
 class _Tensor:
-    """What is known of one tensor's gradient; its parts are added up."""
+    """Figures of one tensor's gradient, added up part by part."""
 
     max_abs: float = 0.0
     squares: float = 0.0
@@ -46,24 +46,24 @@ class _Tensor:
 
     @property
     def relative(self) -> float:
-        """Largest |Δ| over the root of the mean square of the reference's gradient."""
+        """Largest |Δ| divided by the root mean square of the reference's gradient."""
         return over_spread(self.max_abs, (self.squares / self.size) ** 0.5)
 
 
 @dataclass(slots=True)
 class _Side:
-    """One model on its way forwards and back."""
+    """One model in its forward and backward pass."""
 
     model: Any
     state_BTD: np.ndarray
-    """Hidden states on the way forwards, then the gradient of them on the way back."""
+    """Hidden states in the forward pass, then their gradients in the backward pass."""
     inputs: list[np.ndarray] = field(default_factory=list)
-    """Of each block: (B, T, D)."""
+    """Input of each block: (B, T, D)."""
     loss: float = 0.0
 
 
 def compare_gradients(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict) -> Work[None]:
-    """Fill the level of a verdict, yielding progress.
+    """Judge the level, and add it to the verdict.
 
     Raises:
         GptjError: the reference's loss is NaN or infinite, so nothing can be judged.
@@ -97,12 +97,12 @@ def compare_gradients(checkpoint: Checkpoint, source: Checkpoint, verdict: Verdi
 
 
 def _rows(x_BTD: np.ndarray) -> np.ndarray:
-    """(B, T, D) → (N, D)."""
+    """Return (B, T, D) as (N, D)."""
     return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def _head(sides: Sequence[_Side], batch: Prompt, found: dict[str, _Tensor]) -> None:
-    """Loss, head and final norm; the head a part of the vocabulary at a time."""
+    """Compute loss, head and final norm; the head a part of the vocabulary at a time."""
     labels_N = labels(batch).reshape(-1)
     states = [_rows(side.state_BTD) for side in sides]
     normed = [side.model.head().normed([x])[0] for side, x in zip(sides, states, strict=True)]
@@ -112,7 +112,7 @@ def _head(sides: Sequence[_Side], batch: Prompt, found: dict[str, _Tensor]) -> N
         side.loss, d_NV = side.model.loss_gradients(logits_BTV[0], labels_N)
         d_logits.append(d_NV)
     d_normed = [np.zeros_like(x) for x in normed]
-    config = sides[1].model.config  # ours may share a head that the original has twice
+    config = sides[1].model.config  # our side may share a head that the original has twice
     for start, stop in parts(config):
         gradients = []
         for n, side in enumerate(sides):
@@ -175,7 +175,7 @@ def _judge(
         for t, f in ((t, found[t.hf]) for t in table(config))
     ]
     beyond = [t for t in table(config) if not found[t.hf].relative <= tolerance]
-    # Backwards a fault spoils what comes before it, so the last tensor is the nearest to it.
+    # In the backward pass a fault spoils everything before it, so the last tensor is nearest to it.
     for tensor in reversed(beyond):
         verdict.note(
             Difference(

@@ -1,4 +1,4 @@
-"""Level logits: what both checkpoints compute, block by block, against Hugging Face's own model.
+"""Level logits: outputs of both checkpoints, block by block, against Hugging Face's own model.
 
 Shape suffixes: B batch, T time, D hidden, N real tokens.
 """
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 LEVEL = "logits"
 
-#: Where a difference may lie outside of the blocks, by the names of Hugging Face's modules.
+#: Places outside the blocks where a difference may lie, by the names of Hugging Face's modules.
 _OF_EMBEDDING, _OF_NORM, _OF_HEAD = (
     spec.hf.removesuffix(".weight").removeprefix(HF_BODY)
     for spec in (EMBEDDING, FINAL_NORM[0], HEAD_WEIGHT)
 )
-#: What is named where a prompt alone differs that is run in a way of its own.
+#: Operation that is named when only a prompt that runs in a special way differs.
 _WAYS = {PADDED: "padding", DECODED: "cache"}
 
 
@@ -55,10 +55,11 @@ class _Followed:
     found_BTD: np.ndarray
     expected_BTD: np.ndarray
     stages: list[np.ndarray] = field(default_factory=list)
-    """|Δ| of each token over the spread: of the embedding, then after each block; (N,) each."""
+    """|Δ| of each token divided by the standard deviation: for the embedding, then after each
+    block; (N,) each."""
 
     def compare(self) -> float:
-        """Add a stage; returns the largest figure of it."""
+        """Add a stage, and return its largest figure."""
         real = self.prompt.real
         self.stages.append(relative_by_token(self.found_BTD[real], self.expected_BTD[real]))
         return float(self.stages[-1].max())
@@ -66,7 +67,7 @@ class _Followed:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a prompt's difference exceeds the tolerance first."""
+    """Place where a prompt's difference first exceeds the tolerance."""
 
     block: int | None
     operation: str | None
@@ -75,12 +76,12 @@ class _Place:
 def compare_outputs(
     checkpoint: Checkpoint, source: Checkpoint, verdict: Verdict, *, thorough: bool
 ) -> Work[None]:
-    """Fill the level of a verdict, yielding progress.
+    """Judge the level, and add it to the verdict.
 
     Args:
-        checkpoint, source: the sides; of one size.
-        verdict: is filled.
-        thorough: also a prompt of the model's full length.
+        checkpoint, source: both sides, of one size.
+        verdict: verdict that the level is added to.
+        thorough: whether to add a prompt of the model's full length.
 
     Raises:
         GptjError: the reference's logits are NaN or infinite, so nothing can be judged.
@@ -104,13 +105,13 @@ def compare_outputs(
 
 
 def common_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype that all of a checkpoint's tensors have; None: there are several."""
+    """Return the dtype of all of a checkpoint's tensors; None if there are several."""
     dtypes = {info.dtype for _, _, info in match(checkpoint)}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _rounds(source: Checkpoint, round_to: str | None) -> bool:
-    """Whether values of the source are changed by rounding to a dtype."""
+    """Return whether rounding to a dtype changes values of the source."""
     return round_to is not None and any(
         not is_lossless(info.dtype, round_to) for _, _, info in match(source)
     )
@@ -120,10 +121,11 @@ class _Pass:
     """All prompts on their way through both models.
 
     Args:
-        ours, reference: the models; no block is resident yet.
-        prompts: what is run.
-        tolerance: on |Δ| over the spread; beyond it, the operation is looked for.
-        rounds: whether the reference rounds its weights; then what that changes is measured.
+        ours, reference: both models, with no block loaded.
+        prompts: prompts to run.
+        tolerance: largest |Δ| divided by the standard deviation; beyond it the operation is looked
+            for.
+        rounds: whether the reference rounds its weights; then the effect of that is measured.
     """
 
     def __init__(
@@ -142,10 +144,10 @@ class _Pass:
         short = [f for f in self.followed if f.prompt.name in SHORT]
         self._short = short
         self._exact = [f.expected_BTD.astype(np.float64) for f in short]
-        """The same prompts in float64."""
+        """Hidden states of the same prompts in float64."""
         self._unrounded = [reference.embed(f.prompt.ids, rounded=False) for f in short if rounds]
         self.first: _Place | None = None
-        """Where any prompt exceeds the tolerance first."""
+        """Place where any prompt first exceeds the tolerance."""
         for f in self.followed:
             if not f.compare() <= tolerance:
                 self.first = self.first or _Place(None, _OF_EMBEDDING)
@@ -174,7 +176,7 @@ class _Pass:
     def _operation(
         self, ours: BlockPass, reference: ReferenceBlock, x_BTD: np.ndarray, prompt: Prompt
     ) -> str | None:
-        """The first operation of the resident block whose result differs on the same input."""
+        """Return the first operation of the block whose result differs for the same input."""
         if prompt.name in _WAYS:
             return _WAYS[prompt.name]
         found = ours.operations(x_BTD, prompt.positions)
@@ -185,7 +187,7 @@ class _Pass:
         return None
 
     def finish(self) -> _Outcome:
-        """The figures, once all blocks have run."""
+        """Return the figures, once all blocks have run."""
         our_head, their_head = self._ours.head(last=True), self._reference.head(last=True)
         states = [f.expected_BTD for f in self.followed]
         ours = our_head.normed([f.found_BTD for f in self.followed])
@@ -229,15 +231,15 @@ class _Outcome:
     finite: list[bool]
     """Whether the reference's logits of each prompt are finite."""
     noise: list[float]
-    """Of the short prompts: the reference in float32 against itself in float64."""
+    """Reference in float32 against itself in float64, for the short prompts."""
     ours_exact: list[float]
-    """Ours against the reference in float64."""
+    """Our model against the reference in float64."""
     rounding: list[float]
-    """The reference with rounded weights against itself without; [] if nothing is rounded."""
+    """Reference with rounded weights against itself without; empty if nothing is rounded."""
 
 
 def _worst(found_BTV: np.ndarray, expected_BTV: np.ndarray) -> float:
-    """|Δ| of logits over the spread."""
+    """Return the largest |Δ| of logits divided by the standard deviation."""
     with np.errstate(invalid="ignore"):
         return relative_difference(found_BTV, expected_BTV)
 

@@ -1,4 +1,5 @@
-"""Level structure: files, config and headers of a converted checkpoint against its source's."""
+"""Level structure: files, config and headers of a converted checkpoint against those of its
+source."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ from gptj_convert.verification.evidence.verdict import Difference, names
 from gptj_model.config import CONFIG_FILE, NOT_COMPUTED, GPTJConfig, differing_fields
 from gptj_model.errors import FileFault, GptjError, TensorFault
 
-#: Files up to this size are hashed at this level, larger ones at level weights.
+#: Largest size of files that are hashed at this level; larger ones are hashed at level weights.
 SMALL_FILE = 2**20
 
 
 def check_files(folder: Path) -> tuple[Manifest | None, list[Difference]]:
-    """The manifest, and the files that are not what it says; of large ones only by their size."""
+    """Return the manifest, and the files that differ from it; of large files only the size is
+    compared."""
     try:
         manifest = Manifest.read(folder)
     except FileFault as e:
@@ -44,14 +46,15 @@ def _size(path: Path) -> int | None:
 
 
 def file_difference(level: str, file: StatedFile) -> Difference:
-    """That a file is not what the manifest says."""
+    """Return the difference of a file that is not what the manifest says."""
     found, expected = file.fault or ("", "")
     diagnosis = of_file(_size(file.path), file.size)
     return Difference(level, found, expected, file=file.path.name, diagnosis=diagnosis)
 
 
 def unopened(fault: GptjError, of_files: Sequence[Difference]) -> Difference:
-    """That the checkpoint cannot be opened; with the file that may be why."""
+    """Return the difference of a checkpoint that cannot be opened, with the file that may be the
+    cause."""
     found = "; ".join(fault.problems) if isinstance(fault, TensorFault) else fault.message
     named = [d for d in of_files if d.file and d.file in found] or of_files
     file, diagnosis = (named[0].file, named[0].diagnosis) if named else (None, None)
@@ -64,10 +67,10 @@ def check_structure(
     config_file: Path | None,
     of_files: Sequence[Difference],
 ) -> list[Difference]:
-    """How config and tensors are not those of the source."""
+    """Return how config and tensors differ from those of the source."""
     wanted = source.config
     if checkpoint.config.tie_word_embeddings and not wanted.tie_word_embeddings:
-        # The same model, if the head that was left out is the embedding once more.
+        # It is the same model if the dropped head equals the embedding.
         wanted = replace(wanted, tie_word_embeddings=head_is_embedding(source))
     rows = vocabulary_size.rows(checkpoint.config, checkpoint.scheme, checkpoint.source.tensors)
     resized = of_vocabulary(rows, wanted.vocab_size)
@@ -96,7 +99,8 @@ def check_structure(
 
 
 def _faulty_tensor(checkpoint: Checkpoint) -> tuple[dict[str, str] | None, str | None]:
-    """Names of the first tensor that is missing or of another shape, and what became of it."""
+    """Return the names of the first tensor that is missing or has another shape, and what became of
+    it."""
     findings = [
         f
         for f in survey(checkpoint.source.tensors, checkpoint.scheme, checkpoint.config)
@@ -113,7 +117,7 @@ def _faulty_tensor(checkpoint: Checkpoint) -> tuple[dict[str, str] | None, str |
 
 
 def config_differences(found: GPTJConfig, expected: GPTJConfig) -> tuple[str, str] | None:
-    """Fields that change the computation and differ, in words: found, and expected."""
+    """Return the fields that change the computation and differ, in words: found, and expected."""
     pairs = differing_fields(found, expected)
     differing = {name: pair for name, pair in pairs.items() if name not in NOT_COMPUTED}
     if not differing:

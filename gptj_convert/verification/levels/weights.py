@@ -36,13 +36,13 @@ def compare(
     verdict: Verdict,
     named: Collection[str | None],
 ) -> Work[None]:
-    """Every tensor, bit for bit after rounding the source to the converted dtype.
+    """Compare every tensor bit for bit, after rounding the source to the converted dtype.
 
     Args:
-        checkpoint, source: the sides.
-        expected: `match` of the source.
-        manifest: of the converted side.
-        verdict: is filled.
+        checkpoint, source: both sides.
+        expected: result of `match` for the source.
+        manifest: manifest of the converted side.
+        verdict: verdict that the level is added to.
         named: files that level structure has found to differ.
     """
     result = verdict.levels["weights"] = LevelResult(ok=False)
@@ -121,7 +121,7 @@ def compare(
 
 
 def _changed_in_source(compared: Sequence[Compared], manifest: Manifest) -> list[Compared]:
-    """Tensors whose bytes in the source are not those that the manifest says were converted."""
+    """Return the tensors whose bytes in the source are not those that the manifest records."""
     return [
         c
         for c in compared
@@ -143,7 +143,7 @@ def _source_statement(c: Compared) -> Difference:
 def _stated_otherwise(
     c: Compared, checkpoint: Checkpoint, manifest: Manifest | None
 ) -> tuple[str, int] | None:
-    """Who states another checksum of a tensor than it has, and which."""
+    """Return who records another checksum of a tensor than it has, and which."""
     stated = stated_checksums(checkpoint.source, c.pair.name, manifest, c.pair.tensor.hf)
     return next(((by, crc) for by, crc in stated.items() if crc != c.found_crc), None)
 
@@ -169,7 +169,7 @@ def _tensor_difference(
 
 
 def _statement(c: Compared, checkpoint: Checkpoint, by: str, crc: int) -> Difference:
-    """That a checksum is wrong, although the values are right."""
+    """Return the difference of a wrong checksum whose values are right."""
     file = MANIFEST_FILE
     if by == BUNDLE_INDEX and isinstance(checkpoint.source, BundleSource):
         file = index_path(checkpoint.source.prefix).name

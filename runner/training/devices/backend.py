@@ -1,4 +1,4 @@
-"""Which of Keras' backends a run computes on: what each cannot do, and JAX's mesh of devices."""
+"""The Keras backend of a run: what each cannot do, and JAX's mesh of devices."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from runner.config.params import Params
 
 
 def check_backend(params: Params, *, mode: str, workers: int) -> None:
-    """See that the backend can do what is asked for.
+    """Check that the backend supports what is asked for.
 
     Args:
-        params: of the run.
-        mode: of the command line.
-        workers: processes that are to train together.
+        params: parameters of the run.
+        mode: mode of the command line.
+        workers: number of processes that train together.
 
     Raises:
-        ConfigError: it cannot; with everything that it cannot do.
+        ConfigError: names everything that the backend does not support.
     """
     if params.runconfig.backend != Backend.JAX:
         return
@@ -53,14 +53,14 @@ def _drops(params: Params) -> bool:
 
 
 def mesh_of(params: Params, devices: Callable[[], int]) -> Mesh:
-    """The mesh that the parameters name; else tensors are divided among all devices.
+    """Return the mesh that the parameters name, else one that divides tensors among all devices.
 
     Args:
-        params: of the run.
-        devices: says how many there are, if that matters.
+        params: parameters of the run.
+        devices: returns the number of devices; called only if it matters.
 
     Raises:
-        ConfigError: the model or a batch cannot be divided.
+        ConfigError: the mesh does not divide the model or a batch.
     """
     named = params.runconfig.mesh
     mesh = Mesh(*named) if named else Mesh(1, devices())

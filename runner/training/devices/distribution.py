@@ -1,8 +1,8 @@
 """Several processes that train one model: each holds a copy and computes its share of a batch.
 
 A few counts are exchanged before a step, so that the loss is the mean over the tokens of the whole
-batch, and the gradients after it. The exchange is TensorFlow's: NCCL between GPUs, a ring over
-gRPC between processors. Who takes part is said by TF_CONFIG, as TensorFlow defines it:
+batch, and the gradients after it. TensorFlow exchanges them: through NCCL between GPUs, in a ring
+over gRPC between CPUs. TF_CONFIG names the participants, as TensorFlow defines it:
 
     {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}
 """
@@ -30,19 +30,19 @@ PATIENCE = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Who takes part, and which of them this process is."""
+    """Participants, and which of them this process is."""
 
     addresses: tuple[str, ...]
     index: int
 
     @property
     def count(self) -> int:
-        """How many take part."""
+        """Number of participants."""
         return len(self.addresses)
 
 
 def cluster_here() -> Cluster | None:
-    """What TF_CONFIG says; None: there is no such variable.
+    """Return the cluster that TF_CONFIG names; None if the variable is not set.
 
     Raises:
         ConfigError: it is not as TensorFlow defines it, or names parameter servers.
@@ -71,20 +71,20 @@ def cluster_here() -> Cluster | None:
 
 
 class Workers(Protocol):
-    """Those that train one model together."""
+    """Processes that train one model together."""
 
     @property
     def index(self) -> int:
-        """Which one this is; 0 writes checkpoints and logs."""
+        """Index of this process; 0 writes checkpoints and logs."""
         ...
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of processes."""
         ...
 
     def total(self, values: Sequence[float]) -> np.ndarray:
-        """The sum over all workers of each number, float64.
+        """Return the sum over all workers of each number, float64.
 
         Raises:
             TrainingFault: a worker is gone.
@@ -92,7 +92,7 @@ class Workers(Protocol):
         ...
 
     def add_up(self, variables: Sequence[Any]) -> None:
-        """Make each variable the sum of those of all workers.
+        """Set each variable to the sum over all workers.
 
         Raises:
             TrainingFault: a worker is gone.
@@ -101,25 +101,25 @@ class Workers(Protocol):
 
 
 class Alone:
-    """One process, which has nobody to exchange with. See `Workers`."""
+    """A single process, which exchanges nothing."""
 
     index = 0
     count = 1
 
     def total(self, values: Sequence[float]) -> np.ndarray:
-        """The numbers."""
+        """Return the numbers."""
         return np.asarray(values, np.float64)
 
     def add_up(self, variables: Sequence[Any]) -> None:
-        """Nothing changes."""
+        """Do nothing."""
 
 
 class Together:
-    """One of several processes. See `Workers`.
+    """One of several processes.
 
     Args:
-        cluster: of more than one.
-        strategy: that knows the others.
+        cluster: cluster of more than one process.
+        strategy: TensorFlow's strategy, which knows the others.
     """
 
     def __init__(self, cluster: Cluster, strategy: Any) -> None:
@@ -131,14 +131,14 @@ class Together:
         self._strategy = strategy
 
     def total(self, values: Sequence[float]) -> np.ndarray:
-        """See `Workers`."""
+        """Implement `Workers`."""
         import tensorflow as tf
 
         with _losses_are_faults():
             return self._total(tf.constant(np.asarray(values, np.float64))).numpy()
 
     def add_up(self, variables: Sequence[Any]) -> None:
-        """See `Workers`; always the same variables."""
+        """Implement `Workers`; the variables must be the same at every call."""
         import tensorflow as tf
 
         if self._add_up is None:
@@ -165,14 +165,14 @@ class Together:
 
 
 def join(cluster: Cluster | None, waiting: Callable[[str], None]) -> Workers:
-    """Meet the other workers; call it before TensorFlow computes anything.
+    """Connect to the other workers; call it before TensorFlow computes anything.
 
     Args:
-        cluster: None, or of one: this process is alone.
-        waiting: is told for whom, if that takes long.
+        cluster: cluster to join; None, or one of a single process, stays alone.
+        waiting: is told whom it waits for, if that takes long.
 
     Raises:
-        TrainingFault: they do not come within `PATIENCE`.
+        TrainingFault: they do not appear within `PATIENCE`.
     """
     if cluster is None or cluster.count == 1:
         return Alone()
@@ -183,10 +183,10 @@ def join(cluster: Cluster | None, waiting: Callable[[str], None]) -> Workers:
 
         try:
             found.append(tf.distribute.MultiWorkerMirroredStrategy())
-        except Exception as e:  # it is raised again where it is waited for
+        except Exception as e:  # raised again where it is waited for
             found.append(e)
 
-    # TensorFlow waits without a limit, and not even an interruption ends it.
+    # TensorFlow waits without a limit, and not even an interrupt ends it.
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
     begun, told = time.monotonic(), False
@@ -211,7 +211,7 @@ def join(cluster: Cluster | None, waiting: Callable[[str], None]) -> Workers:
 
 
 def check_same(workers: Workers, values: Sequence[float]) -> bool:
-    """Whether all workers hold the same numbers; each learns it."""
+    """Return whether all workers hold the same numbers; each of them learns it."""
     first = workers.total([v if workers.index == 0 else 0.0 for v in values])
     differs = not np.array_equal(first, np.asarray(values, np.float64))
     return not workers.total([differs])[0]

@@ -1,4 +1,4 @@
-"""What trains: the protocol that a run's loop drives, wherever the weights are."""
+"""The protocol of executors, which the training loop drives wherever the weights are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runner.evaluation.evaluate import Evaluator
 
 
 class StepResult(NamedTuple):
-    """What one step found; nothing was updated if the norm is not finite."""
+    """Result of one step; nothing was updated if the norm is not finite."""
 
     loss: float
     """Mean over the batches of each batch's token mean, before the update."""
@@ -24,59 +24,58 @@ class StepResult(NamedTuple):
 
 
 class Executor(Protocol):
-    """Weights, slots, and the step that changes both."""
+    """Weights, optimizer slots, and the step that changes both.
 
-    @property
-    def trained(self) -> Sequence[Tensor]:
-        """Rows of what it updates."""
-        ...
+    Every executor inherits from this class, and so gets the defaults below.
+    """
 
-    @property
-    def saves_every_step(self) -> bool:
-        """Whether its state is on the disk, so that every step ends with a checkpoint."""
-        ...
-
-    @property
-    def devices(self) -> int:
-        """How many compute a step, of which each is as fast as the one Keras takes by itself."""
-        ...
+    trained: Sequence[Tensor]
+    """Rows that a step updates."""
+    saves_every_step: bool = False
+    """Whether the state is on disk, so that every step ends with a checkpoint."""
+    devices: int = 1
+    """Number of devices that compute a step, each as fast as the one that Keras uses by default."""
 
     @property
     def placement(self) -> str | None:
-        """Where weights and slots are, in words, if they are divided."""
-        ...
+        """Where weights and slots are, in words, if they are divided among devices."""
+        return None
 
     def load(self, source: TensorSource, scheme: Scheme) -> None:
-        """Take the weights of a checkpoint whose tensors are those of the table."""
+        """Load the weights of a checkpoint whose tensors are those of the table."""
         ...
 
     def initialize(self) -> None:
-        """Give the weights random values, as the YAML says."""
+        """Initialize the weights at random, as the YAML says."""
         ...
 
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take A and B of the adapter that is trained, by HF name and in HF's layout."""
-        ...
+        """Load A and B of the trained adapter, by HF name and in HF's layout.
+
+        Raises:
+            NotImplementedError: the executor trains no adapter.
+        """
+        raise NotImplementedError
 
     def load_state(self, source: TensorSource, step: int) -> str | None:
-        """Take what else there is in a checkpoint of this step: slots, an adapter.
+        """Load what else a checkpoint of this step has: slots, an adapter.
 
         Returns:
-            What is missing there, and therefore begins anew; None: nothing is.
+            What is missing there, and therefore starts from scratch; None if nothing is.
         """
         ...
 
     def step(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> StepResult:
-        """Update the weights once, or nothing if the norm is not finite; the update may go on
-        behind what is done next.
+        """Update the weights once, unless the norm is not finite; the update may continue in the
+        background.
 
         Args:
-            group: the batches whose gradients are averaged.
-            draw: seed and counter that the dropout masks begin with.
-            scale: what the loss is multiplied by for the gradients.
-            rate: of learning.
+            group: batches whose gradients are averaged.
+            draw: seed and counter that the dropout masks start from.
+            scale: factor on the loss, for the gradients.
+            rate: learning rate.
         """
         ...
 
@@ -85,29 +84,28 @@ class Executor(Protocol):
         ...
 
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
-        """Make the checkpoint of a step durable; returns its prefix.
+        """Make the checkpoint of a step durable, and return its prefix.
 
         Args:
-            step: the last that was made.
+            step: step that was completed last.
             state: further scalars of the run, by name.
-            stays: whether it is kept when the next one is there, as far as keep_checkpoint_max
-                allows. One that is not may become durable later, but before the next step's loss
-                is known.
+            stays: whether it is kept after the next checkpoint, as far as keep_checkpoint_max
+                allows. One that is not may become durable later, but before the next step's loss is
+                known.
 
         Raises:
-            OSError: the disk is full or not writable; earlier checkpoints are as they were. If it
-                shows later, the next call raises it.
+            OSError: the disk is full or not writable; earlier checkpoints are unchanged. An error
+                in the background is raised by the next call.
         """
         ...
 
     def evaluator(self) -> Evaluator:
-        """The weights as they are at each evaluation."""
+        """Return an evaluator of the weights as they are at each evaluation."""
         ...
 
     def weights(self) -> Mapping[str, Any]:
-        """By HF name; what becomes an array when it is asked to."""
+        """Return the weights by HF name, as values that numpy can convert to arrays."""
         ...
 
     def close(self) -> None:
-        """Give back files and threads; closing twice is harmless."""
-        ...
+        """Close files and threads, if there are any; closing twice is harmless."""

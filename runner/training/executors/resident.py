@@ -1,4 +1,4 @@
-"""A model that is in memory with its slots, trained by compiled programs."""
+"""Training of a model in memory by compiled programs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
@@ -17,7 +18,7 @@ from runner.config.params import Params
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, ResidentEvaluator
 from runner.training.devices.distribution import Workers
-from runner.training.executors.executor import StepResult
+from runner.training.executors.executor import Executor, StepResult
 from runner.training.executors.step import TrainStep
 from runner.training.run import checkpoints
 from runner.training.update.optimizer import Optimizer
@@ -25,22 +26,20 @@ from runner.training.weights.initialize import initialize
 from runner.training.weights.lora import trained_weights
 
 
-class ResidentExecutor:
-    """See `Executor`.
+class ResidentExecutor(Executor):
+    """Executor of a model whose weights and slots are in memory.
 
     Args:
-        config: of the model.
-        params: of the run.
-        model_dir: the run's folder.
-        workers: that train the same model; the first writes its checkpoints.
+        config: configuration of the model.
+        params: parameters of the run.
+        model_dir: folder of the run.
+        workers: workers that train the same model; the first writes its checkpoints.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: as `trained_rows` raises it.
     """
 
-    saves_every_step = False
-    placement = None
-
+    @override
     def __init__(
         self, config: GPTJConfig, params: Params, model_dir: Path, workers: Workers
     ) -> None:
@@ -57,21 +56,21 @@ class ResidentExecutor:
         self.trained = list(weights)
         self.devices = workers.count
 
+    @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
-        """See `Executor`."""
         load_weights(self.model, source, scheme)
 
+    @override
     def initialize(self) -> None:
-        """See `Executor`."""
         initialize(self.model, self._params)
 
+    @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
-        """See `Executor`."""
         assert self._adapter, "checked"
         self._adapter.begin(values)
 
+    @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
-        """See `Executor`."""
         if self._adapter:
             if not self._adapter.load(source):
                 return "no such adapter: it begins anew"
@@ -80,19 +79,19 @@ class ResidentExecutor:
             return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
         return None
 
+    @override
     def step(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> StepResult:
-        """See `Executor`."""
         self.model.seeds.state.assign(draw)
         return self._compute(group, scale, rate)
 
+    @override
     def advance(self) -> None:
-        """See `Executor`."""
         self._optimizer.advance()
 
+    @override
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
-        """See `Executor`."""
         if self._workers.index:
             return checkpoints.prefix(self._model_dir, step)
         found = variables(self.model)
@@ -103,13 +102,14 @@ class ResidentExecutor:
         limit = self._params.runconfig.keep_checkpoint_max or 0
         return checkpoints.save(self._model_dir, step, tensors | dict(state), keep=limit)
 
+    @override
     def evaluator(self) -> Evaluator:
-        """See `Executor`."""
         return ResidentEvaluator(self.model)
 
+    @override
     def weights(self) -> Mapping[str, Any]:
-        """See `Executor`."""
         return variables(self.model)
 
+    @override
     def close(self) -> None:
         """See `Executor`; there are none."""

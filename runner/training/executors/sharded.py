@@ -1,7 +1,7 @@
-"""A model that is divided among devices with its slots, trained by one program on JAX.
+"""Training of a model that is divided among devices with its slots, by one program on JAX.
 
-Keras places the variables (`keras.distribution.ModelParallel`, by the table of
-`gptj_model.sharding`); the compiler finds out what the devices must exchange.
+Keras places the variables (`keras.distribution.ModelParallel`, by the `split` column of the table);
+the compiler finds out what the devices must exchange.
 
 Shape suffixes: n batches of an update, B batch, T time.
 """
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from typing_extensions import override
 
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
@@ -32,31 +33,30 @@ from runner.config.trainable import trained_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
 from runner.training.devices.backend import mesh_of
-from runner.training.executors.executor import StepResult
+from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
 from runner.training.update.rule import BetaPowers, UpdateRule
 from runner.training.weights.initialize import initialize
 from runner.training.weights.lazy_array import LazyArray
 
-#: The numbers that JAX's generators begin with have 32 bits.
+#: Number of seeds of JAX's generators, which have 32 bits.
 _SEEDS = 2**32
 
 
-class ShardedExecutor:
-    """See `Executor`.
+class ShardedExecutor(Executor):
+    """Executor of a model whose weights and slots are divided among devices.
 
     Args:
-        config: of the model.
-        params: of the run.
-        model_dir: the run's folder.
+        config: configuration of the model.
+        params: parameters of the run.
+        model_dir: folder of the run.
 
     Raises:
-        ConfigError: the mesh does not divide model or batch, or there are not so many devices;
-            see also `trained_rows`.
+        ConfigError: the mesh does not divide model or batch, or there are too few devices; see also
+            `trained_rows`.
     """
 
-    saves_every_step = False
-
+    @override
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
         self._config = config
         self._params = params
@@ -84,7 +84,7 @@ class ShardedExecutor:
 
     @property
     def placement(self) -> str:
-        """See `Executor`; what is there, not what was planned."""
+        """Where weights and slots are, read from the arrays themselves."""
         slots = (array for old in self._slots.values() for array in old)
         held = Counter[Any]()
         for array in (*(v.value for v in self._variables.values()), *slots):
@@ -96,20 +96,21 @@ class ShardedExecutor:
             "bytes of weights and slots each"
         )
 
+    @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
-        """See `Executor`."""
         load_weights(self._model, source, scheme)
 
+    @override
     def initialize(self) -> None:
-        """See `Executor`."""
         initialize(self._model, self._params)
 
+    @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
-        """See `Executor`; all weights are trained here."""
+        """Refuse an adapter: all weights are trained here."""
         raise NotImplementedError
 
+    @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
-        """See `Executor`."""
         if any(name not in source.tensors for t in self.trained for name in self._rule.slots(t)):
             return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
         for tensor, old in self._slots.items():
@@ -119,10 +120,10 @@ class ShardedExecutor:
         self._powers.load(source, step)
         return None
 
+    @override
     def step(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> StepResult:
-        """See `Executor`."""
         arguments = self._arguments(group, draw, scale, rate)
         weights, slots, loss, norm = self._update(*arguments)
         for tensor in self.trained:
@@ -131,16 +132,17 @@ class ShardedExecutor:
         return StepResult(float(loss), float(norm))
 
     def compiled(self, batch: Batch) -> Any:
-        """The program of a step with such batches, as JAX gives it; nothing is run."""
+        """Return JAX's compiled program of a step with such batches; nothing runs."""
         group = [batch] * self._params.optimizer.grad_accum_steps
         return self._update.lower(*self._arguments(group, (0, 0), 1.0, 1.0)).compile()
 
+    @override
     def advance(self) -> None:
-        """See `Executor`."""
         self._powers.advance()
 
+    @override
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
-        """See `Executor`; one tensor at a time is gathered from the devices."""
+        """Save the checkpoint of a step; one tensor at a time is gathered from the devices."""
         found = {t.tf: self._variables[t.hf].value for t in table(self._config)}
         for tensor, values in self._slots.items():
             found |= dict(zip(self._rule.slots(tensor), values, strict=True))
@@ -149,16 +151,17 @@ class ShardedExecutor:
         limit = self._params.runconfig.keep_checkpoint_max or 0
         return checkpoints.save(self._model_dir, step, tensors, keep=limit)
 
+    @override
     def evaluator(self) -> Evaluator:
-        """See `Executor`."""
         return _Evaluator(self._model, self._variables, self._sharding(BATCH))
 
+    @override
     def weights(self) -> Mapping[str, Any]:
-        """See `Executor`."""
         return {name: _gathered(v.value) for name, v in self._variables.items()}
 
+    @override
     def close(self) -> None:
-        """See `Executor`; there are none."""
+        """Do nothing: there are no files or threads."""
 
     def _sharding(self, *spec: str | None) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec(*spec))
@@ -166,7 +169,7 @@ class ShardedExecutor:
     def _arguments(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> tuple[Any, ...]:
-        """Of `_run`, on the devices; what it overwrites is in the first two."""
+        """Return the arguments of `_run` on the devices; it overwrites the first two."""
         columns = zip(*group, strict=True)
         stacked = [np.stack([np.asarray(part_BT) for part_BT in column]) for column in columns]
         batches_nBT = jax.device_put(stacked, self._sharding(None, BATCH))
@@ -177,12 +180,12 @@ class ShardedExecutor:
         return weights, slots, rest, seed, batches_nBT, *scalars
 
     def _weights(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Values by HF name: of what is trained, and of the rest."""
+        """Return the values of trained weights and of the others, by HF name."""
         values = {name: v.value for name, v in self._variables.items()}
         return {t.hf: values.pop(t.hf) for t in self.trained}, values
 
     def _run(self, weights, slots, rest, seed, batches_nBT, scale, rate, correction):
-        """One update: new weights and slots, mean loss, norm. Traced, not run."""
+        """Return new weights and slots, mean loss and norm of one update. Traced, not run."""
         loss, gradients = self._gradients(weights, rest, seed, batches_nBT, scale)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients.values()))
         finite = jnp.isfinite(norm)
@@ -199,7 +202,8 @@ class ShardedExecutor:
         return weights, slots, loss, norm
 
     def _gradients(self, weights, rest, seed, batches_nBT, scale):
-        """Means over the batches of loss and gradients, these unscaled and in float32."""
+        """Return loss and gradients, averaged over the batches; the gradients are unscaled, in
+        float32."""
         count = len(batches_nBT[0])
 
         def scaled_loss(weights, seed, batch):
@@ -220,7 +224,7 @@ class ShardedExecutor:
         return jnp.mean(losses), gradients
 
     def _loss(self, values, seed, batch):
-        """Token mean of one batch, and what the seed has become."""
+        """Return the token mean of one batch, and the new state of the seed."""
         ids_BT, ignored_BT, labels_BT = batch
         state = self._model.seeds.state
         pairs = [(v, values[name]) for name, v in self._variables.items()]
@@ -232,7 +236,7 @@ class ShardedExecutor:
 
 
 class _Evaluator:
-    """See `Evaluator`; the weights are what they are at each batch."""
+    """Evaluator of the weights as they are at each batch."""
 
     def __init__(
         self, model: GPTJ, variables: Mapping[str, Any], batch_sharding: NamedSharding
@@ -250,16 +254,16 @@ class _Evaluator:
         self._run = run
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
-        """See `Evaluator`."""
+        """Implement `Evaluator`."""
         for batch in batches:
             values = {name: v.value for name, v in self._variables.items()}
             yield self._run(values, *jax.device_put(list(map(np.asarray, batch)), self._sharding))
 
 
 def _gathered(array: jax.Array) -> LazyArray:
-    """An array of many devices that is brought together when it is read.
+    """Return an array that is gathered from its devices when it is read.
 
-    JAX keeps a copy on the host of every array that was read, for as long as the array lives.
+    JAX keeps a host copy of every array that was read, for as long as the array lives.
     """
 
     def gather() -> np.ndarray:
@@ -272,7 +276,7 @@ def _gathered(array: jax.Array) -> LazyArray:
 
 
 def _device_mesh(params: Params) -> jax.sharding.Mesh:
-    """The devices in the shape that the parameters ask for."""
+    """Return the devices in the shape that the parameters ask for."""
     devices = jax.devices()
     mesh = mesh_of(params, lambda: len(devices))
     if mesh.size > len(devices):
@@ -287,7 +291,7 @@ def _device_mesh(params: Params) -> jax.sharding.Mesh:
 
 
 def _distribution(config: GPTJConfig, mesh: jax.sharding.Mesh) -> Any:
-    """What places each variable, by the path that Keras gives it."""
+    """Return the distribution that places each variable by its Keras path."""
     shape = (mesh.shape[BATCH], mesh.shape[MODEL])
     names = [f"{d.platform}:{d.id}" for d in mesh.devices.flat]
     device_mesh = keras.distribution.DeviceMesh(shape, (BATCH, MODEL), names)

@@ -1,4 +1,4 @@
-"""One step of training, compiled: one program for loss, gradients and slots, one for weights.
+"""One compiled training step: one program for loss, gradients and slots, one for weights.
 
 Shape suffixes: B batch, T time.
 """
@@ -18,13 +18,13 @@ from runner.training.update.optimizer import Optimizer
 
 
 class TrainStep:
-    """The update of a model by one or several batches.
+    """Update of a model by one or several batches.
 
     Args:
-        model: its weights are those of the optimizer.
-        optimizer: see there.
-        accumulate: batches of one update.
-        workers: that compute a share of each batch.
+        model: model whose weights the optimizer updates.
+        optimizer: slots, and the update rule.
+        accumulate: number of batches per update.
+        workers: workers that share each batch.
     """
 
     def __init__(
@@ -36,23 +36,23 @@ class TrainStep:
         self._workers = workers
         self._sums: list[tf.Variable] = []
         if accumulate > 1 or workers.count > 1:
-            # One array a weight, whatever the number of batches.
+            # One array per weight, whatever the number of batches.
             shapes = [w.shape for w in optimizer.weights.values()]
             self._sums = [tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes]
-        # XLA fuses what is done to each element, in softmax, GELU and update; where most of the
-        # time goes that multiplications leave.
+        # XLA fuses the elementwise operations of softmax, GELU and update, which take most of the
+        # time that multiplications leave.
         self._whole = tf.function(self._run_whole, jit_compile=True, autograph=False)
         self._add = tf.function(self._run_add, jit_compile=True, autograph=False)
         self._take = tf.function(self._run_take, jit_compile=True, autograph=False)
         self._move = tf.function(optimizer.move, jit_compile=True, autograph=False)
 
     def __call__(self, group: Sequence[Batch], scale: float, rate: float) -> StepResult:
-        """Update the weights once; the optimizer counts it only if the norm is finite.
+        """Update the weights once; the optimizer counts the update only if the norm is finite.
 
         Args:
-            group: as many batches as are accumulated; of each, this worker's share.
-            scale: what the loss is multiplied by for the gradients.
-            rate: of learning.
+            group: as many batches as are accumulated, each with this worker's share.
+            scale: factor on the loss, for the gradients.
+            rate: learning rate.
         """
         factor = tf.constant(scale, tf.float32)
         learning_rate, correction = self._optimizer.arguments(rate)
@@ -71,14 +71,14 @@ class TrainStep:
         return StepResult(loss, float(norm))
 
     def compiled(self, batch: Batch) -> str:
-        """The compiled program of one batch, as text; nothing is run."""
+        """Return the compiled program of one batch as text; nothing runs."""
         one = tf.constant(1.0)
         if not self._sums:
             return program_text(self._whole, *batch, one, one)
         return program_text(self._add, *batch, one, one, tf.constant(True))
 
     def _shares(self, group: Sequence[Batch]) -> list[float]:
-        """Of each batch's tokens that count, what part is with this worker."""
+        """Return this worker's share of the tokens that count, for each batch."""
         if self._workers.count == 1:
             return [1.0] * len(group)
         counts = [float(tf.reduce_sum(1.0 - ignored_BT)) for _, ignored_BT, _ in group]
@@ -99,7 +99,7 @@ class TrainStep:
         return self._optimizer.take([s.value() for s in self._sums], rate)
 
     def _gradients(self, ids_BT, ignored_BT, labels_BT, scale, share=1.0):
-        """Loss, and its share in the update's gradients in float32, unscaled."""
+        """Return the loss, and its contribution to the update's gradients in float32, unscaled."""
         weights = [w.value for w in self._optimizer.weights.values()]
         with tf.GradientTape() as tape:
             loss = self._model.token_loss(ids_BT, labels_BT, ignored_BT, training=True).mean
@@ -107,8 +107,8 @@ class TrainStep:
         masks = self._model.seeds.state
         drawn = tf.identity(masks.value)
         gradients = tape.gradient(scaled, weights)
-        # A block that is computed again takes the generator back to its own masks, and the next
-        # batch must not begin there.
+        # A recomputed block resets the generator to its own masks, where the next batch must not
+        # start.
         masks.assign(drawn)
         # The embedding's gradient comes as rows; the norm is that of the whole matrix.
         dense = [tf.convert_to_tensor(g) for g in gradients]

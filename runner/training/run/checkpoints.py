@@ -1,7 +1,7 @@
-"""A run's checkpoints: `model.ckpt-N`, in the names and the format of the reference.
+"""Checkpoints of a run, `model.ckpt-N`, in the names and the format of the reference.
 
-A checkpoint counts once its index file is there, which is written last. Nothing older is
-deleted before that, and nothing that is not listed here is ever deleted.
+A checkpoint counts once its index file exists, which is written last. Nothing older is deleted
+before that, and nothing that is not listed here is ever deleted.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _FILE_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-(\d+)\.(?:index|data-\d+-of-\
 
 
 def steps(model_dir: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, rising."""
+    """Return the steps of the checkpoints in a folder, in rising order."""
     return _numbers(model_dir, _INDEX_NAME)
 
 
 def prefix(model_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the path prefix of the checkpoint of a step."""
     return model_dir / f"{RUN_PREFIX}-{step}"
 
 
 def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of a step durably, then drop the oldest beyond `keep` (0: none).
+    """Write the checkpoint of a step durably, then delete the oldest beyond `keep` (0 keeps all).
 
     Args:
-        model_dir: the run's folder.
-        step: of the checkpoint.
+        model_dir: folder of the run.
+        step: step of the checkpoint.
         tensors: arrays or variables; a variable is copied only while it is written.
-        keep: how many.
+        keep: number of checkpoints to keep.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are as they were.
+        OSError: the disk is full or not writable; earlier checkpoints are unchanged.
     """
     infos = {name: _info(value) for name, value in tensors.items()}
     with closing(Draft(model_dir, infos)) as draft:
@@ -67,13 +67,13 @@ def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -
 
 
 class Draft:
-    """A checkpoint in the making, which nobody finds before it is published.
+    """A checkpoint that is being written, invisible until it is published.
 
-    It is a `TensorSource` all the while: who reads what is not written yet waits for it.
+    It is a `TensorSource` meanwhile: reading what is not yet written waits for it.
 
     Args:
-        model_dir: the run's folder.
-        tensors: what it will hold, but for what `publish` adds.
+        model_dir: folder of the run.
+        tensors: dtype and shape of what it will hold, except what `publish` adds.
 
     Raises:
         FileFault: the disk is full or not writable.
@@ -92,14 +92,14 @@ class Draft:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """See `TensorSource`."""
+        """Every tensor, by name."""
         return self._writer.tensors
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `TensorSource`.
+        """Implement `TensorSource`.
 
         Raises:
-            Exception: what came between, if it will never be written.
+            Exception: the error because of which the values will never be written.
         """
         writer, end = self._writer, offset + len(buffer)
         with self._grown:
@@ -109,7 +109,7 @@ class Draft:
         self._file.read_into(writer.begins[name] + offset, buffer, f"tensor {name!r}")
 
     def append(self, name: str, values: np.ndarray) -> None:
-        """Write what follows of a tensor; see `BundleWriter.append`.
+        """Write the next part of a tensor; see `BundleWriter.append`.
 
         Raises:
             FileFault: the disk is full or not writable.
@@ -120,14 +120,14 @@ class Draft:
             self._grown.notify_all()
 
     def publish(self, step: int, more: Mapping[str, np.ndarray] | None = None) -> Path:
-        """Make it durable as the checkpoint of a step; returns its prefix.
+        """Make it durable as the checkpoint of a step, and return its prefix.
 
         Args:
-            step: is stored too.
+            step: step of the checkpoint, which is stored too.
             more: small tensors that were not known before.
 
         Raises:
-            OSError: the disk is full or not writable; earlier checkpoints are as they were.
+            OSError: the disk is full or not writable; earlier checkpoints are unchanged.
         """
         final = prefix(self._model_dir, step)
         with self.kept_whole():
@@ -140,7 +140,7 @@ class Draft:
         return final
 
     def close(self) -> None:
-        """Close the files, and give up what was not published; closing twice is harmless."""
+        """Close the files, and discard what was not published; closing twice is harmless."""
         self._writer.close()
         self._file.close()
         if not self._published:
@@ -148,7 +148,7 @@ class Draft:
 
     @contextmanager
     def kept_whole(self) -> Iterator[None]:
-        """Nothing is left of a draft that fails, and nobody waits for it."""
+        """Remove a draft that fails, and wake whoever waits for it."""
         try:
             yield
         except BaseException as e:
@@ -160,17 +160,18 @@ class Draft:
 
 
 def retain(model_dir: Path, *, keep: int, superseded: int | None = None) -> None:
-    """Drop the oldest checkpoints beyond `keep` (0: none), and name the others in the state file.
+    """Delete the oldest checkpoints beyond `keep` (0 keeps all), and list the others in the state
+    file.
 
     Args:
-        model_dir: the run's folder, with at least one checkpoint.
-        keep: how many.
-        superseded: a step whose checkpoint goes in any case.
+        model_dir: folder of the run, with at least one checkpoint.
+        keep: number of checkpoints to keep.
+        superseded: step whose checkpoint is deleted in any case.
     """
     known = [step for step in steps(model_dir) if step != superseded]
     kept = known[-keep:] if keep else known
     _write_state(model_dir, kept)
-    # Of what was being written or removed when a run was killed, data are left without an index.
+    # A run that was killed while it wrote or deleted leaves data without an index.
     for old in _numbers(model_dir, _FILE_NAME):
         if old == superseded or (keep and old < kept[0]):
             _remove(prefix(model_dir, old))
@@ -179,15 +180,15 @@ def retain(model_dir: Path, *, keep: int, superseded: int | None = None) -> None
 def open_newest(
     model_dir: Path, *, strict: bool, warn: Callable[[str], None]
 ) -> tuple[int, BundleSource]:
-    """Step and content of the newest whole checkpoint; its checksums hold.
+    """Return step and content of the newest checkpoint whose checksums match.
 
     Args:
-        model_dir: the run's folder.
-        strict: take none but the newest.
-        warn: is told of each newer one that is damaged.
+        model_dir: folder of the run.
+        strict: whether only the newest is accepted.
+        warn: is called with a message about each newer one that is damaged.
 
     Raises:
-        TrainingFault: none is whole; or, if `strict`, the newest is not.
+        TrainingFault: all are damaged or, if `strict`, the newest is.
     """
     found = steps(model_dir)
     _check_state(model_dir, found)
@@ -231,13 +232,13 @@ def _write_state(model_dir: Path, kept: list[int]) -> None:
 
 
 def _info(value: Any) -> TensorInfo:
-    """Of an array, a Keras or a TensorFlow variable."""
+    """Return dtype and shape of an array, or of a Keras or TensorFlow variable."""
     name = value.dtype if isinstance(value.dtype, str) else value.dtype.name
     return TensorInfo(name, tuple(value.shape))
 
 
 def _numbers(model_dir: Path, name: re.Pattern[str]) -> list[int]:
-    """Steps in the names of files, rising."""
+    """Return the steps in the names of files, in rising order."""
     if not model_dir.is_dir():
         return []
     matches = (name.fullmatch(p.name) for p in model_dir.iterdir())

@@ -1,4 +1,4 @@
-"""The parameters that a run goes on with elsewhere, beside the state of its optimizer."""
+"""The parameters that a run continues with in another format, beside its optimizer state."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from runner.training.update.schedules import learning_rate
 
 
 def continuation(checkpoint: Checkpoint, state: OptimizerState, grouping: Grouping) -> Continuation:
-    """State and parameters: of a TensorFlow run those of its params.yaml, else what the state
-    itself says of its optimizer, the rest being that of continued pre-training.
+    """Return state and parameters: for a TensorFlow run those of its params.yaml, else what the
+    state says about its optimizer, with the rest of continued pre-training.
 
     Raises:
-        ConfigError: the params.yaml cannot be read, or is of another optimizer.
+        ConfigError: the params.yaml cannot be read, or has another optimizer.
     """
     values = _params(checkpoint, state)
     optimizer = validate(dict(values), {}, where=f"parameters of {checkpoint.path}").optimizer
@@ -46,7 +46,7 @@ def continuation(checkpoint: Checkpoint, state: OptimizerState, grouping: Groupi
 
 def _params(checkpoint: Checkpoint, state: OptimizerState) -> dict[str, Any]:
     if checkpoint.scheme is Scheme.TF and (path := params_beside(checkpoint.files[0])):
-        load_params(path)  # for its errors, which have lines
+        load_params(path)  # for its errors, which name lines
         return complete_for_reference(read_yaml(path))
     values = continued_pretraining(checkpoint.config)
     values["optimizer"] |= {"use_bias_correction": bool(state.powers)}

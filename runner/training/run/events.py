@@ -1,4 +1,4 @@
-"""What a training run tells while it goes on. The core yields these; the edge draws them."""
+"""Events of a training run. The core yields them; the edge shows them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepDone:
-    """One update. `loss` is the one before it."""
+    """One update. `loss` is the loss before it."""
 
     step: int
     loss: float
     learning_rate: float
     unclipped_grad_norm: float
     loss_scale: float | None = None
-    """The scale after it, where that is dynamic."""
+    """Loss scale after the update, where it is dynamic."""
     skipped: int = 0
-    """Steps so far that gave no update, because gradients overflowed."""
+    """Number of steps so far without an update, because gradients overflowed."""
     resources: Mapping[str, float | None] = field(default_factory=dict)
-    """Figures of the time since the last such event: see `runner.training.run.meter`."""
+    """Figures since the last such event; see `runner.training.run.meter`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Gradients overflowed: nothing was updated, and the loss scale takes note."""
+    """A step whose gradients overflowed: nothing was updated, and the loss scale reacts."""
 
     step: int
-    """The last update."""
+    """Last update."""
     loss_scale: float
-    """From now on."""
+    """Loss scale from now on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint is durable."""
+    """A checkpoint that is durable."""
 
     step: int
     path: Path
@@ -51,7 +51,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Warning:
-    """Something a person should know."""
+    """Something that a person should know."""
 
     text: str
 

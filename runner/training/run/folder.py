@@ -1,4 +1,4 @@
-"""A run's folder: held by one process, its parameters kept, and changed only on purpose."""
+"""The folder of a run: held by one process, with parameters that change only on purpose."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from runner.config.params import Params
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 
-#: Parameters that a continued run may change: how far and how often, not what is computed.
+#: Parameters that a resumed run may change: how long and how often, not what is computed.
 _FREE = ("runconfig", "eval_input", "model.recompute", "optimizer.log_hists")
-#: The position in the data that a run begins at.
+#: Position in the data that a run starts at.
 _SKIPPED = "train_input.skip_steps"
-#: Dropout masks are a worker's own.
+#: Parameters that bind a run: dropout masks differ from worker to worker.
 _BOUND = ("runconfig.workers",)
 
 
 @contextmanager
 def locked(model_dir: Path) -> Iterator[None]:
-    """Hold the run's folder for this process; the kernel frees it when the process ends.
+    """Hold the run's folder for this process; the kernel releases it when the process ends.
 
     Raises:
         TrainingFault: another process holds it.
@@ -40,7 +40,7 @@ def locked(model_dir: Path) -> Iterator[None]:
                 hint="wait for it, stop it, or name another --model-dir",
             )
         for left in model_dir.glob(f"{PARTIAL}*"):
-            left.unlink()  # of a process that was killed
+            left.unlink()  # left by a process that was killed
         yield
 
 
@@ -48,14 +48,14 @@ def kept_config(model_dir: Path, params: Params) -> GPTJConfig:
     """Return the config of a run that has checkpoints; a run of the reference has only its YAML.
 
     Raises:
-        ConfigError: it cannot be read, or is not a GPT-J's.
+        ConfigError: the config cannot be read, or describes no GPT-J.
     """
     path = model_dir / CONFIG_FILE
     return GPTJConfig.from_file(path) if path.is_file() else params.config
 
 
-#: Parameters that change nothing of a run that has checkpoints: they say how weights begin, what
-#: is logged, or nothing at all. The architecture is held against the checkpoint itself.
+#: Parameters without effect on a run that has checkpoints: they concern initial weights or logging,
+#: or nothing at all. The architecture is compared with the checkpoint itself.
 _WITHOUT_EFFECT = (
     "csconfig",
     "train_input.data_processor",
@@ -77,7 +77,7 @@ _WITHOUT_EFFECT = (
     "optimizer.log_summaries",
     "optimizer.ws_summary",
 )
-#: Settings of the optimizer that not every one of them reads.
+#: Settings of the optimizer that only some optimizers read.
 _READ_BY = {
     "momentum": ("momentum",),
     "beta1": ADAMS,
@@ -89,14 +89,14 @@ _READ_BY = {
     "exclude_from_weight_decay": ("adamw",),
     "use_bias_correction": ("adamw",),
 }
-#: Settings that only a dynamic loss scale reads, and those that only "dynamic" does.
+#: Settings that only dynamic loss scales read, and those that only "dynamic" reads.
 _OF_DYNAMIC_SCALES = ("initial_loss_scale", "steps_per_increase")
 _OF_DYNAMIC = ("min_loss_scale", "max_loss_scale", "overflow_tolerance")
 
 
 def _effective(params: Params) -> dict[str, Any]:
-    """Return what a run does by its parameters, by their dotted keys: defaults are filled in, and
-    what is not read is left out."""
+    """Return the parameters that take effect, by dotted key: with defaults filled in, and without
+    those that are not read."""
     inputs, optimizer = params.train_input, params.optimizer
     kind, scale = optimizer.optimizer_type, optimizer.loss_scaling_factor
     dropped = {key for key, kinds in _READ_BY.items() if kind not in kinds}
@@ -128,23 +128,24 @@ def _effective(params: Params) -> dict[str, Any]:
 
 
 def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -> None:
-    """Refuse parameters that would make a continued run another one, unless set explicitly.
+    """Refuse parameters that would turn a resumed run into another one, unless they are set
+    explicitly.
 
-    What a reference's client keeps in the folder says more than the file that it was given:
-    defaults and initializers are written out, and on a CS system where its data began.
+    The reference's client keeps more in the folder than the file it was given: defaults and
+    initializers are written out, and on a CS system also where its data started.
 
     Raises:
-        ConfigError: each such key, with the saved and the given value.
+        ConfigError: names each such key with the saved and the given value.
     """
     given, before = _effective(params), _effective(saved)
-    if saved.runconfig.cs_ip:  # the step that its last launch began at
+    if saved.runconfig.cs_ip:  # step that its last launch started at
         before[_SKIPPED] = given[_SKIPPED]
     problems = [
         f"{key} was {before.get(key)!r}, now {given.get(key)!r}"
         for key in sorted(given.keys() | before.keys())
         if (key in _BOUND or not _is_under(key, _FREE))
         and given.get(key) != before.get(key)
-        # What one of the two does not read follows from another difference, which is named.
+        # A setting that only one side reads follows from another difference, which is named.
         and (key.startswith("model.") or (key in given and key in before))
         and not _is_under(key, settings)
     ]

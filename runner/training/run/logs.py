@@ -1,4 +1,4 @@
-"""What a run writes of itself: metrics.jsonl and TensorBoard events, no step twice."""
+"""Logs of a run: metrics.jsonl and TensorBoard events, with no step twice."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from runner.training.run.folder import METRICS_FILE
 
 
 class Logs:
-    """The logs of one run, continued after a step.
+    """Logs of one run, continued after a step.
 
     Args:
-        model_dir: the run's folder.
-        step: lines of later steps are dropped: an interrupted run had gone on beyond its
-            checkpoint.
-        params: say how often.
+        model_dir: folder of the run.
+        step: last step to keep; an interrupted run had logged beyond its checkpoint.
+        params: parameters that say how often to log.
     """
 
     def __init__(self, model_dir: Path, step: int, params: Params) -> None:
@@ -65,7 +64,7 @@ class Logs:
 
     def evaluation(self, event: Evaluated) -> None:
         """Log the metrics of an evaluation."""
-        # `loss` of a row is the training loss of its step; an evaluation has eval/ keys only.
+        # The `loss` of a row is the training loss of its step; an evaluation has only eval/ keys.
         metrics = {k if "/" in k else f"eval/{k}": v for k, v in event.metrics.items()}
         self._line({"step": event.step, **metrics})
         self._summaries(event.step, metrics)
@@ -92,22 +91,22 @@ class Logs:
 
 
 class NoLogs:
-    """For a worker that is not the first: another one writes. See `Logs`."""
+    """Logs of a worker that is not the first, which writes nothing."""
 
     def step(self, event: StepDone) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def histograms(self, step: int, weights: Mapping[str, Any]) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def evaluation(self, event: Evaluated) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def _rounded(value: float) -> float:
@@ -115,7 +114,7 @@ def _rounded(value: float) -> float:
 
 
 def _keep_lines(path: Path, step: int) -> None:
-    """Drop what an interrupted run logged after the checkpoint that it continues from."""
+    """Drop what an interrupted run logged after the checkpoint that it resumes from."""
     if not path.exists():
         return
     kept = []
@@ -124,7 +123,7 @@ def _keep_lines(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            break  # the line that the interruption cut
+            break  # the line that was cut short
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.rename(path)

@@ -1,4 +1,4 @@
-"""How fast a run is, what it holds, and when it will be done."""
+"""Speed and memory of a run, and the time it still needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptj_convert.resources import footprint, machine
 from gptj_model.config import GPTJConfig
 from gptj_model.tensors import Tensor
 
-#: Rows and columns of the matrices that are multiplied to measure, and how often.
+#: Rows and columns of the matrices whose multiplication is measured, and the number of repetitions.
 _MATRIX = 1024
 _TRIES = 3
 
@@ -21,11 +21,11 @@ class Meter:
     """Figures between one log line and the next.
 
     Args:
-        config: of the model.
-        tokens: of one update.
-        length: of a sequence, in tokens.
-        trained: rows of what is trained.
-        devices: that compute together, each as fast as the one that is measured.
+        config: configuration of the model.
+        tokens: tokens per update.
+        length: tokens per sequence.
+        trained: trained rows.
+        devices: devices that compute together, each as fast as the one that is measured.
     """
 
     def __init__(
@@ -46,25 +46,26 @@ class Meter:
         self._begun = time.monotonic()
 
     def begin(self) -> None:
-        """A step begins; what was between is not counted."""
+        """Start the clock of a step; time between steps is not counted."""
         self._begun = time.monotonic()
 
     def end(self) -> None:
-        """The step is done."""
+        """Stop the clock of a step."""
         self._busy += time.monotonic() - self._begun
         self._steps += 1
 
     def figures(self, steps_left: int) -> dict[str, float | None]:
-        """Rates since the last call; the keys are those of metrics.jsonl.
+        """Return the rates since the last call, under the keys of metrics.jsonl.
 
-        `model_flops_utilization` is against a multiplication of matrices measured at start.
+        `model_flops_utilization` is relative to a multiplication of matrices measured at the start.
         """
         seconds = self._busy / max(self._steps, 1)
-        # The first step compiles: nothing follows from it for those to come.
+        # The first step compiles, so its time predicts nothing.
         left = seconds * steps_left if self._compiled else None
         self._busy, self._steps, self._compiled = 0.0, 0, True
         achieved = self._flops / seconds if seconds else None
-        # Other work may have slowed the measurement: what the run reaches, the machine can do.
+        # Other work may have slowed the measurement: the machine can do at least what the run
+        # achieves.
         self._peak = max(self._peak, achieved or 0.0)
         return {
             "tokens_per_second": self._tokens / seconds if seconds else None,
@@ -76,7 +77,7 @@ class Meter:
 
 
 def multiplication_rate() -> float:
-    """Floating-point operations a second of float32 matrices, where Keras computes."""
+    """Return the floating-point operations per second of float32 matrices, where Keras computes."""
     matrix: Any = ops.ones((_MATRIX, _MATRIX))
     best = 0.0
     for _ in range(_TRIES + 1):

@@ -1,4 +1,4 @@
-"""An adapter that is in memory, on a model that is on the disk and only read."""
+"""Training of an adapter in memory, on a model that stays on disk and is only read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from typing_extensions import override
 
 from gptj_convert.streams.strips import Strip
 from gptj_model.config import GPTJConfig
@@ -23,9 +24,9 @@ from runner.config.params import Params
 from runner.config.trainable import trained_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
-from runner.training.executors.executor import StepResult
+from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
-from runner.training.streamed.embedding_gradient import TokenRows
+from runner.training.streamed.embedding_gradient import EmbeddingGradient
 from runner.training.streamed.scratch import Scratch
 from runner.training.streamed.step import StreamedStep, states_bytes
 from runner.training.update.optimizer import Optimizer
@@ -34,22 +35,18 @@ from runner.training.weights.lazy_array import LazyArray
 from runner.training.weights.lora import Adapter, base_name
 
 
-class StreamedAdapterExecutor:
-    """See `Executor`. The model is read as it is stored, in 16 bits too; nothing of it is written
-    but into checkpoints.
+class StreamedAdapterExecutor(Executor):
+    """Executor of an adapter whose base model is streamed. The model is read as it is stored, in 16
+    bits too, and written only into checkpoints.
 
     Args:
-        config: of the model.
-        params: of the run, with `model.lora`.
-        model_dir: the run's folder; its disk also holds what a step keeps.
+        config: configuration of the model.
+        params: parameters of the run, with `model.lora`.
+        model_dir: folder of the run; its disk also holds the scratch file of a step.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: as `trained_rows` raises it.
     """
-
-    saves_every_step = False
-    devices = 1
-    placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
         assert params.model.lora, "all weights are trained by another executor"
@@ -63,8 +60,9 @@ class StreamedAdapterExecutor:
         self._apply = tf.function(self._optimizer.apply, jit_compile=True, autograph=False)
         self._scratch: Scratch | None = None
 
+    @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
-        """See `Executor`; the source is read as long as the run goes on."""
+        """Open the weights of a checkpoint, which are read for as long as the run trains."""
         self._model = _FrozenModel(self._config, source, scheme, self._lora, self._variables)
         self._passes = StreamedTraining(
             self._config,
@@ -76,23 +74,24 @@ class StreamedAdapterExecutor:
         kernels = {t: self._model.stored(t) for t in self._lora.rows(self._config)}
         self._adapter = Adapter(self._lora, kernels, self._variables)
 
+    @override
     def initialize(self) -> None:
-        """See `Executor`.
+        """Refuse random weights.
 
         Raises:
-            ConfigError: always: what is adapted must be on the disk.
+            ConfigError: always, because the adapted model must be on disk.
         """
         raise ConfigError(
             "model.lora with runconfig.execution streaming adapts a checkpoint, and none is named",
             hint="name one with --init-from",
         )
 
+    @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
-        """See `Executor`."""
         self._adapter.begin(values)
 
+    @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
-        """See `Executor`."""
         if not self._adapter.load(source):
             return "no such adapter: it begins anew"
         self._model.adapted_from_base = True
@@ -100,8 +99,8 @@ class StreamedAdapterExecutor:
             return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
         return None
 
+    @override
     def step(self, group: Sequence[Batch], draw: Draw, scale: float, rate: float) -> StepResult:
-        """See `Executor`."""
         batches = [tuple(map(np.asarray, batch)) for batch in group]
         if self._scratch is None:
             self._scratch = Scratch(self._model_dir, list(states_bytes(self._config, batches)))
@@ -114,40 +113,41 @@ class StreamedAdapterExecutor:
         norm = self._apply(gradients, *self._optimizer.arguments(rate))
         return StepResult(loss, float(norm))
 
+    @override
     def advance(self) -> None:
-        """See `Executor`."""
         self._optimizer.advance()
 
+    @override
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
-        """See `Executor`."""
         tensors: dict[str, Any] = {t.tf: self._model.stored(t) for t in table(self._config)}
         tensors |= self._optimizer.slots | self._optimizer.scalars() | self._adapter.tensors()
         keep = self._params.runconfig.keep_checkpoint_max or 0
         return checkpoints.save(self._model_dir, step, tensors | dict(state), keep=keep)
 
+    @override
     def evaluator(self) -> Evaluator:
-        """See `Executor`.
+        """Refuse to evaluate.
 
         Raises:
-            ConfigError: always.
+            ConfigError: always; `gptj eval` evaluates the checkpoints.
         """
         raise ConfigError(
             "train_and_eval does not evaluate an adapter of a streamed model",
             hint="`gptj eval` evaluates its checkpoints",
         )
 
+    @override
     def weights(self) -> Mapping[str, Any]:
-        """See `Executor`."""
         return {row.hf: variable for row, variable in self._variables.items()}
 
+    @override
     def close(self) -> None:
-        """See `Executor`."""
         if self._scratch:
             self._scratch.close()
 
 
 class _FrozenModel:
-    """See `BlockWeights`: a checkpoint of any format, and the adapter's present values."""
+    """`BlockWeights` of a checkpoint of any format, with the current values of the adapter."""
 
     def __init__(
         self,
@@ -163,17 +163,17 @@ class _FrozenModel:
         self._variables = variables
         self._adapters = lora.rows(config)
         self.head_rows = config.tie_word_embeddings or not scheme.transposes
-        """Whether parts of the head have a row a token."""
+        """Whether parts of the head have one row per token."""
         self.adapted_from_base = False
-        """Whether the source holds merged kernels, and beside them those that are adapted."""
+        """Whether the source holds merged kernels, and beside them their bases."""
 
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """See `BlockWeights`."""
+        """Implement `BlockWeights`."""
         values = read_rows(self._source, tensor.name(self._scheme), start, stop)
         return values.astype(np.float32, copy=False)
 
     def head(self) -> ReadHead:
-        """See `BlockWeights`; parts are read as they are stored."""
+        """Implement `BlockWeights`; parts are returned as they are stored."""
 
         def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             weight_VD, bias_V = read_head(self._config, self._source, self._scheme, start, stop)
@@ -184,15 +184,15 @@ class _FrozenModel:
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
-        """See `BlockWeights`."""
+        """Implement `BlockWeights`."""
         return prefetch_blocks(self._block, order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
-        """See `BlockWeights`."""
+        """Implement `BlockWeights`."""
         return [row for k, pair in self._adapters.items() if k.block == i for row in pair]
 
     def whole(self, tensor: Tensor) -> np.ndarray:
-        """A weight in Keras' layout: as stored, or in float32 if it had to be transposed."""
+        """Return a weight in Keras' layout: as stored, or in float32 if it is transposed."""
         name, op = tensor.name(self._scheme), tensor.op(self._scheme, Scheme.KERAS)
         if self.adapted_from_base and tensor in self._adapters:
             name = base_name(tensor)
@@ -204,7 +204,7 @@ class _FrozenModel:
         return out.reshape(tensor.shape_in(Scheme.KERAS))
 
     def stored(self, tensor: Tensor) -> LazyArray:
-        """A weight in float32, read when it is asked for."""
+        """Return a weight in float32, read when it is asked for."""
         return LazyArray(
             tensor.shape_in(Scheme.TF),
             lambda: self.whole(tensor).astype(np.float32, copy=False),
@@ -216,25 +216,26 @@ class _FrozenModel:
 
 
 class _Gradients:
-    """See `Update`: those of an adapter are small enough to be there together."""
+    """`Update` that collects the gradients of an adapter, which are small enough to be in memory
+    together."""
 
     def __init__(self) -> None:
         self.by_row: dict[Tensor, np.ndarray] = {}
 
     def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
-        """See `Update`."""
+        """Implement `Update`."""
         return [np.empty(t.shape_in(Scheme.KERAS), np.float32) for t in tensors]
 
     def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
-        """See `Update`."""
+        """Implement `Update`."""
         self.by_row |= gradients
 
-    def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
-        """See `Update`; no adapter is of the embedding."""
+    def take_embedding(self, tensor: Tensor, rows: EmbeddingGradient) -> None:
+        """Implement `Update`; no adapter covers the embedding."""
 
 
 def _first_values(lora: Lora, config: GPTJConfig, seed: int) -> dict[Tensor, tf.Variable]:
-    """A random, B 0, as those of a resident model begin."""
+    """Return random A and zero B, as a resident model starts with."""
     found = {}
     for n, (a, b) in enumerate(lora.rows(config).values()):
         first = first_a(seed, n)(a.shape_in(Scheme.KERAS))

@@ -1,4 +1,4 @@
-"""Work that goes on behind a run, in the order in which it was asked for."""
+"""Work in the background of a run, in the order in which it is submitted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Background:
-    """Tasks that a thread does one after the other; once one has failed, no further one is done.
+    """Tasks that one thread runs one after the other; once one fails, the others are dropped.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -19,14 +19,14 @@ class Background:
         self._last: Future[None] | None = None
 
     def submit(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Have a task done behind those before it."""
+        """Run a task after those submitted before it."""
         self._last = self._thread.submit(_after, self._last, task, arguments)
 
     def wait(self) -> None:
         """Return once every task is done.
 
         Raises:
-            Exception: what the first task that failed has raised; again at each call.
+            Exception: the error of the first task that failed, again at each call.
         """
         if self._last:
             self._last.result()
@@ -38,5 +38,5 @@ class Background:
 
 def _after(before: Future[None] | None, task: Callable[..., None], arguments: Any) -> None:
     if before:
-        before.result()  # it is done, as there is one thread; raises what it has raised
+        before.result()  # done already, as there is one thread; raises the task's error
     task(*arguments)

@@ -1,6 +1,6 @@
-"""The gradient of the embedding, of which a step changes few rows.
+"""The gradient of the embedding, of which a step changes only few rows.
 
-Shape suffixes: N tokens, U different tokens, D hidden.
+Shape suffixes: N tokens, U distinct tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 
-class TokenRows:
-    """The gradient of the embedding from those of the rows that were looked up.
+class EmbeddingGradient:
+    """Gradient of the embedding, from the gradients of the rows that were looked up.
 
     Args:
         ids_N: token ids.
-        d_ND: of each, float32.
+        d_ND: gradient of each token's row, float32.
     """
 
     def __init__(self, ids_N: np.ndarray, d_ND: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.config import GPTJConfig
@@ -21,12 +22,12 @@ from runner.config.trainable import trained_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, StreamedEvaluator
 from runner.planning.training_cost import slots_dtype, waiting_gradients
-from runner.training.executors.executor import StepResult
+from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
 from runner.training.streamed.background import Background
 from runner.training.streamed.malloc_trim import keep_freed_memory
 from runner.training.streamed.scratch import Scratch
-from runner.training.streamed.state import DiskState
+from runner.training.streamed.state import StreamedState
 from runner.training.streamed.step import StreamedStep, states_bytes
 from runner.training.streamed.update import StreamedUpdate, room_bytes
 from runner.training.update.rule import BetaPowers, UpdateRule
@@ -34,7 +35,7 @@ from runner.training.weights.initialize import first_values
 from runner.training.weights.lazy_array import LazyArray
 
 
-class StreamedExecutor:
+class StreamedExecutor(Executor):
     """See `Executor`. Its state is a checkpoint, and every step ends with one: its update and
     what makes it durable go on while the next step's forwards run.
 
@@ -48,8 +49,6 @@ class StreamedExecutor:
     """
 
     saves_every_step = True
-    devices = 1
-    placement = None
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
         self._config = config
@@ -58,7 +57,7 @@ class StreamedExecutor:
         self.trained = trained_rows(config, params)
         self._rule = UpdateRule(params.optimizer, np)
         self._powers = BetaPowers(params.optimizer)
-        self._state = DiskState(
+        self._state = StreamedState(
             config, self._rule, self.trained, model_dir, slots_dtype=slots_dtype(params)
         )
         self._passes = StreamedTraining(
@@ -71,6 +70,7 @@ class StreamedExecutor:
         self._scratch: Scratch | None = None
         self._background = Background("update")
 
+    @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         """See `Executor`; the float32 weights of a bundle are read where they are."""
         rows = table(self._config)
@@ -85,23 +85,24 @@ class StreamedExecutor:
             (t, t.op(scheme, Scheme.TF)(read_tensor(source, t.name(scheme)))) for t in rows
         )
 
+    @override
     def initialize(self) -> None:
-        """See `Executor`."""
         self._state.begin(first_values(self._config, self._params))
 
+    @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
         """See `Executor`; all weights are trained here."""
         raise NotImplementedError
 
+    @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
-        """See `Executor`."""
         if not self._state.take_slots():
             return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
         self._powers.load(source, step)
         return None
 
+    @override
     def step(self, group: Sequence[Batch], draw: Draw, scale: float, rate: float) -> StepResult:
-        """See `Executor`."""
         batches = [tuple(map(np.asarray, batch)) for batch in group]
         if self._scratch is None:
             waiting = waiting_gradients(self._config, self._params, self.trained)
@@ -131,12 +132,12 @@ class StreamedExecutor:
         keep_freed_memory()
         return StepResult(loss, norm)
 
+    @override
     def advance(self) -> None:
-        """See `Executor`."""
         self._powers.advance()
 
+    @override
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
-        """See `Executor`."""
         keep = self._params.runconfig.keep_checkpoint_max or 0
         scalars = {**state, **self._powers.scalars()}
         commit = partial(self._state.commit, step, scalars, stays=stays, keep=keep)
@@ -145,23 +146,23 @@ class StreamedExecutor:
             self._background.wait()
         return checkpoints.prefix(self._model_dir, step)
 
+    @override
     def evaluator(self) -> Evaluator:
-        """See `Executor`."""
         return StreamedEvaluator(
             lambda: StreamedModel(
                 self._config, self._state.source, Scheme.TF, memory=self._state.memory
             )
         )
 
+    @override
     def weights(self) -> Mapping[str, Any]:
-        """See `Executor`."""
         return {
             t.hf: LazyArray(t.shape_in(Scheme.TF), partial(self._state.rows, t))
             for t in table(self._config)
         }
 
+    @override
     def close(self) -> None:
-        """See `Executor`."""
         self._background.close()
         self._state.discard()
         self._state.close()

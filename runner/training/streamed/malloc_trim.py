@@ -1,20 +1,21 @@
-"""What becomes of memory that was freed."""
+"""Control of freed memory in the C library."""
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
 
-#: Parameters of glibc's mallopt: where a size is taken from the system and given back by itself,
-#: and how much may lie free before some is given back.
+#: Parameters of glibc's mallopt: the size from which memory is mapped and unmapped by itself, and
+#: the amount that may lie free before it is returned.
 _M_MMAP_THRESHOLD = -3
 _M_TRIM_THRESHOLD = -1
 
 
 def keep_freed_memory() -> None:
-    """Give large arrays the memory of those that were freed, where the C library can be told so.
+    """Let large arrays reuse the memory of freed ones, where the C library supports it.
 
-    By itself it gives each one back to the system, which clears every page that it gives anew.
+    By default the library returns each array to the system, which clears every page it provides
+    again.
     """
     with suppress(OSError, AttributeError):  # another library than glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -23,6 +24,6 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give back what `keep_freed_memory` has kept so far."""
+    """Return the memory that `keep_freed_memory` has kept so far."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -78,7 +78,7 @@ class _Piece:
     """Of weight and slots."""
 
 
-class DiskState:
+class StreamedState:
     """The state that is read, and the draft of the next one, which a thread may write.
 
     Args:

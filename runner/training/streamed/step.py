@@ -20,7 +20,7 @@ from gptj_model.streaming.training import Draw, HeadGradients, StreamedTraining
 from gptj_model.tensors import Tensor, embedding, head
 from gptj_model.vocabulary import gather_rows
 from runner.training.streamed.block_weights import BlockWeights
-from runner.training.streamed.embedding_gradient import TokenRows
+from runner.training.streamed.embedding_gradient import EmbeddingGradient
 from runner.training.streamed.malloc_trim import give_back_freed_memory
 from runner.training.streamed.scratch import Scratch
 
@@ -43,7 +43,7 @@ class Update(Protocol):
         """
         ...
 
-    def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+    def take_embedding(self, tensor: Tensor, rows: EmbeddingGradient) -> None:
         """Take the gradient of the embedding by its tokens, the last one of a step."""
         ...
 
@@ -156,7 +156,7 @@ class StreamedStep:
         ]
         d_ND = np.concatenate([d_BTD.reshape(-1, self._config.n_embd) for d_BTD in parts])
         ids_N = np.concatenate([ids_BT.reshape(-1) for ids_BT, _, _ in batches])
-        self._update.take_embedding(embedding(self._config), TokenRows(ids_N, d_ND))
+        self._update.take_embedding(embedding(self._config), EmbeddingGradient(ids_N, d_ND))
 
     def _keep(self, n: int, i: int, x_BTD: Any) -> None:
         self._scratch.put((n, i), np.asarray(x_BTD))

@@ -15,9 +15,9 @@ from gptj_model.source import TensorInfo
 from gptj_model.streaming.training import Draw
 from gptj_model.tensors import Scheme, Tensor, block, embedding, head
 from runner.training.streamed.background import Background
-from runner.training.streamed.embedding_gradient import TokenRows
+from runner.training.streamed.embedding_gradient import EmbeddingGradient
 from runner.training.streamed.scratch import Scratch
-from runner.training.streamed.state import DiskState, Gradient, pieces
+from runner.training.streamed.state import StreamedState, Gradient, pieces
 from runner.training.update.rule import UpdateRule
 
 #: Elements whose squares are summed in float32 before they are in float64.
@@ -44,7 +44,7 @@ class StreamedUpdate:
 
     def __init__(
         self,
-        state: DiskState,
+        state: StreamedState,
         rule: UpdateRule,
         memory: np.ndarray,
         scratch: Scratch,
@@ -72,7 +72,7 @@ class StreamedUpdate:
         """See `Update`."""
         self._background.submit(self._run, gradients, last)
 
-    def take_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+    def take_embedding(self, tensor: Tensor, rows: EmbeddingGradient) -> None:
         """See `Update`."""
         self._background.wait()
         self._background.submit(self._run_embedding, tensor, rows)
@@ -110,7 +110,7 @@ class StreamedUpdate:
             else:
                 self._keep(tensor, flat)
 
-    def _run_embedding(self, tensor: Tensor, rows: TokenRows) -> None:
+    def _run_embedding(self, tensor: Tensor, rows: EmbeddingGradient) -> None:
         if tensor not in self._state.trained:
             return
         of_head = self._kept.get(tensor)

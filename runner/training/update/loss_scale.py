@@ -1,6 +1,6 @@
-"""What the loss is multiplied by, so that small gradients survive 16 bits.
+"""Loss scales, which keep small gradients representable in 16 bits.
 
-The three of the reference. A dynamic scale is state of the run: it is saved and restored.
+The three kinds of the reference. A dynamic scale is state of the run: it is saved and restored.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from runner.config.params import OptimizerParams
 
 
 class LossScale(Protocol):
-    """A scale, and what follows from gradients that were or were not finite."""
+    """A loss scale, and how it reacts to gradients that are finite or not."""
 
     value: float
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether gradients that overflow are skipped rather than an error."""
+        """Whether steps with overflowing gradients are skipped instead of being an error."""
         ...
 
     @property
     def at_floor(self) -> bool:
-        """Whether it cannot fall any more."""
+        """Whether the scale cannot fall any further."""
         ...
 
     def update(self, finite: bool) -> None:
-        """Take note of a step's gradients."""
+        """React to the gradients of a step."""
         ...
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Its state, by the names of the reference's variables."""
+        """Return the state under the names of the reference's variables."""
         ...
 
     def load(self, source: TensorSource) -> None:
-        """Take its state from a checkpoint; what is not there stays as it is."""
+        """Load the state from a checkpoint; what is missing stays as it is."""
         ...
 
 
 def loss_scale(params: OptimizerParams) -> LossScale:
-    """The scale that the YAML asks for."""
+    """Return the loss scale that the YAML asks for."""
     match params.loss_scaling_factor:
         case "dynamic":
             return TolerantScale(params)
@@ -61,7 +61,7 @@ def loss_scale(params: OptimizerParams) -> LossScale:
 
 
 class FixedScale:
-    """Always the same number."""
+    """A constant scale."""
 
     is_dynamic = False
     at_floor = True
@@ -70,14 +70,14 @@ class FixedScale:
         self.value = value
 
     def update(self, finite: bool) -> None:
-        """Nothing changes."""
+        """Do nothing."""
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """There is no state."""
+        """Return no state."""
         return {}
 
     def load(self, source: TensorSource) -> None:
-        """There is no state."""
+        """Do nothing."""
 
 
 class _DynamicScale:
@@ -108,8 +108,8 @@ class _DynamicScale:
 
 
 class TolerantScale(_DynamicScale):
-    """`dynamic`: halves once more than a share of the steps since its last change overflowed,
-    doubles after so many steps since then, within bounds."""
+    """`dynamic`: halves when more than a share of the steps since its last change overflowed,
+    doubles after a number of steps since then, within bounds."""
 
     def __init__(self, params: OptimizerParams) -> None:
         super().__init__(params)
@@ -119,7 +119,7 @@ class TolerantScale(_DynamicScale):
         self._counters |= {STEPS_SINCE_RESCALE: 0, OVERFLOWS_SINCE_RESCALE: 0}
 
     def update(self, finite: bool) -> None:
-        """Take note of a step's gradients."""
+        """React to the gradients of a step."""
         steps = self._counters[STEPS_SINCE_RESCALE] + 1
         overflows = self._counters[OVERFLOWS_SINCE_RESCALE] + (not finite)
         if np.float32(overflows) / np.float32(steps) > self._tolerance:
@@ -133,13 +133,13 @@ class TolerantScale(_DynamicScale):
 
 
 class StrictScale(_DynamicScale):
-    """`tf_dynamic`, TensorFlow's own: halves at every overflow, to 1 at least, and doubles after
-    so many steps without one."""
+    """`tf_dynamic`, TensorFlow's own: halves at every overflow, down to 1, and doubles after a
+    number of steps without one."""
 
     floor = 1.0
 
     def update(self, finite: bool) -> None:
-        """Take note of a step's gradients."""
+        """React to the gradients of a step."""
         good = self._counters[GOOD_STEPS] + 1 if finite else 0
         if not finite:
             self.value = max(self.value / 2, self.floor)

@@ -1,4 +1,4 @@
-"""The update of a model that is in memory: its slots beside its weights, as variables."""
+"""The update of a model in memory, with its slots as variables beside its weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Optimizer:
     """Slots beside the weights, and the update that changes both.
 
     Args:
-        params: the YAML section.
-        weights: every trainable variable with its row of the table.
+        params: `optimizer` section of the YAML.
+        weights: every trainable variable by its row of the table.
     """
 
     def __init__(self, params: OptimizerParams, weights: Mapping[Tensor, Any]) -> None:
@@ -38,7 +38,7 @@ class Optimizer:
 
     @property
     def weights(self) -> dict[Tensor, Any]:
-        """The variables it updates."""
+        """Variables that are updated."""
         return self._weights
 
     def advance(self) -> None:
@@ -46,11 +46,11 @@ class Optimizer:
         self._powers.advance()
 
     def scalars(self) -> dict[str, np.ndarray]:
-        """What a checkpoint holds beside weights and slots."""
+        """Return what a checkpoint stores beside weights and slots."""
         return self._powers.scalars()
 
     def load(self, source: TensorSource, step: int) -> bool:
-        """Take slots and powers from a checkpoint; False if it has no such slots."""
+        """Load slots and powers from a checkpoint; return False if it lacks the slots."""
         if any(name not in source.tensors for name in self.slots):
             return False
         for name, variable in self.slots.items():
@@ -59,26 +59,26 @@ class Optimizer:
         return True
 
     def arguments(self, rate: float) -> tuple[tf.Tensor, tf.Tensor]:
-        """Learning rate and bias correction of the next update, for `apply`."""
+        """Return learning rate and bias correction of the next update, for `apply`."""
         return tf.constant(rate, tf.float32), tf.constant(self._powers.correction, tf.float32)
 
     def apply(self, gradients: Sequence[Any], rate: Any, correction: Any) -> Any:
-        """`take` and `move`, one after the other; returns the norm."""
+        """Call `take`, then `move`; return the norm."""
         norm = self.take(gradients, rate)
         self.move(norm, rate, correction)
         return norm
 
     def take(self, gradients: Sequence[Any], rate: Any) -> Any:
-        """Update the slots by gradients, or nothing if one of them is not finite.
+        """Update the slots from gradients, unless one of them is not finite.
 
-        What has no slots, sgd, moves its weights here. Call it in compiled code.
+        sgd, which has no slots, moves its weights here. Call this in compiled code.
 
         Args:
-            gradients: float32, in the order of the weights.
-            rate: see `arguments`.
+            gradients: float32 gradients in the order of the weights.
+            rate: learning rate from `arguments`.
 
         Returns:
-            The global norm before clipping, a float32 scalar.
+            Global norm before clipping, a float32 scalar.
         """
         norm = tf.linalg.global_norm(gradients)
         finite = tf.math.is_finite(norm)
@@ -91,15 +91,15 @@ class Optimizer:
         return norm
 
     def move(self, norm: Any, rate: Any, correction: Any) -> None:
-        """Update the weights by the slots that `take` has changed, unless the norm is not finite.
+        """Update the weights from the slots that `take` has changed, unless the norm is not finite.
 
-        In a program of its own it needs no copy of what `take` has overwritten: XLA makes one of
-        every slot that is read after it was written. Call it in compiled code.
+        A separate program needs no copy of what `take` overwrites: XLA copies every slot that is
+        read after it is written. Call this in compiled code.
 
         Args:
-            norm: what `take` returned.
-            rate: see `arguments`.
-            correction: see `arguments`.
+            norm: result of `take`.
+            rate: learning rate from `arguments`.
+            correction: bias correction from `arguments`.
         """
         finite = tf.math.is_finite(norm)
         for tensor, weight in self._weights.items():

@@ -1,8 +1,8 @@
-"""The reference's optimizers, exactly: what one update does to a weight and its slots.
+"""The reference's optimizers, exactly: the effect of one update on a weight and its slots.
 
 They differ from today's library versions (epsilon outside the bias correction, decay chosen by
-variable name, no correction unless asked), so that a run continues as the reference would. What
-the reference rounds to float32 is rounded here too: 1 - 0.999 in float32 is 1.3e-5 off.
+variable name, no correction unless asked), so that a run resumes as the reference would. What the
+reference rounds to float32 is rounded here too: 1 - 0.999 in float32 is off by 1.3e-5.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import BETA1_POWER, BETA2_POWER, SLOTS, Tensor, slot_name
 from runner.config.params import OptimizerParams
 
-#: Added to rmsprop's mean square; the reference does not read `epsilon` there.
+#: Constant added to rmsprop's mean square, where the reference does not read `epsilon`.
 RMSPROP_EPSILON = 1e-10
 
 F32 = np.float32
-#: Gradient, slots (sgd: the weight), rate → their new values.
+#: From gradient, slots (of sgd the weight) and rate to the new slots.
 _Rule = Callable[[Any, Sequence[Any], Any], Sequence[Any]]
 
 
 class UpdateRule:
-    """Functions of one weight, or of any part of it: every element is updated by itself.
+    """Functions of one weight or of any part of it: every element is updated independently.
 
     Args:
-        params: the YAML section.
-        ops: what computes: Keras' operations, or numpy, which names them alike.
+        params: `optimizer` section of the YAML.
+        ops: Keras' operations, or numpy, which has the same names.
     """
 
     def __init__(self, params: OptimizerParams, ops: Any = keras.ops) -> None:
@@ -41,8 +41,9 @@ class UpdateRule:
         self._rule: _Rule = getattr(self, f"_{params.optimizer_type}")
 
     def slots(self, tensor: Tensor) -> dict[str, float]:
-        """Names of a weight's slots, and what each begins filled with."""
-        # The mean square of rmsprop begins at 1, everything else at 0.
+        """Return the names of a weight's slots, and the value that each is filled with at the
+        start."""
+        # The mean square of rmsprop starts at 1, everything else at 0.
         fills = [
             1.0 if self._params.optimizer_type == "rmsprop" and n == 0 else 0.0
             for n in range(len(self._slots))
@@ -52,30 +53,30 @@ class UpdateRule:
 
     @property
     def clips_by_norm(self) -> bool:
-        """Whether no weight can be updated before every gradient is known."""
+        """Whether every gradient must be known before any weight can be updated."""
         return bool(self._params.max_gradient_norm)
 
     def clipped(self, gradient: Any, norm: Any) -> Any:
-        """A gradient as the slots take it; `norm` is the global one before clipping."""
+        """Return a gradient as the slots take it; `norm` is the global norm before clipping."""
         if self._params.max_gradient_norm:
             limit = self._params.max_gradient_norm
-            # As TensorFlow rounds it: what is not clipped is multiplied by limit × (1 / limit).
+            # Rounded as in TensorFlow: an unclipped gradient is multiplied by limit × (1 / limit).
             return gradient * (limit * self._ops.minimum(1 / norm, 1 / F32(limit)))
         if limit := self._params.max_gradient_value:
             return self._ops.clip(gradient, -limit, limit)
         return gradient
 
     def take(self, gradient: Any, old: Sequence[Any], rate: Any) -> Sequence[Any]:
-        """New slots from a clipped gradient and the old ones; of sgd, which has none, the weight
-        from the old one."""
+        """Return the new slots from a clipped gradient and the old slots; for sgd, which has none,
+        the new weight from the old one."""
         return self._rule(gradient, old, rate)
 
     def move(self, w: Any, slots: Sequence[Any], rate: Any, correction: Any, decay: float) -> Any:
-        """The new weight, by its new slots."""
+        """Return the new weight from its new slots."""
         return w - self._change(w, slots, rate, correction, decay)
 
     def decay(self, tensor: Tensor) -> float:
-        """By how much a weight decays; only adamw's do."""
+        """Return the weight decay of a tensor; only adamw has one."""
         patterns = self._params.exclude_from_weight_decay
         excluded = any(re.search(p, tensor.tf) for p in patterns)
         return 0.0 if excluded else self._params.weight_decay_rate
@@ -105,7 +106,7 @@ class UpdateRule:
         return b1 * old[0] + (1 - b1) * g, b2 * old[1] + (1 - b2) * self._ops.square(g)
 
     def _change(self, w, slots, rate, correction, decay: float):
-        """What is taken from a weight, by its new slots."""
+        """Return what is subtracted from a weight, from its new slots."""
         epsilon = self._params.epsilon
         match self._params.optimizer_type:
             case "momentum":
@@ -119,7 +120,7 @@ class UpdateRule:
 
 
 class BetaPowers:
-    """The bias correction of adam and adamw, as far as the run has come; none of the others."""
+    """Bias correction of adam and adamw at the current step; other optimizers have none."""
 
     def __init__(self, params: OptimizerParams) -> None:
         self._params = params
@@ -130,25 +131,25 @@ class BetaPowers:
         self._powers = {n: power * self._beta(n) for n, power in self._powers.items()}
 
     def scalars(self) -> dict[str, np.ndarray]:
-        """What a checkpoint holds of it."""
+        """Return the scalars that a checkpoint stores."""
         return {name: np.asarray(power) for name, power in self._powers.items()}
 
     def load(self, source: TensorSource, step: int) -> None:
-        """Take the powers from a checkpoint of this step, which may hold none."""
+        """Load the powers from a checkpoint of this step, which may have none."""
         self._powers = self._after(step)
         for name in self._powers.keys() & source.tensors.keys():
             self._powers[name] = F32(read_tensor(source, name))
 
     @property
     def correction(self) -> np.float32:
-        """What the next update is multiplied by."""
+        """Factor of the next update."""
         if not self._powers:
             return F32(1)
         power1, power2 = self._powers[BETA1_POWER], self._powers[BETA2_POWER]
         return np.sqrt(F32(1) - power2) / (F32(1) - power1)
 
     def _after(self, step: int) -> dict[str, np.float32]:
-        """Of both betas, as they stand after so many updates; none without correction."""
+        """Return both powers after `step` updates; none without correction."""
         kind = self._params.optimizer_type
         if kind != "adam" and not (kind == "adamw" and self._params.use_bias_correction):
             return {}

@@ -1,7 +1,7 @@
-"""Learning-rate schedules of the reference, as functions of the step.
+"""The reference's learning-rate schedules as functions of the step.
 
-Update s (the first is 1) uses the rate at t = s - 1. Computed in float32 like the reference's:
-at the end of a cosine the rounding of 1 + cos is a visible part of a small rate.
+Update s (the first is 1) uses the rate at t = s - 1. Rates are computed in float32 as in the
+reference: at the end of a cosine the rounding of 1 + cos is a visible part of a small rate.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Rate = Callable[[int], float]
 
 
 def learning_rate(schedules: Sequence[p.Schedule], *, reset: bool = True) -> Rate:
-    """The rate at step t of schedules that run one after the other.
+    """Return the rate at step t of schedules that run one after the other.
 
-    The last goes on for ever. A member starts from its own step 0 unless `reset` is off or it
+    The last schedule never ends. A schedule counts from its own step 0 unless `reset` is off or it
     sets disable_lr_steps_reset itself.
     """
     begins = [0, *accumulate(_length(schedule) for schedule in schedules[:-1])]
