@@ -1,6 +1,7 @@
-"""A run on a CS system: what its client is called with, checked before, and followed to its end.
+"""A run on a CS system: the command line of its client, checked before it starts and followed to
+its end.
 
-See `runner.config.cs_target` for the two generations of clients.
+`runner.config.cs_target` describes the two generations of clients.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from runner.config.params_file import load_params
 
 #: Port of a system's address when none is given.
 PORT = 9000
-#: The client's whole output, in the run's folder.
+#: File with the client's whole output, in the run's folder.
 LOG_FILE = "client.log"
-#: Lines of it that an error quotes.
+#: Number of its lines that an error quotes.
 _LAST_LINES = 5
-#: What the client's own words mean, and what to do.
+#: Meaning of messages of the client, and what to do.
 _KNOWN_FAILURES = (
     (
         r"busy|in use by|no resources|insufficient resources|queue",
@@ -60,17 +61,17 @@ _KNOWN_FAILURES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CsJob:
-    """What was asked for."""
+    """A run on a CS system, as a command line asks for it."""
 
     target: Target
     cs_ip: str | None
-    """None: the client finds the system, or runs on its CPU backend."""
+    """Address of the system; None lets the client find it, or run on its CPU backend."""
     model_dir: Path
     mode: str
     init_from: Path | None
-    """None: random weights, or the run's own."""
+    """Checkpoint to start from; None starts from random weights, or resumes."""
     params_file: Path | None = None
-    """trainer.yaml for csx, the reference's for legacy; None: beside the checkpoint."""
+    """trainer.yaml for csx, the reference's YAML for legacy; None looks beside the checkpoint."""
     max_steps: int | None = None
     eval_steps: int | None = None
     run_py: Path | None = None
@@ -79,27 +80,27 @@ class CsJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """A client ready to be called."""
+    """A client ready to be started."""
 
     command: tuple[str, ...]
     writes: Mapping[Path, str | bytes]
-    """Files that are made before, with their content."""
+    """Files to write first, with their content."""
     problems: tuple[GptjError, ...] = ()
-    """What is not there yet; a dry run only tells."""
+    """What is still missing; only a dry run accepts problems."""
 
     @property
     def shell(self) -> str:
-        """The command as a shell takes it."""
+        """Command as a shell reads it."""
         return shlex.join(self.command)
 
 
 def prepare(job: CsJob) -> Launch:
-    """What to call, and what stands against it.
+    """Return the client to start, and what is still missing.
 
     Raises:
         UsageError: the client has no such mode, or something is not named.
-        ConfigError: its configuration cannot be read, or has no counterpart there.
-        FileFault: the checkpoint is not there.
+        ConfigError: the configuration cannot be read, or has no counterpart there.
+        FileFault: the checkpoint does not exist.
     """
     if job.mode not in ("train", "eval"):
         raise UsageError(
@@ -115,7 +116,7 @@ def prepare(job: CsJob) -> Launch:
 
 def _csx(job: CsJob) -> Launch:
     named = None if job.init_from is None else _weights(job.init_from)
-    # The client looks for its last checkpoint by itself only when it is given none.
+    # The client looks for its last checkpoint only when it is given none.
     last = cs.newest(job.model_dir)
     checkpoint = (last or named) if job.mode == "train" else (named or last)
     if checkpoint is None and (job.mode == "eval" or job.params_file is None):
@@ -160,8 +161,8 @@ def _csx(job: CsJob) -> Launch:
 
 
 def _settings(job: CsJob, checkpoint: Path | None) -> dict[Path, bytes]:
-    """Files beside the checkpoint that training begins with, for the run's folder: what converts
-    the run's own checkpoints has them from there."""
+    """Return the files beside the checkpoint that training starts from, for the run's folder, where
+    conversions of the run's own checkpoints find them."""
     if checkpoint is None or job.mode != "train" or checkpoint.parent == job.model_dir:
         return {}
     names = hf.settings_files(checkpoint.parent)
@@ -219,7 +220,7 @@ def _legacy(job: CsJob) -> Launch:
 
 
 def with_port(address: str) -> str:
-    """An address with its port."""
+    """Return an address with its port."""
     return address if re.search(r":\d+$", address) else f"{address}:{PORT}"
 
 
@@ -279,15 +280,15 @@ def _no_records(folders: list[str], pattern: str, form: str) -> Iterator[GptjErr
 
 
 def follow(launch: Launch, model_dir: Path, tell: Callable[[str], None]) -> int:
-    """Call the client and wait for its end; signals are handed on to it.
+    """Start the client and wait for its end; signals are forwarded to it.
 
     Args:
-        launch: without problems.
-        model_dir: of the run; its log is kept there.
-        tell: is given every line of its output.
+        launch: client without problems.
+        model_dir: folder of the run, which keeps the log.
+        tell: is called with every line of the output.
 
     Returns:
-        Its exit code; of a signal, 128 and its number.
+        Exit code of the client; for a signal, 128 plus its number.
     """
     for path, text in launch.writes.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +317,7 @@ def follow(launch: Launch, model_dir: Path, tell: Callable[[str], None]) -> int:
 
 @contextmanager
 def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to the client's whole group instead of ending this program."""
+    """Forward SIGINT and SIGTERM to the client's whole group instead of ending this program."""
 
     def hand_on(number: int, frame: object) -> None:
         if process.poll() is None:
@@ -331,7 +332,7 @@ def _handed_on(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def failure(code: int, model_dir: Path) -> FileFault:
-    """What a client's failure was, by the end of its log."""
+    """Return the fault behind a client's exit code, from the end of its log."""
     log = model_dir / LOG_FILE
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]
     last = "\n  ".join(line[:300] for line in lines[-_LAST_LINES:])

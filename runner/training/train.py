@@ -1,4 +1,5 @@
-"""Training: from parameters and a checkpoint to a run that can stop and go on at any step."""
+"""The training loop: from parameters and a checkpoint to a run that can stop and resume at any
+step."""
 
 from __future__ import annotations
 
@@ -51,23 +52,23 @@ from runner.training.weights.adapter_factors import factors, without_base
 
 
 class Run:
-    """One model_dir: executor, loss scale and step, restored from the newest checkpoint
-    there, or begun from `init_from`, or from random weights.
+    """One model_dir: executor, loss scale and step, restored from its newest checkpoint, else
+    started from `init_from`, else from random weights.
 
     Args:
         params: validated parameters.
-        model_dir: the run's folder; made if it does not exist.
-        init_from: where a run without checkpoints takes its weights from, and its step and
-            slots, if there are any. None: random weights.
-        adapter: folder of an adapter (peft) that A and B of a run without checkpoints begin with.
-        weights_only: take nothing but the weights from there.
-        strict: a damaged newest checkpoint is an error.
-        workers: that train the same model; the first one alone writes to the folder.
-        warn: takes what a person should know.
+        model_dir: folder of the run, created if it does not exist.
+        init_from: checkpoint that a run without checkpoints starts from, with its step and slots if
+            it has any; None starts from random weights.
+        adapter: folder of a peft adapter that a run without checkpoints starts from.
+        weights_only: whether to take only the weights of `init_from`.
+        strict: whether a damaged newest checkpoint is an error.
+        workers: workers that train the same model; only the first writes to the folder.
+        warn: is called with each warning.
 
     Raises:
-        ConfigError: parameters and checkpoint disagree, or this is not for several workers.
-        TrainingFault: no checkpoint is whole.
+        ConfigError: parameters and checkpoint disagree, or several workers do not support this.
+        TrainingFault: every checkpoint is damaged.
     """
 
     def __init__(
@@ -87,14 +88,14 @@ class Run:
         self.workers: Workers = workers or Alone()
         self.step = 0
         self.skipped = 0
-        """Steps that gave no update: the data are further on than `step` by so many."""
+        """Number of steps without an update; the data is that many steps ahead of `step`."""
         self._warn = warn
         self._files = ExitStack()
         model = params.model
         self.seed = model.dropout_seed or params.runconfig.tf_random_seed or 0
         refuse_cs_system(params)
         self.continued = bool(checkpoints.steps(model_dir))
-        """Whether the folder's own checkpoints were gone on from."""
+        """Whether the run resumes from its own checkpoints."""
         if self.continued or (model_dir / STATE_FILE).exists():
             self._continue(strict)
         elif init_from is None:
@@ -113,10 +114,10 @@ class Run:
         self._files.close()
 
     def save(self, *, stays: bool = True) -> Saved:
-        """Write a checkpoint of the present step; see `Executor.save`.
+        """Write a checkpoint of the current step; see `Executor.save`.
 
         Raises:
-            OSError: see there.
+            OSError: as `Executor.save` raises it.
         """
         state = self.scale.tensors()
         if self.scale.is_dynamic:
@@ -125,8 +126,8 @@ class Run:
 
     @property
     def draw(self) -> tuple[int, int]:
-        """Seed and counter of the next step's dropout masks: a function of the position in the
-        data and of the worker alone."""
+        """Return seed and counter of the next step's dropout masks: a function of the position in
+        the data and of the worker."""
         seed = self.seed + self.workers.index * _SEED_OF_WORKER
         return seed, (self.step + self.skipped + 1) << 12
 
@@ -147,7 +148,7 @@ class Run:
         self._load_state(source, step)
 
     def _begin(self, init_from: Path, adapter: Path | None, weights_only: bool) -> None:
-        # A streamed model may be read from there as long as the run goes on.
+        # A streamed model may be read from there as long as the run trains.
         found = open_checkpoint(init_from, with_optimizer=not weights_only)
         checkpoint = self._files.enter_context(found)
         match(checkpoint)
@@ -167,7 +168,7 @@ class Run:
             self._load_state(state, stored_step(state))
 
     def _state_in(self, checkpoint: Checkpoint) -> TensorSource | None:
-        """What else than weights a checkpoint holds, by TensorFlow's names."""
+        """Return what a checkpoint holds beside weights, under TensorFlow's names."""
         if checkpoint.scheme is Scheme.TF:
             return checkpoint.source
         if state := find_state(checkpoint):
@@ -200,7 +201,7 @@ class Run:
             )
 
     def _keep_config(self, config: GPTJConfig, more: Mapping[str, str], *, from_yaml: bool) -> None:
-        """Write the files that describe the model, unless there is a worker that does."""
+        """Write the files that describe the model, unless another worker does."""
         if self.workers.index:
             return
         self.model_dir.mkdir(parents=True, exist_ok=True)
@@ -221,12 +222,12 @@ class Run:
             self.skipped = int(read_tensor(source, SKIPPED_STEPS))
 
 
-#: From the seed of one worker's dropout masks to that of the next.
+#: Difference between the seeds of the dropout masks of one worker and the next.
 _SEED_OF_WORKER = 1_000_003
 
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
-    """What the YAML asks for."""
+    """Return the executor that the YAML asks for."""
     slots_dtype(params)
     if params.runconfig.backend == Backend.JAX:
         from runner.training.executors.sharded import ShardedExecutor
@@ -247,14 +248,14 @@ def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Work
 
 
 def stored_step(source: TensorSource) -> int:
-    """The global step that a checkpoint holds; 0 when it holds none."""
+    """Return the global step that a checkpoint stores, or 0."""
     if GLOBAL_STEP not in source.tensors:
         return 0
     return int(read_tensor(source, GLOBAL_STEP))
 
 
 def refuse_cs_system(params: Params) -> None:
-    """Say that the computing is not done there.
+    """Refuse to compute here what the YAML assigns to a CS system.
 
     Raises:
         ConfigError: the YAML names a CS system.
@@ -273,13 +274,13 @@ def train(
     """Train up to step `max_steps`, saving as the parameters say and at the end.
 
     Args:
-        run: is changed.
-        max_steps: the total to reach; a run that has reached it changes nothing.
-        stopped: asked after every step; when true, a checkpoint is saved and training ends.
-        evaluate: also evaluate on eval_input whenever a checkpoint is saved.
+        run: the run, which is changed.
+        max_steps: step to reach; a run that has reached it is unchanged.
+        stopped: is called after every step; True saves a checkpoint and ends the training.
+        evaluate: whether to evaluate on eval_input whenever a checkpoint is saved.
 
     Raises:
-        DataFault: see `batches`.
+        DataFault: as `batches` raises it.
         TrainingFault: loss or gradients are not finite; the last good checkpoint is kept.
         OSError: a checkpoint or a log cannot be written.
     """
@@ -292,7 +293,7 @@ def train(
 
 
 class _Training:
-    """The loop of `train`, and what it keeps in mind."""
+    """State of the loop of `train`."""
 
     def __init__(self, run: Run, max_steps: int, logs: Logs | NoLogs, evaluate: bool) -> None:
         params = run.params
@@ -336,7 +337,9 @@ class _Training:
                 yield Warning(f"the training records end after step {run.step}")
                 break
             yield from self._step(group)
-            if workers.total([stopped()])[0]:  # one that stops alone would leave the others waiting
+            if workers.total([stopped()])[
+                0
+            ]:  # a worker that stops alone would leave the others waiting
                 break
         if run.step > self._told_step:
             yield self._save()
@@ -344,10 +347,10 @@ class _Training:
             yield from self._evaluation(self._evaluator)
 
     def _agree(self) -> None:
-        """See that all workers begin at the same place.
+        """Check that all workers start at the same place.
 
         Raises:
-            TrainingFault: they do not.
+            TrainingFault: they start at different places.
         """
         run = self._run
         if run.workers.count == 1:
@@ -440,7 +443,7 @@ class _Training:
 
 
 def evaluation_batches(run_params: Params, vocab_size: int) -> Iterator[Batch]:
-    """Batches of eval_input.
+    """Return the batches of eval_input.
 
     Raises:
         ConfigError: the parameters have no such section.

@@ -1,4 +1,4 @@
-"""Where a streamed step takes its weights from."""
+"""Source of the weights of a streamed step."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ class BlockWeights(Protocol):
     """Weights that are read when they are needed, in Keras' layout."""
 
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start:stop (None: to the end) of the embedding, or a vector, in float32."""
+        """Return rows start:stop (or to the end) of the embedding, or a vector, in float32."""
         ...
 
     def head(self) -> ReadHead:
-        """What gives the parts of the head; it may hold all of it as long as it is there."""
+        """Return a function that reads parts of the head; it may hold the whole head while it
+        lives."""
         ...
 
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
-        """Numbers of blocks whose weights were loaded; the next one's are read meanwhile.
+        """Yield numbers of blocks whose weights are loaded, while the next one is read.
 
         Args:
-            order: of the blocks.
-            load: takes the weights of one, and does not keep the arrays.
+            order: numbers of the blocks.
+            load: takes the weights of one block, and does not keep the arrays.
         """
         ...
 
     def of_block(self, i: int) -> Sequence[Tensor]:
-        """Rows of what the gradients of a block are of."""
+        """Return the rows that the gradients of a block belong to."""
         ...

@@ -1,4 +1,5 @@
-"""A model whose weights and slots are on the disk, brought block by block and updated there."""
+"""Training of a model whose weights and slots are on disk, streamed block by block and updated
+there."""
 
 from __future__ import annotations
 
@@ -36,16 +37,16 @@ from runner.training.weights.lazy_array import LazyArray
 
 
 class StreamedExecutor(Executor):
-    """See `Executor`. Its state is a checkpoint, and every step ends with one: its update and
-    what makes it durable go on while the next step's forwards run.
+    """Executor of a streamed model. Its state is a checkpoint, and every step ends with one: the
+    update and the durable write continue during the next step's forward pass.
 
     Args:
-        config: of the model.
-        params: of the run.
-        model_dir: the run's folder; its disk also holds what a step keeps.
+        config: configuration of the model.
+        params: parameters of the run.
+        model_dir: folder of the run; its disk also holds the scratch file of a step.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: as `trained_rows` raises it.
     """
 
     saves_every_step = True
@@ -72,7 +73,8 @@ class StreamedExecutor(Executor):
 
     @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
-        """See `Executor`; the float32 weights of a bundle are read where they are."""
+        """Load the weights of a checkpoint; the float32 weights of a bundle are read where they
+        are."""
         rows = table(self._config)
         if (
             scheme is Scheme.TF
@@ -91,7 +93,7 @@ class StreamedExecutor(Executor):
 
     @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
-        """See `Executor`; all weights are trained here."""
+        """Refuse an adapter: all weights are trained here."""
         raise NotImplementedError
 
     @override
@@ -128,7 +130,7 @@ class StreamedExecutor(Executor):
             self._background.wait()
             self._state.discard()
             raise
-        # Not before the first step, whose compiled programs would come to lie between.
+        # Only after the first step, whose compiled programs would otherwise lie in between.
         keep_freed_memory()
         return StepResult(loss, norm)
 

@@ -1,4 +1,4 @@
-"""Arrays that a step keeps on the disk until it is done."""
+"""Arrays that a step keeps on disk until it is done."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gptj_model.source import raw_bytes
 
 
 class Scratch:
-    """Arrays by key in a file that has no name: whatever ends the process, nothing is left of it.
+    """Arrays by key in an unnamed file, of which nothing remains however the process ends.
 
-    A key's array may be replaced by one of the same kind.
+    An array may be replaced by another of the same kind.
 
     Args:
-        folder: on whose disk it is.
-        sizes: bytes of each array that will be kept; their space is taken at once.
+        folder: folder whose disk is used.
+        sizes: bytes of each array that will be kept; their space is allocated at once.
 
     Raises:
         FileFault: the disk is full or not writable.
@@ -42,7 +42,7 @@ class Scratch:
         """Keep an array.
 
         Raises:
-            FileFault: the disk cannot be written.
+            FileFault: the disk is not writable.
         """
         if key not in self._places:
             self._places[key] = self._end, values.shape, values.dtype
@@ -53,10 +53,10 @@ class Scratch:
         self._output.write(begin, raw_bytes(np.ascontiguousarray(values)))
 
     def get(self, key: Hashable) -> np.ndarray:
-        """An array that was kept.
+        """Return an array that was kept.
 
         Raises:
-            FileFault: the disk cannot be read.
+            FileFault: the disk is not readable.
         """
         _, shape, dtype = self._places[key]
         values = np.empty(shape, dtype)
@@ -64,17 +64,17 @@ class Scratch:
         return values
 
     def fill(self, key: Hashable, start: int, values: np.ndarray) -> None:
-        """Fill a flat array with consecutive elements of one that was kept, from `start` on.
+        """Fill a flat array with consecutive elements of a kept one, from `start` on.
 
         Raises:
-            FileFault: the disk cannot be read.
+            FileFault: the disk is not readable.
         """
         begin, shape, dtype = self._places[key]
         assert start + values.size <= math.prod(shape)
         self._input.read_into(begin + start * dtype.itemsize, raw_bytes(values), str(key))
 
     def close(self) -> None:
-        """Give its space back."""
+        """Free the disk space."""
         self._output.close()
         self._input.close()
 

@@ -1,9 +1,9 @@
-"""Weights and slots of a run that are on the disk: read by ranges, and written anew each step.
+"""Weights and slots of a run on disk, read by ranges and rewritten each step.
 
 The state of a step is an ordinary checkpoint. The next one is written beside it while it is read,
-and takes its place when all of it is durable: as everything changes in a step, this writes no more
-than an update in place would, and there is a whole state at every instant. Its weights can be read
-before, each as soon as it is written: so the next step begins while this update goes on.
+and replaces it once all of it is durable: as everything changes in a step, this writes no more than
+an update in place, and a complete state exists at every instant. Its weights can be read earlier,
+each as soon as it is written, so the next step starts while this update continues.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from runner.training.run import checkpoints
 from runner.training.update.rule import UpdateRule
 from runner.training.update.stochastic_rounding import random_bits, round_into, widened
 
-#: Elements that are read and written at once: 8 MiB of each of weight, gradient and slots.
+#: Number of elements read and written at once: 8 MiB each of weight, gradient and slots.
 PIECE = 2**21
-#: Of them, elements that are updated at once: a cache holds what is computed on the way.
+#: Number of those elements that are updated at once, so that intermediate values fit in a cache.
 _UPDATED = 2**16
-#: What slots may be stored in.
+#: Dtypes that slots may be stored in.
 _SLOTS = ("float32", "bfloat16")
-#: The bits that only zeros and denormal numbers have none of.
+#: Bits that are all zero only in zeros and denormal numbers.
 _EXPONENT = np.uint32(0x7F800000)
-#: Pieces that go around: one each is read, updated and written.
+#: Number of pieces in use: one each is read, updated and written.
 _SLABS = 3
 
 Gradient = Callable[[int, np.ndarray], None]
-"""Fills a flat float32 array with consecutive elements of a gradient, in Keras' layout, from an
+"""Fills a flat float32 array with consecutive elements of a gradient in Keras' layout, from an
 element on."""
 
 
@@ -64,29 +64,30 @@ class _Piece:
 
     tensor: Tensor
     start: int
-    """Its first element."""
+    """Index of its first element."""
     memory: np.ndarray
-    """Where the arrays are: a lane for each of weight, slots and gradient. Of a lane, what is read
-    in 16 bits takes the second half, and what is written in 16 bits the first, so that nothing is
-    written over before it is used."""
+    """Arrays of the piece: a lane each for weight, slots and gradient. Values read in 16 bits take
+    the second half of a lane, and values written in 16 bits the first, so that nothing is
+    overwritten before it is used."""
     old: list[np.ndarray]
-    """Weight and slots, as they are stored."""
+    """Weight and slots as they are stored."""
     new: list[np.ndarray]
-    """The same, as they will be."""
+    """Weight and slots as they will be stored."""
     gradient: np.ndarray | None
     names: list[str]
-    """Of weight and slots."""
+    """Names of weight and slots."""
 
 
 class StreamedState:
-    """The state that is read, and the draft of the next one, which a thread may write.
+    """The current state, and the draft of the next one, which a thread may be writing.
 
     Args:
-        config: of the model.
-        rule: of the update.
-        trained: rows of the table that are updated; the others are copied.
-        model_dir: where states are written.
-        slots_dtype: what slots are written in: "float32", or "bfloat16", rounded stochastically.
+        config: configuration of the model.
+        rule: rule of the update.
+        trained: rows that are updated; the others are copied.
+        model_dir: folder that states are written to.
+        slots_dtype: dtype that slots are written in: "float32", or "bfloat16", rounded
+            stochastically.
     """
 
     def __init__(
@@ -109,11 +110,11 @@ class StreamedState:
         self._model_dir = model_dir
         self._weights = {t.tf: _info(t) for t in table(config)}
         self.memory = BlockBuffers(config, Scheme.TF, self._weights)
-        """That its blocks are read into."""
+        """Buffers that its blocks are read into."""
         self._source: TensorSource | None = None
         self._has_slots = False
         self._draft: checkpoints.Draft | None = None
-        self._origin: TensorSource | None = None  # what the draft is made of
+        self._origin: TensorSource | None = None  # the state that the draft is made from
         self._superseded: int | None = None
 
     @property
@@ -123,26 +124,26 @@ class StreamedState:
 
     @property
     def trained(self) -> Container[Tensor]:
-        """Those that are updated."""
+        """Rows that are updated."""
         return self._slots.keys()
 
     @property
     def source(self) -> TensorSource:
-        """The tensors of the present state; who reads one that is still to come waits for it."""
+        """Tensors of the current state; reading one that is still being written waits for it."""
         assert self._source, "a state was opened"
         return self._source
 
     def open(self, prefix: Path, *, has_slots: bool = False) -> None:
-        """Read from this bundle from now on: float32, names and layout of TF."""
+        """Read from this bundle from now on: float32, with names and layout of TF."""
         self.close()
         self._source = BundleSource(prefix)
         self._has_slots = has_slots
 
     def take_slots(self) -> bool:
-        """Go on with the slots of the bundle that is open; False if it lacks some.
+        """Use the slots of the open bundle; return False if it lacks some.
 
         Raises:
-            TrainingFault: they are neither float32 nor bfloat16.
+            TrainingFault: the slots are neither float32 nor bfloat16.
         """
         known = self.source.tensors
         names = [name for slots in self._slots.values() for name in slots]
@@ -157,10 +158,10 @@ class StreamedState:
         return self._has_slots
 
     def begin(self, weights: Iterable[tuple[Tensor, Any]]) -> None:
-        """Write a first state, of step 0 and without slots, and open it.
+        """Write a first state of step 0 without slots, and open it.
 
         Args:
-            weights: every tensor's values, in TF's layout.
+            weights: values of every tensor, in TF's layout.
         """
         with closing(checkpoints.Draft(self._model_dir, self._weights)) as draft:
             for tensor, values in weights:
@@ -170,11 +171,11 @@ class StreamedState:
         self._superseded = 0
 
     def rows(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start:stop (None: to the end) of any weight; see `BlockWeights`."""
+        """Implement `BlockWeights`, for any weight."""
         return read_rows(self.source, tensor.tf, start, stop)
 
     def head(self) -> ReadHead:
-        """See `BlockWeights`; it is read once, for logits and gradients."""
+        """Implement `BlockWeights`; the head is read once for logits and gradients."""
         weight, bias = self._head_rows
         (memory,) = page_buffers(1, 4 * weight.size)
         values = memory.view(np.float32).reshape(weight.shape_in(Scheme.TF))
@@ -190,11 +191,11 @@ class StreamedState:
     def blocks(
         self, order: Iterable[int], load: Callable[[Sequence[np.ndarray]], None]
     ) -> Iterator[int]:
-        """See `BlockWeights`."""
+        """Implement `BlockWeights`."""
         return prefetch_blocks(partial(self.memory.read, self.source), order, load)
 
     def of_block(self, i: int) -> Sequence[Tensor]:
-        """See `BlockWeights`."""
+        """Implement `BlockWeights`."""
         return block(self._config, i)
 
     def update(
@@ -208,11 +209,11 @@ class StreamedState:
         """Write tensors and their slots into the draft of the next state.
 
         Args:
-            work: each tensor with its gradient; None: it is copied.
-            norm: of all gradients, if the rule clips by it.
-            rate: of learning.
-            correction: see `BetaPowers`.
-            draw: what the rounding to 16 bits is a function of.
+            work: each tensor with its gradient; None copies it.
+            norm: norm of all gradients, if the rule clips by it.
+            rate: learning rate.
+            correction: factor from `BetaPowers`.
+            draw: what the stochastic rounding is a function of.
         """
         scalars = [np.float32(x) for x in (norm, rate, correction)]
         draft = self._begun()
@@ -227,24 +228,24 @@ class StreamedState:
                 buffers.give(piece.memory)
 
     def advance(self) -> None:
-        """The draft is the present state from now on, though an update may still be writing it."""
+        """Make the draft the current state, although an update may still be writing it."""
         self._source = self._begun()
 
     def discard(self) -> None:
-        """The update is not to be: the state that it began with stays."""
+        """Cancel the update, and keep the state that it started from."""
         if self._draft:
             self._draft.close()
             self._source = self._origin
         self._draft = self._origin = None
 
     def commit(self, step: int, scalars: Mapping[str, np.ndarray], *, stays: bool, keep: int):
-        """Make the present state durable, if it is not; it may come to stay.
+        """Make the current state durable, unless it is already; it may be kept.
 
         Args:
-            step: that it is of.
+            step: step of the state.
             scalars: further tensors of the checkpoint.
-            stays: whether it is kept when the next one takes over.
-            keep: how many checkpoints are kept.
+            stays: whether it is kept after the next one.
+            keep: number of checkpoints to keep.
         """
         if self._draft:
             self._draft.publish(step, scalars)
@@ -262,7 +263,7 @@ class StreamedState:
         self._source = None
 
     def _begun(self) -> checkpoints.Draft:
-        """The draft of the state after the present one."""
+        """Return the draft of the next state."""
         if self._draft is None:
             slots = {
                 name: _info(t, self._slots_dtype)
@@ -302,10 +303,10 @@ class StreamedState:
                 yield _Piece(tensor, start, memory, old, new, of_weight, names)
 
     def _updated(self, piece: _Piece, scalars: Sequence[np.float32], draw: Draw) -> _Piece:
-        """The piece, its new weight and slots being there."""
+        """Return the piece with its new weight and slots."""
         if piece.gradient is None:
             return piece
-        with np.errstate(all="ignore"):  # should the norm not be finite, nothing of it counts
+        with np.errstate(all="ignore"):  # if the norm is not finite, the result is discarded
             for start in range(0, piece.gradient.size, _UPDATED):
                 self._update(piece, slice(start, start + _UPDATED), scalars, draw)
         return piece
@@ -337,15 +338,15 @@ class StreamedState:
 
 
 def _flush(values: np.ndarray) -> None:
-    """Make zeros of denormal numbers, as TensorFlow does: those of a moment that fades away would
-    slow down every later step."""
+    """Replace denormal numbers by zeros, as TensorFlow does: those of a vanishing moment would slow
+    down every later step."""
     exponents = values.view(np.uint32) & _EXPONENT
     if not exponents.min():
         values[exponents == 0] = 0
 
 
 def pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """First element and number of each part of a tensor that is updated at once."""
+    """Yield start and size of each part of a tensor that is updated at once."""
     for start in range(0, tensor.size, PIECE):
         yield start, min(PIECE, tensor.size - start)
 

@@ -1,8 +1,8 @@
-"""The passes of one training step over a model that is brought one block at a time.
+"""The passes of one training step over a streamed model.
 
-Forwards, each block's input is kept on the disk; backwards, each block is computed once more. In
-memory are one block, its gradients and what it computes, whatever the number of blocks and of
-batches, which share each block that is brought.
+In the forward pass, the input of each block is kept on disk; in the backward pass, each block is
+recomputed. Memory holds one block, its gradients and its activations, whatever the number of blocks
+and of batches, which share each block that is loaded.
 
 Shape suffixes: B batch, T time, N tokens, D hidden.
 """
@@ -29,17 +29,18 @@ class Update(Protocol):
     """Takes gradients: float32, in Keras' layout, unscaled."""
 
     def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
-        """Arrays to put the gradients of these into; returns once those before have left it."""
+        """Return arrays for the gradients of these tensors, once the gradients before have left
+        them."""
         ...
 
     def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
         """Take whole gradients.
 
-        That of the embedding, which a tied head has, waits for the tokens' own.
+        The gradient of the embedding from a tied head waits for that of the tokens.
 
         Args:
-            gradients: in the room that was given for them.
-            last: whether no more room is asked for in this step.
+            gradients: gradients in the arrays that `room` returned.
+            last: whether these are the last arrays of the step.
         """
         ...
 
@@ -51,19 +52,19 @@ class Update(Protocol):
 class StreamedStep:
     """Loss and gradients of one step.
 
-    The hidden states of batch n before block i are kept as (n, i). Once the block's gradients are
-    known, the gradient of these states is kept in their place.
+    The hidden states of batch n before block i are kept under (n, i). Once the block's gradients
+    are known, the gradient of these states takes their place.
 
-    Memory that was freed is kept while a block computes a batch, or the head its logits or its
-    gradients, and no longer: what comes next would not always find its place in it.
+    Freed memory is kept only while a block computes a batch, or the head its logits or its
+    gradients: what follows would not always find a place in it.
 
     Args:
-        config: of the model.
-        passes: its compiled stages.
-        state: its weights.
-        scratch: where hidden states are kept.
+        config: configuration of the model.
+        passes: compiled stages of the model.
+        state: weights of the model.
+        scratch: store of the hidden states.
         update: takes every gradient.
-        trained: rows of what is trained, of the table or of an adapter.
+        trained: trained rows of the table or of an adapter.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class StreamedStep:
         self._trained = frozenset(trained)
 
     def run(self, batches: Sequence[tuple], draw: Draw, scale: float) -> float:
-        """The mean of the batches' losses.
+        """Return the mean of the batches' losses.
 
         Args:
             batches: ids, 1 on tokens that do not count, and labels; each (B, T).
-            draw: see `Executor.step`.
-            scale: of the loss, for the gradients.
+            draw: seed and counter that the dropout masks start from.
+            scale: factor on the loss, for the gradients.
         """
         self._forward(batches, draw)
         loss = self._head(batches, scale)
@@ -120,7 +121,7 @@ class StreamedStep:
         part, losses = self._state.head(), []
 
         def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            if not start:  # for logits, then for gradients, whose arrays have other sizes
+            if not start:  # first for logits, then for gradients, whose arrays have other sizes
                 give_back_freed_memory()
             return part(start, stop)
 
@@ -143,7 +144,7 @@ class StreamedStep:
                 d_x_BTD, gradients = self._passes.backward(x_BTD, d_out_BTD, i, n, draw, scale)
                 sums = sums or self._update.room(rows)
                 _sum(sums, gradients, first=n == 0)
-                del gradients  # TensorFlow has their memory for the next ones
+                del gradients  # TensorFlow reuses their memory for the next ones
                 self._keep(n, i, d_x_BTD)
             self._update.take(dict(zip(rows, sums, strict=True)), last=i == 0)
 
@@ -163,7 +164,7 @@ class StreamedStep:
 
 
 def _sum(sums: Sequence[np.ndarray], gradients: Sequence[np.ndarray], *, first: bool) -> None:
-    """Add gradients in place; the first ones replace what is there."""
+    """Add gradients in place; the first ones overwrite."""
     for total, gradient in zip(sums, gradients, strict=True):
         if first:
             np.copyto(total, gradient)
@@ -172,7 +173,7 @@ def _sum(sums: Sequence[np.ndarray], gradients: Sequence[np.ndarray], *, first: 
 
 
 def states_bytes(config: GPTJConfig, batches: Sequence[tuple]) -> Iterator[int]:
-    """Of all hidden states that a step keeps."""
+    """Yield the bytes of each hidden state that a step keeps."""
     for ids_BT, _, _ in batches:
         for _ in range(config.n_layer + 1):
             yield 4 * ids_BT.size * config.n_embd

@@ -1,4 +1,4 @@
-"""Gradients on their way into the next state of a run that is on the disk."""
+"""Gradients on their way into the next state of a streamed run."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from runner.training.streamed.scratch import Scratch
 from runner.training.streamed.state import StreamedState, Gradient, pieces
 from runner.training.update.rule import UpdateRule
 
-#: Elements whose squares are summed in float32 before they are in float64.
+#: Number of elements whose squares are summed in float32 before the sum continues in float64.
 _SUMMED = 2**16
 
 
 class StreamedUpdate:
-    """One update, by gradients that come a few tensors at a time; taken in the background.
+    """One update from gradients that arrive a few tensors at a time, in the background.
 
     Without clipping by norm they go into the next state at once, which counts only if their norm
-    turns out finite; with it they are kept on the disk until the norm is known, the last ones
-    where they are.
+    turns out to be finite. With it they wait on disk until the norm is known, except the last ones,
+    which stay in memory.
 
     Args:
-        state: the present one.
-        rule: of the update.
-        memory: room for the gradients of any stage; see `room_bytes`.
-        scratch: where gradients wait.
-        background: does the work, behind what it has still to do for the step before.
-        rate: of learning.
-        correction: see `BetaPowers`.
-        draw: of the step.
+        state: current state.
+        rule: rule of the update.
+        memory: memory for the gradients of any stage; see `room_bytes`.
+        scratch: store of waiting gradients.
+        background: runs the work, after what remains of the step before.
+        rate: learning rate.
+        correction: factor from `BetaPowers`.
+        draw: seed and counter of the step.
     """
 
     def __init__(
@@ -64,22 +64,22 @@ class StreamedUpdate:
         self._squares = 0.0
 
     def room(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
-        """See `Update`."""
+        """Implement `Update`."""
         self._background.wait()
         return page_arrays(self._memory, [_info(t) for t in tensors])
 
     def take(self, gradients: Mapping[Tensor, np.ndarray], *, last: bool) -> None:
-        """See `Update`."""
+        """Implement `Update`."""
         self._background.submit(self._run, gradients, last)
 
     def take_embedding(self, tensor: Tensor, rows: EmbeddingGradient) -> None:
-        """See `Update`."""
+        """Implement `Update`."""
         self._background.wait()
         self._background.submit(self._run_embedding, tensor, rows)
 
     def finish(self) -> float:
-        """The norm; if it is finite, the next state is the present one, and what is missing of it
-        is being written, in the order in which a step asks for it."""
+        """Return the norm. If it is finite, the next state becomes the current one, and what is
+        missing of it is written in the order in which a step reads it."""
         self._background.wait()
         with np.errstate(over="ignore"):
             norm = float(np.sqrt(np.float32(self._squares)))
@@ -134,7 +134,7 @@ class StreamedUpdate:
 
 
 def room_bytes(config: GPTJConfig) -> int:
-    """Of the memory that `StreamedUpdate` is given."""
+    """Return the size of the memory that `StreamedUpdate` needs."""
     tied = [embedding(config)] if config.tie_word_embeddings else []
     stages = block(config, 0), [*tied, *head(config)]
     return max(sum(whole_pages(_info(t).nbytes) for t in stage) for stage in stages)
@@ -156,7 +156,7 @@ def _fill_sum(one: Gradient, other: Gradient, start: int, values: np.ndarray) ->
 
 
 def _squares(values: np.ndarray) -> float:
-    """The sum of their squares; infinite or not a number if one of them is."""
+    """Return the sum of squares, infinite or NaN if a value is."""
     flat = values.reshape(-1)
     parts = (flat[n : n + _SUMMED] for n in range(0, flat.size, _SUMMED))
     return sum(float(np.vdot(part, part)) for part in parts)

@@ -1,4 +1,4 @@
-"""A and B of an adapter of the peft library, for a run that continues it."""
+"""A and B of a peft adapter, for a run that trains it further."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def factors(folder: Path, config: GPTJConfig, params: Params) -> Mapping[str, np
     """Return A and B of every layer in float32, by HF name and in HF's layout.
 
     Args:
-        folder: of the adapter.
-        config: of the model that it is for.
-        params: of the run, which must train an adapter of the same rank, scale and layers.
+        folder: folder of the adapter.
+        config: configuration of the base model.
+        params: parameters of the run, which must train an adapter of the same rank, scale and
+            layers.
 
     Raises:
-        ConfigError: the run trains another one, or none; or see `open_adapter`.
-        FileFault, TensorFault: see `open_adapter`.
+        ConfigError: the run trains another adapter, or none; see also `open_adapter`.
+        FileFault, TensorFault: as `open_adapter` raises them.
     """
     with closing(open_adapter(folder, config)) as adapter:
         found = adapter.lora(config)
@@ -43,7 +44,7 @@ def factors(folder: Path, config: GPTJConfig, params: Params) -> Mapping[str, np
 
 
 def without_base(folder: Path) -> ConfigError:
-    """Return the error of a run that begins with an adapter and no weights."""
+    """Return the error of a run that starts from an adapter without weights."""
     return ConfigError(
         f"{folder}: is an adapter, and no weights are named that it belongs to",
         hint="name its base with --init-from",

@@ -1,4 +1,4 @@
-"""Weights that begin at random, as the YAML's initializers say."""
+"""Random weights, as the YAML's initializers say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptj_model.network.weights import variables
 from gptj_model.tensors import Role, Scheme, Tensor, table
 from runner.config.params import Initializer, Params
 
-#: What the reference takes where the YAML names none.
+#: The reference's initializers where the YAML names none.
 _DEFAULTS = {
     "embedding_initializer": Initializer(name="scaled_init_normal", key="vocab_size"),
     "initializer": Initializer(name="variance_scaling", scale=1.0),
@@ -23,16 +23,16 @@ _DEFAULTS = {
 
 
 def initialize(model: GPTJ, params: Params) -> None:
-    """Give every weight its first values."""
+    """Initialize every weight."""
     found = variables(model)
     for tensor, values in first_values(model.config, params):
         found[tensor.hf].assign(values)
 
 
 def first_values(config: GPTJConfig, params: Params) -> Iterator[tuple[Tensor, Any]]:
-    """Matrices by their initializer, gains 1, biases 0; float32, in Keras' layout.
+    """Yield matrices by their initializer, gains of 1 and biases of 0; float32, in Keras' layout.
 
-    The values are a function of the seed and the tensor's place in the table.
+    The values are a function of the seed and of the tensor's place in the table.
     """
     seed = initialization_seed(params)
     for n, tensor in enumerate(table(config)):
@@ -46,7 +46,7 @@ def first_values(config: GPTJConfig, params: Params) -> Iterator[tuple[Tensor, A
 
 
 def initialization_seed(params: Params) -> int:
-    """Of everything that begins at random."""
+    """Return the seed of everything that starts at random."""
     seed = params.model.weight_initialization_seed
     return (params.runconfig.tf_random_seed or 0) if seed is None else seed
 

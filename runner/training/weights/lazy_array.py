@@ -1,4 +1,4 @@
-"""An array that is made each time it is asked for, and not kept."""
+"""Arrays that are computed each time they are read, and not kept."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 
 
 class LazyArray:
-    """What numpy takes for an array: its shape and dtype are known, its values are made late.
+    """An array for numpy whose shape and dtype are known, and whose values are computed when they
+    are read.
 
     Args:
-        shape: of the values.
-        make: the values.
-        dtype: of the values.
+        shape: shape of the values.
+        make: returns the values.
+        dtype: dtype of the values.
     """
 
     def __init__(

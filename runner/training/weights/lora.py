@@ -1,7 +1,7 @@
 """The adapter of a run with LoRA: enabled, saved and restored.
 
 A checkpoint of such a run holds merged kernels under the names that every reader knows, and beside
-them what the run needs to go on: the kernels it began with, and the adapter.
+them what the run needs to resume: the base kernels and the adapter.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from runner.training.weights.lazy_array import LazyArray
 
 
 def trained_weights(model: GPTJ, params: Params) -> tuple[Adapter | None, dict[Tensor, Any]]:
-    """The adapter, which is enabled if there is to be one, and the variables that are trained.
+    """Return the adapter, which is enabled if the run has one, and the trained variables.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: as `trained_rows` raises it.
     """
     rows = trained_rows(model.config, params)
     found = variables(model)
@@ -39,11 +39,11 @@ def trained_weights(model: GPTJ, params: Params) -> tuple[Adapter | None, dict[T
 
 
 class Adapter:
-    """A LoRA beside the kernels that it adapts, which may be anything that becomes an array.
+    """A LoRA beside its base kernels, which may be anything that numpy converts to an array.
 
     Args:
-        lora: how they are adapted.
-        kernels: those that the run began with, by their rows.
+        lora: rank, alpha and layers.
+        kernels: base kernels by their rows.
         variables: A and B by their rows.
     """
 
@@ -56,7 +56,7 @@ class Adapter:
         self._variables = variables
 
     def tensors(self) -> dict[str, Any]:
-        """Merged kernels and all that is needed to go on, by TF name."""
+        """Return merged kernels, and everything needed to resume, by TF name."""
         found: dict[str, Any] = {LORA_ALPHA: self._alpha}
         for kernel, base in self._kernels.items():
             a, b = adapter_rows(kernel, self._lora.rank)
@@ -66,7 +66,8 @@ class Adapter:
         return found
 
     def load(self, source: TensorSource) -> bool:
-        """Take A and B from a checkpoint; False if it has no such adapter, or not all of it."""
+        """Load A and B from a checkpoint; return False if it has no such adapter, or only a part of
+        it."""
         wanted = {row.tf: tuple(v.shape) for row, v in self._variables.items()}
         wanted |= {base_name(k): tuple(v.shape) for k, v in self._kernels.items()}
         found = source.tensors
@@ -79,21 +80,21 @@ class Adapter:
         return True
 
     def begin(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take A and B from elsewhere, by HF name and in HF's layout."""
+        """Load A and B from elsewhere, by HF name and in HF's layout."""
         for row, variable in self._variables.items():
             variable.assign(row.op(Scheme.HF, Scheme.KERAS)(values[row.hf]))
 
     def load_kernels(self, source: TensorSource) -> None:
-        """Take the kernels that the run began with, which are variables here."""
+        """Load the base kernels, which are variables here."""
         for kernel, variable in self._kernels.items():
             variable.assign(read_tensor(source, base_name(kernel)))
 
 
 def _merged(lora: Lora, base: Any, a: Any, b: Any) -> LazyArray:
-    """A kernel with its update, made when it is written."""
+    """Return a kernel with its update, computed when it is written."""
     return LazyArray(tuple(base.shape), lambda: lora.merged(*(np.asarray(v) for v in (base, a, b))))
 
 
 def base_name(kernel: Tensor) -> str:
-    """What a checkpoint calls the kernel that a run began with."""
+    """Return the name of a base kernel in a checkpoint."""
     return f"{kernel.tf}/{LORA_BASE}"
