@@ -12,7 +12,7 @@ from runner.cli.shared.errors import Exit
 from runner.cli.shared.output import Output, one_line
 
 if TYPE_CHECKING:
-    from runner.planning.command_plan import Machine, CommandPlan
+    from runner.planning.command_plan import CommandPlan, Machine
 
 _DEFAULT_MODEL = "6b"
 

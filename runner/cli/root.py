@@ -1,4 +1,4 @@
-"""The `gptj` program. Commands import what is heavy inside their functions, not here."""
+"""The `gptj` program. Commands import heavy modules inside their functions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _show_version(context: click.Context, option: click.Parameter, value: bool) 
     help="Show the version, and those of the libraries, and exit.",
 )
 def root() -> None:
-    """GPT-J in TensorFlow: download, convert, prove, train on."""
+    """Convert GPT-J between PyTorch, TensorFlow and Cerebras, prove the result, and train on."""
 
 
 _COMMANDS = (
@@ -72,10 +72,10 @@ for _command in _COMMANDS:
 def main(
     argv: Sequence[str] | None = None, *, command: click.Command = root, name: str = "gptj"
 ) -> int:
-    """Run the program, or one command as a program; returns its exit code and raises nothing."""
+    """Run the program, or one command as a program; return its exit code, and raise nothing."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
-    # For what is reported before the command itself has read its options.
+    # For faults that are reported before the command has read its options.
     output = Output(json="--json" in arguments, quiet="--quiet" in arguments)
     try:
         code = command.main(arguments, prog_name=name, standalone_mode=False)
@@ -110,7 +110,7 @@ def _terminate(signum: int, frame: object) -> None:
 def _stopped(output: Output, word: str, code: Exit, stop: BaseException) -> int:
     from gptj_model.errors import GptjError
 
-    # What was at work may have noted how to go on.
+    # Notes say how to resume the work that was interrupted.
     stop = stop.__context__ or stop  # click wraps an interruption
     hint = "; ".join(getattr(stop, "__notes__", ())) or "run it again"
     fault = GptjError(f"{word}; nothing incomplete is left under its final name", hint=hint)

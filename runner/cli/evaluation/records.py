@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate_model(
     output: Output, model: Path, params: Params, budget: MemoryBudget | None = None
 ) -> dict[str, float]:
-    """Load a model, evaluate it, print the metrics line and return the metrics."""
+    """Load a model, evaluate it, print the metrics line, and return the metrics."""
     from gptj_convert.checkpoint.open import open_checkpoint
     from runner.config.params_file import reconcile
     from runner.evaluation.evaluate import evaluate as run
@@ -78,11 +78,11 @@ def streamed_evaluator(
     states = 4 * batch * length * config.n_embd
     kept = budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
     model = StreamedModel(config, checkpoint.source, checkpoint.scheme, kept=kept)
-    # What is left lets more batches share a reading of the weights.
+    # The rest of the budget lets more batches share one reading of the weights.
     room = STATES if budget.spare is None else min(STATES, states + budget.spare)
     return StreamedEvaluator(lambda: model, memory=room)
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
-    """Metrics in the reference's order and manner."""
+    """Return metrics as one line, in the reference's order and format."""
     return ", ".join(f"{name} = {value:.7g}" for name, value in sorted(metrics.items()))

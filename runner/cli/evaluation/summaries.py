@@ -27,10 +27,11 @@ def evaluate_summaries(
     truncate_article: bool,
     summaries: Path | None,
 ) -> dict[str, Any]:
-    """Generate with each width of the beam, print the mean scores and return them.
+    """Generate with each number of beams, print the mean scores, and return the fields of the JSON
+    object.
 
     Raises:
-        GptjError: model, tokenizer or test set are not what they must be.
+        GptjError: the model, its tokenizer or the test set cannot be used.
     """
     from gptj_model.decoding.beam_search import Beam, BeamSearch
     from gptj_model.errors import DataFault

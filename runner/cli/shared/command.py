@@ -15,7 +15,7 @@ from runner.cli.shared.errors import Exit
 from runner.cli.shared.option_rules import OptionRules
 from runner.cli.shared.output import Output, notes_of_core
 
-#: Both spellings, also where a command is a program of its own.
+#: Both spellings, because a command may be a program of its own.
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 

@@ -1,4 +1,4 @@
-"""From a fault to an exit code: the one place where they meet."""
+"""Exit codes of faults: the one place where they are assigned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.planning.extras import extra_of, install_command
 
 
 class Exit(IntEnum):
-    """What the program's exit codes mean."""
+    """Exit codes of the program."""
 
     OK = 0
     OPERATIONAL = 1
@@ -27,14 +27,14 @@ class Terminated(BaseException):
 
 
 def exit_code(fault: GptjError) -> Exit:
-    """The exit code of a fault."""
+    """Return the exit code of a fault."""
     return Exit.USAGE if isinstance(fault, UsageError | ConfigError) else Exit.OPERATIONAL
 
 
 def as_fault(error: BaseException) -> GptjError | None:
-    """The fault that an exception is, or None for a bug of ours.
+    """Return the fault that an exception stands for, or None for a bug of this program.
 
-    Its notes say how to go on, and join the hint.
+    Notes of the exception say how to continue, and join the hint.
     """
     fault = _as_fault(error)
     if fault and getattr(error, "__notes__", None):
@@ -46,7 +46,7 @@ def _as_fault(error: BaseException) -> GptjError | None:
     if isinstance(error, GptjError):
         return error
     if isinstance(error, click.ClickException):
-        message = " ".join(error.format_message().split())  # it may list choices on lines
+        message = " ".join(error.format_message().split())  # it may list choices on several lines
         return UsageError(message, hint=_usage_hint(error))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

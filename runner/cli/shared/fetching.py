@@ -17,7 +17,7 @@ DEFAULT_REPOSITORY = "EleutherAI/gpt-j-6b"
 
 
 def default_folder(repository: str) -> Path:
-    """Where a repository's files go when nothing else is asked for."""
+    """Return the folder that a repository is fetched into by default."""
     return DEFAULT_SOURCE if repository == DEFAULT_REPOSITORY else Path(Path(repository).name)
 
 
@@ -29,7 +29,7 @@ def fetch_to(
     *,
     for_conversion: bool = False,
 ) -> dict[str, Any]:
-    """Download a model, as `fetch_listed`; see `list_model`."""
+    """Download the model of a repository; see `list_model` and `fetch_listed`."""
     from gptj_convert.formats.containers.sharded import is_index
     from gptj_convert.formats.layouts.hf import choose_settings
     from gptj_convert.hub.model_files import list_model
@@ -44,9 +44,9 @@ def fetch_to(
 def fetch_listed(
     output: Output, listing: Listing, out: Path, *, named_by: str = "with --out"
 ) -> dict[str, Any]:
-    """Download, with notes and progress; returns the fields of the JSON object.
+    """Download listed files with notes and progress; return the fields of the JSON object.
 
-    `named_by` says how another folder is chosen.
+    `named_by` says how another folder is named.
     """
     from gptj_convert.hub.download import fetch
 

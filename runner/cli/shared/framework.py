@@ -1,4 +1,5 @@
-"""TensorFlow made ready: imported quietly, as Keras' backend, or beside JAX for the data."""
+"""TensorFlow and Keras, imported quietly and set up as Keras' backend, or beside JAX for the
+data."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ import tempfile
 def prepare(*, proving: bool = False, backend: str = "tensorflow") -> None:
     """Import TensorFlow and Keras without their start-up chatter on stderr.
 
-    The chatter is written by C++ code before its log level counts, hence the redirection.
+    C++ code writes the chatter before its log level takes effect, hence the redirection.
 
     Args:
-        proving: products in all of float32, which GPUs round to 10 bits (TF32) otherwise; but not
-            the same numbers at every run, which costs time.
-        backend: of Keras; beside another one, TensorFlow leaves the GPUs alone.
+        proving: whether to multiply in full float32, which GPUs otherwise round to 10 bits (TF32);
+            results may then differ from run to run.
+        backend: backend of Keras; beside another one, TensorFlow uses no GPU.
 
     Raises:
         ConfigError: this process has imported Keras with another backend.
@@ -23,8 +24,8 @@ def prepare(*, proving: bool = False, backend: str = "tensorflow") -> None:
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # On by itself where the processor has AVX512-VNNI: its allocator grows by doubling and gives
-    # nothing back, and it is not what XLA multiplies with.
+    # On by default where the CPU has AVX512-VNNI: its allocator grows by doubling and returns
+    # nothing, and XLA does not multiply with it.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     if os.environ.get("GPTJ_DEBUG") == "1":
         import keras  # noqa: F401
@@ -42,7 +43,8 @@ def prepare(*, proving: bool = False, backend: str = "tensorflow") -> None:
 
 
 def _check_backend(backend: str) -> None:
-    """See that Keras runs on it: it is chosen once a process, when Keras is imported."""
+    """Check that Keras runs on this backend, which is chosen once per process, when Keras is
+    imported."""
     import keras
 
     from gptj_model.errors import ConfigError

@@ -1,4 +1,4 @@
-"""`--memory`: how much of a model that is read block by block stays in memory."""
+"""`--memory`: how much of a streamed model stays in memory."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ memory_option = click.option(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What is computed at once."""
+    """Size of one forward pass."""
 
     batch: int
-    """Sequences."""
+    """Number of sequences."""
     length: int
-    """Of the longest, in tokens."""
+    """Tokens of the longest sequence."""
     states: int
-    """Bytes of what lasts from block to block, at least."""
+    """Smallest number of bytes that last from block to block."""
 
 
 def execution_within(budget: int | None, execution: str | None, stated: Callable[[], str]) -> str:
-    """How the model is run: as asked for, else within the budget, else as stated in the YAML.
+    """Return how the model runs: as asked for, else within the budget, else as the YAML says.
 
     Raises:
-        UsageError: a budget, and the whole model in memory, are both asked for.
+        UsageError: a budget is given for a model that is wholly in memory.
     """
     if budget is None:
         return execution or stated()
@@ -61,20 +61,20 @@ class MemoryBudget:
     """Decides what stays in memory, and says so.
 
     Args:
-        output: is told.
-        budget: bytes, or None: nothing stays but what computes.
+        output: sink of the note.
+        budget: bytes that may be used; None keeps nothing beyond what computes.
     """
 
     def __init__(self, output: Output, budget: int | None) -> None:
         self._output = output
         self._budget = budget
         self.spare: int | None = None
-        """Bytes of the budget that are left; None: there is none."""
+        """Bytes of the budget that remain; None without a budget."""
         self.fields: dict[str, Any] = {}
-        """For the result: what stays, and the memory that is planned."""
+        """Fields of the JSON object: what stays, and the planned memory."""
 
     def keep(self, checkpoint: Checkpoint, load: Load) -> Residency:
-        """What stays of it.
+        """Return what stays in memory.
 
         Raises:
             UsageError: the budget is too small for one block.

@@ -1,4 +1,4 @@
-"""Which model and which parameters a command means when it is not told."""
+"""Model and parameters that a command uses by default."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CONVERTED = DEFAULT_OUT["tf"]
 
 
 def default_model() -> Path:
-    """./model_dir when it has checkpoints, else ./converted."""
+    """Return ./model_dir if it has checkpoints, else ./converted."""
     from runner.training.run import checkpoints
 
     return DEFAULT_MODEL_DIR if checkpoints.steps(DEFAULT_MODEL_DIR) else CONVERTED
 
 
 def stated_execution(folder: Path) -> str:
-    """How the params.yaml in a folder runs the model; resident if there is none."""
+    """Return how the params.yaml in a folder runs the model; resident if there is none."""
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from runner.config.params_file import load_params
 
@@ -35,7 +35,8 @@ def stated_execution(folder: Path) -> str:
 def params_for(
     model: Path, params_file: Path | None, settings: dict[str, Any], config: GPTJConfig
 ) -> Params:
-    """The parameters named, else those beside the model, else the defaults for its config."""
+    """Return the named parameters, else those beside the model, else the defaults for its
+    config."""
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from gptj_convert.settings.pretraining import continued_pretraining
     from runner.config.params_file import load_params, validate

@@ -18,10 +18,10 @@ from gptj_model.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptionRules:
-    """What a command's options demand of one another.
+    """Rules for which options of a command go together.
 
-    Options are named as they are written, such as "--batch-size". One that no mode lists goes
-    with every mode.
+    Options are named as they are written, such as "--batch-size". One that no mode lists goes with
+    every mode.
     """
 
     mode: Callable[[Mapping[str, Any]], str] = lambda values: ""

@@ -1,4 +1,4 @@
-"""The one place the program speaks: data on stdout, everything else on stderr."""
+"""The one sink of the program's output: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """A sink in one of three manners: for people, `--json` for programs, `--quiet`.
+    """Output for people, with `--json` for programs, or with `--quiet`.
 
     With json, stdout carries exactly one object, written by `finish` or `fail`.
     """
@@ -27,17 +27,17 @@ class Output:
         self.quiet = quiet
 
     def data(self, text: str) -> None:
-        """A line of what was asked for."""
+        """Print a line of the result."""
         if not self.json:
             print(printable(text), flush=True)
 
     def part(self, text: str) -> None:
-        """Some of a line of what was asked for; `data` ends it."""
+        """Print a part of a line of the result; `data` ends the line."""
         if not self.json:
             print(printable(text), end="", flush=True)
 
     def coloured(self, text: Text) -> None:
-        """The same with colours, on a terminal that has them."""
+        """Print a line of the result, with colors on a terminal that has them."""
         if not self.json:
             from rich.console import Console
 
@@ -45,17 +45,17 @@ class Output:
             Console(soft_wrap=True, highlight=False).print(text)
 
     def note(self, text: str) -> None:
-        """A line about how it goes."""
+        """Print a note on stderr."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
 
     def finish(self, fields: Mapping[str, Any]) -> None:
-        """Close with the JSON object, if one was asked for."""
+        """Print the JSON object, if one was asked for."""
         if self.json:
             print(json.dumps(fields, allow_nan=False, default=str), flush=True)
 
     def fail(self, fault: GptjError, fields: Mapping[str, Any]) -> None:
-        """Say what went wrong and what to do next."""
+        """Print a fault and its hint, also in the JSON object if one was asked for."""
         error = {"kind": fault.kind, "message": fault.message, "hint": fault.hint}
         try:
             self.finish({"ok": False, **fields, "error": error})
@@ -64,7 +64,7 @@ class Output:
         self.say_fault(fault)
 
     def say_fault(self, fault: GptjError) -> None:
-        """The same for a person alone."""
+        """Print a fault and its hint on stderr."""
         print(printable(f"error: {fault.message}"), file=sys.stderr)
         if fault.hint:
             print(printable(f"hint: {fault.hint}"), file=sys.stderr)
@@ -72,12 +72,12 @@ class Output:
 
     @property
     def live(self) -> bool:
-        """Whether bars may be drawn."""
+        """Whether progress bars may be drawn."""
         return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _Notes(logging.Handler):
-    """Says what the core has logged, once each, as a note."""
+    """Prints each message that the core logs once, as a note."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(logging.INFO)
@@ -92,7 +92,8 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def notes_of_core(output: Output) -> Generator[None]:
-    """Show what `gptj_convert` logs meanwhile: what it has ignored, altered or guessed."""
+    """Print what `gptj_convert` logs while the context is open: what it ignores, alters or
+    guesses."""
     logger, handler = logging.getLogger("gptj_convert"), _Notes(output)
     logger.addHandler(handler)
     logger.propagate = False
@@ -104,16 +105,18 @@ def notes_of_core(output: Output) -> Generator[None]:
 
 
 def abandon_stdout() -> None:
-    """Nobody reads, or nothing more fits: a second failure at exit would only add noise."""
+    """Discard stdout, which nobody reads or which is full, so that no second failure follows at
+    exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:
-    """The text with control characters written out: names in files may hold escape codes."""
+    """Return the text with control characters escaped, because names in files may contain escape
+    codes."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def one_line(text: str, limit: int = 400) -> str:
-    """A name from a file as it may stand in a line: without control characters, and cut."""
+    """Return a name from a file as one line: without control characters, and cut to `limit`."""
     shown = printable(text).replace("\n", "\\x0a")
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"

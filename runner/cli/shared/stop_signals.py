@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a run after the step that is going on."""
+"""Ctrl-C and SIGTERM, which end a run after its current step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from runner.cli.shared.errors import Exit
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask the run to stop after its step; a second one stops it at once."""
+    """Handler of SIGINT and SIGTERM: the first stops the run after its step, a second one at
+    once."""
 
     def __init__(self) -> None:
         self.code: Exit | None = None
         self._before: dict[int, Any] = {}
 
     def asked(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal has arrived."""
         return self.code is not None
 
     def __enter__(self) -> StopSignals:

@@ -1,4 +1,4 @@
-"""What a person reads of a verification."""
+"""A verdict as lines for people."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from gptj_convert.verification.evidence.verdict import Verdict
     from gptj_convert.verification.self_test import SelfTest
 
-#: Causes that are printed at most; --json has all.
+#: Largest number of causes printed; --json has all.
 _SHOWN = 12
 
 
 def say_verdict(output: Output, verdict: Verdict) -> None:
-    """Level by level, then the verdict and what is known of the first difference."""
+    """Print each level, the verdict, and what is known about the first difference."""
     for name, result in verdict.levels.items():
         if "not_run" in result.figures:
             output.data(f"{name:<10} not run: {result.figures['not_run']}")
@@ -85,7 +85,7 @@ def _figure(value: Any) -> str:
 
 
 def say_self_test(output: Output, result: SelfTest) -> None:
-    """A line a fault, and what the tolerance can tell."""
+    """Print one line per fault, and what the tolerance can tell."""
     for fault in result.planted:
         seen = "" if fault.margin > 1 else ": logits alone would not show it"
         output.data(

@@ -1,4 +1,4 @@
-"""A run on a CS system, as the command line shows it."""
+"""A run on a CS system, as the command line starts and shows it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from runner.cli.shared.output import Output, one_line
 if TYPE_CHECKING:
     from runner.cerebras import CsJob
 
-#: Exit codes of a client that was stopped by a signal that went through this program.
+#: Exit codes of a client that ended by a signal that this program forwarded.
 _STOPPED = {130: Exit.INTERRUPTED, 143: Exit.TERMINATED}
 
 
 def run_on_cs(output: Output, job: CsJob, *, dry_run: bool) -> dict[str, Any]:
-    """Call the client, or only say what would be called; the fields of the JSON object."""
+    """Start the client, or only print its command line; return the fields of the JSON object."""
     from runner.cerebras import LOG_FILE, failure, follow, prepare
 
     launch = prepare(job)

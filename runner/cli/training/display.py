@@ -1,4 +1,4 @@
-"""A training run shown while it goes on: a panel on a terminal, lines elsewhere."""
+"""Display of a training run: a panel on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from runner.training.run.events import Event, StepDone
 
 _BARS = "▁▂▃▄▅▆▇█"
-#: Losses that the curve shows, each the mean of as many steps as fit.
+#: Number of losses in the curve, each the mean of as many steps as fit.
 _CURVE = 60
 
 
 @contextmanager
 def training_display(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
-    """What shows the events of a run that goes to step `target`."""
+    """Yield a function that shows the events of a run that trains to step `target`."""
     if output.live:
         with _panel(output, target) as show:
             yield show
@@ -42,7 +42,7 @@ def _line(output: Output, event: Event, target: int) -> None:
 
 
 def _message(event: Event) -> str:
-    """What is no step and no evaluation, as a line."""
+    """Return the line of an event that is neither a step nor an evaluation."""
     from runner.training.run.events import Saved, Skipped, Warning
 
     match event:
@@ -60,7 +60,7 @@ def _message(event: Event) -> str:
 
 
 def step_line(event: StepDone, target: int) -> str:
-    """A step as a line for people."""
+    """Return the line of a step for people."""
     line = (
         f"step {event.step:>6}/{target}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
         f"grad norm {event.unclipped_grad_norm:.3g}"
@@ -83,7 +83,7 @@ def _resources(event: StepDone) -> Iterator[str]:
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
-    """Values as a row of bars, the newest on the right; several to a bar if there are many."""
+    """Return values as a row of bars, the newest on the right; many values share a bar."""
     size = -(-len(values) // width)
     groups = [values[at : at + size] for at in range(0, len(values), size or 1)]
     means = [sum(group) / len(group) for group in groups]
@@ -115,7 +115,7 @@ def _panel(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
         bar = Text.assemble(("━" * done, "green"), ("━" * (_CURVE - done), "dim"))
         return Group(Text(first), curve, bar, Text("  ".join(_resources(event)), style="dim"))
 
-    # What goes to stdout stays there: it may be a file.
+    # stdout is not redirected, because it may be a file.
     with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
 
         def show(event: Event) -> None:

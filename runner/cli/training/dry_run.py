@@ -1,4 +1,4 @@
-"""What a run of training will take, said before it begins."""
+"""Costs of a training run, printed before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def plan_job(output: Output, job: Job) -> dict[str, Any]:
-    """Say what training takes; nothing is loaded or written but a measurement's moment."""
+    """Print the costs of a run; nothing is loaded or written, except for a moment to measure
+    rates."""
     from gptj_convert.resources import machine
     from gptj_convert.resources.rates import measure
     from runner.training.run import checkpoints
@@ -49,7 +50,7 @@ def plan_job(output: Output, job: Job) -> dict[str, Any]:
 
 
 def refuse_a_full_disk(job: Job, params: Params) -> None:
-    """Before hours of work rather than after.
+    """Refuse a run that will fill the disk, before hours of work rather than after.
 
     Raises:
         FileFault: the disk lacks space for what the run keeps there.

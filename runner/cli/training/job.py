@@ -14,25 +14,25 @@ MODES = ("train", "eval", "eval_all", "train_and_eval")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What was asked for on a command line."""
+    """What a command line asks for."""
 
     model_dir: Path
     mode: str
     params_file: Path | None = None
     init_from: Path | None = None
-    """Weights to begin with, and their step and slots."""
+    """Checkpoint whose weights, optimizer state and step the run starts from."""
     adapter: Path | None = None
-    """Folder of an adapter (peft) to begin with."""
+    """Folder of a peft adapter that the run starts from."""
     checkpoint_path: Path | None = None
-    """Weights to begin with and nothing else, or to evaluate."""
+    """Checkpoint whose weights alone the run starts from, or that is evaluated."""
     max_steps: int | None = None
     steps: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     workers: int | None = None
-    """Processes of this machine that train together; None: as the parameters say."""
+    """Number of processes on this machine that train together; None leaves it to the parameters."""
     only: Literal["validate", "compile"] | None = None
-    """Stop before the first step."""
+    """Where to stop before the first step."""
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.steps is not None:

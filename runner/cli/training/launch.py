@@ -1,4 +1,4 @@
-"""Training as it is called, shown and stopped on a command line."""
+"""A training run as a command line starts, shows and stops it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dict[str, Any]:
-    """Train as far as was asked for, or until a signal; returns the fields of the JSON object."""
+    """Train as far as asked for, or until a signal; return the fields of the JSON object."""
     import tensorflow as tf
 
     from gptj_convert.files.whole_file import write_whole
@@ -71,10 +71,10 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
 
 
 def _device(name: str | None) -> str | None:
-    """The device to compute on, which TensorFlow has.
+    """Return the device to compute on, if TensorFlow has it.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: TensorFlow does not have it.
     """
     import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""Several workers on this machine: the same command once for each, as one cluster."""
+"""Several workers on this machine: the same command once per worker, as one cluster."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from runner.training.devices.distribution import TF_CONFIG
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREADS = "TF_NUM_INTRAOP_THREADS"
-#: Seconds that workers have to end once one of them has failed.
+#: Seconds that the other workers have to end once one has failed.
 _GRACE = 60.0
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA names them."""
+    """Return the GPUs that this process may use, as CUDA names them."""
     named = os.environ.get(_VISIBLE)
     if named is not None:
         return [name for name in named.split(",") if name and name != "-1"]
@@ -35,13 +35,13 @@ def visible_gpus() -> list[str]:
 
 
 def run_workers(count: int) -> int:
-    """Run this process' own command in `count` processes, a GPU for each if there are GPUs.
+    """Run this process's own command in `count` processes, one GPU each if there are GPUs.
 
-    The first has this process' stdout. Signals are passed on; when one fails, the others are
-    given time to end.
+    The first process inherits stdout. Signals are forwarded; when one process fails, the others get
+    time to end.
 
     Returns:
-        0 if all have succeeded, else the exit code of the first that has not.
+        0 if all succeed, else the exit code of the first that fails.
     """
     visible = visible_gpus()
     with ExitStack() as stack:
@@ -74,7 +74,7 @@ def _start(index: int, addresses: Sequence[str], visible: Sequence[str]) -> subp
         [sys.executable, *sys.orig_argv[1:]],
         env=environment,
         stdout=subprocess.DEVNULL if index else None,
-        process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
+        process_group=0,  # Ctrl-C reaches only this process, which forwards it once
         preexec_fn=_end_with_parent,
     )
 

@@ -1,4 +1,4 @@
-"""The parameters of a run: where they come from, and what of them a run may change."""
+"""Parameters of a run: where they come from, and which of them a resumed run may change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def params_of(job: Job) -> Params:
-    """Parameters of the run: those it was begun with, unless a file is named."""
+    """Return the parameters of the run: those it was started with, unless a file is named."""
     from gptj_convert.checkpoint.open import open_checkpoint
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from gptj_model.errors import ConfigError
@@ -36,15 +36,15 @@ def params_of(job: Job) -> Params:
 
 
 def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
-    """The parameters as they are kept, once it is seen that a run may go on with them.
+    """Return the parameters as they are saved, after checking that a run may resume with them.
 
     Args:
-        job: what was asked for.
-        params: as they were given.
-        workers: how many train together; None: that is not known yet.
+        job: job of the command line.
+        params: parameters as they were given.
+        workers: number of workers; None if it is not known yet.
 
     Raises:
-        ConfigError: see `accept_changes`.
+        ConfigError: as `accept_changes` raises it.
     """
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from runner.config.params_file import load_params
@@ -67,12 +67,12 @@ def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
 
 
 def config_of(job: Job, params: Params) -> GPTJConfig:
-    """Return the config to train, from the folder of a run that has checkpoints, else from the
-    weights that it begins with, whose headers are checked, and those of an adapter for them.
+    """Return the config to train: from the folder of a run that has checkpoints, else from the
+    weights that the run starts from, whose headers are checked together with those of its adapter.
 
     Raises:
         ConfigError: YAML and checkpoint disagree.
-        FileFault, TensorFault: the weights to begin with cannot be read, or are not whole.
+        FileFault, TensorFault: the initial weights cannot be read, or are incomplete.
     """
     from gptj_convert.checkpoint.open import open_checkpoint
     from gptj_convert.conversion.plan import match
@@ -105,6 +105,7 @@ def target_of(job: Job, params: Params, step: int) -> int:
 
 
 def weights_to_begin_with(job: Job, params: Params) -> Path | None:
-    """Those that the command line names, or the YAML; a run that has checkpoints needs none."""
+    """Return the initial weights that the command line names, else those of the YAML; a run that
+    has checkpoints needs none."""
     named = params.runconfig.checkpoint_path
     return job.init_from or job.checkpoint_path or (Path(named) if named else None)

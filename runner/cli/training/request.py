@@ -1,4 +1,4 @@
-"""One run of training or evaluation: what `gptj train` and `runner.run` both do and show."""
+"""A training or evaluation job, as `gptj train` and `runner.run` both run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run_job(output: Output, job: Job) -> dict[str, Any]:
-    """Do it; returns the fields of the command's JSON object."""
+    """Run the job, and return the fields of the command's JSON object."""
     from runner.cli.shared import framework
     from runner.cli.training.launch import train_job
     from runner.cli.training.local_workers import run_workers
@@ -44,10 +44,10 @@ def run_job(output: Output, job: Job) -> dict[str, Any]:
 
 
 def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:
-    """Who trains together, if they have been started already, and how many.
+    """Return the cluster, if its processes are already running, and the number of workers.
 
     Raises:
-        ConfigError: the parameters speak of other machines, and nothing says which.
+        ConfigError: the parameters ask for several machines, and nothing names them.
     """
     from gptj_model.errors import ConfigError
     from runner.cli.training.local_workers import visible_gpus

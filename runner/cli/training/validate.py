@@ -1,4 +1,5 @@
-"""A run up to its first step: parameters, records and headers read, the step compiled if asked."""
+"""Validation of a run up to its first step: parameters, records and headers, and the compiled step
+if asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
-    """Everything up to the first step: parameters, records and headers; compiled if asked."""
+    """Check everything up to the first step, and return the fields of the JSON object."""
     from gptj_convert.resources import footprint
     from runner.config.trainable import trained_rows
     from runner.data.reading.records import check_records, find_records
@@ -63,7 +64,8 @@ def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
 def _planned_devices(
     params: Params, config: GPTJConfig, trained: Sequence[Tensor]
 ) -> tuple[dict[str, Any], str]:
-    """What each device of the mesh will hold; nothing heavy is imported if the mesh is named."""
+    """Return what each device of the mesh will hold; nothing heavy is imported if the YAML names
+    the mesh."""
     from gptj_convert.resources import footprint
     from gptj_model.tensors import SLOTS
     from runner.training.devices.backend import mesh_of

@@ -17,7 +17,7 @@ from gptj_model.tensors import Scheme, Tensor, block, embedding, head
 from runner.training.streamed.background import Background
 from runner.training.streamed.embedding_gradient import EmbeddingGradient
 from runner.training.streamed.scratch import Scratch
-from runner.training.streamed.state import StreamedState, Gradient, pieces
+from runner.training.streamed.state import Gradient, StreamedState, pieces
 from runner.training.update.rule import UpdateRule
 
 #: Number of elements whose squares are summed in float32 before the sum continues in float64.
