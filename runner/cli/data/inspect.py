@@ -13,7 +13,7 @@ from runner.cli.shared.output import Output, printable
 from runner.cli.shared.progress import progress
 
 if TYPE_CHECKING:
-    from runner.data.inspection import Inspection
+    from runner.data.inspection import RecordsSummary
 
 #: Lines of the histogram are as long as this.
 _BAR = 40
@@ -40,10 +40,12 @@ def inspect(
     from runner.data.inspection_page import write_page
 
     decode = _decoder(tokenizer)
-    found: dict[str, Inspection] = {}
+    found: dict[str, RecordsSummary] = {}
     for name, path in inspection.find_sets(folder).items():
         with progress(output, "checking") as report:
-            events = inspection.inspect(path, vocab_size=_vocabulary(tokenizer), samples=samples)
+            events = inspection.summarize_records(
+                path, vocab_size=_vocabulary(tokenizer), samples=samples
+            )
             found[name] = _drain(events, report)
         _show(output, name, found[name], decode)
     if html:
@@ -80,7 +82,7 @@ def _vocabulary(folder: Path | None) -> int | None:
 
 
 def _show(
-    output: Output, name: str, found: Inspection, decode: Callable[[Sequence[int]], str]
+    output: Output, name: str, found: RecordsSummary, decode: Callable[[Sequence[int]], str]
 ) -> None:
     facts = found.to_json()
     output.data(
