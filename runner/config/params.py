@@ -1,8 +1,8 @@
-"""The reference's params.yaml: a section a class, a key a field, with default and meaning.
+"""Fields of the reference's params.yaml: one class per section, one field per key.
 
-What the reference accepts but this program does not do is refused by name and value, never
-ignored in silence. `runner.config.params_file` reads and checks a file; docs/params.md is made from
-the docstrings here.
+A value that the reference accepts but this program does not support is an error that names key and
+value; nothing is silently ignored. `runner.config.params_file` reads and checks a file.
+`docs/params.md` is generated from the docstrings of this module.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from gptj_model.config import GPTJConfig
 from gptj_model.lora import Lora, Target
 from runner.config.execution import Backend, Execution
 
-#: Tokens per byte of text, by data set, for bits per byte.
+#: Tokens per byte of text by data set, for bits per byte.
 TOKENS_PER_BYTE = {"pile": 0.29335, "openwebtext2": 0.2434}
 
-#: The shuffle's seed when the YAML names none.
+#: Seed of the shuffle if the YAML sets none.
 DEFAULT_SEED = 1
 
-#: The largest float32, which no loss scale may exceed, and the smallest scale there may be.
+#: Largest float32, which is the upper bound of a loss scale, and its lower bound.
 _FLOAT32_MAX = 3.4028234663852886e38
 _SMALLEST_SCALE = 2.0**-14
 
 
 class Section(BaseModel):
-    """A mapping in the YAML whose unknown keys are errors."""
+    """A section of the YAML, in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -46,7 +46,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """`1e6` and "5" are whole numbers too."""
+    """Convert integral floats such as `1e6`, and strings of digits, to integers."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -67,179 +67,185 @@ LossScale = Annotated[float, Field(ge=_SMALLEST_SCALE, le=_FLOAT32_MAX, allow_in
 
 
 class InputParams(Section):
-    """`train_input` and `eval_input`: the records, and in what order and batches."""
+    """Records, their order and their batches."""
 
     data_processor: Literal["GptTfRecordsProcessor"] = "GptTfRecordsProcessor"
-    """How records are read: TFRecords of input_ids, input_mask and labels."""
+    """Reader of the records. The only one reads TFRecords of input_ids, input_mask and labels."""
     data_dir: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-    """A folder, or several; every file there that matches `*.tfrecord*`."""
+    """Folder of records, or a list of folders; reads every file that matches `*.tfrecord*`."""
     vocab_size: Positive | None = None
-    """Rows of the embedding."""
+    """Size of the vocabulary, which is the number of rows of the embedding."""
     vocab_file: str | None = None
-    """A file with a line a token, counted when vocab_size is not set."""
+    """File with one token per line; its number of lines is the vocabulary size if `vocab_size` is
+    not set."""
     max_sequence_length: Positive
-    """Tokens of a record."""
+    """Number of tokens per record."""
     batch_size: Positive
-    """Records of a batch."""
+    """Number of records per batch, over all workers."""
     shuffle: bool | None = None
-    """Shuffle the records; null: in training only."""
+    """Shuffle the records; null shuffles in training only."""
     shuffle_seed: Whole | None = None
-    """Of the shuffle; null: 1, so that a run can go on."""
+    """Seed of the shuffle; null means 1, so that a run can resume."""
     shuffle_buffer: Positive | None = None
-    """Records to draw from; null: 10 batches."""
+    """Size of the shuffle buffer in records; null means 10 batches."""
     repeat: bool | None = None
-    """Begin again at the end; null: in training only."""
+    """Start over at the end of the records; null repeats in training only."""
     n_parallel_reads: Positive = 4
-    """Files that are read in turns."""
+    """Number of files whose records are interleaved."""
     use_multiple_workers: bool = False
-    """No effect: several workers always share each batch, so that batch_size is global."""
+    """No effect: workers always divide each batch among them, so that batch_size is global."""
     skip_steps: Natural = 0
-    """Batches to leave out at the beginning."""
+    """Number of batches to skip at the beginning."""
     mixed_precision: bool = False
-    """Of the mask; the reference notes it here from `model`. No effect."""
+    """No effect; the reference copies the key from `model`."""
 
     @property
     def effective_shuffle_seed(self) -> int:
-        """Seed of the shuffle; without one given it is fixed, for a run must be able to resume."""
+        """Seed of the shuffle, which is fixed by default so that a run can resume."""
         return DEFAULT_SEED if self.shuffle_seed is None else self.shuffle_seed
 
     @property
     def effective_shuffle_buffer(self) -> int:
-        """Number of records to draw from."""
+        """Size of the shuffle buffer in records."""
         return self.shuffle_buffer or 10 * self.batch_size
 
 
 class Initializer(Section):
-    """How weights begin when no checkpoint is named."""
+    """Distribution of the initial weights, used without a checkpoint."""
 
     name: Literal["scaled_init_normal", "variance_scaling", "truncated_normal", "normal"]
-    """scaled_init_normal: deviation sigma / sqrt(key); variance_scaling: variance scale / fan;
-    the others: deviation stddev."""
+    """Kind of initializer: scaled_init_normal has the standard deviation sigma / sqrt(key),
+    variance_scaling the variance scale / fan, the others the standard deviation stddev."""
     key: Literal["vocab_size", "num_hidden_layers"] | None = None
-    """Of scaled_init_normal: the vocabulary's size, or twice the number of layers."""
+    """Divisor of scaled_init_normal: the vocabulary size, or twice the number of layers."""
     mean: Number = 0.0
-    """Of the normal distributions."""
+    """Mean of the normal distributions."""
     sigma: PositiveNumber = 1.0
-    """Of scaled_init_normal."""
+    """Factor of the standard deviation of scaled_init_normal."""
     stddev: PositiveNumber = 1.0
-    """Of normal and truncated_normal."""
+    """Standard deviation of normal and truncated_normal."""
     scale: PositiveNumber | None = None
-    """Of variance_scaling; it or scale_type."""
+    """Factor of the variance of variance_scaling; an alternative to scale_type."""
     scale_type: Literal["wang_init", "small_init"] | None = None
-    """wang_init: 4 / layers²; small_init: 2 / 5."""
+    """Named scale of variance_scaling: wang_init is 4 / layers², small_init is 2 / 5."""
     mode: Literal["fan_in", "fan_out", "fan_avg"] = "fan_in"
-    """Of variance_scaling."""
+    """Fan of variance_scaling."""
     distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
-    """Of scaled_init_normal and variance_scaling."""
+    """Distribution of scaled_init_normal and variance_scaling."""
 
 
 Initializers = Annotated[list[Initializer], BeforeValidator(_as_list), Field(max_length=1)]
 
 
 class LoraParams(Section):
-    """Only an adapter is trained: the kernels of some dense layers get alpha / rank · A · B added,
-    and nothing else changes. Not a section of the reference."""
+    """Low-rank adapter (LoRA) to train instead of the model: alpha / rank · A · B is added to the
+    kernels of some dense layers, and nothing else changes. Not a section of the reference."""
 
     rank: Positive = 8
-    """Columns of A and rows of B."""
+    """Number of columns of A and of rows of B."""
     alpha: PositiveNumber = 16.0
-    """The update is multiplied by alpha / rank."""
+    """Numerator of the factor of A · B, alpha / rank."""
     targets: Annotated[list[Target], BeforeValidator(_as_list), Field(min_length=1)] = [
         "q_proj",
         "v_proj",
     ]
-    """Dense layers of every block, by the names of Hugging Face: q_proj, k_proj, v_proj,
-    out_proj, fc_in, fc_out."""
+    """Dense layers of every block that get an adapter, by their Hugging Face names: q_proj, k_proj,
+    v_proj, out_proj, fc_in, fc_out."""
 
     @property
     def lora(self) -> Lora:
-        """The same in the model's words."""
+        """The section as the model's own type."""
         return Lora(rank=self.rank, alpha=self.alpha, targets=tuple(self.targets))
 
 
 class ModelParams(Section):
-    """`model`: the architecture, and how it computes."""
+    """Architecture of the model, numeric precision, and choice of weights to train."""
 
     hidden_size: Positive
     """Width of the hidden states."""
     num_heads: Positive
-    """Attention heads."""
+    """Number of attention heads."""
     num_hidden_layers: Positive = 1
-    """Blocks."""
+    """Number of transformer blocks."""
     filter_size: Positive | None = None
-    """Width of the feed-forward layer; null: 4 × hidden_size."""
+    """Width of the feed-forward layer; null means 4 × hidden_size."""
     nonlinearity: str = FIXED_MODEL_KEYS["nonlinearity"]
-    """gelu, which is its tanh form."""
+    """Activation function; only gelu, in its tanh approximation."""
     rotary_dim: Whole = -1
-    """Features of a head that rotate; must be set."""
+    """Number of features per head that are rotated; must be set."""
     max_position_embeddings: Positive
-    """Longest sequence."""
+    """Largest number of tokens in a sequence."""
     layer_norm_epsilon: PositiveNumber = 1e-8
-    """Added to the variance in layer norms."""
+    """Constant added to the variance in layer norms."""
     share_embedding_weights: bool = True
-    """The head multiplies by the embedding."""
+    """Use the embedding as the kernel of the head."""
     use_bias_in_output: bool = True
-    """Only true: GPT-J's head has a bias."""
+    """Bias of the head; only true, because GPT-J's head has one."""
     use_projection_bias_in_attention: bool = False
-    """Only false."""
+    """Bias of the query, key and value projections; only false."""
     use_ffn_bias_in_attention: bool = False
-    """Only false."""
+    """Bias of the output projection of attention; only false."""
     use_ffn_bias: bool = True
-    """Only true."""
+    """Bias of the feed-forward layers; only true."""
     use_untied_layer_norm: bool = False
-    """Only false: both branches of a block read one norm."""
+    """Separate norms for attention and feed-forward; only false, because they share one."""
     use_position_embeddings: bool = False
-    """Only false: positions are rotary."""
+    """Learned position embeddings; only false, because GPT-J's positions are rotary."""
     embedding_dropout_rate: Fraction = 0.0
-    """Dropout of embeddings."""
+    """Dropout rate of the embeddings."""
     attention_dropout_rate: Fraction = 0.0
-    """Dropout of attention probabilities."""
+    """Dropout rate of the attention probabilities."""
     residual_dropout_rate: Fraction = 0.0
-    """Dropout of what attention and feed-forward add."""
+    """Dropout rate of the outputs of attention and feed-forward."""
     embedding_initializer: Initializers | None = None
-    """Of the embedding; null: truncated normal, deviation 1 / sqrt(vocab_size)."""
+    """Initializer of the embedding; null means truncated normal with the standard deviation
+    1 / sqrt(vocab_size)."""
     initializer: Initializers | None = None
-    """Of all other matrices; null: variance scaling 1.0 of fan_in, truncated normal."""
+    """Initializer of all other matrices; null means variance scaling of fan_in with scale 1.0 and
+    truncated normal."""
     output_layer_initializer: Initializers | None = None
-    """Of out_proj and fc_out; null: variance scaling 4 / layers²."""
+    """Initializer of out_proj and fc_out; null means variance scaling with 4 / layers²."""
     mixed_precision: bool = False
-    """Compute in 16 bits; weights, slots, softmax, norms, angles and loss stay in float32."""
+    """Compute in 16 bits; weights, optimizer slots, softmax, norms, rotary angles and loss stay in
+    float32."""
     mixed_precision_dtype: Literal["float16", "bfloat16"] = "float16"
-    """With mixed_precision; bfloat16 needs no loss scale. Not a key of the reference."""
+    """Dtype of mixed_precision; bfloat16 needs no loss scale. Not a key of the reference."""
     recompute: bool = False
-    """Keep no activations inside a block: compute them again for the gradients. Not a key of
+    """Recompute the activations of a block for the gradients instead of keeping them. Not a key of
     the reference."""
     lora: LoraParams | None = None
-    """Train an adapter only; null: all weights. Not a key of the reference."""
+    """LoRA adapter to train; null trains the weights themselves. Not a key of the reference."""
     frozen: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Patterns; a variable whose TF name has one is not trained. Not a key of the reference."""
+    """Regular expressions; a variable whose TensorFlow name contains a match is not trained. Not a
+    key of the reference."""
     boundary_casting: bool = False
-    """Of the CS compiler. No effect."""
+    """Option of the CS compiler. No effect."""
     tf_summary: bool = False
-    """Of the CS compiler. No effect."""
+    """Option of the CS compiler. No effect."""
     precision_opt_level: Natural | None = None
-    """Of the CS compiler. No effect."""
+    """Option of the CS compiler. No effect."""
     attention_softmax_fp32: Literal[True] = True
-    """The softmax is always in float32."""
+    """Compute the softmax of attention in float32; only true."""
     use_cache: bool = False
-    """Of generation. No effect in training."""
+    """Use a cache in generation. No effect in training."""
     backbone_only: Literal[False] = False
-    """Only false: without a head there is no loss."""
+    """Omit the head; only false, because the loss needs it."""
     dropout_seed: Natural | None = None
-    """Of the dropout masks; null: tf_random_seed, else 0."""
+    """Seed of the dropout masks; null means tf_random_seed, or else 0."""
     weight_initialization_seed: Whole | None = None
-    """Of weights that begin at random; null: tf_random_seed, else 0."""
+    """Seed of random initial weights; null means tf_random_seed, or else 0."""
     bits_per_x_dataset: str | None = None
-    """pile, openwebtext2 or null: tokens per byte, for bits per byte."""
+    """Data set whose tokens per byte convert the loss to bits per byte: pile, openwebtext2, or null
+    for 1 token per byte."""
 
 
 class _Schedule(Section):
     disable_lr_steps_reset: bool = False
-    """Count steps from the run's beginning, not from this member's."""
+    """Count steps from the beginning of the run instead of the beginning of this schedule."""
 
 
 class Constant(_Schedule):
-    """learning_rate, always."""
+    """learning_rate at every step."""
 
     scheduler: Literal["Constant"]
     learning_rate: Rate
@@ -247,7 +253,7 @@ class Constant(_Schedule):
 
 
 class Linear(_Schedule):
-    """From initial to end in so many steps, then end; or again and again with `cycle`."""
+    """Linear from initial to end over `steps`, then constant at end; repeated with `cycle`."""
 
     scheduler: Literal["Linear"]
     initial_learning_rate: Rate
@@ -257,7 +263,7 @@ class Linear(_Schedule):
 
 
 class Polynomial(_Schedule):
-    """From initial to end along a power, then end; or again and again with `cycle`."""
+    """Polynomial from initial to end over `steps`, then constant at end; repeated with `cycle`."""
 
     scheduler: Literal["Polynomial"]
     initial_learning_rate: Rate
@@ -268,18 +274,18 @@ class Polynomial(_Schedule):
 
 
 class Cosine(_Schedule):
-    """Half a cosine from initial to alpha · initial, then that."""
+    """Half a cosine from initial to alpha · initial, then constant."""
 
     scheduler: Literal["Cosine"]
     initial_learning_rate: Rate
     decay_steps: Positive
     alpha: Number = 0.0
     steps: Positive | None = None
-    """How long it runs before the next; null: decay_steps."""
+    """Number of steps until the next schedule; null means decay_steps."""
 
 
 class Exponential(_Schedule):
-    """initial · decay_rate^(t / decay_steps), in stairs or not."""
+    """initial · decay_rate^(t / decay_steps); with `staircase` the exponent is rounded down."""
 
     scheduler: Literal["Exponential"]
     initial_learning_rate: Rate
@@ -290,7 +296,7 @@ class Exponential(_Schedule):
 
 
 class PiecewiseConstant(_Schedule):
-    """values[n] up to and including boundaries[n]; the last value after them all."""
+    """values[n] up to and including step boundaries[n]; the last value after all boundaries."""
 
     scheduler: Literal["PiecewiseConstant"]
     boundaries: Annotated[list[Natural], Field(min_length=1)]
@@ -303,7 +309,7 @@ Schedule = Annotated[
     Field(discriminator="scheduler"),
 ]
 
-#: Schedules by name; pydantic puts the name into an error's location.
+#: Schedules by name; pydantic includes the name in the location of an error.
 SCHEDULES: dict[str, type[Section]] = {
     m.__name__: m for m in (Constant, Linear, Polynomial, Cosine, Exponential, PiecewiseConstant)
 }
@@ -316,147 +322,149 @@ def _as_schedules(value: Any) -> Any:
 
 
 class OptimizerParams(Section):
-    """`optimizer`: the update, its rate, and what is done to gradients before it."""
+    """Update rule, learning rate, and treatment of the gradients."""
 
     optimizer_type: Annotated[
         Literal["sgd", "momentum", "adam", "adamw", "rmsprop"], BeforeValidator(_lower)
     ]
-    """The rule of the update."""
+    """Update rule."""
     learning_rate: Annotated[list[Schedule], BeforeValidator(_as_schedules), Field(min_length=1)]
-    """A number, a schedule, or schedules that run one after the other."""
+    """A number, a schedule, or a list of schedules that run one after another."""
     disable_lr_steps_reset: bool = False
-    """No schedule of the list counts from its own beginning."""
+    """Let all schedules of the list count steps from the beginning of the run."""
     momentum: Fraction = 0.9
-    """Of momentum."""
+    """Momentum of the momentum optimizer."""
     beta1: Fraction = 0.9
-    """Of adam and adamw: decay of the mean gradient."""
+    """Decay of the mean gradient of adam and adamw."""
     beta2: Fraction = 0.999
-    """Of adam and adamw: decay of the mean square."""
+    """Decay of the mean squared gradient of adam and adamw."""
     epsilon: Rate = EPSILON
-    """Of adam and adamw; with mixed_precision 1e-5 unless it is set."""
+    """Epsilon of adam and adamw; with mixed_precision the default is 1e-5."""
     rmsprop_decay: Fraction = 0.9
-    """Of rmsprop: decay of the mean square."""
+    """Decay of the mean squared gradient of rmsprop."""
     rmsprop_momentum: Fraction = 0.0
-    """Of rmsprop."""
+    """Momentum of rmsprop."""
     weight_decay_rate: Rate = 0.0
-    """Of adamw."""
+    """Weight decay of adamw."""
     exclude_from_weight_decay: list[str] = ["LayerNorm", "layer_norm", "bias", "Bias"]
-    """Patterns; a variable whose TF name has one is not decayed. Add `ln_1` to spare the norms."""
+    """Regular expressions; a variable whose TensorFlow name contains a match is not decayed. Add
+    `ln_1` to exclude the norms."""
     use_bias_correction: bool = False
-    """Of adamw; adam always corrects."""
+    """Correct the bias of the moments of adamw; adam always does."""
     max_gradient_norm: Rate | None = None
-    """Gradients are scaled down to this global norm; 0 or null: not."""
+    """Global norm that larger gradients are scaled down to; 0 or null disables it."""
     max_gradient_value: Rate | None = None
-    """Each gradient is cut to ± this; 0 or null: not."""
+    """Absolute value that gradient elements are clipped to; 0 or null disables it."""
     grad_accum_steps: Positive = 1
-    """Batches whose gradients are averaged for one update."""
+    """Number of batches whose gradients are averaged for one update."""
     loss_scaling_factor: PositiveNumber | Literal["dynamic", "tf_dynamic"] = 1.0
-    """The loss is multiplied by it for the gradients; dynamic adapts it."""
+    """Factor of the loss for the backward pass; `dynamic` and `tf_dynamic` adapt it."""
     initial_loss_scale: PositiveNumber = 2.0**15
-    """Of the dynamic ones: the first."""
+    """Initial factor of `dynamic` and `tf_dynamic`."""
     steps_per_increase: Positive = 2000
-    """Of the dynamic ones: steps until it doubles."""
+    """Number of steps until `dynamic` and `tf_dynamic` double the factor."""
     min_loss_scale: LossScale = _SMALLEST_SCALE
-    """Of dynamic."""
+    """Smallest factor of `dynamic`."""
     max_loss_scale: LossScale = 2.0**15
-    """Of dynamic."""
+    """Largest factor of `dynamic`."""
     overflow_tolerance: Rate = 0.05
-    """Of dynamic: the share of steps with overflow beyond which it halves."""
+    """Share of steps with overflow beyond which `dynamic` halves the factor."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of all slots of a streamed run, on the disk; bfloat16 is rounded stochastically."""
+    """Dtype of a streamed run's optimizer slots on disk; bfloat16 is rounded stochastically."""
     log_summaries: bool = True
-    """Summaries are always written."""
+    """No effect: summaries are always written."""
     log_grads: bool = False
-    """No effect: gradients are not kept; the norm is logged."""
+    """No effect: only the norm of the gradients is logged."""
     log_hists: bool = False
-    """Histograms of the weights, every save_summary_steps."""
+    """Write histograms of the weights every save_summary_steps."""
     ws_summary: bool = False
-    """Of the CS client. No effect."""
+    """Option of the CS client. No effect."""
     disable_standard_logs: bool | None = None
-    """Of the reference's logging. No effect."""
+    """Option of the reference's logging. No effect."""
 
 
 class RunConfig(Section):
-    """`runconfig`: how far, how often, and where."""
+    """Length of the run, intervals of saving and logging, and devices."""
 
     max_steps: Natural = 100
-    """Train up to this step."""
+    """Step to train up to."""
     steps: Natural | None = None
-    """Train so many steps more, whatever max_steps is."""
+    """Number of further steps to train, regardless of max_steps."""
     eval_steps: Whole | None = 0
-    """Batches of an evaluation; 0 or null: all."""
+    """Number of batches per evaluation; 0 or null means all."""
     save_checkpoints_steps: Positive = 1000
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     keep_checkpoint_max: Natural | None = 5
-    """Newest checkpoints to keep; 0: all."""
+    """Number of most recent checkpoints to keep; 0 or null keeps all."""
     save_summary_steps: Positive = 100
-    """Steps between TensorBoard summaries."""
+    """Number of steps between TensorBoard summaries."""
     log_step_count_steps: Positive | None = None
-    """Steps between lines of metrics; null: save_summary_steps."""
+    """Number of steps between lines of metrics; null means save_summary_steps."""
     throttle_secs: Natural = 0
-    """In train_and_eval, seconds between evaluations at least."""
+    """Smallest interval between the evaluations of train_and_eval, in seconds."""
     tf_random_seed: Natural | None = None
-    """The seed of what has none of its own."""
+    """Default of dropout_seed and weight_initialization_seed."""
     enable_distributed: bool = False
-    """Several workers share each batch: those of TF_CONFIG, else one a GPU of this machine."""
+    """Divide each batch among the workers of TF_CONFIG, or else one worker per GPU of this
+    machine."""
     multiple_workers: bool = False
-    """They are on several machines: TF_CONFIG must say which."""
+    """Use workers on several machines, which TF_CONFIG must list."""
     workers: Positive = 1
-    """How many train together; a run writes it, and with `--set` goes on with another number. Not
-    a key of the reference."""
+    """Number of workers. A run records it; `--set` resumes the run with another number. Not a key
+    of the reference."""
     cs_ip: str | None = None
-    """Address of a CS system."""
+    """Address of the CS system."""
     checkpoint_path: str | None = None
-    """Weights to begin with; the step and the slots begin anew."""
+    """Checkpoint of the initial weights; the step and the optimizer slots start at zero."""
     execution: Execution = Execution.RESIDENT
-    """Where the weights are: in memory, or on the disk, brought one block at a time. Not a key of
-    the reference."""
+    """Where the weights are kept: resident in memory, or streaming from disk one block at a time.
+    Not a key of the reference."""
     backend: Backend = Backend.TENSORFLOW
-    """What computes: TensorFlow, or JAX, which divides a model among devices. Not a key of the
-    reference."""
+    """Backend that computes: TensorFlow, or JAX, which can divide a model among devices. Not a key
+    of the reference."""
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    """Of jax, `[batch, model]`: along how many devices batches and tensors are divided; null:
-    tensors along all. Not a key of the reference."""
+    """Numbers of devices `[batch, model]` among which JAX divides batches and tensors; null divides
+    tensors among all devices. Not a key of the reference."""
     num_wgt_servers: Natural | None = None
-    """Of the CS client. No effect."""
+    """Option of the CS client. No effect."""
     disable_standard_logs: bool | None = None
-    """Of the reference's logging. No effect."""
+    """Option of the reference's logging. No effect."""
     disable_input_pipeline_ckpt: bool | None = None
-    """Of the CS client: the data's position is always kept."""
+    """Option of the CS client. No effect: the position in the data is always saved."""
     mode: Literal["train", "eval", "eval_all", "train_and_eval"] | None = None
-    """As the reference saves it; the command line says it."""
+    """No effect: the reference saves it here; use the option --mode."""
     model_dir: str | None = None
-    """As the reference saves it; the command line says it."""
+    """No effect: the reference saves it here; use the option --model-dir."""
     params: str | None = None
-    """As the reference saves it. No effect."""
+    """No effect: the reference saves it here; use the option --params."""
     device: str | None = None
-    """Where to compute, such as /gpu:0; null: TensorFlow chooses."""
+    """Device that computes, such as /gpu:0; null lets TensorFlow choose."""
     validate_only: bool = False
-    """As the reference saves it; the command line says it."""
+    """No effect: the reference saves it here; use the option --validate-only."""
     compile_only: bool = False
-    """As the reference saves it; the command line says it."""
+    """No effect: the reference saves it here; use the option --compile-only."""
 
 
 def _without_data(value: Any) -> Any:
-    """The reference fills an empty section with defaults, and saves that."""
+    """Drop a section without data_dir: the reference saves an empty section with defaults."""
     return None if isinstance(value, dict) and "data_dir" not in value else value
 
 
 class Params(Section):
-    """A whole params.yaml."""
+    """All sections of a params.yaml."""
 
     train_input: InputParams
     """Records to train on."""
     eval_input: Annotated[InputParams | None, BeforeValidator(_without_data)] = None
-    """Records to evaluate on."""
+    """Records to evaluate on, if any."""
     model: ModelParams
-    """The model."""
+    """Architecture, precision and trainable weights."""
     optimizer: OptimizerParams
-    """The update."""
+    """Update rule and learning rate."""
     runconfig: RunConfig = RunConfig()
-    """The run."""
+    """Length, intervals and devices of the run."""
     csconfig: dict[str, Any] | None = None
-    """Of the CS client. No effect."""
+    """Option of the CS client. No effect."""
 
     @model_validator(mode="after")
     def _mixed_epsilon(self) -> Self:
@@ -467,10 +475,10 @@ class Params(Section):
 
     @property
     def config(self) -> GPTJConfig:
-        """The model's shape and constants.
+        """Configuration of the model.
 
         Raises:
-            ConfigError: it is not a GPT-J.
+            ConfigError: the section does not describe a GPT-J.
         """
         section = self.model.model_dump(exclude_unset=True)
         return config_from_model_section(section, vocab_size=self._vocab_size, where="params")
@@ -484,25 +492,25 @@ class Params(Section):
 
     @property
     def dtype_policy(self) -> str:
-        """Keras' name of how the model computes."""
+        """Name of the Keras dtype policy."""
         model = self.model
         return f"mixed_{model.mixed_precision_dtype}" if model.mixed_precision else "float32"
 
     @property
     def log_steps(self) -> int:
-        """Steps between lines of metrics."""
+        """Number of steps between lines of metrics."""
         return self.runconfig.log_step_count_steps or self.runconfig.save_summary_steps
 
     @property
     def eval_limit(self) -> int:
-        """Batches of an evaluation; 0 means all."""
+        """Number of batches per evaluation; 0 means all."""
         return max(self.runconfig.eval_steps or 0, 0)
 
     @property
     def tokens_per_byte(self) -> float:
-        """What turns bits per token into bits per byte; 1 for an unknown data set."""
+        """Factor from bits per token to bits per byte; 1 for an unknown data set."""
         return TOKENS_PER_BYTE.get((self.model.bits_per_x_dataset or "").lower(), 1.0)
 
     def to_yaml(self) -> str:
-        """Return the parameters as YAML, defaults included, which the reference reads too."""
+        """Return the parameters, including defaults, as YAML that the reference reads too."""
         return yaml_text(complete_for_reference(self.model_dump(mode="json", exclude_none=True)))

@@ -35,7 +35,7 @@ class ResidentExecutor:
         workers: that train the same model; the first writes its checkpoints.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: see `trainable_rows`.
     """
 
     saves_every_step = False

@@ -28,7 +28,7 @@ from gptj_model.sharding import BATCH, MODEL, axes
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
 from runner.training.backend import mesh_of
@@ -52,7 +52,7 @@ class ShardedExecutor:
 
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are not so many devices;
-            see also `trained_rows`.
+            see also `trainable_rows`.
     """
 
     saves_every_step = False
@@ -61,7 +61,7 @@ class ShardedExecutor:
         self._config = config
         self._params = params
         self._model_dir = model_dir
-        self.trained = trained_rows(config, params)
+        self.trained = trainable_rows(config, params)
         self._mesh = _device_mesh(params)
         self.devices = self._mesh.devices.size
         with _distribution(config, self._mesh).scope():

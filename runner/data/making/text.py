@@ -100,8 +100,8 @@ class TextEncoder:
             raise Damaged(f"is {item.form.value}, expected text")
         if item.more and not self._may_cut:
             raise DataFault(
-                f"{item.where}: is too long for this tokenizer: only the tokens of a tokenizer like "
-                "GPT-2's stay the same when a document is cut",
+                f"{item.where}: is too long for this tokenizer; only with a tokenizer like GPT-2's "
+                "does a document keep its tokens when it is cut",
                 hint="split the document, or use GPT-J's tokenizer",
             )
         if self._options.ftfy:

@@ -20,7 +20,7 @@ from gptj_model.streaming.training import Draw, ReadHead, StreamedTraining
 from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from runner.config.params import Params
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
 from runner.training.executor import StepResult
@@ -44,7 +44,7 @@ class StreamedAdapterExecutor:
         model_dir: the run's folder; its disk also holds what a step keeps.
 
     Raises:
-        ConfigError: see `trained_rows`.
+        ConfigError: see `trainable_rows`.
     """
 
     saves_every_step = False
@@ -57,7 +57,7 @@ class StreamedAdapterExecutor:
         self._params = params
         self._model_dir = model_dir
         self._lora = params.model.lora.lora
-        self.trained = trained_rows(config, params)
+        self.trained = trainable_rows(config, params)
         self._variables = _first_values(self._lora, config, initialization_seed(params))
         self._optimizer = Optimizer(params.optimizer, {t: self._variables[t] for t in self.trained})
         self._apply = tf.function(self._optimizer.apply, jit_compile=True, autograph=False)
