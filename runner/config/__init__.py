@@ -1,1 +1,1 @@
-"""params.yaml: its fields, its file, and the words that choose how a model runs."""
+"""The fields and the file of params.yaml, and the names of execution modes and backends."""

@@ -1,4 +1,4 @@
-"""The two generations of a CS system's client."""
+"""The two generations of the client of a CS system."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from enum import Enum
 
 
 class Target(Enum):
-    """A generation of the client."""
+    """Generation of the client of a CS system."""
 
     CSX = "csx"
-    """`cszoo fit|validate trainer.yaml` of the model zoo 2.10."""
+    """`cszoo fit|validate trainer.yaml` of model zoo 2.10."""
     LEGACY = "legacy"
-    """The reference's own run.py in the vendor's container, releases 1.6 to 1.9."""
+    """The reference's run.py in the vendor's container, releases 1.6 to 1.9."""

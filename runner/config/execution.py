@@ -1,6 +1,6 @@
-"""How a model is run, and what computes it: the words of YAML, command line and code.
+"""Names of execution modes and backends, shared by YAML, command line and code.
 
-The standard library only, so that the command line can offer them without loading the rest.
+Imports the standard library only, so that the command line can offer the names at once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from enum import StrEnum
 
 
 class Execution(StrEnum):
-    """Where the weights are."""
+    """Where the weights are kept."""
 
     RESIDENT = "resident"
-    """All of them in memory."""
+    """All weights are in memory."""
     STREAMING = "streaming"
-    """On the disk, brought one block at a time."""
+    """The weights are on disk, and one block at a time is in memory."""
 
 
 class Backend(StrEnum):
-    """Which of Keras' backends computes."""
+    """Keras backend that computes."""
 
     TENSORFLOW = "tensorflow"
+    """TensorFlow."""
     JAX = "jax"
-    """Divides a model among devices."""
+    """JAX, which can divide a model among devices."""

@@ -1,4 +1,4 @@
-"""A params.yaml read and checked: every problem at once, each with its line and path."""
+"""Read and check a params.yaml, reporting every problem with its line and path at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptj_model.errors import ConfigError
 from runner.config import params as p
 from runner.config.params import SCHEDULES, Params
 
-#: What YAML and checkpoint must agree on.
+#: Fields on which the YAML and the checkpoint must agree.
 _ARCHITECTURE = (
     "vocab_size",
     "n_embd",
@@ -29,7 +29,7 @@ _ARCHITECTURE = (
     "tie_word_embeddings",
 )
 
-#: The line of the file that a path in it begins at.
+#: Function from the path of a value in the YAML to its line in the file, or None.
 Line = Callable[[Sequence[Any]], int | None]
 
 _SECTIONS: dict[str, type[p.Section]] = {
@@ -45,11 +45,12 @@ def load_params(path: Path, settings: Mapping[str, Any] | None = None) -> Params
     """Read and validate a params.yaml.
 
     Args:
-        path: the file.
-        settings: dotted keys that replace single values, such as `optimizer.epsilon`.
+        path: params.yaml to read.
+        settings: values that replace those of the file, by dotted keys such as
+            `optimizer.epsilon`.
 
     Raises:
-        ConfigError: every problem, each with its line and its path in the YAML.
+        ConfigError: the file is invalid; lists every problem with its line and path in the YAML.
     """
     values = read_yaml(path)
     return validate(values, settings or {}, where=str(path), line=line_finder(path))
@@ -62,7 +63,7 @@ def validate(
     where: str,
     line: Line = lambda path: None,
 ) -> Params:
-    """Check parsed parameters; see `load_params`."""
+    """Validate parsed parameters; see `load_params`."""
     for key, value in settings.items():
         _set(values, key.split("."), value)
     try:
@@ -77,10 +78,10 @@ def validate(
 
 
 def reconcile(params: Params, config: GPTJConfig, where: Path) -> GPTJConfig:
-    """The config to train: a checkpoint's, with the YAML's dropouts.
+    """Return the checkpoint's configuration with the dropout rates of the YAML.
 
     Raises:
-        ConfigError: YAML and checkpoint disagree on the architecture.
+        ConfigError: the YAML and the checkpoint disagree on the architecture.
     """
     given = params.config
     problems = [
@@ -88,9 +89,12 @@ def reconcile(params: Params, config: GPTJConfig, where: Path) -> GPTJConfig:
         for n in _ARCHITECTURE
         if getattr(given, n) != getattr(config, n)
     ]
-    # Positions have no weights: shorter sequences than the checkpoint's are a matter of training.
+    # Positions have no weights, so training may use shorter sequences than the checkpoint.
     if given.n_positions > config.n_positions:
-        problems.append(f"n_positions is {given.n_positions}, at most {config.n_positions} there")
+        problems.append(
+            f"n_positions is {given.n_positions} in the YAML, expected at most "
+            f"{config.n_positions}, as in the checkpoint"
+        )
     if problems:
         raise ConfigError(
             f"{where}: " + "; ".join(problems),
@@ -113,7 +117,9 @@ def _contradictions(params: Params) -> list[str]:
     problems = []
     optimizer = params.optimizer
     if optimizer.max_gradient_norm and optimizer.max_gradient_value:
-        problems.append("optimizer: max_gradient_norm and max_gradient_value are both set")
+        problems.append(
+            "optimizer: max_gradient_norm and max_gradient_value are both set, expected at most one"
+        )
     if optimizer.min_loss_scale > optimizer.max_loss_scale:
         problems.append(
             f"optimizer.min_loss_scale is {optimizer.min_loss_scale}, "
@@ -123,23 +129,26 @@ def _contradictions(params: Params) -> list[str]:
         where = f"optimizer.learning_rate[{n}]"
         if isinstance(schedule, p.PiecewiseConstant):
             if len(schedule.values) != len(schedule.boundaries) + 1:
-                problems.append(f"{where}: expected one value more than boundaries")
+                problems.append(
+                    f"{where}: found {len(schedule.values)} values and {len(schedule.boundaries)} "
+                    "boundaries, expected one value more than boundaries"
+                )
             if sorted(set(schedule.boundaries)) != schedule.boundaries:
-                problems.append(f"{where}: boundaries do not rise")
+                problems.append(f"{where}: boundaries are not in ascending order")
         last = n == len(optimizer.learning_rate) - 1
         if not last and not isinstance(schedule, p.Cosine) and schedule.steps is None:
-            problems.append(f"{where}: steps missing, needed by all schedules but the last")
+            problems.append(f"{where}: steps is missing, expected in every schedule but the last")
     for name in ("embedding_initializer", "initializer", "output_layer_initializer"):
         for spec in getattr(params.model, name) or ():
             if spec.name == "variance_scaling" and (spec.scale is None) == (
                 spec.scale_type is None
             ):
-                problems.append(f"model.{name}: expected scale or scale_type, one of them")
+                problems.append(f"model.{name}: expected exactly one of scale and scale_type")
     for pattern in params.model.frozen:
         try:
             re.compile(pattern)
         except re.error as e:
-            problems.append(f"model.frozen is {pattern!r}, expected a pattern: {e}")
+            problems.append(f"model.frozen is {pattern!r}, expected a regular expression: {e}")
     for name in ("train_input", "eval_input"):
         section = getattr(params, name)
         limit = params.model.max_position_embeddings
@@ -152,7 +161,7 @@ def _contradictions(params: Params) -> list[str]:
 
 
 def _describe(error: Any, values: Any, line: Line, settings: Iterable[str]) -> str:
-    """One pydantic error as a line: where, what was found, what was expected."""
+    """Describe a pydantic error in one line: place, value found, and value expected."""
     location = [part for part in error["loc"] if part not in SCHEDULES and part != "float"]
     location = [part for part in location if not str(part).startswith("literal[")]
     path = ""
@@ -177,7 +186,7 @@ def _expected(error: Any) -> str:
 
 
 def _keys(location: Sequence[Any], values: Any) -> list[str]:
-    """The keys that the section at this place may have."""
+    """Return the keys that are valid in the section at a location."""
     if not location:
         return list(Params.model_fields)
     section: Any = _SECTIONS.get(str(location[0]))
@@ -187,7 +196,7 @@ def _keys(location: Sequence[Any], values: Any) -> list[str]:
         if location[1] == "lora":
             return list(p.LoraParams.model_fields)
         for part in location:
-            # A single schedule is written without a list.
+            # A single schedule may be written without a list.
             values = values[part] if not isinstance(values, dict) or part in values else values
         section = SCHEDULES.get(values.get("scheduler"))
     return list(section.model_fields) if section else []

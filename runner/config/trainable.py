@@ -1,4 +1,4 @@
-"""Which weights a run trains: rows of the table or of an adapter, by its parameters alone."""
+"""The weights that a run trains, as rows of the table or of an adapter."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gptj_model.tensors import Tensor, table
 from runner.config.params import Params
 
 
-def trained_rows(config: GPTJConfig, params: Params) -> list[Tensor]:
-    """Rows of what is trained, the adapter's or the table's, less what is frozen.
+def trainable_rows(config: GPTJConfig, params: Params) -> list[Tensor]:
+    """Return the rows of the adapter, or else of the table, without the frozen ones.
 
     Raises:
-        ConfigError: a pattern of `model.frozen` has no variable, or they leave none.
+        ConfigError: a pattern of `model.frozen` matches no variable, or nothing is left to train.
     """
     section = params.model
     rows = table(config)
@@ -24,10 +24,10 @@ def trained_rows(config: GPTJConfig, params: Params) -> list[Tensor]:
     for pattern in section.frozen:
         if not any(re.search(pattern, name) for name in known):
             raise ConfigError(
-                f"model.frozen: no variable's name has {pattern!r}",
-                hint=f"names are those that `gptj inspect converted/` lists, such as {rows[0].tf}",
+                f"model.frozen: {pattern!r} matches no variable",
+                hint=f"see `gptj inspect converted/` for the names, such as {rows[0].tf}",
             )
     left = [t for t in rows if not any(re.search(p, t.tf) for p in section.frozen)]
     if not left:
-        raise ConfigError("model.frozen leaves nothing to train")
+        raise ConfigError("model.frozen matches every variable, which leaves nothing to train")
     return left

@@ -1,1 +1,1 @@
-"""Text into records, and records into batches."""
+"""Training data: records made from text, and batches read from records."""

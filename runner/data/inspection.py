@@ -1,6 +1,6 @@
-"""What a folder of records holds, with every record checked.
+"""Check every record of a folder, and summarize them.
 
-files → records, checked → figures and a few samples
+files → checked records → figures and a few samples
 """
 
 from __future__ import annotations
@@ -17,58 +17,59 @@ from gptj_convert.files.digest import digest
 from gptj_convert.streams.progress import Progress
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault, UsageError
-from runner.data.reading.data_params import PARAMS_FILE, read_params, stated_files
+from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params, stated_files
 from runner.data.reading.example import FEATURES
 from runner.data.reading.hdf5 import PATTERN as HDF5_PATTERN
 from runner.data.reading.hdf5 import read_checked
 from runner.data.reading.records import DATA_HINT, PATTERN, check_files, read_examples
 
-#: Examples whose figures are taken together.
+#: Number of examples whose figures are computed together.
 _TOGETHER = 64
-#: Bars of the histogram of lengths.
+#: Number of bars in the histogram of lengths.
 _BARS = 20
 
 
 @dataclass(slots=True)
-class Inspection:
-    """One folder's records, all of them good."""
+class RecordsSummary:
+    """Figures and samples of a folder of valid records."""
 
     path: Path
     length: int = 0
-    """max_sequence_length."""
+    """Number of tokens per example, max_sequence_length."""
     bytes: int = 0
+    """Size of the record files."""
     files: dict[str, int] = field(default_factory=dict)
-    """Examples by file."""
+    """Number of examples by file name."""
     counted: int = 0
-    """Tokens that the loss counts: those with mask 1."""
+    """Number of tokens that the loss counts, which are those with mask 1."""
     padding: int = 0
-    """Tokens after the last one that counts."""
+    """Number of tokens after the last counted token of each example."""
     real_lengths: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    """How many examples have so many tokens before the padding."""
+    """Number of examples by their number of tokens before the padding; int64."""
     frequencies: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """How often each id occurs among the inputs before the padding."""
+    """Number of occurrences of each id in the inputs before the padding; int64."""
     samples: list[np.ndarray] = field(default_factory=list)
-    """Examples drawn from all: int32 of shape (3, length)."""
+    """Examples drawn uniformly from all, int32 of shape (3, length)."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of the command that made them, where it was noted."""
+    """Arguments of the command that made the records, if data_params.json states them."""
 
     @property
     def examples(self) -> int:
-        """In all files."""
+        """Number of examples in all files."""
         return sum(self.files.values())
 
     @property
     def tokens(self) -> int:
-        """Of all examples, padding included."""
+        """Number of tokens in all examples, including padding."""
         return self.examples * self.length
 
     def most_frequent(self, count: int) -> list[tuple[int, int]]:
-        """Ids and how often they occur, the most frequent first."""
+        """Return the `count` most frequent ids with their numbers of occurrences, in order."""
         order = np.argsort(-self.frequencies, kind="stable")[:count]
         return [(int(i), int(self.frequencies[i])) for i in order if self.frequencies[i]]
 
     def bars(self) -> list[tuple[int, int, int]]:
-        """The histogram of lengths: from, to, and examples."""
+        """Return the histogram of lengths as (shortest, longest, number of examples) bars."""
         edges = np.unique(
             np.linspace(0, self.length + 1, min(_BARS, self.length + 1) + 1, dtype=int)
         )
@@ -78,7 +79,7 @@ class Inspection:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Figures for programs."""
+        """Return the figures as JSON values."""
         tokens = max(self.tokens, 1)
         return {
             "files": self.files,
@@ -97,10 +98,10 @@ class Inspection:
 
 
 def find_sets(folder: Path) -> dict[str, Path]:
-    """Folders of records by name: `folder` itself, as "", or those in it.
+    """Return folders of records by name: `folder` itself, as "", or the folders in it.
 
     Raises:
-        UsageError: there is none.
+        UsageError: none of these folders holds records.
     """
     if _record_files(folder):
         return {"": folder}
@@ -113,23 +114,24 @@ def find_sets(folder: Path) -> dict[str, Path]:
     return {p.name: p for p in inside}
 
 
-def inspect(
+def summarize_records(
     folder: Path, *, vocab_size: int | None = None, samples: int = 3
-) -> Generator[Progress, None, Inspection]:
-    """Read and check every record of a folder; yields progress, returns what is there.
+) -> Generator[Progress, None, RecordsSummary]:
+    """Read and check every record of a folder, yielding progress and returning the summary.
 
     Args:
-        folder: of records.
-        vocab_size: ids must be below; None: as noted beside the records, or GPT-J's.
-        samples: how many examples to draw.
+        folder: folder of records.
+        vocab_size: upper bound of ids, exclusive; None means that of data_params.json, or else
+            GPT-J's.
+        samples: number of examples to draw.
 
     Raises:
-        DataFault: the first thing that is not as it must be, with file, record and offset.
+        DataFault: a file or record is invalid; with file, record and offset.
     """
     paths = _record_files(folder)
     check_files(folder, paths)
     stated = stated_files(folder) or {}
-    found = Inspection(folder, arguments=(read_params(folder) or {}).get("arguments", {}))
+    found = RecordsSummary(folder, arguments=(read_params(folder) or {}).get("arguments", {}))
     found.length = found.arguments.get("max_sequence_length", 0)
     found.bytes = sum(p.stat().st_size for p in paths)
     rows = vocab_size or int(found.arguments.get("vocab_size", VOCAB_SIZE))
@@ -145,15 +147,16 @@ def inspect(
             (facts.examples, facts.sha256) != (found.files[path.name], digest(path))
         ):
             raise DataFault(
-                f"{path}: holds {found.files[path.name]} good examples, but not the bytes that "
-                f"{PARAMS_FILE} states ({facts.examples} examples, sha256 {facts.sha256[:16]}…)",
-                hint="make the records anew",
+                f"{path}: holds {found.files[path.name]} valid examples, but differs from the file "
+                f"that {DATA_PARAMS_FILE} states ({facts.examples} examples, sha256 "
+                f"{facts.sha256[:16]}…)",
+                hint="make the records again",
             )
     return found
 
 
 def _add(
-    found: Inspection, name: str, block: np.ndarray, draw: random.Random, samples: int
+    found: RecordsSummary, name: str, block: np.ndarray, draw: random.Random, samples: int
 ) -> None:
     if not found.length or len(found.real_lengths) == 1:
         found.length = block.shape[2]
@@ -168,7 +171,7 @@ def _add(
     for example in block:
         seen = found.examples
         found.files[name] += 1
-        # Every example has the same chance, whatever their number will be.
+        # Reservoir sampling: every example has the same chance, whatever their final number.
         place = seen if seen < samples else draw.randrange(seen + 1)
         if seen < samples:
             found.samples.append(example.copy())
@@ -177,7 +180,7 @@ def _add(
 
 
 def _blocks(path: Path, length: int | None, vocab_size: int) -> Iterator[np.ndarray]:
-    """Good examples: int32 of shape (examples, 3, length)."""
+    """Yield the checked examples of a file, int32 of shape (examples, 3, length)."""
     if path.match(HDF5_PATTERN):
         yield from read_checked(path, length=length, vocab_size=vocab_size)
         return

@@ -1,4 +1,4 @@
-"""An inspection as one self-contained HTML page."""
+"""The summary of training records as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from gptj_convert.files import html_page
-from runner.data.inspection import Inspection
+from runner.data.inspection import RecordsSummary
 
 TEMPLATE_FILE = "inspection.html.j2"
 
-#: Points of the curve of frequencies, and its size in units of the drawing.
+#: Number of points of the frequency curve, and the size of its drawing in SVG units.
 _POINTS = 160
 _WIDTH, _HEIGHT = 640, 200
-#: Tokens in the list of the most frequent.
+#: Number of tokens in the list of the most frequent ones.
 _MOST = 40
-#: Characters of a piece of a sample; more are cut in its middle.
+#: Largest number of characters of a piece of a sample.
 _PIECE = 600
 
 Decode = Callable[[Sequence[int]], str]
@@ -29,12 +29,12 @@ Decode = Callable[[Sequence[int]], str]
 def pieces(
     sample: np.ndarray, decode: Decode, *, limit: int = _PIECE
 ) -> Iterator[tuple[bool, str]]:
-    """A sample's labels up to the padding: whether the loss counts them, and what they say.
+    """Yield a sample's labels up to the padding in pieces: whether the loss counts them, and text.
 
     Args:
-        sample: int32 of shape (3, length).
-        decode: ids into text.
-        limit: characters of a piece; a longer one is cut in its middle.
+        sample: one example, int32 of shape (3, length).
+        decode: function from ids to text.
+        limit: largest number of characters of a piece; a longer piece loses its middle.
     """
     _, mask, labels = sample[:, : max(np.flatnonzero(sample[1]), default=-1) + 1]
     pairs = zip(mask.tolist(), labels.tolist(), strict=True)
@@ -47,21 +47,21 @@ def pieces(
 
 
 def write_page(
-    path: Path, inspections: Mapping[str, Inspection], decode: Decode, *, decoded: bool
+    path: Path, summaries: Mapping[str, RecordsSummary], decode: Decode, *, decoded: bool
 ) -> None:
-    """Write the page; it appears under its name when it is complete.
+    """Write the page; it appears under its name once it is complete.
 
     Args:
-        path: of the page; an existing one is replaced.
-        inspections: by name.
-        decode: ids into text.
-        decoded: whether that is text, and not numbers.
+        path: path of the page; an existing file is overwritten.
+        summaries: summaries by the names of their folders.
+        decode: function from ids to text.
+        decoded: whether `decode` returns the tokens' text rather than their ids.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     values = {
-        "sets": [_set(name, found, decode) for name, found in inspections.items()],
+        "sets": [_set(name, found, decode) for name, found in summaries.items()],
         "decoded": decoded,
         "width": _WIDTH,
         "height": _HEIGHT,
@@ -69,7 +69,7 @@ def write_page(
     html_page.write_page(path, "runner.data", TEMPLATE_FILE, values)
 
 
-def _set(name: str, found: Inspection, decode: Decode) -> dict[str, Any]:
+def _set(name: str, found: RecordsSummary, decode: Decode) -> dict[str, Any]:
     bars, most = found.bars(), found.most_frequent(_MOST)
     highest = max((n for *_, n in bars), default=0) or 1
     total = int(found.frequencies.sum()) or 1
@@ -85,7 +85,7 @@ def _set(name: str, found: Inspection, decode: Decode) -> dict[str, Any]:
 
 
 def _curve(frequencies: np.ndarray) -> str:
-    """Frequency by rank, both by powers of ten, as the points of a line."""
+    """Return the points of frequency over rank, both on logarithmic axes, for an SVG line."""
     ordered = np.sort(frequencies[frequencies > 0])[::-1]
     if not len(ordered):
         return ""

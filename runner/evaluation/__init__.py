@@ -1,1 +1,1 @@
-"""Metrics of a model over records, texts and summaries."""
+"""Evaluation of a model on records, texts and summaries."""

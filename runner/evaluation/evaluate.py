@@ -1,4 +1,4 @@
-"""Evaluation over records: the reference's metrics under its names."""
+"""Evaluate a model on records with the metrics of the reference, under its names."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ACCURACY = "eval/accuracy"
 PERPLEXITY = "eval/lm_perplexity"
 BITS_PER_BYTE = "eval/bits_per_byte"
 
-#: Bytes of hidden states that share one reading of the weights, if not told.
+#: Default size in bytes of the hidden states that share one pass over the weights.
 STATES = 2**28
 
 
 class Evaluator(Protocol):
-    """A model, as far as it is evaluated."""
+    """Computes the losses of a model."""
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
-        """Sums over each batch, in order."""
+        """Yield the sums over each batch, in order."""
         ...
 
 
 class ResidentEvaluator:
-    """A model that is in memory, compiled once."""
+    """Evaluates a model in memory, compiled once."""
 
     def __init__(self, model: GPTJ) -> None:
         @tf.function(jit_compile=True)
@@ -46,7 +46,7 @@ class ResidentEvaluator:
         self._run = run
 
     def compiled(self, batch: Batch) -> str:
-        """The compiled program of one batch, as text; nothing is run."""
+        """Return the compiled program of one batch as text, without running it."""
         return program_text(self._run, *batch)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
@@ -55,11 +55,11 @@ class ResidentEvaluator:
 
 
 class StreamedEvaluator:
-    """A model that is read block by block, once for so many batches as fit beside it.
+    """Evaluates a model that is read block by block, once per group of batches.
 
     Args:
-        model: gives it as it is at an evaluation; see `StreamedModel`.
-        memory: bytes that the hidden states of a pass may take.
+        model: function that returns the model in its state at an evaluation.
+        memory: largest size in bytes of the hidden states of a group.
     """
 
     def __init__(self, model: Callable[[], StreamedModel], *, memory: int = STATES) -> None:
@@ -73,7 +73,7 @@ class StreamedEvaluator:
             yield from _pass(model, group)
 
     def _group(self, batches: Iterator[Batch], width: int) -> list[Batch]:
-        """The next batches whose states fit; at least one, if there is any."""
+        """Return the next batches whose hidden states fit, at least one if any is left."""
         found: list[Batch] = []
         room, size = self._memory, 0
         while room >= size and (batch := next(batches, None)) is not None:
@@ -84,7 +84,7 @@ class StreamedEvaluator:
 
 
 def _pass(model: StreamedModel, group: Sequence[Batch]) -> list[TokenLoss]:
-    """The losses of batches that share one reading of the weights."""
+    """Return the losses of batches that share one pass over the weights."""
     states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
     B, T = states[0].shape[:2]
     positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
@@ -105,20 +105,20 @@ def evaluate(
     limit: int = 0,
     report: Callable[[int], None] = lambda n: None,
 ) -> dict[str, float]:
-    """Metrics over batches.
+    """Return the metrics over batches.
 
-    `loss` is the mean over the batches of each batch's token mean; the others weigh every token
-    alike.
+    `loss` is the mean over batches of the mean over tokens; the other metrics weigh all tokens
+    equally.
 
     Args:
-        evaluator: of the model.
-        batches: what to evaluate on.
-        tokens_per_byte: for bits per byte.
+        evaluator: model to evaluate.
+        batches: batches of records.
+        tokens_per_byte: factor from bits per token to bits per byte.
         limit: number of batches; 0 means all.
-        report: is told how many are done.
+        report: called with the number of batches done.
 
     Raises:
-        DataFault: no token counts.
+        DataFault: the mask excludes every token.
     """
     found = add_up(evaluator, islice(batches, limit or None), report)
     if not found.count:
@@ -131,23 +131,25 @@ def evaluate(
 
 @dataclass(slots=True)
 class Sums:
-    """Over all batches."""
+    """Sums over all batches."""
 
     total: float = 0.0
-    """Of the cross-entropies of the tokens that count, in nats."""
+    """Sum of the cross-entropies of the counted tokens, in nats."""
     count: float = 0.0
+    """Number of counted tokens."""
     correct: float = 0.0
+    """Number of counted tokens that the model predicted."""
     means: float = 0.0
-    """Of each batch's token mean."""
+    """Sum of the batches' means over tokens."""
     batches: int = 0
 
     @property
     def mean(self) -> float:
-        """Over all tokens that count."""
+        """Mean cross-entropy of the counted tokens, in nats."""
         return self.total / self.count
 
     def metrics(self, *, loss: float, bits_per_byte: float) -> dict[str, float]:
-        """Under the reference's names, with what depends on the kind of evaluation."""
+        """Return the metrics by name; the kind of evaluation determines the two arguments."""
         return {
             LOSS: loss,
             ACCURACY: self.correct / self.count,
@@ -157,7 +159,7 @@ class Sums:
 
 
 def add_up(evaluator: Evaluator, batches: Iterable[Batch], report: Callable[[int], None]) -> Sums:
-    """Sums over batches; `report` is told how many are done."""
+    """Return the sums over batches; `report` is called with the number of batches done."""
     found = Sums()
     for sums in evaluator.losses(batches):
         found.total += float(sums.total)

@@ -1,4 +1,4 @@
-"""A Keras model from a checkpoint of any format."""
+"""Load a model from a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def load_model(
     """Open, check and load a checkpoint.
 
     Args:
-        path: a Hugging Face folder or file, a converted folder, a run's folder or a bundle.
-        adapt: may change the config before the model is made (dropouts), or refuse it.
-        seed: of the dropout masks.
-        config_file: for a bundle without a config beside it.
+        path: Hugging Face folder or file, converted folder, folder of a run, or prefix of a bundle.
+        adapt: function that returns the configuration to use, such as one with other dropout
+            rates, or raises.
+        seed: seed of the dropout masks.
+        config_file: configuration of a bundle that has none beside it.
 
     Raises:
         GptjError: see `open_checkpoint` and `match`.
@@ -44,11 +45,12 @@ def load_model(
 def opened_model(
     path: Path, *, keep: Callable[[Checkpoint], Residency] | None
 ) -> Iterator[GPTJ | StreamedModel]:
-    """A checkpoint as a model: loaded, or open to be read block by block.
+    """Open a checkpoint as a model that is loaded, or that is read block by block.
 
     Args:
         path: see `load_model`.
-        keep: says what stays in memory of a model that is read block by block; None: it is loaded.
+        keep: function that chooses which blocks of a streamed model stay in memory; None loads
+            the whole model.
 
     Raises:
         GptjError: see `open_checkpoint` and `match`.

@@ -1,4 +1,4 @@
-"""A fine-tune for summarization judged: summaries generated, and scored by ROUGE."""
+"""Evaluate a fine-tune for summarization: generate summaries and score them by ROUGE."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ METRICS = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One article's summaries, and the scores of the generated one, F-measures in percent."""
+    """Generated and expected summary of one article."""
 
     found: str
+    """Generated summary."""
     expected: str
+    """Summary of the test set."""
     scores: dict[str, float]
+    """F-measures in percent, by metric."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompting:
-    """How an article becomes a prompt, as the records of the fine-tune have it."""
+    """Turns an article into a prompt in the form of the training records."""
 
     tokenizer: Tokenizer
     begin: int
-    """The token that a prompt begins with."""
+    """Id of the token that a prompt begins with."""
     longest: int
-    """Tokens that a prompt may have."""
+    """Largest number of tokens of a prompt."""
     truncate_article: bool = False
-    """Shorten an article that is too long, instead of refusing it."""
+    """Shorten an article that is too long instead of raising."""
 
     def __call__(self, article: str, where: str) -> list[int]:
-        """[EOT] article [SEP].
+        """Return the ids of [EOT] article [SEP].
 
         Raises:
-            DataFault: it is too long.
+            DataFault: the article is too long; with `where`.
         """
         ids = self.tokenizer.encode(article, add_special_tokens=False).ids
         if (needed := len(ids) + 2) > self.longest and not self.truncate_article:
             raise DataFault(
                 f"{where}: the article makes a prompt of {needed} tokens, at most {self.longest} "
-                "leave room for the summary; a test set is neither shortened nor thinned out",
-                hint="generate fewer with --max-new-tokens, or shorten with --truncate-article",
+                "leave room for the summary; the pairs of a test set are never left out",
+                hint="choose fewer --max-new-tokens, or shorten articles with --truncate-article",
             )
         return [self.begin, *ids[: self.longest - 2], SEPARATOR_ID]
 
@@ -56,17 +59,17 @@ class Prompting:
 def read_pairs(
     paths: Sequence[Path], spool: Path, *, article: str = ARTICLE, summary: str = ABSTRACT
 ) -> Iterator[tuple[str, str, str]]:
-    """Place, article and summary of each pair of a test set.
+    """Yield place, article and summary of each pair of a test set.
 
     Raises:
-        DataFault: one is damaged; with its place.
+        DataFault: a pair is malformed; with its place.
     """
     for item in read(paths, Reading(columns=(article, summary), spool=spool)):
         try:
             texts = pair(item, article, summary)
         except Damaged as e:
             raise DataFault(
-                f"{item.where}: {e}", hint="mend it: a test set is taken whole"
+                f"{item.where}: {e}", hint="fix the pair: a test set is used whole"
             ) from None
         yield item.where, *texts
 
@@ -76,12 +79,12 @@ def summarize(
     prompting: Prompting,
     search: Callable[[Sequence[int]], list[int]],
 ) -> Iterator[Summary]:
-    """Generate and score one summary after the other.
+    """Generate and score one summary after another.
 
     Args:
-        pairs: place, article and summary.
-        prompting: articles into ids.
-        search: ids into those that follow.
+        pairs: place, article and expected summary of each pair.
+        prompting: function from an article to the ids of its prompt.
+        search: function from the ids of a prompt to the generated ids.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

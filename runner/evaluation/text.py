@@ -1,4 +1,4 @@
-"""How well a model predicts a text: every token once, each after as many others as a window has.
+"""Measure how well a model predicts a text, scoring every token once in sliding windows.
 
 Shape suffixes: B batch, T time, N tokens of the text.
 """
@@ -22,22 +22,23 @@ from runner.evaluation.evaluate import Evaluator, add_up
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """How a text that is longer than the model's context is read."""
+    """Sliding window over a text that is longer than the model's context."""
 
     length: int
-    """Tokens that are read together."""
+    """Number of tokens per window."""
     stride: int
-    """From one window to the next. A window's tokens that the last one had too are context only."""
+    """Number of tokens between the starts of successive windows. Tokens that a window shares with
+    the previous one are context only."""
     batch_size: int = 4
-    """Windows that are computed together."""
+    """Number of windows per forward pass."""
 
 
 def read_text(paths: Sequence[Path], tokenizer: Path) -> tuple[np.ndarray, int]:
-    """The texts of files as one stream of ids, end-of-text before each, and their bytes.
+    """Return the ids of the texts in one stream, each after an end-of-text, and the texts' bytes.
 
     Raises:
-        DataFault: one is not UTF-8 or empty; with its place.
-        FileFault: there is no tokenizer.
+        DataFault: a file is empty or not UTF-8; with the place.
+        FileFault: the tokenizer does not exist or cannot be read.
     """
     encode = TextOptions(tokenizer=tokenizer).open()
     found: list[np.ndarray] = []
@@ -45,10 +46,10 @@ def read_text(paths: Sequence[Path], tokenizer: Path) -> tuple[np.ndarray, int]:
     for path in paths:
         encoded = encode([Raw(path.read_bytes(), Form.TEXT, str(path), 1)])
         if encoded.problems:
-            raise DataFault(str(encoded.problems[0]), hint="mend it: a text is taken whole")
+            raise DataFault(str(encoded.problems[0]), hint="fix the file: a text is used whole")
         if not encoded.bytes:
             raise DataFault(f"{path}: is empty, expected a text")
-        found.append(np.roll(encoded.units, 1))  # the end of the text is what a text begins after
+        found.append(np.roll(encoded.units, 1))  # moves the end-of-text to the front
         size += encoded.bytes
     return np.concatenate(found), size
 
@@ -60,14 +61,14 @@ def evaluate_text(
     window: Window,
     report: Callable[[int, int], None] = lambda done, all: None,
 ) -> dict[str, float]:
-    """The metrics of `gptj eval`, over every token but the first.
+    """Return the metrics of `gptj eval` over every token but the first.
 
     Args:
-        evaluator: of the model.
-        ids_N: int32.
-        size: bytes of the text.
-        window: how it is read.
-        report: is told how many batches of windows are done, and how many there are.
+        evaluator: model to evaluate.
+        ids_N: ids of the text, int32.
+        size: size of the text in bytes of UTF-8.
+        window: sliding window over the text.
+        report: called with the numbers of batches done and of all batches.
     """
     batches = list(_batches(ids_N, window))
     found = add_up(evaluator, batches, lambda n: report(n, len(batches)))
@@ -75,7 +76,7 @@ def evaluate_text(
 
 
 def _batches(ids_N: np.ndarray, window: Window) -> Iterator[Batch]:
-    """Windows of equal length; what was scored, and padding, does not count."""
+    """Yield windows of equal length, ignoring padding and tokens that were already scored."""
     labels = len(ids_N) - 1
     T, B = min(window.length, labels), window.batch_size
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

@@ -13,7 +13,7 @@ from gptj_model.errors import ConfigError
 from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
 from runner.config.execution import Execution
 from runner.config.params import Params, RunConfig
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,12 +130,12 @@ def plan_training(config: GPTJConfig, params: Params, span: Span | None = None) 
         span: steps to train; None means all of `max_steps`.
 
     Raises:
-        ConfigError: as `trained_rows` and `slots_dtype` raise it.
+        ConfigError: as `trainable_rows` and `slots_dtype` raise it.
     """
     section, optimizer = params.train_input, params.optimizer
     batch, length = section.batch_size, section.max_sequence_length
     tokens = batch * length * optimizer.grad_accum_steps
-    rows = trained_rows(config, params)
+    rows = trainable_rows(config, params)
     trained = sum(t.size for t in rows)
     total = footprint.parameters(config)
     slot = NUMPY[slots_dtype(params)].itemsize * trained

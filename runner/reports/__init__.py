@@ -1,1 +1,1 @@
-"""Recorded runs, compared as text and as a page."""
+"""Comparison of runs, as figures and as an HTML page."""

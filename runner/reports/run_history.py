@@ -1,4 +1,4 @@
-"""What runs have logged and with which parameters, read back to be compared."""
+"""Read back metrics and parameters of runs, and compare them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gptj_convert.settings.params_yaml import PARAMS_FILE, read_yaml
 from gptj_model.errors import FileFault, UsageError
 from runner.training.run.folder import METRICS_FILE
 
-#: Parameters that say where and how long, not what is learned.
+#: Prefixes of parameters that do not affect what is learned, such as length and place of a run.
 _ASIDE = ("runconfig.", "csconfig.")
-#: Steps whose mean is the loss that a run has come to.
+#: Number of last steps over which a run's loss is averaged.
 _LAST = 10
 
 Row = Mapping[str, Any]
@@ -24,55 +24,56 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunHistory:
-    """One run's folder."""
+    """Metrics and parameters of one run."""
 
     name: str
+    """Folder of the run, as it was given."""
     rows: Sequence[Row]
-    """Of metrics.jsonl: those of steps have `loss`, those of evaluations `eval/…`."""
+    """Rows of metrics.jsonl: those of steps have `loss`, those of evaluations `eval/…`."""
     params: Mapping[str, Any]
-    """The values of params.yaml by dotted key."""
+    """Values of params.yaml by dotted key."""
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """Step and value of each row that has the key."""
+        """Return step and value of each row that has the key."""
         return [(row["step"], row[key]) for row in self.rows if key in row]
 
     @property
     def step(self) -> int:
-        """The last that was logged."""
+        """Last step that was logged."""
         return self.rows[-1]["step"]
 
     @property
     def loss(self) -> float | None:
-        """Mean of the last ten losses."""
+        """Mean of the last ten losses, or None."""
         last = [loss for _, loss in self.series("loss")[-_LAST:]]
         return statistics.fmean(last) if last else None
 
     @property
     def eval_loss(self) -> float | None:
-        """The least of its evaluations."""
+        """Smallest loss of all evaluations, or None."""
         return min((loss for _, loss in self.series("eval/loss")), default=None)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Median; the first of a process compiles."""
+        """Median throughput; a mean would include the compilation of the first step."""
         rates = [rate for _, rate in self.series("tokens_per_second")]
         return statistics.median(rates) if rates else None
 
 
 def read_run(model_dir: Path) -> RunHistory:
-    """Read a run's metrics and parameters; a last line that was cut by a kill is left out.
+    """Read metrics and parameters of a run, ignoring an incomplete last line.
 
     Raises:
         UsageError: the folder has no metrics.
-        FileFault: a line is not one of metrics.
+        FileFault: a line is not a JSON object with `step`.
         ConfigError: see `read_yaml`.
     """
     path = model_dir / METRICS_FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        hint = "name the --model-dir of a run"
-        raise UsageError(f"{path}: not found, expected a run that has logged", hint=hint) from None
+        hint = "name the folder of a run, its --model-dir"
+        raise UsageError(f"{path}: not found, expected the metrics of a run", hint=hint) from None
     except UnicodeDecodeError as e:
         raise FileFault(f"{path}: is not UTF-8 at byte {e.start}") from None
     rows: list[Row] = []
@@ -88,14 +89,14 @@ def read_run(model_dir: Path) -> RunHistory:
                     f"{path}: line {number} is {line[:60]!r}, expected a JSON object with `step`"
                 ) from None
     if not rows:
-        raise UsageError(f"{path}: is empty, expected a run that has logged a step")
+        raise UsageError(f"{path}: is empty, expected at least one logged step")
     params = model_dir / PARAMS_FILE
     values = read_yaml(params) if params.is_file() else {}
     return RunHistory(name=str(model_dir), rows=rows, params=_flat(values))
 
 
 def differences(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
-    """Parameters in which the runs differ: their values by run, None where one has none."""
+    """Return the parameters that differ, each with one value per run, None where it is unset."""
     keys = dict.fromkeys(k for run in runs for k in run.params if not k.startswith(_ASIDE))
     found = {key: [run.params.get(key) for run in runs] for key in keys}
     return {k: v for k, v in found.items() if any(value != v[0] for value in v)}

@@ -1,4 +1,4 @@
-"""Runs beside each other as one self-contained HTML page: their curves, figures, parameters."""
+"""Comparison of runs as one self-contained HTML page with curves, figures and parameters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from runner.reports.run_history import RunHistory
 
 TEMPLATE_FILE = "runs.html.j2"
 
-#: Of a chart, in units of the page; points beyond the width would fall on one another.
+#: Size of a chart in SVG units, and its largest number of points.
 WIDTH, HEIGHT = 960, 300
 _POINTS = WIDTH // 2
-#: What is drawn: key of the metrics, title, and the key of points on it.
+#: Charts: key of the curve in the metrics, title, and key of the dots or None.
 _CHARTS = (
     ("loss", "Loss", "eval/loss"),
     ("learning_rate", "Learning rate", None),
@@ -36,7 +36,7 @@ class _Tick:
 class _Line:
     run: int
     points: str
-    """As SVG writes them."""
+    """Points of the curve in the syntax of SVG."""
     dots: Sequence[tuple[float, float]]
 
 
@@ -51,15 +51,15 @@ class _Chart:
 def write_page(
     path: Path, runs: Sequence[RunHistory], differing: Mapping[str, Sequence[Any]]
 ) -> None:
-    """Write the page; an existing one is replaced when the new one is complete.
+    """Write the page; it replaces an existing file once it is complete.
 
     Args:
-        path: of the page.
-        runs: in the order of their colours.
-        differing: parameters in which they differ, see `differences`.
+        path: path of the page.
+        runs: runs in the order of their colors.
+        differing: parameters that differ, each with one value per run; see `differences`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     values = {
         "runs": runs,
@@ -73,7 +73,7 @@ def write_page(
 
 
 def figure(value: Any) -> str:
-    """A number as it is read most easily."""
+    """Format a number for people; None becomes a dash."""
     if value is None:
         return "–"
     return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 10_000 else f"{value:,.0f}"
@@ -105,14 +105,14 @@ def _chart(runs: Sequence[RunHistory], key: str, title: str, dots: str | None) -
 
 
 def _drawable(series: Series) -> Series:
-    """As many points as can be told apart, each the mean of its neighbours."""
+    """Return at most `_POINTS` points, each the mean of a group of successive points."""
     size = max(1, -(-len(series) // _POINTS))
     groups = [series[n : n + size] for n in range(0, len(series), size)]
     return [(g[-1][0], sum(value for _, value in g) / len(g)) for g in groups]
 
 
 def _ticks(low: float, high: float) -> Iterator[float]:
-    """Round numbers between two, about five."""
+    """Yield about five round numbers between two bounds."""
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw)

@@ -254,7 +254,7 @@ def test_a_bad_line_stops_or_is_counted(case: str, padding: int, data, tokens, s
     if padding:
         line = line[:-1] + b" " * padding + line[-1:]
     Path("a.jsonl").write_bytes(_lines(["one"]) + line + b"\n" + _lines(["two"]))
-    _refused(data("pile", "a.jsonl"), 1, f"a.jsonl:2: {words}", "hint: mend it")
+    _refused(data("pile", "a.jsonl"), 1, f"a.jsonl:2: {words}", "hint: fix the document")
     done = data("pile", "a.jsonl", "--on-error", "skip")
     assert done.code == 0, done.stderr
     assert f"skipped: a.jsonl:2: {words}" in done.stderr
@@ -326,11 +326,11 @@ def test_what_cannot_be_meant(data):
     Path("a.xml").write_bytes(b"<a/>")
     _refused(data("pile"), 2, "name what to read")
     _refused(data("pile", "missing"), 1, "missing: not found")
-    _refused(data("pile", "a.xml"), 1, "a.xml: of no known kind")
+    _refused(data("pile", "a.xml"), 1, "a.xml: unknown format")
     _refused(data("pile", "a.jsonl", "--gzip", "--format", "hdf5"), 2, "--gzip is for TFRecords")
     _refused(data("pile", "a.jsonl", "--resume", "--force"), 2, "give one of them")
     Path("empty.jsonl").write_bytes(b"")
-    _refused(data("pile", "empty.jsonl"), 1, "gave no example")
+    _refused(data("pile", "empty.jsonl"), 1, "too little text")
     Path("data").mkdir()
     Path("data/mine.json").write_text("mine")
     assert "exists already" in data("pile", "a.jsonl").stderr

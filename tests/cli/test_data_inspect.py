@@ -110,7 +110,7 @@ def test_a_changed_value_of_hdf5(made, gptj):
         file["data"][1, 0, 4] = good + 1
     done = gptj("data", "inspect", "data")
     assert done.code == 1
-    assert "records-00001.h5: holds 4 good examples, but not the bytes" in done.stderr
+    assert "records-00001.h5: holds 4 valid examples, but differs" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_planned_memory_counts_weights_once_and_slots_of_the_adapter_only(golden
     [
         ("model.frozen=lm_haed", ("model.frozen", "'lm_haed'", "gptj inspect")),
         ("model.frozen=.", ("nothing to train",)),
-        ("model.frozen=[(]", ("model.frozen is '('", "expected a pattern")),
+        ("model.frozen=[(]", ("model.frozen is '('", "expected a regular expression")),
         ("model.lora.rnak=4", ("model.lora.rnak", "did you mean 'rank'")),
         ("model.lora.rank=0", ("model.lora.rank", "greater than 0")),
         ("model.lora.targets=[query]", ("model.lora.targets[0]", "'q_proj'")),

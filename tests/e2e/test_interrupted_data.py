@@ -28,7 +28,7 @@ CHANGING = ("write", "fsync", "rename", "unlink", "mkdir")
 #: Chunks far smaller than a record file, as in a large set.
 PROGRAM = (
     *(sys.executable, "-B", "-c"),
-    "import sys; from runner.data import encoding; encoding.CHUNK_BYTES = 300; "
+    "import sys; from runner.data.making import encoding; encoding.CHUNK_BYTES = 300; "
     "from runner.cli.root import main; sys.exit(main())",
 )
 PILE = (
@@ -177,7 +177,7 @@ def test_any_process_killed(victim: str, whole: dict[str, bytes]):
         stderr = process.stderr.read()  # ends when the last process does
     if victim == "worker":
         assert process.returncode == 1, stderr
-        assert "was ended from outside" in stderr
+        assert "was killed" in stderr
         assert "--resume goes on" in stderr
     assert not Path("data").exists()
     assert _run("--resume", *ALONE).returncode == 0

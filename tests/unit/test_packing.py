@@ -17,7 +17,7 @@ from gptj_convert.formats.layouts.gpt2_tokenizer import EXTRA_TOKENS, write_toke
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault
 from runner.data.making import pieces
-from runner.data.making.build import Counts, Options, Result, build
+from runner.data.making.build import BuildResult, Counts, Options, build
 from runner.data.making.packing import Packer
 from runner.data.making.sources import Part
 from runner.data.making.text import TextOptions, TextRecipe
@@ -54,7 +54,7 @@ def _pack(paths: Sequence[Path], folder: Path, out: Path, length: int, **fields:
     options = TextOptions(tokenizer=folder)
     recipe = TextRecipe(options=options, length=length, whole_files=True, **fields)
     *_, result = build([Part(files=tuple(paths))], recipe, out, Options())
-    assert isinstance(result, Result)
+    assert isinstance(result, BuildResult)
     return result.counts[""]
 
 

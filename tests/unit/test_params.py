@@ -218,7 +218,7 @@ def test_a_single_folder_and_a_list_are_the_same():
         (
             "optimizer.learning_rate",
             [{"scheduler": "Constant", "learning_rate": 1}] * 2,
-            ["optimizer.learning_rate[0]: steps missing"],
+            ["optimizer.learning_rate[0]: steps is missing"],
         ),
         ("optimizer.max_gradient_value", 1.0, ["both set"]),
         ("model.backbone_only", True, ["model.backbone_only is 'True'"]),

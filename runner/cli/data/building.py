@@ -77,7 +77,14 @@ def build_records(
     The options are those of `runner.cli.data.options`.
     """
     from gptj_convert.files.output_folder import refuse_overlap
-    from runner.data.making.build import Options, Packing, Result, Skipped, build, is_resumable
+    from runner.data.making.build import (
+        BuildResult,
+        Options,
+        Packing,
+        SkippedDocument,
+        build,
+        is_resumable,
+    )
     from runner.data.making.encoding import check_processes, default_processes
 
     processes = processes or default_processes()
@@ -92,14 +99,14 @@ def build_records(
         skip_bad=on_error == "skip",
     )
     skipped = 0
-    result: Result | None = None
+    result: BuildResult | None = None
     events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
     try:
         with progress(output, "packing") as report, closing(events):
             for event in events:
                 if isinstance(event, Packing):
                     report(event.done, event.total, _rates(event))
-                elif isinstance(event, Skipped):
+                elif isinstance(event, SkippedDocument):
                     skipped += 1
                     if skipped <= _NAMED:
                         output.note(f"skipped: {event.problem}")

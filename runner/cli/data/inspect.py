@@ -14,7 +14,7 @@ from runner.cli.shared.output import Output, printable
 from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
-    from runner.data.inspection import Inspection
+    from runner.data.inspection import RecordsSummary
 
 #: Characters of the longest bar of the histogram.
 _BAR = 40
@@ -50,9 +50,11 @@ def inspect(
     from runner.data.inspection_page import write_page
 
     decode = _decoder(tokenizer)
-    found: dict[str, Inspection] = {}
+    found: dict[str, RecordsSummary] = {}
     for name, path in inspection.find_sets(folder).items():
-        work = inspection.inspect(path, vocab_size=_vocabulary(tokenizer), samples=samples)
+        work = inspection.summarize_records(
+            path, vocab_size=_vocabulary(tokenizer), samples=samples
+        )
         found[name] = follow(output, "checking", work)
         _show(output, name, found[name], decode)
     if html:
@@ -80,7 +82,7 @@ def _vocabulary(folder: Path | None) -> int | None:
 
 
 def _show(
-    output: Output, name: str, found: Inspection, decode: Callable[[Sequence[int]], str]
+    output: Output, name: str, found: RecordsSummary, decode: Callable[[Sequence[int]], str]
 ) -> None:
     facts = found.to_json()
     output.data(

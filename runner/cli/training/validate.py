@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
     """Check everything up to the first step, and return the fields of the JSON object."""
     from gptj_convert.resources import footprint
-    from runner.config.trainable import trained_rows
+    from runner.config.trainable import trainable_rows
     from runner.data.reading.records import check_records, find_records
     from runner.planning.training_cost import plan_training
 
@@ -37,7 +37,7 @@ def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
     check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
                   only_first=True)  # fmt: skip
     tokens = section.batch_size * section.max_sequence_length
-    trained = trained_rows(config, params)
+    trained = trainable_rows(config, params)
     flops = tokens * footprint.token_flops(config, section.max_sequence_length, trained)
     if job.mode == "eval":
         flops = tokens * footprint.token_flops(config, section.max_sequence_length) / 3

@@ -1,1 +1,1 @@
-"""Text into records: sources, tokenizers, packing and the resumable build."""
+"""Training records from text: sources, tokenizers, packing and the resumable build."""

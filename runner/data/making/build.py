@@ -1,9 +1,9 @@
-"""From sources to a folder of records that appears when it is complete.
+"""Make a folder of records from sources; the folder appears once it is complete.
 
     read → chunks → encode, in processes → assemble examples → record files → data_params.json
 
-Each finished record file is noted in a journal, with the place in the sources where the next one
-begins; an interrupted run is gone on with from there, and the result is the same to the byte.
+A journal lists every finished record file with the place in the sources where the next one begins.
+An interrupted run resumes from there, and its result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -34,97 +34,97 @@ from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.making.encoding import Encoded, Encoder, Encoding, chunks
 from runner.data.making.sources import Part, Problem, Reading, read
-from runner.data.reading.data_params import PARAMS_FILE, read_params
+from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
 
 TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
-#: Of the places of bad documents, how many are kept.
+#: Largest number of malformed documents whose places are recorded.
 _PLACES = 100
 
 
 class Assembler(Protocol):
-    """What makes examples of what the encoder gives."""
+    """Builds examples from the units that an encoder returns."""
 
     @property
     def left(self) -> int:
-        """Units that are not in an example yet."""
+        """Number of units that are not in an example yet."""
         ...
 
     def add(self, units: np.ndarray) -> None:
-        """Append."""
+        """Append units."""
         ...
 
     def cut(self, most: int) -> np.ndarray:
-        """Examples, int32 of shape (examples, 3, tokens): as many as there are, up to `most`."""
+        """Return at most `most` complete examples, int32 of shape (examples, 3, tokens)."""
         ...
 
     def finish(self) -> np.ndarray:
-        """The examples that only the end of the sources makes possible."""
+        """Return the examples that remain at the end of the sources, in the same shape."""
         ...
 
 
 class Recipe(Protocol):
-    """What distinguishes one kind of data from another."""
+    """Everything that distinguishes one kind of training data from another."""
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """All that the records depend on beside the sources, for JSON."""
+        """Everything that the records depend on besides the sources, as JSON values."""
         ...
 
     @property
     def length(self) -> int:
-        """max_sequence_length."""
+        """Number of tokens per example, max_sequence_length."""
         ...
 
     def reading(self, spool: Path) -> Reading:
-        """How the sources are read."""
+        """Return how the sources are read, with `spool` as the folder for oversized documents."""
         ...
 
     def encoder(self, split: str) -> Callable[[], Encoder]:
-        """What makes the encoder for train, val, test, or ""; it is sent to processes."""
+        """Return a picklable factory of the encoder for a split: train, val, test or ""."""
         ...
 
     def assembler(self, made: int) -> Assembler:
-        """A new one, after so many examples."""
+        """Return a new assembler that continues after `made` examples."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """How records are written."""
+    """Format and size of the record files, and the policy for malformed documents."""
 
     format: str = TFRECORD
     compress: bool = False
-    """TFRecords only: with gzip."""
+    """Compress TFRecord files with gzip."""
     examples_per_file: int = 8192
     write_remainder: bool = True
-    """Also the file that does not get full."""
+    """Write the last file even if it has fewer examples than the others."""
     skip_bad: bool = False
-    """Count bad documents and go on, instead of stopping at the first."""
+    """Skip and count malformed documents instead of stopping at the first."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What went in and what came out."""
+    """Numbers of documents, tokens, examples and files of one part."""
 
     documents: int = 0
     skipped: int = 0
-    """Bad ones."""
+    """Number of malformed documents that were skipped."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """By a rule, by its name."""
+    """Number of documents that a rule left out, by the name of the rule."""
     bytes: int = 0
-    """Of text, in UTF-8."""
+    """Size of the text in UTF-8."""
     tokens: int = 0
-    """Of the text, without padding."""
+    """Number of tokens of the text, without padding."""
     examples: int = 0
     files: int = 0
     places: list[str] = field(default_factory=list)
-    """Where the first bad ones are, and what is wrong with them."""
+    """Places of the first malformed documents, each with its problem."""
 
     def add(self, encoded: Encoded) -> None:
-        """Count a chunk."""
+        """Add the counts of a chunk."""
         self.documents += encoded.documents
         self.skipped += len(encoded.problems)
         self.bytes += encoded.bytes
@@ -136,8 +136,8 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A record file that is on the disk, and where the next one begins."""
+class RecordFile:
+    """Journal entry of a complete record file, with the place where the next file begins."""
 
     folder: str
     name: str
@@ -145,21 +145,21 @@ class Written:
     sha256: str
     examples: int
     chunk: int
-    """The number of the chunk that the next example begins in."""
+    """Number of the chunk that the next example begins in."""
     consumed: int
-    """Units of that chunk that are written already."""
+    """Number of units of that chunk that are already written."""
     counts: dict[str, Any]
-    """As they were before that chunk; when `last`, at the end."""
+    """Counts before that chunk, or final counts if `last`."""
     last: bool = False
-    """Nothing of the part is left."""
+    """Whether the part is complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Progress: bytes of the files read, of how many, and what they gave in this run."""
+    """Progress of this run: bytes read of the bytes in total, and the tokens made from them."""
 
     part: str
-    """That is at work, by its folder."""
+    """Folder of the part that is being written."""
     done: int
     total: int
     documents: int
@@ -169,19 +169,19 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """A bad document that was left out."""
+class SkippedDocument:
+    """A malformed document that was skipped."""
 
     problem: Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What is in the output, by folder; the one without a name is the output itself."""
+class BuildResult:
+    """Counts by folder of the output; the empty name stands for the output folder itself."""
 
     counts: dict[str, Counts]
     kept_files: int = 0
-    """That an interrupted run had written."""
+    """Number of record files reused from an interrupted run."""
 
 
 def build(
@@ -193,35 +193,35 @@ def build(
     processes: int = 1,
     resume: bool = False,
     force: bool = False,
-) -> Generator[Packing | Skipped | Result, None, None]:
-    """Write records to a new folder `out`; yields progress, and the result last.
+) -> Generator[Packing | SkippedDocument | BuildResult, None, None]:
+    """Write records to a new folder `out`, yielding progress and finally the result.
 
     Args:
-        parts: what is read, and where in `out` its records go.
-        recipe: what becomes of them.
-        out: the folder.
-        options: how.
-        processes: that encode; the records do not depend on it.
-        resume: go on with what was interrupted; a complete `out` of the same job is left.
-        force: replace an existing `out`, and begin anew what was interrupted.
+        parts: source files, each part with the folder of `out` that its records go to.
+        recipe: kind of data to make.
+        out: folder to create.
+        options: format of the record files and policy for malformed documents.
+        processes: number of processes that encode; the records do not depend on it.
+        resume: resume an interrupted run; a complete `out` of the same job is left as it is.
+        force: replace an existing `out`, and discard an interrupted run.
 
     Raises:
-        UsageError: `out` exists, or an interrupted run is there, and neither option is given; or
-            that run was another job.
-        DataFault: a document is bad (file and line), or there is none.
-        FileFault: a source has changed since.
+        UsageError: `out` or an interrupted run exists and neither `resume` nor `force` is given,
+            or the interrupted run was another job.
+        DataFault: a document is malformed (with file and line), or a part has no example.
+        FileFault: a source has changed since the interrupted run.
         OSError: reading or writing fails.
     """
     job = _job(parts, recipe, options)
     path = staging_root(out) / JOURNAL_FILE
-    found = read_journal(path, Written)
+    found = read_journal(path, RecordFile)
     if resume and not has_content(out) and (complete := _complete(out, job)):
         remove_staging(out)
-        yield Result(complete, kept_files=sum(c.files for c in complete.values()))
+        yield BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
         return
     replaces = force or bool(resume and found and found.job["force"])
     with staged_folder(out, force=replaces, fresh=False) as staging:
-        found = None if force else read_journal(path, Written)
+        found = None if force else read_journal(path, RecordFile)
         if found:
             staging.keep = True
             _check_job(found.job, job, out, resume=resume)
@@ -235,21 +235,21 @@ def build(
             try:
                 yield from _write(parts, recipe, options, staging, journal, processes, counts)
             except DataFault:
-                journal.parts.clear()  # going on would end the same way
+                journal.parts.clear()  # a resumed run would fail in the same way
                 raise
             finally:
                 staging.keep = bool(journal.parts)
-    yield Result(counts, kept_files=len(good))
+    yield BuildResult(counts, kept_files=len(good))
 
 
 def is_resumable(out: Path) -> bool:
-    """Whether an interrupted run can be gone on with."""
-    return read_journal(staging_root(out) / JOURNAL_FILE, Written) is not None
+    """Return whether an interrupted run exists that can be resumed."""
+    return read_journal(staging_root(out) / JOURNAL_FILE, RecordFile) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """Bytes read of a part's files, and what a chunk gave."""
+    """Bytes read of a part's files so far, and the result of one chunk."""
 
     bytes: int
     encoded: Encoded
@@ -260,16 +260,16 @@ def _write(
     recipe: Recipe,
     options: Options,
     staging: Staging,
-    journal: Journal[Written],
+    journal: Journal[RecordFile],
     processes: int,
     counts: dict[str, Counts],
-) -> Iterator[Packing | Skipped]:
+) -> Iterator[Packing | SkippedDocument]:
     clock = _Clock(sum(_size(part.files) for part in parts))
     before = 0
     for part in parts:
-        work = _Work(part, recipe, options, staging, journal)
+        work = _PartWriter(part, recipe, options, staging, journal)
         for event in work.run(processes):
-            yield clock.tell(part.folder, before, event) if isinstance(event, _Done) else event
+            yield clock.progress(part.folder, before, event) if isinstance(event, _Done) else event
         before += _size(part.files)
         counts[part.folder] = work.counts
         _write_params(staging.content / part.folder, journal.job, part, work)
@@ -281,7 +281,7 @@ class _Clock:
         self._begun = time.monotonic()
         self._documents = self._tokens = self._bytes = 0
 
-    def tell(self, part: str, before: int, done: _Done) -> Packing:
+    def progress(self, part: str, before: int, done: _Done) -> Packing:
         self._documents += done.encoded.documents
         self._tokens += done.encoded.tokens
         self._bytes += done.encoded.bytes
@@ -297,8 +297,8 @@ class _Clock:
         )
 
 
-class _Work:
-    """One part's records being written."""
+class _PartWriter:
+    """Writes the records of one part."""
 
     def __init__(
         self,
@@ -306,7 +306,7 @@ class _Work:
         recipe: Recipe,
         options: Options,
         staging: Staging,
-        journal: Journal[Written],
+        journal: Journal[RecordFile],
     ) -> None:
         self._part = part
         self._recipe = recipe
@@ -324,7 +324,7 @@ class _Work:
         self._writer: RecordWriter | Hdf5Writer | None = None
         self._in_file = 0
 
-    def run(self, processes: int) -> Iterator[_Done | Skipped]:
+    def run(self, processes: int) -> Iterator[_Done | SkippedDocument]:
         if not self._complete:
             self._folder.mkdir(exist_ok=True)
             try:
@@ -336,12 +336,12 @@ class _Work:
         self.counts.examples, self.counts.files = self._made, len(self.written)
         if not self._made:
             raise DataFault(
-                f"{', '.join(map(str, self._part.files[:3]))}: gave no example of "
+                f"{', '.join(map(str, self._part.files[:3]))}: too little text for one example of "
                 f"{self._recipe.length} tokens",
-                hint="name other files, or a smaller --max-sequence-length",
+                hint="name more files, or choose a smaller --max-sequence-length",
             )
 
-    def _write(self, processes: int) -> Iterator[_Done | Skipped]:
+    def _write(self, processes: int) -> Iterator[_Done | SkippedDocument]:
         done = 0
 
         def tell(bytes_read: int) -> None:
@@ -358,9 +358,9 @@ class _Work:
                 for problem in encoded.problems:
                     if not self._options.skip_bad:
                         raise DataFault(
-                            str(problem), hint="mend it, or leave such out with `--on-error skip`"
+                            str(problem), hint="fix the document, or skip it with `--on-error skip`"
                         )
-                    yield Skipped(problem)
+                    yield SkippedDocument(problem)
                 before = asdict(self.counts)
                 self.counts.add(encoded)
                 assembler.add(encoded.units[skip:])
@@ -410,7 +410,7 @@ class _Work:
         self._writer = None
         self._partial(path).rename(path)
         size, sha256 = path.stat().st_size, digest(path)
-        entry = Written(
+        entry = RecordFile(
             self._part.folder, path.name, size, sha256, self._in_file, chunk, consumed, counts, last
         )
         self._journal.add(entry)
@@ -420,7 +420,7 @@ class _Work:
 
 
 def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, Any]:
-    """What is to be done, for JSON."""
+    """Return arguments and sources of the build as JSON values."""
     try:
         sources = {
             part.folder: {str(p): [(s := p.stat()).st_size, s.st_mtime_ns] for p in part.files}
@@ -435,27 +435,27 @@ def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, A
 def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, resume: bool):
     if not resume:
         raise UsageError(
-            f"{out}: an interrupted run has left its work",
-            hint="go on with it with --resume, or begin anew with --force",
+            f"{out}: an interrupted run exists",
+            hint="resume it with --resume, or start from scratch with --force",
         )
     if found["arguments"] != job["arguments"] or {
         folder: list(files) for folder, files in found["sources"].items()
     } != {folder: list(files) for folder, files in job["sources"].items()}:
         raise UsageError(
-            f"{out}: what was interrupted is another one, of other sources or options",
-            hint="give the same arguments as then, or begin anew with --force",
+            f"{out}: the interrupted run has other sources or options",
+            hint="repeat its arguments, or start from scratch with --force",
         )
     for folder, files in job["sources"].items():
         for path, state in files.items():
             if list(state) != found["sources"][folder][path]:
                 raise FileFault(
                     f"{path}: has changed since the run was interrupted",
-                    hint="begin anew with --force",
+                    hint="start from scratch with --force",
                 )
 
 
 def _complete(out: Path, job: Mapping[str, Any]) -> dict[str, Counts] | None:
-    """The counts of a finished job's folder; None when it is not this job's."""
+    """Return the counts by folder if `out` is the complete result of `job`, else None."""
     counts = {}
     for folder, files in job["sources"].items():
         params = read_params(out / folder)
@@ -466,9 +466,9 @@ def _complete(out: Path, job: Mapping[str, Any]) -> dict[str, Counts] | None:
     return counts
 
 
-def _good(staging: Staging, written: Iterable[Written]) -> list[Written]:
-    """What is there as it was noted, up to the first that is not."""
-    good: list[Written] = []
+def _good(staging: Staging, written: Iterable[RecordFile]) -> list[RecordFile]:
+    """Return the entries of the journal up to the first whose file is missing or differs."""
+    good: list[RecordFile] = []
     for entry in written:
         path = staging.content / entry.folder / entry.name
         if not path.is_file() or path.stat().st_size != entry.bytes:
@@ -479,15 +479,15 @@ def _good(staging: Staging, written: Iterable[Written]) -> list[Written]:
     return good
 
 
-def _remove_others(staging: Staging, good: Iterable[Written]) -> None:
+def _remove_others(staging: Staging, good: Iterable[RecordFile]) -> None:
     kept = {staging.content / e.folder / e.name for e in good}
     for path in staging.content.rglob("*"):
         if path.is_file() and path not in kept:
             path.unlink()
 
 
-def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _Work) -> None:
-    """Keep arguments, counts and digests beside the records, and the folder's names durable."""
+def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _PartWriter) -> None:
+    """Write data_params.json beside the records, and sync the file and its folder."""
     values = {
         "arguments": job["arguments"],
         "sources": {path: size for path, (size, _) in job["sources"][part.folder].items()},
@@ -499,8 +499,8 @@ def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _Work)
         "tool": {"name": "gptj", "version": __version__},
     }
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
-    (folder / PARAMS_FILE).write_text(text, encoding="utf-8")
-    sync(folder / PARAMS_FILE)
+    (folder / DATA_PARAMS_FILE).write_text(text, encoding="utf-8")
+    sync(folder / DATA_PARAMS_FILE)
     sync(folder)
 
 
@@ -511,7 +511,7 @@ def _faults(path: Path) -> Iterator[None]:
     except OSError as e:
         raise FileFault(
             f"{path}: cannot be written: {e.strerror or e}",
-            hint="free some space" if e.errno in FULL else None,
+            hint="free some disk space" if e.errno in FULL else None,
         ) from None
 
 

@@ -1,6 +1,6 @@
-"""Documents into tokens, in several processes, with a result that does not depend on their number.
+"""Encode documents in several processes, with a result that does not depend on their number.
 
-What the processes get are chunks that the sources alone determine; what they give comes back in
+The sources alone determine the chunks that the processes receive, and the results are returned in
 the order of the chunks.
 """
 
@@ -25,7 +25,7 @@ from gptj_model.errors import MemoryFault, UsageError
 from runner.data.making.long_line import Damaged
 from runner.data.making.sources import Problem, Raw, not_utf8
 
-#: Bytes and documents of a chunk.
+#: Number of bytes, and number of documents, that complete a chunk.
 CHUNK_BYTES = 2**19
 CHUNK_DOCUMENTS = 4096
 
@@ -34,30 +34,30 @@ Chunk = list[Raw | Problem]
 
 @dataclass(slots=True)
 class Encoded:
-    """What a chunk became."""
+    """Result of encoding a chunk."""
 
     units: np.ndarray
-    """int32; along its first axis what examples are made of, such as tokens."""
+    """Units that examples are built from, such as tokens, along the first axis; int32."""
     documents: int = 0
     bytes: int = 0
-    """Of text, in UTF-8."""
+    """Size of the text in UTF-8."""
     tokens: int = 0
     problems: list[Problem] = field(default_factory=list)
-    """Documents that could not be taken."""
+    """Documents that could not be read."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Documents that were left out by a rule, by its name."""
+    """Number of documents that a rule left out, by the name of the rule."""
 
 
 class Encoder(Protocol):
-    """Chunks into what examples are made of."""
+    """Turns chunks into the units that examples are built from."""
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """The chunk's result, which depends on nothing else."""
+        """Return the result of a chunk, which depends on the chunk alone."""
         ...
 
 
 def chunks(items: Iterable[Raw | Problem]) -> Iterator[Chunk]:
-    """Documents in chunks that they alone determine."""
+    """Yield the documents in chunks that depend on the documents alone."""
     chunk: Chunk = []
     size = 0
     for item in items:
@@ -71,18 +71,18 @@ def chunks(items: Iterable[Raw | Problem]) -> Iterator[Chunk]:
 
 
 class Encoding:
-    """An encoder at work, in this process or in several.
+    """Runs an encoder in this process or in several others.
 
     Args:
-        open_encoder: makes it, in each process; it is sent there.
-        processes: 1 means this one.
+        open_encoder: factory of the encoder; it is pickled and called in every process.
+        processes: number of processes; 1 means this process alone.
 
     Raises:
-        FileFault: what the encoder needs is not there.
+        FileFault: a file that the encoder needs does not exist.
     """
 
     def __init__(self, open_encoder: Callable[[], Encoder], processes: int) -> None:
-        self._encoder = open_encoder()  # also to see what is wrong before others start
+        self._encoder = open_encoder()  # a fault shows here, before other processes start
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
@@ -101,10 +101,10 @@ class Encoding:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, chunks: Iterable[Chunk]) -> Iterator[Encoded]:
-        """The chunks' results, in their order; few chunks are held at a time.
+        """Yield the results in the order of the chunks, with few chunks in memory at a time.
 
         Raises:
-            MemoryFault: a process was ended.
+            MemoryFault: one of the processes was killed.
         """
         if self._pool is None:
             yield from map(self._encoder, chunks)
@@ -119,8 +119,8 @@ class Encoding:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise MemoryFault(
-                "a process that tokenises was ended from outside, perhaps for lack of memory",
-                hint="use fewer with --processes",
+                "a tokenizer process was killed, perhaps for lack of memory",
+                hint="use fewer processes with --processes",
             ) from None
 
 
@@ -128,9 +128,9 @@ _encoder: Encoder
 
 
 def _begin(open_encoder: Callable[[], Encoder]) -> None:
-    """What a new process does first."""
+    """Initialize a worker process."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides what that means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = open_encoder()
@@ -148,22 +148,22 @@ def _encode(chunk: Chunk) -> Encoded:
 
 
 def default_processes() -> int:
-    """One a core that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def check_processes(processes: int) -> None:
-    """Refuse what no machine has.
+    """Check that the number of processes is sensible for this machine.
 
     Raises:
-        UsageError: more than 16 a core.
+        UsageError: there are more than 16 processes per core.
     """
     if processes > (most := 16 * default_processes()):
         raise UsageError(f"{processes} processes, expected at most {most} on this machine")
 
 
 def parse_object(line: bytes) -> object:
-    """What a line of JSON holds.
+    """Return the value of a line of JSON.
 
     Raises:
         Damaged: it is not JSON.
@@ -175,17 +175,17 @@ def parse_object(line: bytes) -> object:
 
 
 def problem(item: Raw | Problem, damaged: Damaged) -> Problem:
-    """A document's damage with its place."""
+    """Return the damage of a document as a problem with its place."""
     if isinstance(item, Problem):
         return item
     return Problem(f"{item.path}:{item.place + damaged.line}", str(damaged))
 
 
 def decode(item: Raw) -> str:
-    """The text that a document's bytes are.
+    """Return a document's bytes as text.
 
     Raises:
-        Damaged: they are not UTF-8; with the place.
+        Damaged: the bytes are not UTF-8; the text of the error has the offset.
     """
     try:
         return item.data.decode("utf-8")

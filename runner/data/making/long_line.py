@@ -1,7 +1,7 @@
-"""One line of JSON that is too long for the memory: a string in it, piece by piece.
+"""Read a string, piece by piece, from a line of JSON that is too long for memory.
 
-The line is copied to a file. What it is without its long strings is parsed as any other; the
-long strings stay in the file, and are decoded as they are asked for.
+The line is copied to a temporary file. The line without its long strings is parsed as usual; the
+long strings stay in the file and are decoded on demand.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, BinaryIO
 
 import orjson
 
-#: Bytes from which on a string stays in the file.
+#: Size in bytes from which a string stays in the file.
 _LONG_STRING = 2**16
-#: Bytes that the rest of the line may have.
+#: Largest size in bytes of the line without its long strings.
 _MAX_REST = 8 * 2**20
-#: Bytes of the longest that stands for one character, two escaped surrogates.
+#: Largest number of bytes that encode one character: two escaped surrogates.
 _LONGEST_CHARACTER = 12
 
-#: The inside of a string, up to its end or that of the bytes at hand.
+#: The inside of a string, up to its end or the end of the buffer.
 _INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 class Damaged(Exception):
-    """A document is not what it should be; the text says why.
+    """A document is malformed; the text says why.
 
     Attributes:
-        line: how many lines below the document's first.
+        line: line of the damage, counted from 0 at the first line of the document.
     """
 
     def __init__(self, text: str, *, line: int = 0) -> None:
@@ -39,16 +39,16 @@ class Damaged(Exception):
 
 
 class LongLine:
-    """A line whose beginning is read already.
+    """A line of JSON in a temporary file.
 
     Args:
-        file: to read the rest of the line from.
-        begun: its beginning.
-        folder: where the copy goes; it has no name there.
-        step: bytes that are handled at a time.
+        file: file to read the rest of the line from.
+        begun: beginning of the line, which has been read already.
+        folder: folder of the temporary file, which has no name there.
+        step: number of bytes that are processed at a time.
 
     Raises:
-        OSError: there is no space for the copy.
+        OSError: the disk is full.
     """
 
     def __init__(self, file: BinaryIO, begun: bytes, folder: Path, step: int) -> None:
@@ -59,15 +59,15 @@ class LongLine:
             self._spool.write(begun)
 
     def close(self) -> None:
-        """Remove the copy."""
+        """Remove the temporary file."""
         self._spool.close()
 
     def strings(self, key: str) -> Callable[[], Iterator[str]]:
-        """What gives the string under `key`, in pieces, as often as it is called.
+        """Return a function whose every call yields the string under `key` in pieces.
 
         Raises:
-            Damaged: the line is not an object, or has no such string. What it returns raises
-                it too, at what is not UTF-8 or no escape.
+            Damaged: the line is not an object, or has no string under `key`. The returned
+                function raises it as well, at invalid UTF-8 or an invalid escape.
         """
         rest, holes = self._scan()
         try:
@@ -80,11 +80,11 @@ class LongLine:
         return lambda: iter([text])
 
     def _scan(self) -> tuple[bytes, dict[str, tuple[int, int]]]:
-        """The line with names in place of its long strings, and where those begin and end."""
+        """Return the line with names in place of long strings, and each name's start and end."""
         rest, holes = bytearray(), {}
-        # Nobody can foresee the names, so that no string of the line is taken for one.
+        # The names are random, so that no string of the line can be mistaken for one.
         mark = uuid.uuid4().hex
-        begun: int | None = None  # of the string that is open
+        begun: int | None = None  # offset of the string that is being read
         base, window = 0, b""
         self._spool.seek(0)
         while block := self._spool.read(self._step):
@@ -100,7 +100,7 @@ class LongLine:
                     found = _INSIDE.match(window, at)
                     at = found.end() if found else at
                     if window[at : at + 1] != b'"':
-                        break  # a backslash whose second half is still to come, or the end
+                        break  # an escape is incomplete, or the window ends
                     if base + at - begun < _LONG_STRING:
                         rest += self._between(begun, base + at)
                     else:
@@ -140,7 +140,7 @@ class LongLine:
 
 
 def _longest_string(data: bytes) -> tuple[str, int]:
-    """The string that as many of these bytes as possible are, and their number."""
+    """Decode as many of the bytes as possible; return the string and the number of bytes."""
     for left in range(min(_LONGEST_CHARACTER, len(data)) + 1):
         used = len(data) - left
         try:
@@ -151,10 +151,10 @@ def _longest_string(data: bytes) -> tuple[str, int]:
 
 
 def string_of(values: Any, key: str) -> str:
-    """The string under `key` of a parsed line.
+    """Return the string under `key` of a parsed line.
 
     Raises:
-        Damaged: with what is there instead.
+        Damaged: the line is not an object, or has no string under `key`.
     """
     if not isinstance(values, dict):
         raise Damaged(f"holds {json_kind(values)}, expected an object")
@@ -167,7 +167,7 @@ def string_of(values: Any, key: str) -> str:
 
 
 def json_kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """Return the name of a JSON value's type, with its article."""
     if value is None:
         return "null"
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}

@@ -1,8 +1,8 @@
-"""A stream of tokens cut into examples; pure, and numpy only.
+"""Cut a stream of tokens into examples; pure, and numpy only.
 
-The stream is cut into sequences of max_sequence_length + 1 tokens that do not overlap: inputs are
-all but the last, labels all but the first. A shorter sequence is padded with end-of-text, and
-masked there.
+The stream is cut into sequences of max_sequence_length + 1 tokens that do not overlap. The inputs
+are all tokens of a sequence but the last, the labels all but the first. A shorter sequence is
+padded with end-of-text, and the padding is masked.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 
 
 class Packer:
-    """Tokens in, blocks of examples out: int32 of shape (examples, 3, length).
+    """Packs tokens into blocks of examples, int32 of shape (examples, 3, length).
 
     Args:
-        length: max_sequence_length.
-        end: end-of-text, which is the padding too.
-        short_seq_prob: this share of the sequences is shorter, by a random number of tokens.
-        seed: of which, and how much.
-        made: examples that a run before this one has made of the same stream.
-        keep_all: every token goes into an example: what a shortened sequence leaves over comes
-            next, and the last sequence is padded. The reference drops both.
+        length: number of tokens per example, max_sequence_length.
+        end: id of the end-of-text token, which is also the padding.
+        short_seq_prob: share of the sequences that are shortened by a random number of tokens.
+        seed: seed of the choice and of the new length of shortened sequences.
+        made: number of examples that an earlier run made from the same stream.
+        keep_all: put every token into an example: the tokens that a shortened sequence leaves
+            over begin the next one, and the last sequence is padded. The reference drops both.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Packer:
 
     @property
     def left(self) -> int:
-        """Tokens that are not in an example yet."""
+        """Number of tokens that are not in an example yet."""
         return len(self._pending)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append to the stream."""
+        """Append tokens to the stream."""
         self._pending = np.concatenate((self._pending, tokens))
 
     def cut(self, most: int) -> np.ndarray:
-        """As many examples as the tokens suffice for, at most so many."""
+        """Return as many examples as the tokens suffice for, at most `most`."""
         if self._short:
             return self._cut_one(most)
         size = self._length + 1
@@ -63,7 +63,7 @@ class Packer:
         return _block(sequences, np.full(count, size))
 
     def finish(self) -> np.ndarray:
-        """The last example, of what is left, if anything is."""
+        """Return a padded example of the tokens that are left, or an empty block."""
         rest, self._pending = self._pending, self._pending[:0]
         return self._padded(rest) if self._keep_all and len(rest) else self._nothing()
 
@@ -77,7 +77,7 @@ class Packer:
         return self._padded(tokens)
 
     def _next_size(self) -> int:
-        # A function of the example's number alone, so that a run can be gone on with anywhere.
+        # Depends on the number of the example alone, so that a run can resume anywhere.
         draw = random.Random(f"{self._seed} {self._made}")
         if self._length < 2 or draw.random() >= self._short:
             return self._length + 1
@@ -93,7 +93,7 @@ class Packer:
 
 
 def _block(sequences: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Sequences of length + 1 tokens, of which so many each are real, as examples."""
+    """Return examples of sequences of length + 1 tokens, of which the first `real` are text."""
     count, size = sequences.shape
     block = np.empty((count, 3, size - 1), np.int32)
     block[:, 0] = sequences[:, :-1]

@@ -1,4 +1,4 @@
-"""Data sets on the hub: which files of a repository are the parts that are wanted."""
+"""Data sets on the hub: choose the files of a repository that belong to the requested parts."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ _NAME = re.compile(r"([^/@]+/[^/@]+)(?:/([^@]+))?(?:@(.+))?")
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """A repository of the hub, or one folder of it."""
+    """A repository of the hub, or one folder of a repository."""
 
     repository: str
     folder: str = ""
-    """Where in the repository it is; "" is all of it."""
+    """Folder within the repository; "" means the whole repository."""
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> DataSet:
-        """Of OWNER/NAME, OWNER/NAME/FOLDER, and either with @REVISION.
+        """Parse OWNER/NAME or OWNER/NAME/FOLDER, either optionally followed by @REVISION.
 
         Raises:
-            UsageError: it is none of these.
+            UsageError: the text has none of these forms.
         """
         found = _NAME.fullmatch(text)
         if not found:
-            hint = "expected OWNER/NAME[/FOLDER][@REVISION]"
-            raise UsageError(f"{text!r} is not a data set's name", hint=hint)
+            raise UsageError(
+                f"{text!r} is not the name of a data set, expected OWNER/NAME[/FOLDER][@REVISION]"
+            )
         return cls(found[1], (found[2] or "").strip("/"), found[3])
 
 
@@ -47,14 +48,14 @@ def list_parts(
     """Choose the files of parts of a data set.
 
     Args:
-        data_set: where they are.
-        parts: train, val, test, or the beginning of files' paths; none are all of the three.
-        patterns: one of which a file's name must match.
-        folder: where they go.
+        data_set: repository to list.
+        parts: train, val, test, or prefixes of the files' paths; empty means all three splits.
+        patterns: patterns of file names, at least one of which must match.
+        folder: folder to download to.
 
     Raises:
-        UsageError: no repository can have this name.
-        HubFault: see `list_files`; or there is no such part.
+        UsageError: the name of the repository is invalid.
+        HubFault: see `list_files`; or the repository lacks one of the parts.
     """
     choose = partial(_choose, inside=data_set.folder, parts=parts, patterns=patterns)
     return list_files(data_set.repository, data_set.revision, folder, choose, kind=DATA_SET)
@@ -91,5 +92,5 @@ def _no_part(problem: str, names: Sequence[str]) -> HubFault:
     shown = found if len(found) <= 300 else found[:299] + "…"
     return HubFault(
         f"{problem}; found {shown}",
-        hint="name parts that are there with --part: train, val, test, or how a path begins",
+        hint="choose an existing part with --part: train, val, test, or the beginning of a path",
     )

@@ -1,7 +1,7 @@
-"""Documents as they stand in their files, one after the other, in bounded memory.
+"""Read the documents of source files one after another, in bounded memory.
 
-Every fault has its place, `FILE:LINE`. A document that is longer than `LONG` bytes comes in
-pieces; it is read twice then, so that nothing is taken from one that turns out to be damaged.
+Every problem names its place, `FILE:LINE`. A document that is longer than `LONG` bytes is read in
+pieces, and it is read twice, so that nothing of a damaged document is used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from gptj_model.errors import DataFault
 from runner.data.making.long_line import Damaged, LongLine
 from runner.data.making.pieces import pieces
 
-#: Bytes of a document from which on it is read in pieces, and of a piece.
+#: Size in bytes from which a document is read in pieces, and the size of a piece.
 LONG = 8 * 2**20
 PIECE = 2**19
-#: Bytes that a frame of zstandard may refer back to, as a power of 2.
+#: Largest window of a zstandard frame in bytes, as a power of 2.
 _ZSTD_WINDOW_LOG = 27
 
 JSON_LINES = (".jsonl", ".json")
@@ -39,7 +39,7 @@ _SPLIT = re.compile(r"(?:(train)|(val|valid|validation|dev)|(test))(?![a-z])", r
 
 
 class Form(Enum):
-    """What the bytes of a document are."""
+    """Encoding of a document's bytes."""
 
     JSON = "an object"
     TEXT = "UTF-8"
@@ -48,24 +48,25 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A document, or with `more` a piece of one that goes on in the next."""
+    """A document, or a piece of one."""
 
     data: bytes
     form: Form
     path: str
     place: int
-    """Its line, from 1; or the number of the record or row, from 0."""
+    """Line of the document, from 1; or number of its record or row, from 0."""
     more: bool = False
+    """Whether the document continues in the next item."""
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Place of the document, as error messages show it."""
         return f"{self.path}:{self.place}"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is not a document, where one was expected."""
+    """A malformed document."""
 
     where: str
     what: str
@@ -76,25 +77,25 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How files are read."""
+    """How documents are read from files."""
 
     columns: tuple[str, ...] = ("text",)
-    """What is wanted of a JSON object or of a table's row; the first of a group that is there:
-    groups are separated by `|`, as in `highlights|summary`."""
+    """Columns to read from a JSON object or a row of a table. Each entry may list alternatives
+    separated by `|`, as in `highlights|summary`, of which the first that exists is read."""
     whole_files: bool = False
-    """Every file is one document, whatever its name says but its compression."""
+    """Read every file as one document; only compression is inferred from its name."""
     spool: Path
-    """A folder for what is too long for the memory."""
+    """Folder for documents that are too long for memory."""
 
 
 def find_sources(sources: Sequence[Path], patterns: Sequence[str]) -> list[tuple[Path, Path]]:
-    """The named files, and in named folders (and theirs) the files that match a pattern.
+    """Find the given files, and the files that match a pattern in the given folders, recursively.
 
     Returns:
-        Each file, sorted within its source, and its path within the source.
+        Each file, sorted within its source, with its path relative to the source.
 
     Raises:
-        DataFault: a source does not exist, or nothing is found.
+        DataFault: a source does not exist, or no file matches.
     """
     found: dict[Path, Path] = {}
     for source in sources:
@@ -105,31 +106,30 @@ def find_sources(sources: Sequence[Path], patterns: Sequence[str]) -> list[tuple
             for path in sorted(inside):
                 found.setdefault(path, path.relative_to(source))
         else:
-            raise DataFault(f"{source}: not found, expected a file or a folder of them")
+            raise DataFault(f"{source}: not found, expected a file or a folder")
     if not found:
         raise DataFault(
             f"{', '.join(map(str, sources))}: holds no file that matches {', '.join(patterns)}",
-            hint="name the files themselves, or see `gptj data --help` for what can be read",
+            hint="name the files, or see `gptj data --help` for the formats that can be read",
         )
     return list(found.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Files that make one set of records."""
+    """Source files of one set of records."""
 
     files: tuple[Path, ...]
     folder: str = ""
-    """Where in the output the records go."""
+    """Folder of the output that the records go to."""
     split: str = ""
-    """train, val or test, where the files' names say it."""
+    """Split according to the files' names: train, val, test, or "" if unknown."""
 
 
 def by_split(found: Iterable[tuple[Path, Path]]) -> list[Part]:
-    """Files by what part of the data set their names say they are, each in its own folder.
+    """Group files by the split that their names indicate, each split in a folder of its own.
 
-    Files that say nothing belong to train where others say something. A part that is the only
-    one needs no folder.
+    Files without a split belong to train if other files have one. A single part gets no folder.
     """
     splits: dict[str, list[Path]] = {}
     for path, relative in found:
@@ -146,7 +146,7 @@ def by_split(found: Iterable[tuple[Path, Path]]) -> list[Part]:
 
 
 def split_of(relative: Path) -> str:
-    """What part of a data set a file is, by its own name or a folder's; "" if none says."""
+    """Return the split that a file's or a folder's name indicates, or "" if none does."""
     for part in reversed(relative.parts):
         if match := _SPLIT.match(part):
             return (TRAIN, VALIDATION, TEST)[(match.lastindex or 1) - 1]
@@ -156,15 +156,15 @@ def split_of(relative: Path) -> str:
 def read(
     paths: Iterable[Path], reading: Reading, tell: Callable[[int], None] = lambda n: None
 ) -> Iterator[Raw | Problem]:
-    """Every document of the files, in order.
+    """Yield every document of the files, in order.
 
     Args:
-        paths: the files; what is in them their names say.
-        reading: how.
-        tell: is told how many bytes of the files are read.
+        paths: files, whose suffixes determine their formats.
+        reading: how documents are read from the files.
+        tell: called with the number of bytes that have been read.
 
     Raises:
-        DataFault: a file cannot be read at all, or is of a kind that is not known.
+        DataFault: a file cannot be read at all, or its format is unknown.
     """
     before = 0
     for path in paths:
@@ -190,13 +190,13 @@ def _reader(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]
         return _binary(path)
     known = ", ".join((*JSON_LINES, *TEXTS, *PARQUET, *BINARY))
     raise DataFault(
-        f"{path}: of no known kind, expected a name with one of {known}, "
-        f"and for the first two perhaps one of {', '.join(COMPRESSED)} after it"
+        f"{path}: unknown format, expected a name that ends in one of {known}, "
+        f"optionally followed by one of {', '.join(COMPRESSED)} for JSON lines and text"
     )
 
 
 class _Stream:
-    """A file read through its compression, with the place reached in the file itself."""
+    """A file, decompressed as it is read, with the position in the compressed file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -221,7 +221,7 @@ class _Stream:
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    """What the decompressors raise at bad data; all else that reading raises is the disk's."""
+    """Return what decompressors raise at damaged data; other exceptions come from the disk."""
     from backports.zstd import ZstdError
 
     return (EOFError, zlib.error, gzip.BadGzipFile, ZstdError)
@@ -241,11 +241,11 @@ def _lines(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]:
                 elif not line.isspace():
                     yield Raw(line, Form.JSON, str(path), number), stream.tell()
         except _damages() as e:
-            what = f"{_words(e)}; the last good line is {number}"
+            what = f"{_damage(e)}; the last good line is {number}"
             yield Problem(f"{path}:{number + 1}", what), stream.tell()
 
 
-def _words(error: Exception) -> str:
+def _damage(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "the compressed file is cut: it ends inside a frame"
     return f"the compressed file is damaged here: {error}"
@@ -286,7 +286,7 @@ def _whole(path: Path) -> Iterator[tuple[Raw | Problem, int]]:
                 yield Raw(data, Form.TEXT, str(path), 1), stream.tell()
                 return
         except _damages() as e:
-            yield Problem(f"{path}:1", _words(e)), stream.tell()
+            yield Problem(f"{path}:1", _damage(e)), stream.tell()
             return
     for item in _long_text(path, 1, lambda: _blocks(path)):
         yield item, 0
@@ -310,7 +310,7 @@ def _long_text(
         yield Problem(f"{path}:{line}", not_utf8(e))
         return
     except _damages() as e:
-        yield Problem(f"{path}:{line}", _words(e))
+        yield Problem(f"{path}:{line}", _damage(e))
         return
     yield from _in_pieces(_decoded(blocks()), str(path), place)
 
@@ -323,7 +323,7 @@ def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """The fault in words."""
+    """Describe the byte that is not UTF-8."""
     return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
 
 
@@ -345,7 +345,7 @@ def _rows(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]:
                 columns = [batch.column(name) for name in names]
                 for n in range(len(batch)):
                     done = size * number // total
-                    # An empty string has no buffer, as null has none.
+                    # An empty string has no buffer, just as null has none.
                     buffers = [c[n].as_buffer() or b"" for c in columns]
                     nulls = [x for x, c in zip(names, columns, strict=True) if not c[n].is_valid]
                     if nulls:
@@ -375,15 +375,15 @@ def _column(group: str, names: Sequence[str], path: Path) -> str:
             return name
     raise DataFault(
         f"{path}: has no column {group.replace('|', ' or ')}, found {', '.join(map(repr, names))}",
-        hint="say which columns hold what with the options for them",
+        hint="name the columns with the options of the command; see its --help",
     )
 
 
 def pick(values: Mapping[str, Any], group: str) -> Any:
-    """The value of the first of a group's names.
+    """Return the value of the first name of a group that exists.
 
     Raises:
-        KeyError: with the names in words, there is none of them.
+        KeyError: none of the names exists; its argument lists them for people.
     """
     for name in group.split("|"):
         if name in values:
@@ -392,7 +392,7 @@ def pick(values: Mapping[str, Any], group: str) -> Any:
 
 
 def _binary(path: Path) -> Iterator[tuple[Raw | Problem, int]]:
-    """Records of a length in 8 bytes and a tf.train.Example."""
+    """Yield records that consist of a length in 8 bytes and a tf.train.Example."""
     with path.open("rb") as file:
         number = offset = 0
         while head := file.read(8):

@@ -1,10 +1,10 @@
-"""Articles and their summaries into examples, one each.
+"""Make one example of each article and its summary.
 
     ids     [EOT] article [SEP] abstract       padded with end-of-text
     labels  article [EOT] abstract [EOT]
 
 The mask is 1 where the label is a token of the abstract or the end-of-text after it, so that
-only the summary is learnt.
+only the summary is learned.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from runner.data.making.sources import TEST, Form, Problem, Raw, Reading, pick
 from runner.data.making.tokenizer import end_of_text, facts, loaded
 from runner.data.reading.example import parse_bytes
 
-#: A slot of GPT-J's vocabulary that no text uses, between article and abstract.
+#: Separator between article and abstract: an id of GPT-J's vocabulary that no text uses.
 SEPARATOR_ID = 50257
-#: Names of the columns, by preference: the .bin files', the public data set's, and the plain one.
+#: Column names in order of preference: of .bin files, of the public data set, and the plain name.
 ARTICLE = "article"
 ABSTRACT = "abstract|highlights|summary"
 
-# Why a pair is left out.
+# Reasons for leaving a pair out, as the counts name them.
 EMPTY = "with an empty side"
 LONGER = "with an abstract longer than the article"
 TOO_LONG = "too long"
@@ -39,7 +39,7 @@ TOO_LONG = "too long"
 def example(
     article: Sequence[int], abstract: Sequence[int], length: int, *, end: int
 ) -> np.ndarray:
-    """Ids, mask and labels of a pair that fits: int32 of shape (3, length)."""
+    """Return ids, mask and labels of a pair that fits, int32 of shape (3, length)."""
     block = np.full((3, length), end, np.int32)
     ids = [end, *article, SEPARATOR_ID, *abstract]
     labels = [*article, end, *abstract, end]
@@ -51,15 +51,15 @@ def example(
 
 
 def tokens_needed(article: Sequence[int], abstract: Sequence[int]) -> int:
-    """The least max_sequence_length that takes a pair whole."""
+    """Return the smallest max_sequence_length that holds the whole pair."""
     return len(article) + len(abstract) + 2
 
 
 def pair(item: Raw | Problem, article: str, abstract: str) -> tuple[str, str]:
-    """The two texts of a document, under these names; see `ARTICLE`.
+    """Return article and abstract of a document, given the names of its columns.
 
     Raises:
-        Damaged: it is no such document.
+        Damaged: the document is malformed, or lacks one of the two.
     """
     if isinstance(item, Problem):
         raise Damaged(item.what)
@@ -99,37 +99,38 @@ def _of_example(data: bytes) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairOptions:
-    """How a pair becomes an example."""
+    """How pairs become examples."""
 
     tokenizer: Path
     length: int
     allow_special: bool = False
-    """Read a special token's name in a text as that token, not as text."""
+    """Read the name of a special token in a text as that token instead of as text."""
     article: str = ARTICLE
     abstract: str = ABSTRACT
     truncate_article: bool = False
-    """Shorten the article of a pair that is too long, instead of leaving the pair out."""
+    """Shorten the article of a pair that is too long instead of leaving the pair out."""
     compare_bytes: bool = False
-    """Leave out an abstract of more bytes than its article, as the reference does, not of more
-    tokens."""
+    """Compare abstract and article by bytes, as the reference does, instead of by tokens."""
     test: bool = False
-    """Take every pair, and whole."""
+    """Treat the pairs as a test set: use every pair, and use it whole."""
 
     def open(self) -> Encoder:
-        """What does it."""
+        """Return an encoder with these options."""
         return PairEncoder(self)
 
 
 class PairEncoder:
-    """Each pair's example, unless a rule leaves it out.
+    """Turns each pair into an example, unless a rule leaves the pair out.
 
     Raises:
-        FileFault: the tokenizer is not there, or is none.
-        UsageError: its vocabulary has no slot for the separator.
+        FileFault: the tokenizer does not exist or cannot be read.
+        UsageError: the vocabulary has no id for the separator.
     """
 
     def __init__(self, options: PairOptions) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it instead
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # the encoder runs in several processes instead
         self._options = options
         self._tokenizer = loaded(options.tokenizer, options.allow_special)
         self._end = end_of_text(options.tokenizer)
@@ -137,11 +138,11 @@ class PairEncoder:
             raise UsageError(
                 f"{options.tokenizer}: has {size} tokens, expected GPT-J's 50400: "
                 f"{SEPARATOR_ID} separates article and abstract",
-                hint="name GPT-J's own tokenizer",
+                hint="use GPT-J's own tokenizer",
             )
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Examples, int32 of shape (examples, 3, length).
+        """Return the examples of a chunk, int32 of shape (examples, 3, length).
 
         Raises:
             DataFault: a pair of a test set does not fit.
@@ -185,8 +186,8 @@ class PairEncoder:
             if needed > options.length:
                 raise DataFault(
                     f"{item.where}: needs {needed} tokens, max_sequence_length is "
-                    f"{options.length}; a test set is neither shortened nor thinned out",
-                    hint=f"--max-sequence-length {needed} or more",
+                    f"{options.length}; the pairs of a test set are never shortened or left out",
+                    hint=f"set --max-sequence-length {needed} or more",
                 )
         else:
             if rule := self._rule(article, abstract, sizes):
@@ -197,27 +198,27 @@ class PairEncoder:
         return example(article, abstract, options.length, end=self._end)
 
     def _rule(self, article: list[int], abstract: list[int], sizes: tuple[int, int]) -> str | None:
-        """Why a pair is left out; None when it is not. Sizes are in bytes."""
+        """Return why a pair is left out, or None; `sizes` are those of the texts in bytes."""
         if not article or not abstract:
             return EMPTY
         ours = len(article), len(abstract)
         of_article, of_abstract = sizes if self._options.compare_bytes else ours
         if of_abstract > of_article:
             return LONGER
-        # Of an article that is shortened something must be left.
+        # A shortened article keeps at least one token.
         least = article[:1] if self._options.truncate_article else article
         return TOO_LONG if tokens_needed(least, abstract) > self._options.length else None
 
 
 class Pairs:
-    """Examples as they come. See `runner.data.making.build.Assembler`."""
+    """Passes examples on unchanged; see `runner.data.making.build.Assembler`."""
 
     def __init__(self, length: int) -> None:
         self._pending = np.empty((0, 3, length), np.int32)
 
     @property
     def left(self) -> int:
-        """Examples that are not taken yet."""
+        """Number of examples that have not been returned yet."""
         return len(self._pending)
 
     def add(self, units: np.ndarray) -> None:
@@ -225,18 +226,18 @@ class Pairs:
         self._pending = np.concatenate((self._pending, units))
 
     def cut(self, most: int) -> np.ndarray:
-        """At most so many examples."""
+        """Return at most `most` examples."""
         block, self._pending = self._pending[:most], self._pending[most:]
         return block
 
     def finish(self) -> np.ndarray:
-        """Nothing: no example waits for another."""
+        """Return an empty block, because every example is complete."""
         return self._pending[:0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SummarizationRecipe:
-    """Pairs. See `runner.data.making.build.Recipe`."""
+    """Examples of articles and summaries; see `runner.data.making.build.Recipe`."""
 
     options: PairOptions
 

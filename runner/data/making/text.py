@@ -1,4 +1,4 @@
-"""Text into packed examples: every document's tokens, then one end-of-text, in one stream."""
+"""Make packed examples of text: one stream of documents, each followed by one end-of-text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runner.data.making.packing import Packer
 from runner.data.making.sources import Form, Problem, Raw, Reading
 from runner.data.making.tokenizer import end_of_text, facts, loaded, may_cut
 
-#: Characters that are tokenised together: a token takes a hundred bytes until its id is taken.
+#: Number of characters tokenized in one call: until its id is read, a token takes 100 bytes.
 _TOGETHER = 2**18
 
 
@@ -29,33 +29,37 @@ class TextOptions:
 
     tokenizer: Path
     allow_special: bool = False
+    """Read the name of a special token in a text as that token instead of as text."""
     key: str = "text"
-    """Of a JSON object: the document."""
+    """Key of the document's text in a JSON object."""
     ftfy: str | None = None
-    """Repair mojibake, and bring the text to this Unicode normal form."""
+    """Repair mojibake and convert the text to this Unicode normal form; None leaves it."""
     wikitext_detokenize: bool = False
+    """Undo the tokenization of WikiText."""
 
     def open(self) -> Encoder:
-        """What does it."""
+        """Return an encoder with these options."""
         return TextEncoder(self)
 
 
 class TextEncoder:
-    """Each document's tokens, then one end-of-text.
+    """Turns documents into tokens, each document followed by one end-of-text.
 
     Raises:
-        FileFault: the tokenizer is not there, or is none.
+        FileFault: the tokenizer does not exist or cannot be read.
     """
 
     def __init__(self, options: TextOptions) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it instead
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # the encoder runs in several processes instead
         self._options = options
         self._tokenizer = loaded(options.tokenizer, options.allow_special)
         self._end = end_of_text(options.tokenizer)
         self._may_cut = may_cut(self._tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Tokens, int32, of a chunk."""
+        """Return the tokens of a chunk, int32."""
         found = Encoded(np.empty(0, np.int32))
         texts: list[tuple[str, bool]] = []
         for item in chunk:
@@ -96,9 +100,9 @@ class TextEncoder:
             raise Damaged(f"is {item.form.value}, expected text")
         if item.more and not self._may_cut:
             raise DataFault(
-                f"{item.where}: is too long for a tokenizer other than GPT-2's, whose words are "
-                "known",
-                hint="cut the document, or use GPT-J's tokenizer",
+                f"{item.where}: is too long for this tokenizer; only with a tokenizer like GPT-2's "
+                "does a document keep its tokens when it is cut",
+                hint="split the document, or use GPT-J's tokenizer",
             )
         if self._options.ftfy:
             text = _repaired(text, self._options.ftfy)
@@ -125,13 +129,13 @@ def _repaired(text: str, form: str) -> str:
 
 
 def wikitext_detokenized(text: str) -> str:
-    """Undo the spaces that WikiText's tokenisation put around signs."""
+    """Remove the spaces that the tokenization of WikiText put around punctuation."""
     for found, put in _WIKITEXT:
         text = re.sub(found, put, text)
     return text
 
 
-#: What WikiText holds, and what stood there before; one after the other.
+#: Patterns of tokenized WikiText and their replacements, applied in this order.
 _WIKITEXT = (
     (r"s '", "s'"),
     (r" @-@ ", "-"),
@@ -154,16 +158,16 @@ _WIKITEXT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextRecipe:
-    """Packed text. See `runner.data.making.build.Recipe`."""
+    """Packed text; see `runner.data.making.build.Recipe`."""
 
     options: TextOptions
     length: int
     whole_files: bool = False
-    """Every file is one document."""
+    """Read every file as one document."""
     short_seq_prob: float = 0.0
     seed: int = 0
     keep_all: bool = True
-    """Every token goes into an example; see `Packer`."""
+    """Put every token into an example; see `Packer`."""
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, as raw text needs it."""
+"""The tokenizer of a checkpoint, set up for raw text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def load_tokenizer(folder: Path, *, allow_special: bool | None = False) -> Token
     """Load the tokenizer of a checkpoint's folder, without truncation or padding.
 
     Args:
-        folder: holds tokenizer.json, or a vocabulary and merges; or the first file itself.
-        allow_special: read a special token's name in a text as that token, not as text; None:
-            as the tokenizer's own files say.
+        folder: folder that holds tokenizer.json, or a vocabulary and merges; or the path of
+            tokenizer.json itself.
+        allow_special: read the name of a special token in a text as that token instead of as
+            text; None follows the tokenizer's own files.
 
     Raises:
         FileFault: see `read_tokenizer`.
@@ -31,7 +32,7 @@ def load_tokenizer(folder: Path, *, allow_special: bool | None = False) -> Token
 
 
 def loaded(folder: Path, allow_special: bool = False) -> Tokenizer:
-    """See `load_tokenizer`; the same object for the same arguments, not to be changed."""
+    """Return the shared tokenizer of a folder, which must not be changed; see `load_tokenizer`."""
     return _set(_read(folder, allow_special), allow_special)
 
 
@@ -45,7 +46,7 @@ def _read_once(folder: Path, allow_special: bool, state: object) -> LoadedTokeni
 
 
 def _state(folder: Path) -> object:
-    """Return what changes with the files, so that none is taken for what stood there before."""
+    """Return a cache key that changes whenever the files do."""
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     return tuple((p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in files if (s := _stat(p)))
 
@@ -64,7 +65,7 @@ def _set(found: LoadedTokenizer, allow_special: bool | None) -> Tokenizer:
 
 
 def notes(folder: Path) -> tuple[str, ...]:
-    """Return what a person should know of a folder's tokenizer.
+    """Return notes for people on the tokenizer of a folder.
 
     Raises:
         FileFault: see `read_tokenizer`.
@@ -73,7 +74,7 @@ def notes(folder: Path) -> tuple[str, ...]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return what records depend on, for JSON.
+    """Return the properties of a tokenizer that records depend on, as JSON values.
 
     Raises:
         FileFault: see `read_tokenizer`.
@@ -90,20 +91,20 @@ def end_of_text(folder: Path) -> int:
     """Return the id of the token that ends a document: the tokenizer's eos_token.
 
     Raises:
-        FileFault: the tokenizer has neither one nor a token called <|endoftext|>.
+        FileFault: the tokenizer has neither an eos_token nor a token <|endoftext|>.
     """
     end = _read(folder).end
     if end is None:
         raise FileFault(
-            f"{folder}: the tokenizer has neither an eos_token nor {END_OF_TEXT}, one of which "
-            "ends a document",
-            hint="name GPT-J's own tokenizer, or one made from it",
+            f"{folder}: the tokenizer has neither an eos_token nor {END_OF_TEXT}, "
+            "expected one of them to end a document",
+            hint="use GPT-J's own tokenizer, or one derived from it",
         )
     return end
 
 
 def may_cut(tokenizer: Tokenizer) -> bool:
-    """Whether a long text can be tokenised in pieces: see `pieces`."""
+    """Return whether a long text can be tokenized in pieces; see `pieces`."""
     settings = json.loads(tokenizer.to_str())
     splitter = settings["pre_tokenizer"] or {}
     added = settings["added_tokens"]

@@ -1,1 +1,1 @@
-"""Records into batches: TFRecord and HDF5 files, examples and the input pipeline."""
+"""Batches from records: TFRecord and HDF5 files, examples and the input pipeline."""

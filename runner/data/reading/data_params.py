@@ -1,4 +1,4 @@
-"""data_params.json: what a folder of records holds, as the run that wrote it noted it."""
+"""data_params.json: the description of a folder of records by the run that wrote it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from gptj_model.errors import DataFault
 
-PARAMS_FILE = "data_params.json"
+DATA_PARAMS_FILE = "data_params.json"
 
 
 @dataclass(frozen=True, slots=True)
-class StatedFile:
-    """A record file as it was when it was written."""
+class RecordFileFacts:
+    """Size, number of examples and digest of a record file when it was written."""
 
     bytes: int
     examples: int
@@ -22,37 +22,37 @@ class StatedFile:
 
 
 def read_params(folder: Path) -> dict[str, Any] | None:
-    """Arguments, sources, counts and files; None when there are none of this program's."""
+    """Return arguments, sources, counts and files, or None without a valid file of this program."""
     try:
-        values = json.loads((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+        values = json.loads((folder / DATA_PARAMS_FILE).read_text(encoding="utf-8"))
         whole = values["arguments"].items() and values["counts"].items() and values["sources"]
         return values if _files(values) and whole is not None else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def stated_files(folder: Path) -> dict[str, StatedFile] | None:
-    """The record files by name; None where nothing was noted, or not by this program.
+def stated_files(folder: Path) -> dict[str, RecordFileFacts] | None:
+    """Return the facts of each record file by name, or None without a file of this program.
 
     Raises:
-        DataFault: what was noted is cut or damaged.
+        DataFault: data_params.json is cut or damaged.
     """
     if values := read_params(folder):
         return _files(values)
-    path = folder / PARAMS_FILE
+    path = folder / DATA_PARAMS_FILE
     if path.is_file():
         try:
             json.loads(path.read_bytes())
         except (ValueError, RecursionError):
             raise DataFault(
-                f"{path}: is not JSON, expected what the records' maker noted of them",
-                hint="make the records anew; without this file they are read as they are",
+                f"{path}: is not JSON, expected the description of the records",
+                hint="make the records again, or delete this file to read them as they are",
             ) from None
     return None
 
 
-def _files(values: dict[str, Any]) -> dict[str, StatedFile]:
+def _files(values: dict[str, Any]) -> dict[str, RecordFileFacts]:
     return {
-        name: StatedFile(stated["bytes"], stated["examples"], stated["sha256"])
+        name: RecordFileFacts(stated["bytes"], stated["examples"], stated["sha256"])
         for name, stated in values["files"].items()
     }

@@ -1,7 +1,7 @@
-"""A training example: three equally long lists of numbers, as arrays and as tf.train.Example bytes.
+"""Training examples: three lists of numbers of one length, as arrays and as tf.train.Example.
 
-Protobuf's own library takes longer to write a list of numbers than the tokenizer takes to make
-it; here whole blocks of examples are written at once. A block is an int32 array of shape
+Protobuf's own library takes longer to write a list of numbers than the tokenizer takes to produce
+it, so this module serializes whole blocks of examples at once. A block is an int32 array of shape
 (examples, 3, tokens): ids, mask, labels.
 """
 
@@ -17,13 +17,13 @@ from gptj_convert.formats.containers.varint import encode_varint
 #: The features of an example, each a list of max_sequence_length numbers.
 INPUT_IDS = "input_ids"
 INPUT_MASK = "input_mask"
-"""1 on real tokens, on disk; the input function hands the inverse to the model."""
+"""On disk 1 on real tokens; the input function passes the inverse to the model."""
 LABELS = "labels"
 FEATURES = (INPUT_IDS, INPUT_MASK, LABELS)
 
-#: Bytes of the longest variable-length number.
+#: Size in bytes of the longest varint.
 _MAX_VARINT = 10
-#: Examples that are serialized together.
+#: Number of examples serialized in one pass.
 _TOGETHER = 64
 
 # Field numbers of tf.train.Example and its parts, and the wire types of protobuf.
@@ -34,15 +34,15 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def max_bytes(length: int) -> int:
-    """No example of `length` tokens has more bytes."""
+    """Return an upper bound of the bytes of an example of `length` tokens."""
     return len(FEATURES) * (_MAX_VARINT * length + 64) + 1024
 
 
 def serialize(block: np.ndarray) -> Iterator[bytes]:
-    """Each example of a block as the bytes that protobuf writes deterministically.
+    """Yield each example of a block as the bytes of protobuf's deterministic serialization.
 
     Args:
-        block: int32 of shape (examples, 3, tokens), without negative numbers.
+        block: examples, int32 of shape (examples, 3, tokens), without negative numbers.
     """
     for start in range(0, len(block), _TOGETHER):
         part = block[start : start + _TOGETHER]
@@ -59,10 +59,10 @@ def serialize(block: np.ndarray) -> Iterator[bytes]:
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
-    """The integer lists of an example by name, int64.
+    """Return the integer lists of an example by name, int64.
 
     Raises:
-        ValueError: it is not a tf.train.Example.
+        ValueError: the bytes are not a tf.train.Example.
     """
     found: dict[str, np.ndarray] = {}
     for features in _parts(memoryview(data), _FEATURES):
@@ -77,16 +77,16 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
 
 
 def parse_bytes(data: bytes) -> dict[str, bytes]:
-    """The first byte string of each feature of an example by name.
+    """Return the first byte string of each feature of an example by name.
 
     Raises:
-        ValueError: it is not a tf.train.Example.
+        ValueError: the bytes are not a tf.train.Example.
     """
     found: dict[str, bytes] = {}
     for features in _parts(memoryview(data), _FEATURES):
         for entry in _parts(features, _MAP_ENTRY):
             key = b"".join(bytes(k) for k in list(_parts(entry, _KEY))[-1:])
-            # A list of byte strings is field 1 of a feature, and each of them field 1 of it.
+            # A feature holds a list of byte strings in its field 1, and the list each of them.
             lists = [v for f in _parts(entry, _FEATURE) for v in _parts(f, 1)]
             values = [bytes(p) for v in lists for p in _parts(v, _VALUES)]
             if values:
@@ -95,11 +95,11 @@ def parse_bytes(data: bytes) -> dict[str, bytes]:
 
 
 def _lists(part: np.ndarray) -> list[list[bytes]]:
-    """The numbers of each feature as strings, one an example."""
+    """Return the varints of each feature as byte strings, one per example."""
     ids, mask, labels = part[:, 0], part[:, 1], part[:, 2]
     if not np.array_equal(ids[:, 1:], labels[:, :-1]):
         return [_varints(values)[0] for values in (ids, mask, labels)]
-    # Packed text: ids and labels are one sequence, all of it but an end.
+    # In packed text ids and labels are one sequence without its last or first token.
     rows, first, last = _varints(np.concatenate((ids[:, :1], labels), axis=1))
     both = list(zip(rows, first.tolist(), last.tolist(), strict=True))
     return [
@@ -110,10 +110,10 @@ def _lists(part: np.ndarray) -> list[list[bytes]]:
 
 
 def _varints(values: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-    """Each row of a matrix as one string of variable-length numbers.
+    """Encode each row of a matrix as one byte string of varints.
 
     Returns:
-        The strings, and how many bytes the first and the last number of each have.
+        The strings, and the sizes in bytes of the first and of the last varint of each.
     """
     digits = max(1, -(-int(values.max(initial=0)).bit_length() // 7))
     rest = values.astype(np.uint32)
@@ -132,10 +132,10 @@ def _varints(values: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
 
 
 def _numbers(data: memoryview) -> np.ndarray:
-    """A string of variable-length numbers, int64.
+    """Decode a byte string of varints, int64.
 
     Raises:
-        ValueError: it ends inside one, or one is too long.
+        ValueError: the string ends inside a varint, or a varint is too long.
     """
     raw = np.frombuffer(data, np.uint8)
     last = np.flatnonzero(raw < 0x80)
@@ -160,7 +160,7 @@ def _field(number: int, content: bytes) -> bytes:
 
 
 def _parts(data: memoryview, wanted: int, *, packed: bool = False) -> Iterator[memoryview]:
-    """The contents of the fields with this number; with `packed`, of single numbers too."""
+    """Yield the contents of the fields `wanted`; with `packed`, also of single varints."""
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)

@@ -1,7 +1,7 @@
-"""Training records as the current CS client reads them.
+"""Training records in HDF5, the format of the current CS client.
 
-A file holds the dataset `data`, int32 of shape (examples, 3, tokens): ids, mask (1 on real
-tokens) and labels; one chunk an example; and their number in the attribute `n_examples`.
+A file holds the dataset `data`, int32 of shape (examples, 3, tokens) with ids, mask (1 on real
+tokens) and labels, in one chunk per example. The attribute `n_examples` is their number.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ PATTERN = "*.h5"
 DATASET = "data"
 COUNT = "n_examples"
 
-#: Tokens of the longest example that is read, and of those that are read together.
+#: Largest number of tokens of an example, and of the examples that are read together.
 _LONGEST = 2**20
 _TOGETHER = 2**20
 
 
 class Hdf5Writer:
-    """One HDF5 file.
+    """Writes one HDF5 file.
 
     Args:
-        path: of the file, which must not exist.
-        length: tokens of an example.
+        path: path of the file, which must not exist.
+        length: number of tokens per example.
 
     Raises:
-        OSError: it exists, or writing fails.
+        OSError: the file exists, or writing fails.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -54,22 +54,22 @@ class Hdf5Writer:
         self._count = end
 
     def close(self) -> None:
-        """Return once the file is on the device."""
+        """Close the file and sync it to the disk."""
         self._file.attrs[COUNT] = self._count
         self._file.close()
         with self._path.open("rb+") as f:
             os.fsync(f.fileno())
 
     def discard(self) -> None:
-        """Close the file as it is."""
+        """Close the file without completing it."""
         self._file.close()
 
 
 def read_blocks(path: Path, *, most: int = 256) -> Iterator[np.ndarray]:
-    """The examples of a file, in blocks.
+    """Yield the examples of a file in blocks of at most `most`.
 
     Raises:
-        DataFault: it is not such a file.
+        DataFault: the file is not an HDF5 file of records.
     """
     try:
         with h5py.File(path) as file:
@@ -93,15 +93,15 @@ def read_blocks(path: Path, *, most: int = 256) -> Iterator[np.ndarray]:
 
 
 def read_checked(path: Path, *, length: int | None, vocab_size: int) -> Iterator[np.ndarray]:
-    """The examples of a file, in blocks, held against what the model takes.
+    """Yield the examples of a file in blocks, checked against the model.
 
     Args:
-        path: a file of records.
-        length: max_sequence_length; the file's own, if it is not known.
-        vocab_size: ids must be below.
+        path: file of records.
+        length: number of tokens per example; None accepts that of the file.
+        vocab_size: upper bound of ids, exclusive.
 
     Raises:
-        DataFault: the first example that is not as it must be, with its number and its offset.
+        DataFault: an example is invalid; with its number and its offset.
     """
     number = 0
     for block in read_blocks(path):

@@ -1,4 +1,4 @@
-"""Records into batches, in an order that is a function of seed and position alone.
+"""Read records in batches, in an order that depends on seed and position alone.
 
 Shape suffixes: B batch, T time.
 """
@@ -16,26 +16,26 @@ from runner.config.params import InputParams
 from runner.data.reading.example import FEATURES, INPUT_IDS, INPUT_MASK, LABELS
 from runner.data.reading.records import check_records, count_records, find_records, is_compressed
 
-#: A batch: ids int32 (B, T), ignored float32 (B, T) with 1 on tokens that do not count,
-#: labels int32 (B, T).
+#: Ids int32 (B, T); mask of ignored tokens float32 (B, T), 1 where the loss does not count the
+#: label; labels int32 (B, T).
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
-#: What TensorFlow mixes into every seed where nobody has set a global one.
+#: Global seed of TensorFlow when none is set; it is mixed into every seed.
 _GLOBAL_SEED = 87654321
-#: From the seed of one epoch to that of the next.
+#: Difference between the seeds of successive epochs.
 _SEED_STEP = 1_000_003
-#: Bytes of a file that are read at a time.
+#: Size of the read buffer of a file in bytes.
 _BUFFER = 1 << 20
-#: More epochs than any run has.
+#: Number of epochs of an endless run.
 _ENDLESS = 2**31
 
 
 class Batches(Iterator[Batch]):
-    """Batches in the order that `batches` tells.
+    """Iterator over batches, made by `batches`.
 
     Attributes:
-        position: batches given so far, with those that were left out at the beginning. It is all
-            the state there is: `batches(…, skip=position)` gives what this would have given next.
+        position: number of batches returned so far, including those skipped at the beginning. It
+            is the whole state: `batches(…, skip=position)` continues with the next batch.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class Batches(Iterator[Batch]):
         self._vocab_size = vocab_size
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
-            DataFault: a record is damaged or does not fit; with file, number and offset.
+            DataFault: a record is damaged or invalid; with file, number and offset.
         """
         try:
             batch = next(self._iterator)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-            # TensorFlow does not say which record it was.
+            # TensorFlow does not name the record, so look for it.
             folders, length = self._params.data_dir, self._params.max_sequence_length
             check_records(find_records(folders), length=length, vocab_size=self._vocab_size)
             raise DataFault(f"{', '.join(folders)}: cannot be read: {e.message}") from None
@@ -72,29 +72,30 @@ def batches(
     worker: int = 0,
     workers: int = 1,
 ) -> Batches:
-    """Batches as the reference makes them: files sorted and interleaved, shuffled, batched
-    without the incomplete last one of an epoch, then repeated.
+    """Return the batches of a section of params.yaml, in the order of the reference.
 
-    Each epoch is shuffled by a seed of its own, which follows from its number, so that whole
-    epochs can be left out unread.
+    Files are sorted and interleaved, records shuffled and batched without the incomplete last
+    batch of an epoch, and epochs repeated. Each epoch has a shuffle seed that follows from its
+    number, so that whole epochs can be skipped without reading them.
 
     Args:
-        params: the YAML section; shuffle and repeat default to `training`.
-        vocab_size: of the model.
-        training: chooses those defaults.
-        skip: batches to leave out at the beginning, when a run continues.
-        worker: which one this is, from 0.
-        workers: share every batch; together they get what one alone would.
+        params: section train_input or eval_input.
+        vocab_size: size of the model's vocabulary.
+        training: default of shuffle and repeat.
+        skip: number of batches to skip at the beginning when a run resumes.
+        worker: number of this worker, from 0.
+        workers: number of workers that divide every batch among them.
 
     Raises:
         UsageError: there are no records.
-        ConfigError: the batch cannot be shared evenly.
-        DataFault: the files are not those that were written, hold fewer records than a batch, or
-            begin with one that does not fit.
+        ConfigError: batch_size is not a multiple of the number of workers.
+        DataFault: the files differ from data_params.json, hold fewer records than a batch, or
+            the first record of a file is invalid.
     """
     if params.batch_size % workers:
         raise ConfigError(
-            f"batch_size is {params.batch_size}, expected a multiple of the {workers} workers"
+            f"batch_size is {params.batch_size}, expected a multiple of the number of workers, "
+            f"{workers}"
         )
     paths = find_records(params.data_dir)
     length = params.max_sequence_length
@@ -114,21 +115,21 @@ def batches(
 
 
 def _place(params: InputParams, paths: list[Path], position: int) -> tuple[int, int]:
-    """The epoch of a batch, and its number there."""
+    """Return the epoch of a batch and its number within the epoch."""
     size = params.batch_size
-    # Only who is not at the beginning must know where the first epoch ends.
+    # Only a resumed run needs the length of an epoch.
     records = count_records(paths, enough=None if position else size)
     if records < size:
         where = ", ".join(params.data_dir)
         raise DataFault(
-            f"{where}: holds fewer records than one batch of {size}, found {records}",
+            f"{where}: holds {records} records, expected at least one batch of {size}",
             hint="choose a smaller batch_size",
         )
     return divmod(position, records // size) if position else (0, 0)
 
 
 def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
-    """What makes an epoch of its number: batches of serialized records."""
+    """Return a function from the number of an epoch to its batches of serialized records."""
     names = [str(p) for p in paths]
     kinds = ["GZIP" if is_compressed(p) else "" for p in paths]
     seed = params.effective_shuffle_seed
@@ -139,7 +140,7 @@ def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
             cycle_length=params.n_parallel_reads,
         )
         if shuffle:
-            # Of this function's graph alone: what others do with the global seed must not matter.
+            # This sets the seed of this graph alone: no other use of the global seed may matter.
             tf.compat.v1.set_random_seed(_GLOBAL_SEED)
             buffer = params.effective_shuffle_buffer
             own: Any = seed + number * _SEED_STEP
@@ -154,9 +155,9 @@ def _parser(length: int, vocab_size: int):
 
     def parse(serialized: tf.Tensor) -> Batch:
         example: dict[str, Any] = tf.io.parse_example(serialized, features)
-        # Compiled code would clamp such an id in silence.
+        # Compiled code would silently clamp an id that is out of range.
         for name in (INPUT_IDS, LABELS):
-            ids = tf.cast(example[name], tf.uint64)  # a negative one becomes huge
+            ids = tf.cast(example[name], tf.uint64)  # a negative id becomes huge
             tf.debugging.assert_less(ids, tf.constant(vocab_size, tf.uint64))
         return (
             tf.cast(example[INPUT_IDS], tf.int32),

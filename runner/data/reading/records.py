@@ -1,7 +1,8 @@
-"""Training records: TFRecord files of three int64 lists, written, found and checked.
+"""Write, find and check TFRecord files of training records.
 
-A TFRecord is a length (uint64), its masked crc32c, the data, and the data's masked crc32c. The
-file may be compressed with gzip as a whole.
+Each record is a tf.train.Example of three int64 lists. It is stored as its length (uint64), the
+masked crc32c of the length, the data, and the masked crc32c of the data. A whole file may be
+compressed with gzip.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from crc32c import crc32c
 
 from gptj_convert.formats.containers.tensor_bundle import masked
 from gptj_model.errors import DataFault, UsageError
-from runner.data.reading.data_params import PARAMS_FILE, StatedFile, stated_files
+from runner.data.reading.data_params import DATA_PARAMS_FILE, RecordFileFacts, stated_files
 from runner.data.reading.example import FEATURES, INPUT_MASK, max_bytes, parse, serialize
 
 PATTERN = "*.tfrecord*"
 GZIP_MAGIC = b"\x1f\x8b"
-#: Fast: token ids hold little that a slower level would find.
+#: Compression level; slower levels gain little on token ids.
 _GZIP_LEVEL = 3
 
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
-#: Bytes of the largest record, where the number of its tokens is not known.
+#: Size limit in bytes of a record whose number of tokens is unknown.
 _LARGEST = max_bytes(2**20)
 
 DATA_HINT = (
@@ -39,11 +40,11 @@ DATA_HINT = (
 
 
 def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
-    """Every record file of the folders, sorted, and held against their data_params.json.
+    """Return every record file of the folders, sorted and checked against data_params.json.
 
     Raises:
-        UsageError: a folder does not exist, or there is no record at all.
-        DataFault: a file is empty, or the files are not those that were written.
+        UsageError: a folder does not exist, or there is no record file at all.
+        DataFault: a file is empty, or the files differ from data_params.json.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
@@ -52,7 +53,7 @@ def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
         found += (p for p in folder.glob(pattern) if p.is_file() and p.name[0] != ".")
     if not found:
         deeper = sorted({p.parent for f in folders for p in Path(f).glob(f"*/{pattern}")})
-        hint = f"{', '.join(map(str, deeper))} holds some: name it" if deeper else DATA_HINT
+        hint = f"set data_dir to {', '.join(map(str, deeper))}" if deeper else DATA_HINT
         raise UsageError(
             f"{', '.join(folders)}: holds no {pattern}, expected training records", hint=hint
         )
@@ -63,49 +64,53 @@ def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
 
 
 def check_files(folder: Path, paths: Sequence[Path]) -> None:
-    """Hold names and sizes of a folder's record files against what was noted of them.
+    """Check names and sizes of the record files of a folder against data_params.json.
 
     Raises:
-        DataFault: a file is missing, too many, empty or of another size; with both counts.
+        DataFault: a file is missing, unlisted, empty or of another size; with both counts.
     """
-    anew = "bring it back, or make the records anew"
+    restore = "restore the file, or make the records again"
     stated = stated_files(folder)
     found = {p.name: p for p in paths}
     for name in stated or ():
         if name not in found:
             assert stated
             raise DataFault(
-                f"{folder / name}: missing; {PARAMS_FILE} states {_total(stated)}, found "
+                f"{folder / name}: missing; {DATA_PARAMS_FILE} states {_total(stated)}, found "
                 f"{len(found.keys() & stated.keys())}",
-                hint=anew,
+                hint=restore,
             )
     for name, path in found.items():
         size = path.stat().st_size
         if not size:
-            raise DataFault(f"{path}: is empty, expected records", hint=anew)
+            raise DataFault(f"{path}: is empty, expected records", hint=restore)
         if stated is None:
             continue
         if name not in stated:
             raise DataFault(
-                f"{path}: is not one of the {_total(stated)} that {PARAMS_FILE} states",
-                hint="move it to another folder, and name both",
+                f"{path}: is not one of the {_total(stated)} that {DATA_PARAMS_FILE} states",
+                hint="move it to a folder of its own, and list both folders in data_dir",
             )
         if size != (expected := stated[name]).bytes:
-            # What has no checksum of its records is not counted: their number may be a lie too.
+            # HDF5 records have no checksums, so a count of them could be wrong too.
             count = f"{count_records([path])} examples in " if path.match(PATTERN) else ""
             raise DataFault(
-                f"{path}: holds {count}{size} bytes, {PARAMS_FILE} states {expected.examples} "
+                f"{path}: holds {count}{size} bytes, {DATA_PARAMS_FILE} states {expected.examples} "
                 f"examples in {expected.bytes}",
-                hint=anew,
+                hint=restore,
             )
 
 
-def _total(stated: Mapping[str, StatedFile]) -> str:
+def _total(stated: Mapping[str, RecordFileFacts]) -> str:
     return f"{len(stated)} files with {sum(f.examples for f in stated.values())} examples"
 
 
 def count_records(paths: Iterable[Path], *, enough: int | None = None) -> int:
-    """Records of the files: those noted in data_params.json, else by reading up to `enough`.
+    """Count the records of the files, from data_params.json or else by reading.
+
+    Args:
+        paths: record files.
+        enough: count at which reading stops; None reads all files.
 
     Raises:
         DataFault: a file is damaged.
@@ -124,21 +129,21 @@ def count_records(paths: Iterable[Path], *, enough: int | None = None) -> int:
 
 
 class RecordWriter:
-    """One TFRecord file.
+    """Writes one TFRecord file.
 
     Args:
-        path: of the file, which must not exist.
-        compress: with gzip.
+        path: path of the file, which must not exist.
+        compress: whether to compress the file with gzip.
 
     Raises:
-        OSError: it exists, or writing fails.
+        OSError: the file exists, or writing fails.
     """
 
     def __init__(self, path: Path, *, compress: bool = False) -> None:
         self._raw = path.open("xb")
         self._file: BinaryIO = self._raw
         if compress:
-            # Neither a name nor a time, so that the same records give the same file.
+            # Without name and time, so that the same records give the same file.
             packed = gzip.GzipFile("", "wb", _GZIP_LEVEL, self._raw, mtime=0)
             self._file = cast(BinaryIO, packed)
 
@@ -151,7 +156,7 @@ class RecordWriter:
             self._file.write(_CRC.pack(masked(crc32c(data))))
 
     def close(self) -> None:
-        """Return once the file is on the device."""
+        """Close the file and sync it to the disk."""
         if self._file is not self._raw:
             self._file.close()
         self._raw.flush()
@@ -159,22 +164,22 @@ class RecordWriter:
         self._raw.close()
 
     def discard(self) -> None:
-        """Close the file as it is."""
+        """Close the file without completing it."""
         self._raw.close()
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file is compressed with gzip, whatever its name."""
+    """Return whether the content of a file, not its name, says that gzip compressed it."""
     with path.open("rb") as f:
         return f.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 def read_records(path: Path, *, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset (in the uncompressed file) and data of each record.
+    """Yield number, offset in the uncompressed file, and data of each record.
 
     Raises:
-        DataFault: with file, record and offset: a checksum is wrong, the file ends inside a
-            record, or a record claims more than `max_bytes`.
+        DataFault: a checksum is wrong, the file ends inside a record, or a record claims more
+            than `max_bytes`; with file, record and offset.
     """
     with gzip.open(path) if is_compressed(path) else path.open("rb") as f:
         number = offset = 0
@@ -213,17 +218,17 @@ def _read(file, size: int, place: str) -> bytes:
 def read_examples(
     path: Path, *, length: int | None = None, vocab_size: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Number and lists (int64) of each example, held against what the model takes.
+    """Yield number and lists (int64) of each example, checked against the model.
 
     Args:
-        path: a record file.
-        length: max_sequence_length; the first example's, if it is not known.
-        vocab_size: ids must be below.
+        path: record file.
+        length: number of tokens per example; None accepts that of the first example.
+        vocab_size: upper bound of ids, exclusive.
 
     Raises:
-        DataFault: the first record that is not as it must be, with file, number and feature.
+        DataFault: a record is invalid; with file, number and feature.
     """
-    # Names and varints of at most 10 bytes: more is not our record.
+    # Feature names and varints of at most 10 bytes cannot make a larger record.
     limit = max(max_bytes(length), 1 << 20) if length else _LARGEST
     for number, offset, data in read_records(path, max_bytes=limit):
         place = f"{path}: record {number} at byte {offset}"
@@ -239,16 +244,16 @@ def read_examples(
 def check_records(
     paths: Sequence[Path], *, length: int, vocab_size: int, only_first: bool = False
 ) -> None:
-    """Hold records against what the model takes.
+    """Check records against the model.
 
     Args:
         paths: record files.
-        length: max_sequence_length.
-        vocab_size: ids must be below.
-        only_first: look at one record a file.
+        length: number of tokens per example, max_sequence_length.
+        vocab_size: upper bound of ids, exclusive.
+        only_first: check only the first record of each file.
 
     Raises:
-        DataFault: the first record that is not as it must be, with file, number and feature.
+        DataFault: a record is invalid; with file, number and feature.
     """
     for path in paths:
         for _ in read_examples(path, length=length, vocab_size=vocab_size):
@@ -259,10 +264,10 @@ def check_records(
 def check_example(
     example: Mapping[str, np.ndarray], length: int, vocab_size: int, place: str
 ) -> None:
-    """Hold one example's lists against what the model takes.
+    """Check the lists of one example against the model.
 
     Raises:
-        DataFault: with `place` and the feature.
+        DataFault: a list is missing or invalid; with `place` and the feature.
     """
     for name in FEATURES:
         if name not in example:
@@ -273,7 +278,7 @@ def check_example(
                 f"{place}: {name} has {len(values)} tokens, expected max_sequence_length = "
                 f"{length}",
                 hint=f"set max_sequence_length to {len(values)} in the section that names the "
-                "records, train_input or eval_input, or make them anew",
+                "records, train_input or eval_input, or make the records again",
             )
         top = 2 if name == INPUT_MASK else vocab_size
         if values.min() < 0 or values.max() >= top:

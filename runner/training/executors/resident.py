@@ -36,7 +36,7 @@ class ResidentExecutor(Executor):
         workers: workers that train the same model; the first writes its checkpoints.
 
     Raises:
-        ConfigError: as `trained_rows` raises it.
+        ConfigError: as `trainable_rows` raises it.
     """
 
     @override

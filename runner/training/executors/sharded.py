@@ -29,7 +29,7 @@ from gptj_model.sharding import BATCH, MODEL, axes
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
 from runner.training.devices.backend import mesh_of
@@ -53,7 +53,7 @@ class ShardedExecutor(Executor):
 
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are too few devices; see also
-            `trained_rows`.
+            `trainable_rows`.
     """
 
     @override
@@ -61,7 +61,7 @@ class ShardedExecutor(Executor):
         self._config = config
         self._params = params
         self._model_dir = model_dir
-        self.trained = trained_rows(config, params)
+        self.trained = trainable_rows(config, params)
         self._mesh = _device_mesh(params)
         self.devices = self._mesh.devices.size
         with _distribution(config, self._mesh).scope():

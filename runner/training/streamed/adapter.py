@@ -21,7 +21,7 @@ from gptj_model.streaming.training import Draw, ReadHead, StreamedTraining
 from gptj_model.tensors import Scheme, Tensor, block, table
 from gptj_model.vocabulary import read_head
 from runner.config.params import Params
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
 from runner.training.executors.executor import Executor, StepResult
@@ -45,7 +45,7 @@ class StreamedAdapterExecutor(Executor):
         model_dir: folder of the run; its disk also holds the scratch file of a step.
 
     Raises:
-        ConfigError: as `trained_rows` raises it.
+        ConfigError: as `trainable_rows` raises it.
     """
 
     def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
@@ -54,7 +54,7 @@ class StreamedAdapterExecutor(Executor):
         self._params = params
         self._model_dir = model_dir
         self._lora = params.model.lora.lora
-        self.trained = trained_rows(config, params)
+        self.trained = trainable_rows(config, params)
         self._variables = _first_values(self._lora, config, initialization_seed(params))
         self._optimizer = Optimizer(params.optimizer, {t: self._variables[t] for t in self.trained})
         self._apply = tf.function(self._optimizer.apply, jit_compile=True, autograph=False)

@@ -19,7 +19,7 @@ from gptj_model.streaming.forward import StreamedModel
 from gptj_model.streaming.training import Draw, StreamedTraining
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, StreamedEvaluator
 from runner.planning.training_cost import slots_dtype, waiting_gradients
@@ -46,7 +46,7 @@ class StreamedExecutor(Executor):
         model_dir: folder of the run; its disk also holds the scratch file of a step.
 
     Raises:
-        ConfigError: as `trained_rows` raises it.
+        ConfigError: as `trainable_rows` raises it.
     """
 
     saves_every_step = True
@@ -55,7 +55,7 @@ class StreamedExecutor(Executor):
         self._config = config
         self._params = params
         self._model_dir = model_dir
-        self.trained = trained_rows(config, params)
+        self.trained = trainable_rows(config, params)
         self._rule = UpdateRule(params.optimizer, np)
         self._powers = BetaPowers(params.optimizer)
         self._state = StreamedState(

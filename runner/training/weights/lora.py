@@ -17,7 +17,7 @@ from gptj_model.network.weights import enable_lora, variables
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Scheme, Tensor
 from runner.config.params import Params
-from runner.config.trainable import trained_rows
+from runner.config.trainable import trainable_rows
 from runner.training.weights.initialize import initialization_seed
 from runner.training.weights.lazy_array import LazyArray
 
@@ -26,9 +26,9 @@ def trained_weights(model: GPTJ, params: Params) -> tuple[Adapter | None, dict[T
     """Return the adapter, which is enabled if the run has one, and the trained variables.
 
     Raises:
-        ConfigError: as `trained_rows` raises it.
+        ConfigError: as `trainable_rows` raises it.
     """
-    rows = trained_rows(model.config, params)
+    rows = trainable_rows(model.config, params)
     found = variables(model)
     if params.model.lora is None:
         return None, {t: found[t.hf] for t in rows}
