@@ -15,7 +15,8 @@ from typing import Any
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.files.digest import GIT, SHA256, FileDigest
 from gptj_convert.formats.containers import sharded
-from gptj_convert.formats.containers.tensor_bundle import BundleSource, unmasked
+from gptj_convert.formats.containers.leveldb_table import unmasked
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_convert.formats.containers.torch_checkpoint import PickleSource
 from gptj_convert.hub.download import RECORD_FILE, read_record
 from gptj_convert.inspection.inspect import Inspection

@@ -20,6 +20,7 @@ from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gptj_convert.formats.containers.leveldb_table import masked, unmasked
 from gptj_convert.formats.containers.tensor_bundle import (
     DTYPES,
     MAX_INDEX_BYTES,
@@ -30,8 +31,6 @@ from gptj_convert.formats.containers.tensor_bundle import (
     bundle_layout,
     data_path,
     index_path,
-    masked,
-    unmasked,
     write_bundle,
 )
 from gptj_model.dtypes import NUMPY
@@ -434,9 +433,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "offset 2^63-8": (index_of(entry(2, offset=2**63 - 8)), f"needs bytes {2**63 - 8} to {2**63}"),
     "offset -8": (index_of(entry(2, offset=-8)), f"begins at byte {2**64 - 8}"),
     "slices": (index_of(entry(2, extra=field(7, b""))), "is stored in slices"),
-    "checksum of 8 bytes": (index_of(entry(2, extra=b"\x31" + bytes(8))), "is not 4 bytes"),
-    "checksum as a number": (index_of(entry(2, extra=field(6, 1))), "a number where bytes belong"),
+    "checksum of 8 bytes": (
+        index_of(entry(2, extra=b"\x31" + bytes(8))),
+        "where a number of 4 bytes belongs",
+    ),
+    "checksum as a number": (index_of(entry(2, extra=field(6, 1))), "number of 4 bytes belongs"),
     "group": (index_of(entry(2, extra=b"\x0b")), "has wire type 3"),
+    "field 0": (index_of(entry(2, extra=field(0, 1))), "a field of number 0"),
     "field cut": (index_of(entry(2)[:-1]), "a message's field is cut short"),
     "number cut": (index_of(entry(2, extra=b"\x08")), "a number is cut short"),
     "number of 11 bytes": (index_of(entry(2, extra=b"\x08" + b"\xff" * 11)), "more than 64 bits"),
