@@ -22,7 +22,6 @@ from gptj_convert.formats.containers.safetensors import MAX_HEADER_BYTES, Safete
 from gptj_convert.formats.containers.torch_checkpoint import PickleSource
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import TensorInfo, TensorSource
-from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT
 
 INDEX_SUFFIX = ".index.json"
 
@@ -147,7 +146,12 @@ def _index(values: Mapping[str, Any], name: str, where: str) -> ShardIndex:
 
 
 class ShardedSource:
-    """The tensors of all shards, as `gptj_model.source.TensorSource`.
+    """The tensors of all shards, as a `gptj_model.source.TensorSource`.
+
+    Args:
+        index: path of the index.
+        tied: names of two tensors that may have the same values; writers may count the second
+            in the index's size, whether or not it is stored.
 
     Raises:
         FileFault: the file is not an index.
@@ -155,7 +159,7 @@ class ShardedSource:
             outside the index's folder is opened.
     """
 
-    def __init__(self, index: Path) -> None:
+    def __init__(self, index: Path, *, tied: tuple[str, str] | None = None) -> None:
         self._path = index
         self._index = _read_index(index)
         self._shards: dict[str, TensorSource] = {}
@@ -167,7 +171,7 @@ class ShardedSource:
             if problems:
                 # One of them may be mended in a way of its own; then the others come after.
                 raise TensorFault(str(index), problems, hint=next(iter(hints), _HINT))
-            self._note_size()
+            self._note_size(tied)
         except BaseException:
             self.close()
             raise
@@ -231,8 +235,8 @@ class ShardedSource:
                 problems.append(f"{_shown.repr(name)} is in {holders[0]}, but not in the index")
         return problems
 
-    def _note_size(self) -> None:
-        """Say where `total_size` is not that of the tensors: their own sizes are proven.
+    def _note_size(self, tied: tuple[str, str] | None) -> None:
+        """Note a `total_size` that is not that of the tensors, whose own sizes are proven.
 
         Some versions of transformers count a bool as an eighth of a byte, and a tied head
         whether or not it is stored.
@@ -247,11 +251,10 @@ class ShardedSource:
             return
         bools = sum(i.nbytes for i in self.tensors.values() if i.dtype == "bool")
         size = sum(i.nbytes for i in self.tensors.values())
-        embedding = self.tensors.get(EMBEDDING.hf)
         counts = {size}
-        if embedding:
-            stored = HEAD_WEIGHT.hf in self.tensors
-            counts.add(size - embedding.nbytes if stored else size + embedding.nbytes)
+        if tied and (first := self.tensors.get(tied[0])):
+            stored = tied[1] in self.tensors
+            counts.add(size - first.nbytes if stored else size + first.nbytes)
         if type(stated) in (int, float) and any(
             stated * 8 in (count * 8, count * 8 - bools * 7) for count in counts
         ):

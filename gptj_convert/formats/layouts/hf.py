@@ -14,6 +14,7 @@ from gptj_convert.formats.containers.torch_archive import archive_file
 from gptj_convert.options import FILE_FORMATS
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, TensorSource
+from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT
 
 SAFETENSORS_FILE = FILE_FORMATS["safetensors"]
 PICKLE_FILE = FILE_FORMATS["bin"]
@@ -104,7 +105,7 @@ def find_weights(path: Path) -> Path | None:
 def open_weights(path: Path) -> tuple[TensorSource, tuple[Path, ...]]:
     """Open a weight file, or the shards of an index; gives the files that are read, too."""
     if sharded.is_index(path.name):
-        source = ShardedSource(path)
+        source = ShardedSource(path, tied=(EMBEDDING.hf, HEAD_WEIGHT.hf))
         return source, tuple(source.files)
     return sharded.open_file(path), (path,)
 
