@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from gptj_convert.streams.strips import (
-    CONVERTED_STRIPS,
+    CONVERTED_STRIP_BUFFERS,
     PANEL_BYTES,
     SMALL_STRIP_BYTES,
-    STRIPS,
+    STRIP_BUFFERS,
+    strip_buffers,
     strip_sizes,
-    strips_around,
 )
 from gptj_convert.streams.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.config import GPTJConfig
@@ -50,7 +50,7 @@ KEPT_CHECKPOINTS = 2
 def conversion_memory(plan: Plan) -> int:
     """Peak of `execute`: strips and blocks; columns are cut from whole rows in a panel more."""
     sizes = [size for m in plan.in_file_order for size in strip_sizes(m.source, m.op)]
-    strips = _strips(sizes, strips_around(max(sizes, default=0)))
+    strips = _strips(sizes, strip_buffers(max(sizes, default=0)))
     blocks = min(plan.layout.total, BLOCKS * BLOCK_BYTES)
     return INTERPRETER + _TOKENIZER + strips + blocks + PANEL_BYTES
 
@@ -72,8 +72,8 @@ def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int
         sizes += strip_sizes(source, op)
         target_bytes += target.nbytes
         mask = max(mask, PANEL_BYTES // NUMPY[target.dtype].itemsize)
-    panels = min(target_bytes, (CONVERTED_STRIPS + 2) * PANEL_BYTES)
-    return INTERPRETER + _TOKENIZER + _strips(sizes, STRIPS) + panels + mask
+    panels = min(target_bytes, (CONVERTED_STRIP_BUFFERS + 2) * PANEL_BYTES)
+    return INTERPRETER + _TOKENIZER + _strips(sizes, STRIP_BUFFERS) + panels + mask
 
 
 def _strips(sizes: Iterable[int], count: int) -> int:

@@ -49,7 +49,7 @@ class Pipeline:
         for thread in self._threads:
             thread.join()
 
-    def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
+    def prefetch(self, items: Iterable[T], depth: int) -> Iterator[T]:
         """The items, made in another thread up to `depth` before they are taken.
 
         An exception of theirs is raised here, in its place.
@@ -112,7 +112,7 @@ class _End:
         self.error = error
 
 
-class Buffers:
+class BufferPool:
     """Memory that goes around, touched only once; see `page_memory`.
 
     Args:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptj_convert.streams.pipeline import Buffers, Pipeline
-from gptj_convert.streams.strips import SMALL_STRIP_BYTES, Strip, Strips, strip_bytes, strips_around
+from gptj_convert.streams.pipeline import BufferPool, Pipeline
+from gptj_convert.streams.strips import SMALL_STRIP_BYTES, Strip, Strips, strip_buffers, strip_bytes
 from gptj_model.op import Op
 from gptj_model.source import TensorSource
 
@@ -21,7 +21,7 @@ _Item = tuple[Strips, Strip | None, np.ndarray | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TensorRequest:
     """One tensor to read; see `Strips`."""
 
     name: str
@@ -30,26 +30,30 @@ class Wanted:
     """Runs in a thread of the reading."""
 
 
-class ReadAhead:
+class TensorPrefetch:
     """Tensors read in order, up to `count` strips before they are taken.
 
     Args:
         source: of the tensors.
         wanted: which, in order.
         pipeline: gives the thread, and ends it.
-        count: of large strips that go around; None: `strips_around`.
+        count: of large strips that go around; None: `strip_buffers`.
 
     Attributes:
         crc: of the tensor whose strips were taken last, as the source has it: crc32c.
     """
 
     def __init__(
-        self, source: TensorSource, wanted: Sequence[Wanted], pipeline: Pipeline, count: int | None
+        self,
+        source: TensorSource,
+        wanted: Sequence[TensorRequest],
+        pipeline: Pipeline,
+        count: int | None,
     ) -> None:
         size = max((strip_bytes(source.tensors[w.name], w.op) for w in wanted), default=0)
-        self._buffers = Buffers(pipeline, count or strips_around(size), size)
-        read = pipeline.ahead(self._read(source, wanted), depth=_ITEMS)
-        self._ahead = pipeline.ahead(_counted(read), depth=_ITEMS)
+        self._buffers = BufferPool(pipeline, count or strip_buffers(size), size)
+        read = pipeline.prefetch(self._read(source, wanted), depth=_ITEMS)
+        self._ahead = pipeline.prefetch(_counted(read), depth=_ITEMS)
         self.crc = 0
 
     def strips(self) -> Iterator[Strip]:
@@ -63,7 +67,7 @@ class ReadAhead:
             if memory is not None:
                 self._buffers.give(memory)
 
-    def _read(self, source: TensorSource, wanted: Sequence[Wanted]) -> Iterator[_Item]:
+    def _read(self, source: TensorSource, wanted: Sequence[TensorRequest]) -> Iterator[_Item]:
         """Strips, the large ones with their memory; after those of a tensor its end."""
         memory: np.ndarray | None = None
 

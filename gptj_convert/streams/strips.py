@@ -29,12 +29,12 @@ _COLUMNS = 64
 #: matrices the bias is, it would keep the next one from being read.
 SMALL_STRIP_BYTES = 2**20
 #: Strips that go around in a conversion: one is laid out while the next is read.
-STRIPS = 2
+STRIP_BUFFERS = 2
 #: Where strips are panels, more of them go around, up to so many bytes: reading and writing then
 #: wait less for each other.
 _AROUND_BYTES = 64 * 2**20
 #: The same of a converted checkpoint in a verification, where each is a panel.
-CONVERTED_STRIPS = 4
+CONVERTED_STRIP_BUFFERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +99,9 @@ def strip_bytes(info: TensorInfo, op: Op) -> int:
     return max(strip_sizes(info, op), default=0)
 
 
-def strips_around(largest: int) -> int:
+def strip_buffers(largest: int) -> int:
     """Number of strips that go around in a conversion, by the bytes of the largest."""
-    return max(STRIPS, min(_AROUND_BYTES // PANEL_BYTES, _AROUND_BYTES // max(largest, 1)))
+    return max(STRIP_BUFFERS, min(_AROUND_BYTES // PANEL_BYTES, _AROUND_BYTES // max(largest, 1)))
 
 
 class Strips:
@@ -220,10 +220,10 @@ class Panels:
         return self._strips.crc
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return laid_out(self._strips, self._dtype)
+        return in_panels(self._strips, self._dtype)
 
 
-def laid_out(strips: Iterable[Strip], dtype: np.dtype) -> Iterator[np.ndarray]:
+def in_panels(strips: Iterable[Strip], dtype: np.dtype) -> Iterator[np.ndarray]:
     """The target's values as consecutive flat arrays of at most PANEL_BYTES, rounded to a dtype.
 
     Each holds until the next is asked for.

@@ -1,6 +1,6 @@
 """The files of a layout, written in one pass: laid out, hashed and put on the disk at once.
 
-An interrupted pass leaves files that `find_start` takes up again: what is whole is read and
+An interrupted pass leaves files that `find_resume_point` takes up again: what is whole is read and
 hashed, not made anew.
 """
 
@@ -19,7 +19,7 @@ from crc32c import crc32c
 from gptj_convert.files.output_file import OutputFile
 from gptj_convert.files.ranged_file import ALIGNMENT
 from gptj_convert.formats.containers.layout import FileLayout, Layout
-from gptj_convert.streams.pipeline import Buffers, Pipeline
+from gptj_convert.streams.pipeline import BufferPool, Pipeline
 from gptj_convert.streams.progress import Progress
 from gptj_convert.streams.strips import Strip
 from gptj_model.dtypes import NUMPY
@@ -32,7 +32,7 @@ _ROWS_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class BlockWritten:
     """A block is in its file, but for less than a page, which the next one writes."""
 
     nbytes: int
@@ -42,7 +42,7 @@ class Written:
 
 
 @dataclass(slots=True)
-class Start:
+class ResumePoint:
     """Where to begin: everything before is there already."""
 
     file: int = 0
@@ -75,8 +75,8 @@ def write_files(
     folder: Path,
     content: Callable[[str], Iterable[Strip]],
     pipeline: Pipeline,
-    start: Start,
-) -> Iterator[Written]:
+    start: ResumePoint,
+) -> Iterator[BlockWritten]:
     """Write what is missing, in order, and the index; `start` moves on, to the end.
 
     Args:
@@ -84,17 +84,17 @@ def write_files(
         folder: where they are.
         content: gives the strips of a tensor. It runs in another thread.
         pipeline: gives threads.
-        start: see `find_start`.
+        start: see `find_resume_point`.
 
     Raises:
         FileFault: writing fails.
     """
-    buffers = Buffers(pipeline, BLOCKS, BLOCK_BYTES)
-    blocks = pipeline.ahead(_lay_out(layout, content, start, buffers), depth=BLOCKS)
+    buffers = BufferPool(pipeline, BLOCKS, BLOCK_BYTES)
+    blocks = pipeline.prefetch(_lay_out(layout, content, start, buffers), depth=BLOCKS)
     output: OutputFile | None = None
     waiting: list[tuple[str, int, int]] = []
     try:
-        for block in pipeline.ahead(_hash(blocks, start.sha256), depth=BLOCKS):
+        for block in pipeline.prefetch(_hash(blocks, start.sha256), depth=BLOCKS):
             if output is None:
                 path = folder / block.file.name
                 output = OutputFile(path, layout.size(block.file), existing=True)
@@ -106,7 +106,7 @@ def write_files(
             start.checksums.update(whole)
             nbytes = block.end - block.skip
             buffers.give(block.memory)
-            yield Written(nbytes, block.file.name, tuple(whole.items()))
+            yield BlockWritten(nbytes, block.file.name, tuple(whole.items()))
             if block.sha256:
                 start.digests[block.file.name] = block.sha256
                 output.sync()
@@ -119,9 +119,9 @@ def write_files(
         (folder / name).write_bytes(small)
 
 
-def find_start(
+def find_resume_point(
     layout: Layout, folder: Path, finished: Mapping[str, int]
-) -> Generator[Progress, None, Start]:
+) -> Generator[Progress, None, ResumePoint]:
     """How far an interrupted pass came: whole tensors whose bytes have the noted checksum.
 
     Args:
@@ -129,7 +129,7 @@ def find_start(
         folder: as it was left.
         finished: crc32c of tensors that were written.
     """
-    start = Start()
+    start = ResumePoint()
     for n, file in enumerate(layout.files):
         start.file, start.offset, start.sha256, start.head = n, 0, hashlib.sha256(), b""
         with (folder / file.name).open("rb", buffering=0) as f:
@@ -180,7 +180,10 @@ class _Block:
 
 
 def _lay_out(
-    layout: Layout, content: Callable[[str], Iterable[Strip]], start: Start, buffers: Buffers
+    layout: Layout,
+    content: Callable[[str], Iterable[Strip]],
+    start: ResumePoint,
+    buffers: BufferPool,
 ) -> Iterator[_Block]:
     offset, head = start.offset, start.head
     for file in layout.files[start.file :]:

@@ -334,7 +334,7 @@ def test_names_that_lead_elsewhere(name: str, hub: FakeHub, download):
 def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, download):
     (FOLDER / "train").mkdir(parents=True)
     (FOLDER / "train/01.jsonl.zst").write_bytes(b"precious")
-    _refused(download(*SMALL), 2, "exists already", "as SRC")
+    _refused(download(*SMALL), 2, "already exists", "as SRC")
     assert (FOLDER / "train/01.jsonl.zst").read_bytes() == b"precious"
     (FOLDER / "train/01.jsonl.zst").write_bytes(PILE["train/01.jsonl.zst"])
     assert download(*SMALL).code == 0
@@ -365,10 +365,10 @@ def test_what_would_fail_after_the_download_fails_before(
     hub: FakeHub, gptj, tokenizer_folder: Path, download
 ):
     Path("data").mkdir()
-    _refused(download(), 2, "data: exists already", "--force")
+    _refused(download(), 2, "data: already exists", "--force")
     _refused(download("--out", "x", "--gzip", "--format", "hdf5"), 2, "--gzip is for TFRecords")
     _refused(download("raw", "more", "--out", "x"), 2, "expected one SRC at most")
-    _refused(download("x", "--out", "x"), 2, "x: holds x, which is read")
+    _refused(download("x", "--out", "x"), 2, "x: holds the source file x")
     command = ("data", "pile", "--download", "--repository", REPOSITORY, "--out", "x")
     _refused(gptj(*command, "--tokenizer", "nowhere"), 1, "expected a tokenizer")
     for option in (("--part", "val"), ("--repository", REPOSITORY)):

@@ -524,7 +524,7 @@ def test_a_disk_that_fills_midway_keeps_what_came(hub: FakeHub, gptj):
 def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, gptj):
     FOLDER.mkdir()
     WEIGHTS_FILE.write_bytes(b"precious")
-    _refused(gptj("download", REPOSITORY), 2, "exists already", "--out")
+    _refused(gptj("download", REPOSITORY), 2, "already exists", "--out")
     assert WEIGHTS_FILE.read_bytes() == b"precious"
     assert set(hub.served) <= {"config.json"}
 

@@ -28,8 +28,8 @@ CHANGING = (
 CONVERT = (sys.executable, "-B", "-m", "runner.cli.root", "convert", "hf", "--to", "tf")
 #: Blocks and strips far smaller than the tensors, as in a large checkpoint.
 SMALL_PIECES = (
-    "import sys; from gptj_convert import panels, writer; "
-    "panels.PANEL_BYTES = 4096; panels.STRIP_BYTES = 20_000; writer.BLOCK_BYTES = 32768; "
+    "import sys; from gptj_convert.streams import strips, writer; "
+    "strips.PANEL_BYTES = 4096; strips.STRIP_BYTES = 20_000; writer.BLOCK_BYTES = 32768; "
     "from runner.cli.root import main; sys.exit(main())"
 )
 

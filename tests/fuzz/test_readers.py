@@ -27,7 +27,7 @@ from gptj_convert.formats.containers.hdf5 import Hdf5Source
 from gptj_convert.formats.containers.safetensors import SafetensorsSource
 from gptj_convert.formats.containers.sharded import ShardedSource
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.settings.params_yaml import read_yaml
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import GptjError
@@ -147,8 +147,10 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     shutil.copyfile(GOLDEN_RUNS / "adamw/params.yaml", params)
     return {
         "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
-        "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(PickleSource(p)), 6000),
-        "views": Reader(folder / "views.bin", lambda p: read_all(PickleSource(p)), 6000),
+        "bin": Reader(
+            folder / "pytorch_model.bin", lambda p: read_all(TorchCheckpointSource(p)), 6000
+        ),
+        "views": Reader(folder / "views.bin", lambda p: read_all(TorchCheckpointSource(p)), 6000),
         "index.json": Reader(
             sharded / "pytorch_model.bin.index.json", lambda p: read_all(ShardedSource(p))
         ),

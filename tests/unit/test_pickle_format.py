@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.containers import torch_pickle
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, read_rows, read_tensor
 
@@ -87,7 +87,7 @@ def archive(
 
 def refusal(path: Path) -> str:
     with pytest.raises(FileFault) as e:
-        PickleSource(path)
+        TorchCheckpointSource(path)
     assert str(path) in e.value.message
     assert e.value.message.isprintable()
     return e.value.message
@@ -98,7 +98,7 @@ def save(path: Path, value: Any) -> Path:
     return path
 
 
-def assert_same(source: PickleSource, expected: Mapping[str, torch.Tensor]) -> None:
+def assert_same(source: TorchCheckpointSource, expected: Mapping[str, torch.Tensor]) -> None:
     assert list(source.tensors) == list(expected)
     for name, want in expected.items():
         got = read_tensor(source, name)
@@ -110,7 +110,7 @@ def assert_same(source: PickleSource, expected: Mapping[str, torch.Tensor]) -> N
 # What torch.save writes.
 
 
-def crc_faults(source: PickleSource) -> list[str]:
+def crc_faults(source: TorchCheckpointSource) -> list[str]:
     return [fault for _, fault in source.crc_faults() if fault]
 
 
@@ -133,7 +133,7 @@ def crc_faults(source: PickleSource) -> list[str]:
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 1, 3, 1), (0,), (3, 0)], ids=str)
 def test_reads_every_dtype_bit_for_bit(tmp_path, dtype, shape):
     values = (torch.randn(shape) * 50).to(dtype)
-    source = PickleSource(save(tmp_path / "m.bin", {"w": values}))
+    source = TorchCheckpointSource(save(tmp_path / "m.bin", {"w": values}))
     assert_same(source, {"w": values})
     assert crc_faults(source) == []
     source.close()
@@ -143,7 +143,7 @@ def test_reads_every_dtype_bit_for_bit(tmp_path, dtype, shape):
 def test_keeps_nan_payloads_and_subnormals(tmp_path):
     bits = torch.tensor([0x7FC00001, 0x7F800001, 1, -0x80000000, 0x7F800000], dtype=torch.int32)
     values = bits.view(torch.float32)
-    assert_same(PickleSource(save(tmp_path / "m.bin", {"w": values})), {"w": values})
+    assert_same(TorchCheckpointSource(save(tmp_path / "m.bin", {"w": values})), {"w": values})
 
 
 def test_reads_parameters_and_module_state_with_metadata(tmp_path):
@@ -154,9 +154,9 @@ def test_reads_parameters_and_module_state_with_metadata(tmp_path):
     state = module.state_dict()
     assert isinstance(state, OrderedDict)
     assert "_metadata" in vars(state)
-    assert_same(PickleSource(save(tmp_path / "state.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "state.bin", state)), state)
     parameters = dict(module.named_parameters())
-    assert_same(PickleSource(save(tmp_path / "parameters.bin", parameters)), parameters)
+    assert_same(TorchCheckpointSource(save(tmp_path / "parameters.bin", parameters)), parameters)
 
 
 def test_reads_views_with_offset_and_tied_tensors(tmp_path):
@@ -170,30 +170,30 @@ def test_reads_views_with_offset_and_tied_tensors(tmp_path):
         "flat": base.view(2, 12),
         "none": base[6:],
     }
-    assert_same(PickleSource(save(tmp_path / "m.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "m.bin", state)), state)
 
 
 def test_reads_rows(tmp_path):
     values = torch.randn(7, 3)
-    source = PickleSource(save(tmp_path / "m.bin", {"w": values}))
+    source = TorchCheckpointSource(save(tmp_path / "m.bin", {"w": values}))
     assert np.array_equal(read_rows(source, "w", 2, 5), values[2:5].numpy())
 
 
 @pytest.mark.parametrize("name", ["", "transformer.wte.weight", "é→💧", "a\nb\x1b[31m", "x" * 1024])
 def test_reads_any_name(tmp_path, name):
     state = {name: torch.ones(2)}
-    assert_same(PickleSource(save(tmp_path / "é m.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "é m.bin", state)), state)
 
 
 def test_reads_more_tensors_than_a_byte_counts(tmp_path):
     state = {f"layer.{i}": torch.full((i % 3,), float(i)) for i in range(1500)}
-    assert_same(PickleSource(save(tmp_path / "m.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "m.bin", state)), state)
 
 
 def test_reads_an_archive_of_more_than_4_gib(tmp_path):
     with torch.serialization.skip_data():  # Leaves a hole in the file: no memory, no disk.
         save(tmp_path / "m.bin", {"big": torch.empty(1_200_000_000), "last": torch.empty(4)})
-    source = PickleSource(tmp_path / "m.bin")
+    source = TorchCheckpointSource(tmp_path / "m.bin")
     assert source.tensors["big"] == TensorInfo("float32", (1_200_000_000,))
     assert not read_rows(source, "big", 1_199_999_990, None).any()
     assert not read_tensor(source, "last").any()
@@ -206,7 +206,7 @@ def test_reads_archives_without_the_newer_members(tmp_path):
         z.writestr("archive/data/0", bytes(range(48)))
         z.writestr("archive/version", b"3\n")
     for p in (path, tmp_path / "old.bin"):
-        assert read_tensor(PickleSource(p), "w").tobytes() == bytes(range(48))
+        assert read_tensor(TorchCheckpointSource(p), "w").tobytes() == bytes(range(48))
 
 
 def test_an_archive_without_checksums_counts_as_unchecked(tmp_path):
@@ -215,7 +215,7 @@ def test_an_archive_without_checksums_counts_as_unchecked(tmp_path):
         save(tmp_path / "m.bin", {"w": torch.ones(4), "empty": torch.ones(0)})
     finally:
         torch.serialization.set_crc32_options(True)
-    source = PickleSource(tmp_path / "m.bin")
+    source = TorchCheckpointSource(tmp_path / "m.bin")
     assert not source.checksummed
     assert crc_faults(source) == []
 
@@ -225,14 +225,14 @@ def test_a_wrong_crc_names_tensor_member_and_both_sums(tmp_path):
     state = {"a": torch.ones(9), "b": shared, "c": shared[5:]}
     path = save(tmp_path / "m.bin", state)
     data = bytearray(path.read_bytes())
-    source = PickleSource(path)
+    source = TorchCheckpointSource(path)
     assert source.checksummed
     member = source._zip.members["data/1"]
     data[member.begin + member.size - 1] ^= 1
     path.write_bytes(data)
     data[source._zip.members["data/0"].begin] ^= 1
     path.write_bytes(data)
-    (alone, problem) = crc_faults(PickleSource(path))
+    (alone, problem) = crc_faults(TorchCheckpointSource(path))
     assert alone.startswith("'a' (member 'm/data/0'): CRC32 is ")
     assert "'b' and 1 more (member 'm/data/1'): CRC32 is " in problem
     assert f"the archive says {member.crc:08x}" in problem
@@ -475,7 +475,7 @@ def test_refuses_a_pickle_that_is_too_large(tmp_path, monkeypatch):
 _AUDIT = """
 import codecs, os, sys
 from pathlib import Path
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_model.errors import FileFault
 from gptj_model.source import read_tensor
 
@@ -496,7 +496,7 @@ on = True
 refused = read = 0
 for path in paths:
     try:
-        source = PickleSource(path)
+        source = TorchCheckpointSource(path)
         for name in source.tensors:
             read_tensor(source, name)
         list(source.crc_faults())
@@ -552,12 +552,12 @@ def test_refuses_files_that_are_something_else(tmp_path):
         assert expected in refusal(path)
     torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(FileFault, match="legacy format") as e:
-        PickleSource(path)
+        TorchCheckpointSource(path)
     assert "weights_only=True" in str(e.value.hint)
     with pytest.raises(FileFault, match="cannot be opened"):
-        PickleSource(tmp_path / "missing.bin")
+        TorchCheckpointSource(tmp_path / "missing.bin")
     with pytest.raises(FileFault, match="cannot be read"):
-        PickleSource(tmp_path)
+        TorchCheckpointSource(tmp_path)
 
 
 def _good(path: Path, **options: Any) -> Path:
@@ -639,7 +639,7 @@ def test_refuses_archives_that_contradict_themselves(tmp_path, case):
 
 def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
     path = save(tmp_path / "m.bin", {"w": torch.ones(5000)})
-    source = PickleSource(path)
+    source = TorchCheckpointSource(path)
     os.truncate(path, 9000)
     with pytest.raises(FileFault, match=r"ends at byte 9000 inside tensor 'w', expected \d+ bytes"):
         read_tensor(source, "w")
@@ -651,7 +651,7 @@ def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
 def _reads_or_refuses(path: Path) -> bool:
     """Whether all of a file was read. Only FileFault may keep it from that."""
     try:
-        source = PickleSource(path)
+        source = TorchCheckpointSource(path)
     except FileFault as e:
         fault = e
     else:

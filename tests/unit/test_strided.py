@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptj_convert.formats.containers import strided
 from gptj_convert.formats.containers.strided import StridedView
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.streams.strips import Panels
 from gptj_model.op import Op
 from gptj_model.source import read_columns, read_rows, read_tensor
@@ -57,7 +57,7 @@ def test_every_view_is_read_as_torch_has_it(tmp_path, monkeypatch, view, scratch
     if view.dim() == 0:
         view = view[None]
     torch.save({"w": view}, tmp_path / "m.bin")
-    source = PickleSource(tmp_path / "m.bin")
+    source = TorchCheckpointSource(tmp_path / "m.bin")
     try:
         wanted = bits(view)
         assert source.tensors["w"].shape == wanted.shape
@@ -102,4 +102,4 @@ def test_overlap_is_what_counting_places_says(axes):
 )
 def test_a_matrix_is_read_as_it_lies(tmp_path, view, op):
     torch.save({"w": view}, tmp_path / "m.bin")
-    assert PickleSource(tmp_path / "m.bin").tensors["w"].storage_op is op
+    assert TorchCheckpointSource(tmp_path / "m.bin").tensors["w"].storage_op is op

@@ -18,7 +18,7 @@ from gptj_convert.formats.containers.layout import FileLayout, Layout
 from gptj_convert.streams import writer
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_convert.streams.strips import Strip
-from gptj_convert.streams.writer import Start, find_start, reserve, write_files
+from gptj_convert.streams.writer import ResumePoint, find_resume_point, reserve, write_files
 from gptj_model.errors import FileFault
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo
@@ -53,7 +53,7 @@ def strips(values: np.ndarray) -> Iterator[Strip]:
         yield Strip(values[at : at + 700], Op.COPY)
 
 
-def run(layout: Layout, folder: Path, values, start: Start, *, blocks: int | None = None):
+def run(layout: Layout, folder: Path, values, start: ResumePoint, *, blocks: int | None = None):
     """Write, and stop after so many blocks; returns what ended in them."""
     finished: dict[str, int] = {}
     with Pipeline() as pipeline:
@@ -65,8 +65,8 @@ def run(layout: Layout, folder: Path, values, start: Start, *, blocks: int | Non
     return finished
 
 
-def found_start(layout: Layout, folder: Path, finished: dict[str, int]) -> Start:
-    search = find_start(layout, folder, finished)
+def found_start(layout: Layout, folder: Path, finished: dict[str, int]) -> ResumePoint:
+    search = find_resume_point(layout, folder, finished)
     while True:
         try:
             next(search)
@@ -82,7 +82,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path, tensors, files: int, block: in
         (tmp_path / file.name).unlink(missing_ok=True)
     with patch.object(writer, "BLOCK_BYTES", block * ALIGNMENT):
         reserve(layout, tmp_path)
-        finished = run(layout, tmp_path, values, Start(), blocks=stop) if stop else {}
+        finished = run(layout, tmp_path, values, ResumePoint(), blocks=stop) if stop else {}
         start = found_start(layout, tmp_path, finished)
         assert start.checksums.keys() == finished.keys()
         finished |= run(layout, tmp_path, values, start)
@@ -97,7 +97,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path, tensors, files: int, block: in
 def test_what_was_damaged_meanwhile_is_made_anew(tmp_path: Path):
     layout, values = a_layout([("float32", 3000)] * 3, 1)
     reserve(layout, tmp_path)
-    finished = run(layout, tmp_path, values, Start())
+    finished = run(layout, tmp_path, values, ResumePoint())
     path = tmp_path / "file0"
     whole = path.read_bytes()
     path.write_bytes(whole[:13_000] + b"damage" + whole[13_006:])
@@ -117,7 +117,7 @@ def test_a_fault_of_the_source_ends_the_pass(tmp_path: Path):
         return strips(values[name])
 
     with pytest.raises(FileFault, match="the device is gone"), Pipeline() as pipeline:
-        list(write_files(layout, tmp_path, content, pipeline, Start()))
+        list(write_files(layout, tmp_path, content, pipeline, ResumePoint()))
 
 
 def test_never_writes_over_a_file(tmp_path: Path):

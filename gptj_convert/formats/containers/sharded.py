@@ -19,7 +19,7 @@ from typing import Any
 from gptj_convert.files.json_file import parse_json, read_json
 from gptj_convert.files.ranged_file import DOWNLOAD_HINT
 from gptj_convert.formats.containers.safetensors import MAX_HEADER_BYTES, SafetensorsSource
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import TensorInfo, TensorSource
 
@@ -60,7 +60,7 @@ def shards_of(name: str) -> int | None:
 def open_file(path: Path) -> TensorSource:
     """Open one weight file by its content; one that is neither kind, by its name."""
     kind = kind_of_content(path) or (SAFETENSORS if path.suffix == SAFETENSORS else ARCHIVE)
-    return SafetensorsSource(path) if kind == SAFETENSORS else PickleSource(path)
+    return SafetensorsSource(path) if kind == SAFETENSORS else TorchCheckpointSource(path)
 
 
 def kind_of_content(path: Path) -> str | None:

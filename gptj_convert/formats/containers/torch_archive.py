@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from gptj_convert.formats.containers.layout import FileLayout
-from gptj_convert.formats.containers.torch_pickle import kind_of
+from gptj_convert.formats.containers.torch_pickle import type_name
 from gptj_convert.formats.containers.torch_zip import PICKLE, ZipEntry, end_of_zip, local_header
 from gptj_model.source import TensorInfo
 
@@ -105,7 +105,7 @@ class _Pickle:
             case tuple():
                 self._sequence(b"(", value, b"t")
             case _:
-                raise TypeError(f"no plain value: {kind_of(value)}")
+                raise TypeError(f"no plain value: {type_name(value)}")
 
     def _sequence(self, begin: bytes, items: Sequence[Any], end: bytes) -> None:
         self._data += begin

@@ -20,8 +20,8 @@ from gptj_convert.formats.containers.torch_pickle import (
     MAX_PICKLE_BYTES,
     STATE_DICT_HINT,
     PickledTensor,
-    kind_of,
     read_pickle,
+    type_name,
 )
 from gptj_convert.formats.containers.torch_zip import RESAVE_HINT, Member, TorchZip
 from gptj_model.dtypes import NUMPY
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 MAX_DIMENSIONS = 8
 
 
-class PickleSource:
+class TorchCheckpointSource:
     """The tensors of a `pytorch_model.bin`, as `gptj_model.source.TensorSource`.
 
     Attributes:
@@ -106,14 +106,14 @@ class PickleSource:
     def _add(self, name: Any, value: Any) -> None:
         if not isinstance(name, str):
             raise FileFault(
-                f"{self._file.path}: a dict's key is of type {kind_of(name)}, expected a tensor's "
+                f"{self._file.path}: a dict's key is of type {type_name(name)}, expected a tensor's "
                 "name",
                 hint=STATE_DICT_HINT,
             )
         where = f"{self._file.path}: tensor {name!r}"
         if not isinstance(value, PickledTensor):
             raise FileFault(
-                f"{self._file.path}: entry {name!r} is of type {kind_of(value)}, "
+                f"{self._file.path}: entry {name!r} is of type {type_name(value)}, "
                 "expected only tensors",
                 hint=STATE_DICT_HINT,
             )

@@ -42,7 +42,7 @@ def read_pickle(data: bytes, path: Path) -> dict[Any, Any]:
     return _Machine(data, path).run()
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """A value's type for messages. The value itself may be too deep to be shown."""
     return type(value).__name__
 
@@ -142,7 +142,7 @@ class _Machine:
             raise self._fault("STOP with more than one value on the stack")
         if not isinstance(value, dict):
             raise self._fault(
-                f"holds one value of type {kind_of(value)}, expected a dict of tensors",
+                f"holds one value of type {type_name(value)}, expected a dict of tensors",
                 hint=STATE_DICT_HINT,
             )
         return value
@@ -231,11 +231,11 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, dict) or len(items) % 2:
-            raise self._fault(f"sets {len(items)} keys and values in a {kind_of(target)}")
+            raise self._fault(f"sets {len(items)} keys and values in a {type_name(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in _KEYS:
                 raise self._fault(
-                    f"a dict's key is of type {kind_of(key)}, expected a tensor's name",
+                    f"a dict's key is of type {type_name(key)}, expected a tensor's name",
                     hint=STATE_DICT_HINT,
                 )
             if key in target:
@@ -245,7 +245,7 @@ class _Machine:
     def append(self, items: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, list):
-            raise self._fault(f"appends to a {kind_of(target)}, expected a list")
+            raise self._fault(f"appends to a {type_name(target)}, expected a list")
         target.extend(items)
 
     def persistent(self) -> None:
@@ -258,9 +258,11 @@ class _Machine:
     def reduce(self) -> None:
         arguments, target = self.pop(), self.pop()
         if not isinstance(target, Global):
-            raise self._fault(f"REDUCE calls a {kind_of(target)}, expected a known global")
+            raise self._fault(f"REDUCE calls a {type_name(target)}, expected a known global")
         if not isinstance(arguments, tuple):
-            raise self._fault(f"REDUCE with a {kind_of(arguments)}, expected a tuple of arguments")
+            raise self._fault(
+                f"REDUCE with a {type_name(arguments)}, expected a tuple of arguments"
+            )
         match target.name, arguments:
             case "collections.OrderedDict", ():
                 self.push(OrderedDict())
@@ -287,7 +289,7 @@ class _Machine:
     def build(self) -> None:
         state, target = self.pop(), self._top()
         if not isinstance(target, OrderedDict):
-            raise self._fault(f"BUILD on a {kind_of(target)}, expected an OrderedDict")
+            raise self._fault(f"BUILD on a {type_name(target)}, expected an OrderedDict")
         # Versions of the modules, of no use here: nn.Module.state_dict() hangs them on its dict.
         if not isinstance(state, dict) or list(state) != ["_metadata"]:
             raise self._fault("BUILD with something other than a state dict's _metadata")

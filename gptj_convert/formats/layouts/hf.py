@@ -17,15 +17,15 @@ from gptj_model.source import TensorInfo, TensorSource
 from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT
 
 SAFETENSORS_FILE = FILE_FORMATS["safetensors"]
-PICKLE_FILE = FILE_FORMATS["bin"]
+TORCH_FILE = FILE_FORMATS["bin"]
 #: How names of single files of weights end, the last four of what torch.save wrote.
 WEIGHT_SUFFIXES = (sharded.SAFETENSORS, sharded.ARCHIVE, ".pt", ".pth", ".ckpt")
 #: One file, or the index of shards, in the order that transformers prefers them.
 WEIGHT_FILES = (
     SAFETENSORS_FILE,
     SAFETENSORS_FILE + INDEX_SUFFIX,
-    PICKLE_FILE,
-    PICKLE_FILE + INDEX_SUFFIX,
+    TORCH_FILE,
+    TORCH_FILE + INDEX_SUFFIX,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -121,7 +121,7 @@ def hf_layout(
     Args:
         tensors: of the model, in order.
         max_shard_bytes: see `sharded.split`.
-        file: `SAFETENSORS_FILE` or `PICKLE_FILE`.
+        file: `SAFETENSORS_FILE` or `TORCH_FILE`.
 
     Raises:
         UsageError: see `sharded.split`.

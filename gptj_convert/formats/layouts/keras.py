@@ -71,9 +71,7 @@ def dataset_path(name: str, *, tied: bool) -> str:
 
 def variable_name(path: str, *, tied: bool) -> str:
     """The inverse of `dataset_path`; a path that no GPT-J has is given back as it is."""
-    found = re.fullmatch(
-        r"(layers/\w+|blocks/block(?:_(\d+))?)(?:/(.+))?/vars/(\d)", path, re.ASCII
-    )
+    found = _PATH.fullmatch(path)
     if not found:
         return path
     group, number, rest, index = found.groups()

@@ -7,7 +7,7 @@ from typing import Any
 
 from gptj_convert.formats.containers.layout import FileLayout
 from gptj_convert.formats.containers.torch_archive import archive_file
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.formats.containers.torch_pickle import PickledTensor
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
@@ -22,7 +22,7 @@ State = Mapping[int, Mapping[str, Any]]
 Groups = Sequence[Mapping[str, Any]]
 
 
-class OptimizerSource(PickleSource):
+class OptimizerSource(TorchCheckpointSource):
     """The tensors of an optimizer's state, as `optimizer.state.NUMBER.KEY`.
 
     Attributes:
@@ -31,7 +31,7 @@ class OptimizerSource(PickleSource):
         more: the other keys of the state dict.
 
     Raises:
-        FileFault: see `PickleSource`; or it is not an optimizer's state dict.
+        FileFault: see `TorchCheckpointSource`; or it is not an optimizer's state dict.
     """
 
     def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:

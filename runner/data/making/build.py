@@ -23,11 +23,11 @@ from gptj_convert.conversion.journal import JOURNAL_FILE, Journal, read_journal
 from gptj_convert.files.digest import digest
 from gptj_convert.files.output_file import FULL
 from gptj_convert.files.output_folder import (
-    Staging,
-    has_content,
-    remove_staging,
-    staged_folder,
-    staging_root,
+    PartialFolder,
+    has_partial_content,
+    output_folder,
+    partial_path,
+    remove_partial,
     sync,
 )
 from gptj_model import __version__
@@ -213,17 +213,17 @@ def build(
         OSError: reading or writing fails.
     """
     job = _job(parts, recipe, options)
-    path = staging_root(out) / JOURNAL_FILE
+    path = partial_path(out) / JOURNAL_FILE
     found = read_journal(path, Written)
-    if resume and not has_content(out) and (complete := _complete(out, job)):
-        remove_staging(out)
+    if resume and not has_partial_content(out) and (complete := _complete(out, job)):
+        remove_partial(out)
         yield Result(complete, kept_files=sum(c.files for c in complete.values()))
         return
     replaces = force or bool(resume and found and found.job["force"])
-    with staged_folder(out, force=replaces, fresh=False) as staging:
+    with output_folder(out, force=replaces, fresh=False) as staging:
         found = None if force else read_journal(path, Written)
         if found:
-            staging.keep = True
+            staging.resumable = True
             _check_job(found.job, job, out, resume=resume)
             job, good = found.job, _good(staging, found.parts)
         else:
@@ -238,13 +238,13 @@ def build(
                 journal.parts.clear()  # going on would end the same way
                 raise
             finally:
-                staging.keep = bool(journal.parts)
+                staging.resumable = bool(journal.parts)
     yield Result(counts, kept_files=len(good))
 
 
 def is_resumable(out: Path) -> bool:
     """Whether an interrupted run can be gone on with."""
-    return read_journal(staging_root(out) / JOURNAL_FILE, Written) is not None
+    return read_journal(partial_path(out) / JOURNAL_FILE, Written) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ def _write(
     parts: Sequence[Part],
     recipe: Recipe,
     options: Options,
-    staging: Staging,
+    staging: PartialFolder,
     journal: Journal[Written],
     processes: int,
     counts: dict[str, Counts],
@@ -305,7 +305,7 @@ class _Work:
         part: Part,
         recipe: Recipe,
         options: Options,
-        staging: Staging,
+        staging: PartialFolder,
         journal: Journal[Written],
     ) -> None:
         self._part = part
@@ -466,7 +466,7 @@ def _complete(out: Path, job: Mapping[str, Any]) -> dict[str, Counts] | None:
     return counts
 
 
-def _good(staging: Staging, written: Iterable[Written]) -> list[Written]:
+def _good(staging: PartialFolder, written: Iterable[Written]) -> list[Written]:
     """What is there as it was noted, up to the first that is not."""
     good: list[Written] = []
     for entry in written:
@@ -479,7 +479,7 @@ def _good(staging: Staging, written: Iterable[Written]) -> list[Written]:
     return good
 
 
-def _remove_others(staging: Staging, good: Iterable[Written]) -> None:
+def _remove_others(staging: PartialFolder, good: Iterable[Written]) -> None:
     kept = {staging.content / e.folder / e.name for e in good}
     for path in staging.content.rglob("*"):
         if path.is_file() and path not in kept:
