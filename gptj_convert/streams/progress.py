@@ -1,4 +1,4 @@
-"""What long work tells of itself."""
+"""Progress of long operations."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes that are done, of how many, and what is being done."""
+    """Progress of an operation, in bytes or stages."""
 
     done: int
     total: int
     what: str
+    """Item that is being processed, in words for people."""

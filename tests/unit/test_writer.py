@@ -1,4 +1,4 @@
-"""The writer: whatever the sizes of blocks, and wherever it was stopped, the same bytes."""
+"""The writer: the same bytes for any block size, wherever an earlier pass was interrupted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def strips(values: np.ndarray) -> Iterator[Strip]:
 
 
 def run(layout: Layout, folder: Path, values, start: ResumePoint, *, blocks: int | None = None):
-    """Write, and stop after so many blocks; returns what ended in them."""
+    """Write, stop after N blocks, and return the checksums of the tensors that ended in them."""
     finished: dict[str, int] = {}
     with Pipeline() as pipeline:
         events = write_files(layout, folder, lambda n: strips(values[n]), pipeline, start)
@@ -76,7 +76,7 @@ def found_start(layout: Layout, folder: Path, finished: dict[str, int]) -> Resum
 
 @settings_
 @given(tensors=TENSORS, files=st.integers(1, 3), block=st.integers(1, 3), stop=st.integers(0, 12))
-def test_stopped_and_gone_on_with(tmp_path: Path, tensors, files: int, block: int, stop: int):
+def test_an_interrupted_pass_is_resumed(tmp_path: Path, tensors, files: int, block: int, stop: int):
     layout, values = a_layout(tensors, files)
     for file in layout.files:
         (tmp_path / file.name).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path, tensors, files: int, block: in
         assert start.digests[file.name] == hashlib.sha256(content).hexdigest()
 
 
-def test_what_was_damaged_meanwhile_is_made_anew(tmp_path: Path):
+def test_tensors_damaged_meanwhile_are_written_again(tmp_path: Path):
     layout, values = a_layout([("float32", 3000)] * 3, 1)
     reserve(layout, tmp_path)
     finished = run(layout, tmp_path, values, ResumePoint())
@@ -120,7 +120,7 @@ def test_a_fault_of_the_source_ends_the_pass(tmp_path: Path):
         list(write_files(layout, tmp_path, content, pipeline, ResumePoint()))
 
 
-def test_never_writes_over_a_file(tmp_path: Path):
+def test_never_overwrites_a_file(tmp_path: Path):
     layout, _ = a_layout([("float32", 10)], 1)
     (tmp_path / "file0").write_bytes(b"mine")
     with pytest.raises(FileFault, match="File exists"):

@@ -1,4 +1,4 @@
-"""Arrays in memory, written as a layout says."""
+"""Arrays in memory, written to the files of a layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptj_model.op import Op
 
 
 def write(layout: Layout, folder: Path, content: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Returns the crc32c of every tensor's bytes."""
+    """Write the files, and return the crc32c of every tensor's bytes."""
     reserve(layout, folder)
     start = ResumePoint()
     with Pipeline() as pipeline:
