@@ -633,7 +633,9 @@ def test_shards_whose_names_lead_elsewhere(name: object, sharded_hub: FakeHub, g
     sharded_hub.files[INDEX] = _index(SHARDS[0], name)
     if isinstance(name, str) and name not in sharded_hub.files:
         sharded_hub.listed_only = [name]
-    _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}", "is no name of a shard")
+    _refused(
+        gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}", "is not the name of a shard"
+    )
     assert sharded_hub.fetched == {"config.json", INDEX}
     assert not list(Path.cwd().iterdir())
 

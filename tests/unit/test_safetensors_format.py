@@ -334,7 +334,7 @@ def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
     source = SafetensorsSource(path)
     end = path.stat().st_size - 3
     os.truncate(path, end)
-    with pytest.raises(FileFault, match=f"ends at byte {end} inside tensor 'w', expected 3 bytes"):
+    with pytest.raises(FileFault, match=f"ends at byte {end} inside tensor 'w', expected 3 more bytes"):
         read_tensor(source, "w")
 
 

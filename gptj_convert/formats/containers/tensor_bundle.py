@@ -1,8 +1,9 @@
 """The TensorFlow V2 checkpoint bundle, read and written without TensorFlow.
 
-`PREFIX.data-0000i-of-0000n` hold the tensors' little-endian row-major bytes. `PREFIX.index` is
-a LevelDB table from tensor names to where their bytes are, with a masked crc32c for each.
-Formats: tensorflow/core/protobuf/tensor_bundle.proto and leveldb's table_format.
+The files `PREFIX.data-0000i-of-0000n` hold the tensors' little-endian row-major bytes. The file
+`PREFIX.index` is a LevelDB table from each tensor's name to the place of its bytes and their masked
+crc32c.
+Format: tensorflow/core/protobuf/tensor_bundle.proto, and `leveldb_table`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, raw_bytes
 
-#: TensorFlow's dtype enum ↔ canonical names.
+#: Canonical name of each value of TensorFlow's enum DataType.
 DTYPES = {
     1: "float32",
     2: "float64",
@@ -55,7 +56,7 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 
-#: A GPT-J of 28 blocks with its optimizer's state needs 855 tensors and 130 kB.
+#: Limits on an index. With optimizer state, a GPT-J of 28 blocks has 855 tensors in 130 kB.
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_TENSORS = 2**14
 MAX_DIMENSIONS = 8
@@ -74,7 +75,7 @@ def data_path(prefix: Path, shard: int = 0, shards: int = 1) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor's bytes are."""
+    """Place of one tensor's bytes."""
 
     info: TensorInfo
     shard: int
@@ -84,10 +85,14 @@ class Entry:
 
 
 class BundleSource:
-    """The tensors of one bundle, as `gptj_model.source.TensorSource`.
+    """Tensors of one bundle, as a `gptj_model.source.TensorSource`.
+
+    Args:
+        prefix: path of the files without their suffixes.
 
     Raises:
-        FileFault: the index is corrupt, or a data file is missing or shorter than it says.
+        FileFault: the index is corrupt, or a data file is missing or shorter than the index
+            states.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -106,7 +111,7 @@ class BundleSource:
 
     @property
     def files(self) -> list[Path]:
-        """The index and every data file."""
+        """Index and data files."""
         return [self._index, *(shard.path for shard in self._shards)]
 
     def _check_extents(self) -> None:
@@ -137,7 +142,7 @@ class BundleSource:
 
 
 def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
-    """A new bundle with one data file, its tensors in the order of their names."""
+    """Return the layout of a new bundle with one data file and the tensors sorted by name."""
     ordered = {name: tensors[name] for name in sorted(tensors)}
     begins = accumulate((info.nbytes for info in ordered.values()), initial=0)
     places = dict(zip(ordered, begins, strict=False))
@@ -153,10 +158,14 @@ def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
 
 
 def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write arrays that are in memory as a bundle, durably.
+    """Write arrays as a bundle, durably.
+
+    Args:
+        prefix: path of the files without their suffixes.
+        tensors: values by name.
 
     Raises:
-        FileFault: the files exist, or the disk is full.
+        FileFault: a file exists, or the disk is full.
     """
     infos = {name: TensorInfo(a.dtype.name, a.shape) for name, a in tensors.items()}
     write_tensors(prefix, infos, tensors.__getitem__)
@@ -168,12 +177,12 @@ def write_tensors(
     """Write a bundle durably, one tensor at a time.
 
     Args:
-        prefix: of the files.
-        tensors: what it will hold.
-        read: gives the values of one.
+        prefix: path of the files without their suffixes.
+        tensors: tensors of the bundle.
+        read: function that returns the values of a tensor.
 
     Raises:
-        FileFault: the files exist, or the disk is full.
+        FileFault: a file exists, or the disk is full.
     """
     with closing(BundleWriter(prefix, tensors)) as writer:
         for name in writer.tensors:
@@ -182,41 +191,41 @@ def write_tensors(
 
 
 class BundleWriter:
-    """A bundle while it is written: its tensors in any order, the parts of each one in order.
+    """Writer of a bundle that accepts the tensors in any order, and the parts of each in order.
 
     Args:
-        prefix: of the files.
-        tensors: what it will hold.
+        prefix: path of the files without their suffixes.
+        tensors: tensors of the bundle.
 
     Raises:
-        FileFault: the files exist, or the disk is full.
+        FileFault: a file exists, or the disk is full.
     """
 
     def __init__(self, prefix: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._prefix = prefix
-        # Large ones first: they begin where a device takes them directly.
+        # Large tensors first: they then begin at offsets that allow direct writes.
         self.tensors = dict(sorted(tensors.items(), key=lambda t: -t[1].nbytes))
-        """What it will hold, in the order of the file."""
+        """Tensors of the bundle, in the order of the data file."""
         *begins, self._end = accumulate((t.nbytes for t in self.tensors.values()), initial=0)
         self.begins = dict(zip(self.tensors, begins, strict=True))
-        """Where each one is in the data file."""
+        """Offset of each tensor in the data file, in bytes."""
         self.written = dict.fromkeys(self.tensors, 0)
-        """How many bytes of each one are there."""
+        """Number of bytes of each tensor that have been written."""
         self._checksums = dict.fromkeys(self.tensors, 0)
         self._output = OutputFile(data_path(prefix), self._end)
 
     def append(self, name: str, values: np.ndarray) -> None:
-        """Write what follows of a tensor: any number of its elements, in its dtype."""
+        """Write the next elements of a tensor, any number of them, in its dtype."""
         raw = raw_bytes(np.ascontiguousarray(values))
         self._output.write(self.begins[name] + self.written[name], raw)
         self._checksums[name] = crc32c(raw, self._checksums[name])
         self.written[name] += len(raw)
 
     def finish(self, more: Mapping[str, np.ndarray] | None = None) -> None:
-        """Make the data durable, then write the index, durably.
+        """Flush the data to the device, then write the index, durably.
 
         Args:
-            more: small tensors that were not known before; they go behind the others.
+            more: additional small tensors, which are written behind the others.
         """
         for name, values in (more or {}).items():
             self.tensors[name] = TensorInfo(values.dtype.name, values.shape)
@@ -239,11 +248,8 @@ class BundleWriter:
         self._output.close()
 
 
-# The index: protocol buffers inside a LevelDB table.
-
-
 class _BundleError(ValueError):
-    """A message that breaks a rule of the bundle."""
+    """Broken rule of the bundle's index; the text says which one."""
 
 
 def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
@@ -311,7 +317,7 @@ def _parse_entry(data: memoryview) -> Entry:
     if code not in DTYPES:
         raise _BundleError(f"a tensor has dtype {code}, expected one of {sorted(DTYPES)}")
     info = TensorInfo(DTYPES[code], shape)
-    # Also of an empty tensor: numpy has no array of such a shape.
+    # An empty tensor is checked, too: numpy has no array of such a shape.
     if math.prod(max(n, 1) for n in shape) * NUMPY[info.dtype].itemsize >= 2**63:
         raise _BundleError(f"a tensor's shape {list(shape)} overflows")
     if info.nbytes != size:
