@@ -300,7 +300,7 @@ def test_an_answer_of_another_size(body: bytes, hub: FakeHub, gptj):
 
 def test_a_network_that_asks_for_a_login(hub: FakeHub, gptj):
     hub.answers_html = True
-    _refused(gptj("download", REPOSITORY), 1, "the answer is not a hub's")
+    _refused(gptj("download", REPOSITORY), 1, "the answer does not come from a hub")
 
 
 # What is refused.
@@ -326,7 +326,7 @@ def test_no_access(status: int, code: str, words: str, hub: FakeHub, gptj):
 
 def test_no_such_repository_or_revision(hub: FakeHub, gptj):
     _refused(gptj("download", "someone/else"), 1, "someone/else: not found")
-    _refused(gptj("download", REPOSITORY, "--revision", "v9"), 1, "has no such revision")
+    _refused(gptj("download", REPOSITORY, "--revision", "v9"), 1, "the revision does not exist")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "../x", "", "a b", "-x-/y", "x..y", "./here", "a\nb"])
@@ -406,7 +406,7 @@ def test_a_damaged_file_of_the_cache_is_never_taken(
     blob.write_bytes(bytes(len(WEIGHTS)))
     done = gptj("download", REPOSITORY)
     assert done.code == 0
-    assert "is damaged in the hub's cache" in done.stderr
+    assert "the copy in the hub's cache is damaged" in done.stderr
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
     shutil.rmtree(FOLDER)
     point_at(refused_endpoint, monkeypatch)
@@ -462,7 +462,7 @@ def test_another_architecture_is_refused_before_its_weights(hub: FakeHub, gptj):
     done = gptj("download", REPOSITORY)
     assert done.code == 0
     assert "note: " in done.stderr
-    assert "it is downloaded, but cannot be converted" in done.stderr
+    assert "the model is downloaded, but cannot be converted" in done.stderr
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
 
 
@@ -534,7 +534,7 @@ def test_two_downloads_into_one_folder(hub: FakeHub, gptj):
     handle = os.open(FOLDER, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        _refused(gptj("download", REPOSITORY), 1, "another download is at work here")
+        _refused(gptj("download", REPOSITORY), 1, "another download is using this folder")
     finally:
         os.close(handle)
     assert gptj("download", REPOSITORY).code == 0
@@ -701,7 +701,7 @@ def test_a_digest_that_leads_elsewhere(hub: FakeHub, monkeypatch: pytest.MonkeyP
     told = hub.information()
     next(s for s in told["siblings"] if "lfs" in s)["lfs"]["sha256"] = "../../x"
     monkeypatch.setattr(hub, "information", lambda: told)
-    _refused(gptj("download", REPOSITORY), 1, "the answer is not a hub's")
+    _refused(gptj("download", REPOSITORY), 1, "the answer does not come from a hub")
 
 
 # The program as it is called: the client reads its variables at import.
