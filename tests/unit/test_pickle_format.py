@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`: what torch.save writes is read bit for bit, anything else is refused."""
+"""`pytorch_model.bin`: files of torch.save are read bit for bit, anything else is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def archive(
     folder: str = "archive",
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """A zip archive laid out as torch.save does, with a storage "0" of 48 bytes."""
+    """Return a zip archive in the form of torch.save, with a storage "0" of 48 bytes."""
     members = {"data.pkl": data_pkl, "byteorder": b"little", "data/0": bytes(range(48))}
     with zipfile.ZipFile(path, "w", compression) as z, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def assert_same(source: TorchCheckpointSource, expected: Mapping[str, torch.Tens
         assert got.tobytes() == want.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-# What torch.save writes.
+# Files of torch.save.
 
 
 def crc_faults(source: TorchCheckpointSource) -> list[str]:
@@ -238,7 +238,7 @@ def test_a_wrong_crc_names_tensor_member_and_both_sums(tmp_path):
     assert f"the archive says {member.crc:08x}" in problem
 
 
-# What is refused: values.
+# Refused values.
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_refuses_entries_that_are_not_tensors(tmp_path, value, kind):
     assert f"entry 'epoch' is of type {kind}" in message
 
 
-def test_refuses_what_is_no_dict_or_has_other_keys(tmp_path):
+def test_refuses_values_other_than_a_dict_with_text_keys(tmp_path):
     assert "PickledTensor" in refusal(save(tmp_path / "a.bin", torch.ones(2)))
     assert "of type list" in refusal(save(tmp_path / "b.bin", [torch.ones(2)]))
     assert "key is of type int" in refusal(save(tmp_path / "c.bin", {1: torch.ones(2)}))
@@ -309,11 +309,11 @@ def test_refuses_claims_that_do_not_fit_the_storage(tmp_path, value, expected):
     assert expected in message
 
 
-# What is refused: programs.
+# Refused programs.
 
 
 class Call:
-    """Pickles as a call of anything."""
+    """Object that pickles as a call of any function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -323,7 +323,7 @@ class Call:
 
 
 class Plain:
-    """Pickles as a new object with a state."""
+    """Object that pickles as a new object with a state."""
 
     def __init__(self) -> None:
         self.x = 1
@@ -483,7 +483,7 @@ codecs.lookup("cp437")  # zipfile's for names; Python imports codecs when first 
 seen, on = [], False
 
 def hook(event, arguments):
-    # The reader looks whether the file is in the page cache.
+    # The reader checks whether the file is in the page cache.
     looks = event.startswith("mmap.") or event.startswith("ctypes.cdata")
     looks |= event.startswith("ctypes.dl") and arguments[-1] in (None, "mincore")
     if on and not looks and not (event == "open" and arguments[0] == str(path)):
@@ -535,7 +535,7 @@ def test_the_modules_do_not_load_torch():
     assert done.stdout == "False\n"
 
 
-# What is refused: archives.
+# Refused archives.
 
 
 def test_refuses_files_that_are_something_else(tmp_path):
@@ -572,7 +572,7 @@ def _duplicate(path: Path) -> None:
 
 
 def _patched(old: bytes, new: bytes) -> Callable[[Path], None]:
-    """Replace the last occurrence."""
+    """Replace the last occurrence of a byte string."""
 
     def make(path: Path) -> None:
         before, found, after = _good(path).read_bytes().rpartition(old)
@@ -583,7 +583,7 @@ def _patched(old: bytes, new: bytes) -> Callable[[Path], None]:
 
 
 def _directory_field(name: str, at: int, value: bytes) -> Callable[[Path], None]:
-    """Change a field of a member's entry in the central directory."""
+    """Return a function that changes a field of a member's entry in the central directory."""
 
     def make(path: Path) -> None:
         data = bytearray(_good(path).read_bytes())
@@ -649,7 +649,7 @@ def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
 
 
 def _reads_or_refuses(path: Path) -> bool:
-    """Whether all of a file was read. Only FileFault may keep it from that."""
+    """Return whether a file was read completely; no error other than FileFault may occur."""
     try:
         source = TorchCheckpointSource(path)
     except FileFault as e:
