@@ -54,7 +54,7 @@ class TensorPrefetch:
         pipeline: Pipeline,
         count: int | None,
     ) -> None:
-        size = max((strip_bytes(source.tensors[w.name], w.op) for w in requests), default=0)
+        size = max((strip_bytes(source.tensors[r.name], r.op) for r in requests), default=0)
         self._buffers = BufferPool(pipeline, count or strip_buffers(size), size)
         read = pipeline.prefetch(self._read(source, requests), depth=_ITEMS)
         self._ahead = pipeline.prefetch(_with_checksums(read), depth=_ITEMS)

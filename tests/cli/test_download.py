@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-from gptj_convert.hub.client import TRIES, download
+from gptj_convert.hub import download
+from gptj_convert.hub.client import TRIES
 from gptj_convert.hub.model_files import list_model
 from gptj_convert.streams.progress import Progress
 from tests.cli import fake_hub
@@ -657,7 +658,7 @@ def test_an_index_that_is_none(text: bytes, sharded_hub: FakeHub, gptj):
 def test_weights_that_would_be_taken_instead_of_those_to_come(sharded_hub: FakeHub, gptj):
     FOLDER.mkdir()
     WEIGHTS_FILE.write_bytes(b"precious")
-    _refused(gptj("download", REPOSITORY), 2, "model.safetensors: is there", INDEX, "--out")
+    _refused(gptj("download", REPOSITORY), 2, "model.safetensors: already exists", INDEX, "--out")
     assert WEIGHTS_FILE.read_bytes() == b"precious"
     assert sharded_hub.fetched == {"config.json", INDEX}
 
