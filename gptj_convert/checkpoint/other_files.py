@@ -175,7 +175,7 @@ def _deepspeed(folder: Path) -> Found | None:
     root = folder if inner else folder.parent
     return Found(
         f"a checkpoint of DeepSpeed, divided among its ranks ({(names or inner)[0]})",
-        f"join it: `python zero_to_fp32.py {_quoted(root)} {_quoted(root / hf.PICKLE_FILE)}`",
+        f"join it: `python zero_to_fp32.py {_quoted(root)} {_quoted(root / hf.TORCH_FILE)}`",
     )
 
 

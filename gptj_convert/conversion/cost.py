@@ -12,12 +12,12 @@ from gptj_convert.conversion.plan import Plan
 from gptj_convert.resources.footprint import INTERPRETER, TOKENIZER
 from gptj_convert.resources.rates import Rates
 from gptj_convert.streams.strips import (
-    CONVERTED_STRIPS,
+    CONVERTED_STRIP_BUFFERS,
     PANEL_BYTES,
     SMALL_STRIP_BYTES,
-    STRIPS,
+    STRIP_BUFFERS,
+    strip_buffers,
     strip_sizes,
-    strips_around,
 )
 from gptj_convert.streams.writer import BLOCK_BYTES, BLOCKS
 from gptj_model.dtypes import NUMPY
@@ -29,7 +29,7 @@ def conversion_memory(plan: Plan) -> int:
     """Return the peak memory of `execute`: strips and blocks, and one panel more for columns, which
     are cut from whole rows."""
     sizes = [size for m in plan.in_file_order for size in strip_sizes(m.source, m.op)]
-    strips = _strips(sizes, strips_around(max(sizes, default=0)))
+    strips = _strips(sizes, strip_buffers(max(sizes, default=0)))
     blocks = min(plan.layout.total, BLOCKS * BLOCK_BYTES)
     return INTERPRETER + TOKENIZER + strips + blocks + PANEL_BYTES
 
@@ -50,8 +50,8 @@ def comparison_memory(pairs: Iterable[tuple[TensorInfo, Op, TensorInfo]]) -> int
         sizes += strip_sizes(source, op)
         target_bytes += target.nbytes
         mask = max(mask, PANEL_BYTES // NUMPY[target.dtype].itemsize)
-    panels = min(target_bytes, (CONVERTED_STRIPS + 2) * PANEL_BYTES)
-    return INTERPRETER + TOKENIZER + _strips(sizes, STRIPS) + panels + mask
+    panels = min(target_bytes, (CONVERTED_STRIP_BUFFERS + 2) * PANEL_BYTES)
+    return INTERPRETER + TOKENIZER + _strips(sizes, STRIP_BUFFERS) + panels + mask
 
 
 def _strips(sizes: Iterable[int], count: int) -> int:

@@ -29,10 +29,10 @@ from gptj_convert.conversion.manifest import (
 )
 from gptj_convert.conversion.plan import Move, Plan
 from gptj_convert.files.output_folder import (
-    has_content,
-    remove_staging,
-    staged_folder,
-    staging_root,
+    has_partial_content,
+    output_folder,
+    partial_path,
+    remove_partial,
 )
 from gptj_convert.formats.containers.sharded import is_index
 from gptj_convert.formats.layouts.hf import GENERATION_FILE, settings_files
@@ -43,10 +43,10 @@ from gptj_convert.settings.params_yaml import PARAMS_FILE, yaml_text
 from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_convert.settings.trainer_yaml import TRAINER_FILE, trainer
 from gptj_convert.streams.pipeline import Pipeline
-from gptj_convert.streams.prefetch import ReadAhead, Wanted
+from gptj_convert.streams.prefetch import TensorPrefetch, TensorRequest
 from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Strip
-from gptj_convert.streams.writer import Start, find_start, reserve, write_files
+from gptj_convert.streams.writer import ResumePoint, find_resume_point, reserve, write_files
 from gptj_model.config import CONFIG_FILE, NOT_CARRIED
 from gptj_model.dtypes import count_nonfinite, count_overflows, largest, saturate
 from gptj_model.errors import FileFault, TensorFault, UsageError
@@ -103,17 +103,17 @@ def execute(
         OSError: writing fails.
     """
     job = _job(plan, checkpoint)
-    journal_path = staging_root(out) / JOURNAL_FILE
+    journal_path = partial_path(out) / JOURNAL_FILE
     found = read_journal(journal_path, Moved)
-    if resume and not has_content(out) and _is_complete(out, job):
-        remove_staging(out)
+    if resume and not has_partial_content(out) and _is_complete(out, job):
+        remove_partial(out)
         return Result((), plan.layout.total)
     replaces = force or bool(resume and found and found.job["force"])
-    with staged_folder(out, force=replaces, fresh=False) as staging:
+    with output_folder(out, force=replaces, fresh=False) as staging:
         found = None if force else read_journal(journal_path, Moved)
         try:
             if found:
-                staging.keep = True
+                staging.resumable = True
                 _check_job(found.job, job, out, resume=resume)
             else:
                 staging.clear()
@@ -125,15 +125,15 @@ def execute(
                 try:
                     return (yield from _write(plan, checkpoint, staging.content, journal))
                 finally:
-                    staging.keep = bool(journal.parts)
+                    staging.resumable = bool(journal.parts)
         except TensorFault:
-            staging.keep = False  # resuming would end the same way
+            staging.resumable = False  # resuming would end the same way
             raise
 
 
 def is_resumable(out: Path) -> bool:
     """Return whether an interrupted conversion to `out` can be resumed."""
-    return read_journal(staging_root(out) / JOURNAL_FILE, Moved) is not None
+    return read_journal(partial_path(out) / JOURNAL_FILE, Moved) is not None
 
 
 def states_no_end(checkpoint: Checkpoint) -> bool:
@@ -201,7 +201,7 @@ def _check_job(
 ) -> None:
     if not resume:
         raise UsageError(
-            f"{out}: an interrupted conversion is there ({staging_root(out)})",
+            f"{out}: an interrupted conversion is there ({partial_path(out)})",
             hint="go on with it with --resume, or begin anew with --force",
         )
     for key in ("source", "changed"):
@@ -235,7 +235,9 @@ def _write(
     plan: Plan, checkpoint: Checkpoint, folder: Path, journal: Journal[Moved]
 ) -> Work[Result]:
     total = plan.layout.total
-    start = yield from find_start(plan.layout, folder, {m.name: m.crc32c for m in journal.parts})
+    start = yield from find_resume_point(
+        plan.layout, folder, {m.name: m.crc32c for m in journal.parts}
+    )
     done = kept = start.done
     moved = {m.name: m for m in journal.parts if m.name in start.checksums}
     with Pipeline() as pipeline:
@@ -258,7 +260,7 @@ class _Reader:
     """The source's tensors in the order of the target's bytes, prefetched."""
 
     def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, pipeline: Pipeline, start: Start
+        self, plan: Plan, checkpoint: Checkpoint, pipeline: Pipeline, start: ResumePoint
     ) -> None:
         self._saturate = plan.saturate
         self._values = plan.values
@@ -270,8 +272,8 @@ class _Reader:
         """Facts about every tensor that is read, except the crc32c of the result."""
         names = plan.layout.tensors_from(start.file, start.offset)
         moves = [self._moves[name] for name in names if name in self._moves]
-        wanted = [Wanted(m.source_name, m.op, partial(self._look, m)) for m in moves]
-        self._ahead = ReadAhead(checkpoint.everything, wanted, pipeline, None)
+        wanted = [TensorRequest(m.source_name, m.op, partial(self._look, m)) for m in moves]
+        self._ahead = TensorPrefetch(checkpoint.everything, wanted, pipeline, None)
 
     def strips(self, name: str) -> Iterator[Strip]:
         """Yield the strips of a tensor of the target; tensors must be asked for in order."""

@@ -11,7 +11,7 @@ from gptj_convert.checkpoint.adapter_folder import CONFIG_FILE, WEIGHTS_FILES
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.origin import stated_origin
 from gptj_convert.conversion.plan import match
-from gptj_convert.files.output_folder import refuse_overlap, staged_folder
+from gptj_convert.files.output_folder import output_folder, refuse_overlap
 from gptj_convert.formats.containers.safetensors import safetensors_file
 from gptj_model.errors import UsageError
 from gptj_model.lora import Lora, peft_config, stored_lora
@@ -55,7 +55,7 @@ def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> tuple[Lo
     base = stated_origin(checkpoint.folder)
     # transformers' own files also name the library whose layout they have.
     layout = safetensors_file(WEIGHTS_FILE, infos, {"format": "pt"})
-    with staged_folder(out, force=force) as staging:
+    with output_folder(out, force=force) as staging:
         with (staging.content / WEIGHTS_FILE).open("wb") as f:
             for part in layout.parts:
                 f.write(part if isinstance(part, bytes) else _values(checkpoint, rows[part]))

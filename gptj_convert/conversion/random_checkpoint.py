@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gptj_convert.conversion.execute import check_space
-from gptj_convert.files.output_folder import staged_folder
+from gptj_convert.files.output_folder import output_folder
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_convert.formats.layouts.hf import GENERATION_FILE, hf_layout
 from gptj_convert.options import FILE_FORMATS
@@ -17,7 +17,7 @@ from gptj_convert.settings.generation_settings import generation_text
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import PANEL_BYTES, Strip
-from gptj_convert.streams.writer import Start, reserve, write_files
+from gptj_convert.streams.writer import ResumePoint, reserve, write_files
 from gptj_model.config import CONFIG_FILE, VOCAB_SIZE, GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.op import Op
@@ -74,11 +74,11 @@ def write_random_checkpoint(
             yield Strip(values, Op.COPY)
 
     done = 0
-    with staged_folder(out, force=force) as staging:
+    with output_folder(out, force=force) as staging:
         check_space(layout.total, out)
         reserve(layout, staging.content)
         with Pipeline() as pipeline:
-            for event in write_files(layout, staging.content, strips, pipeline, Start()):
+            for event in write_files(layout, staging.content, strips, pipeline, ResumePoint()):
                 done += event.nbytes
                 yield Progress(done, layout.total, event.file)
         folder = staging.content

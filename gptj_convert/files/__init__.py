@@ -1,1 +1,1 @@
-"""Files and folders that are read by ranges, written whole, locked, hashed and resumed."""
+"""Files and folders: range reads, atomic writes, locks, digests, resumable output."""

@@ -1,4 +1,4 @@
-"""Digests of files, read piece by piece."""
+"""Digests of files, computed in bounded memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SHA256 = "sha256"
-#: What git, and so the hub, calls a file's content.
+#: Digest by which git, and so the hub, names the content of a file.
 GIT = "git"
 
+#: Number of bytes per read.
 _PIECE = 4 * 2**20
 
 
 class FileDigest:
-    """One file's digest. Iterating yields the size of each piece read; afterwards `hex` is it.
+    """Digest of one file, computed while it is iterated over.
+
+    Iterating reads the file and yields the size of each piece in bytes; afterwards `hex` holds the
+    digest.
+
+    Args:
+        path: file to read.
+        kind: `SHA256` or `GIT`.
 
     Raises:
         OSError: the file cannot be read.
@@ -36,7 +44,15 @@ class FileDigest:
 
 
 def digest(path: Path, kind: str = SHA256) -> str:
-    """A file's digest in hex."""
+    """Return the digest of a file in hex.
+
+    Args:
+        path: file to read.
+        kind: `SHA256` or `GIT`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     pieces = FileDigest(path, kind)
     for _ in pieces:
         pass

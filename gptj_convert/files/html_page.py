@@ -1,4 +1,4 @@
-"""A self-contained HTML page made of a template, for people to read, print and show to others."""
+"""Self-contained HTML pages, rendered from a template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptj_convert.files.whole_file import write_whole
 
 
 def _figure(value: Any) -> str:
-    """A number as it is read most easily."""
+    """Return a value as text: thousands separated, fractions at three digits."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -29,17 +29,18 @@ def write_page(
     *,
     figure: Callable[[Any], str] = _figure,
 ) -> None:
-    """Write the page; an existing one is replaced when the new one is complete.
+    """Write a page, replacing an existing one once the new one is complete.
 
     Args:
-        path: of the page.
-        package, template: where the Jinja template is; what it prints is escaped, and what it
-            names must be there.
-        values: what the template is given.
-        figure: the template's filter of that name, which shows a number.
+        path: path of the page.
+        package: package that holds the template.
+        template: file name of the Jinja template. Its output is escaped, and a name that `values`
+            lacks is an error.
+        values: variables of the template.
+        figure: function behind the template's filter `figure`, which formats a value.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     from jinja2 import Environment, StrictUndefined
 

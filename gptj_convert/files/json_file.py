@@ -1,4 +1,4 @@
-"""JSON objects that others wrote: bounded before they are parsed, and no key twice."""
+"""Strict reading of JSON objects from other programs: bounded size, no duplicate keys."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _shown.maxstring = 200
 
 
 def read_json(path: Path, *, expected: str, max_bytes: int, max_marks: int) -> dict[str, Any]:
-    """The object that a file holds.
+    """Read the object in a JSON file.
 
     Args:
-        path: of the file.
-        expected: what it should be, in words, for errors.
-        max_bytes: its largest size.
-        max_marks: see `parse_json`.
+        path: path of the file.
+        expected: what the file should be, in words for errors.
+        max_bytes: limit on the file's size, in bytes.
+        max_marks: limit on the number of values; see `parse_json`.
 
     Raises:
-        FileFault: it cannot be read, is too large, or see `parse_json`.
+        FileFault: the file cannot be read or is too large, or `parse_json` refuses it.
     """
     file = RangedFile(path, expected)
     try:
@@ -41,20 +41,21 @@ def read_json(path: Path, *, expected: str, max_bytes: int, max_marks: int) -> d
 
 
 def parse_json(data: bytes, *, where: str, max_marks: int) -> dict[str, Any]:
-    """The object that the text is.
+    """Parse a JSON object.
 
     Args:
-        data: UTF-8.
-        where: what it was read from, for errors.
-        max_marks: most brackets, braces and commas: a parsed value takes far more memory than
-            its text.
+        data: the text, in UTF-8.
+        where: name of the file that the text came from, for errors.
+        max_marks: limit on the number of brackets, braces and commas: a parsed value takes far
+            more memory than its text.
 
     Raises:
-        FileFault: it is not an object, not JSON, has more values, or names a key twice.
+        FileFault: the text is not JSON, is not an object, has too many values, or has the same
+            key twice.
     """
     if sum(data.count(mark) for mark in b"[{,") > max_marks:
         raise FileFault(
-            f"{where}: holds more than {max_marks} values, which is not plausible",
+            f"{where}: holds more than {max_marks} values, expected fewer",
             hint=DOWNLOAD_HINT,
         )
     try:
@@ -79,4 +80,4 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")

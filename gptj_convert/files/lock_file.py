@@ -1,4 +1,4 @@
-"""A file that one process holds at a time, and that says which."""
+"""Lock files that name the process holding them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import os
 from typing import TextIO
 
 
-def hold(lock: TextIO) -> str | None:
-    """Hold a file, open for reading and writing, until it is closed or the process ends.
+def try_lock(lock: TextIO) -> str | None:
+    """Lock a file until it is closed or the process ends.
+
+    Args:
+        lock: file that is open for reading and writing.
 
     Returns:
-        None; where another process holds it, that process's number, or "?".
+        None if the file is now locked; otherwise the id of the process that holds it, or "?" if
+        that is unknown.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

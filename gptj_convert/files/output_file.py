@@ -1,4 +1,4 @@
-"""A file of known size, written at offsets."""
+"""Output files of known size, written at offsets."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from gptj_convert.files.ranged_file import ALIGNMENT, bounce_memory
 from gptj_model.errors import FileFault
 
-#: Errors that mean: no more space, on the disk, in the quota, or under a limit.
+#: Errors for a lack of space: a full disk, an exhausted quota, a limit on file sizes.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFile:
-    """A file whose space is reserved at once, so that a full disk shows at the first byte.
+    """Output file whose space is reserved when it is opened, so that a full disk shows at once.
 
-    Aligned data goes around the page cache where the file system can do that: the copy and the
-    pages would cost more processor time than the conversion itself.
+    Aligned data bypasses the page cache where the file system allows it: the copy into the cache
+    would cost more processor time than the conversion itself.
 
     Args:
-        path: the file; it must not exist unless `existing`.
-        size: of the whole file, in bytes.
-        existing: go on with a file that an interrupted run has left.
+        path: path of the file, which must not exist unless `existing` is set.
+        size: final size of the file, in bytes.
+        existing: reuse the file of an interrupted run.
 
     Raises:
-        FileFault: it exists already, there is no space for it, or writing fails.
+        FileFault: the file already exists, the disk is full, or writing fails.
     """
 
     def __init__(self, path: Path, size: int, *, existing: bool = False) -> None:
@@ -52,11 +52,11 @@ class OutputFile:
                 done += os.pwrite(self._fd, data[done:], offset + done)
 
     def _write_directly(self, offset: int, data: memoryview) -> int:
-        """Write what may go directly; returns how many bytes did."""
+        """Write past the page cache what alignment allows, and return the number of bytes."""
         whole = len(data) // ALIGNMENT * ALIGNMENT
         if self._direct < 0 or offset % ALIGNMENT or not whole:
             return 0
-        # Copying to aligned memory costs a tenth of what the page cache does.
+        # Copying to aligned memory costs a tenth of the copy into the page cache.
         bounce = None if _address(data) % ALIGNMENT == 0 else bounce_memory()
         done = 0
         try:
@@ -70,12 +70,12 @@ class OutputFile:
                 if written % ALIGNMENT:
                     break
         except OSError as e:
-            if e.errno != errno.EINVAL:  # a device that wants a stricter alignment
+            if e.errno != errno.EINVAL:  # the device wants a stricter alignment
                 raise
         return done
 
     def sync(self) -> None:
-        """Return once the content is on the device."""
+        """Flush the file to the device."""
         with self._faults():
             os.fsync(self._fd)
 
@@ -99,6 +99,6 @@ class OutputFile:
 
 
 def _address(data: memoryview) -> int:
-    import numpy as np  # not where this module is read for its constants
+    import numpy as np  # here, because the CLI imports this module only for its constants
 
     return np.frombuffer(data, np.uint8).ctypes.data

@@ -1,7 +1,7 @@
-"""An output folder that appears complete or not at all.
+"""Output folders that appear complete or not at all.
 
-Beside `OUT` the folder `OUT.partial-gptj` holds, while the work goes on, `content` (what becomes
-OUT), a lock, and what the work notes for its own resumption.
+While a command runs, the folder `OUT.partial-gptj` beside `OUT` holds `content`, which becomes
+OUT, a lock, and the journal that the command resumes from.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gptj_convert.files.lock_file import hold
+from gptj_convert.files.lock_file import try_lock
 from gptj_model.errors import FileFault, UsageError
 
 SUFFIX = ".partial-gptj"
 _CONTENT = "content"
 _LOCK = "lock"
 _REPLACED = "replaced"
-#: Names of the files that outputs hold.
+#: Patterns of the file names that this program writes.
 _WRITTEN = (
     *(
         "*.json",
@@ -37,26 +37,26 @@ _WRITTEN = (
     *("*.safetensors", "*.bin", "*.pt", "*.ckpt*", "*.h5", "*.keras", "*.mdl", "*.model"),
     *("*.tfrecord*", "*.hdf5"),
 )
-#: How many others are named.
+#: Number of foreign files that an error names.
 _NAMED = 3
 
 
 @dataclass(slots=True)
-class Staging:
-    """The folder beside the output."""
+class PartialFolder:
+    """Folder beside the output, in which the output is made."""
 
     root: Path
 
-    keep: bool = False
-    """Leave it when the work fails, for a resumption."""
+    resumable: bool = False
+    """Whether the folder stays when the command fails, so that the command can be resumed."""
 
     @property
     def content(self) -> Path:
-        """What becomes the output."""
+        """Folder that becomes the output."""
         return self.root / _CONTENT
 
     def clear(self) -> None:
-        """Remove what an interrupted run has left."""
+        """Delete what an interrupted run has left, except the lock."""
         for path in self.root.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -65,92 +65,94 @@ class Staging:
         self.content.mkdir()
 
 
-def staging_root(out: Path) -> Path:
-    """Where the output is made: beside it, whatever its name is written as."""
+def partial_path(out: Path) -> Path:
+    """Return the path of the partial folder of an output; links in `out` are resolved."""
     whole = out.resolve()
     return whole.with_name(whole.name + SUFFIX)
 
 
-def has_content(out: Path) -> bool:
-    """Whether an interrupted run has left something that may become the output."""
-    return (staging_root(out) / _CONTENT).exists()
+def has_partial_content(out: Path) -> bool:
+    """Return whether an interrupted run has left content that may become the output."""
+    return (partial_path(out) / _CONTENT).exists()
 
 
 def refuse_overlap(out: Path, source: Path, files: Iterable[Path]) -> None:
-    """Refuse an output inside its source, or one that would replace it; links are followed.
+    """Refuse an output that lies inside its source or would replace a file of it.
+
+    Links are followed.
 
     Args:
-        out: the folder to make.
-        source: what was asked for; a folder, or something else that holds nothing.
-        files: that are read.
+        out: output folder.
+        source: source as the user named it; anything but a folder cannot contain the output.
+        files: files that will be read.
 
     Raises:
-        UsageError: it does not lie apart.
+        UsageError: output and source overlap.
     """
     hint = "choose a folder beside it with --out"
     real, folder = (Path(os.path.realpath(p)) for p in (out, source))
     if folder.is_dir() and real.is_relative_to(folder):
-        place = "is the source itself" if real == folder else f"is inside the source {source}"
+        place = "is the source itself" if real == folder else f"lies inside the source {source}"
         raise UsageError(f"{out}: {place}", hint=hint)
     for file in files:
-        # A link and what it leads to are both needed.
+        # Both a link and its target are needed.
         places = (Path(os.path.realpath(file)), Path(os.path.realpath(file.parent)))
         if any(place.is_relative_to(real) for place in places):
-            raise UsageError(f"{out}: holds {file}, which is read", hint=hint)
+            raise UsageError(f"{out}: holds the source file {file}", hint=hint)
 
 
 @contextmanager
-def staged_folder(out: Path, *, force: bool, fresh: bool = True) -> Generator[Staging]:
-    """A folder that takes the name `out` once the body is done.
+def output_folder(out: Path, *, force: bool, fresh: bool = True) -> Generator[PartialFolder]:
+    """Yield a partial folder whose content is renamed to `out` once the body has succeeded.
 
-    With `force` an existing `out` lives until the new one is durable, then goes. If the body
-    fails, `out` is as it was, and the staging folder is removed unless its `keep` is set.
+    With `force`, an existing `out` is replaced only when the new one is durable. If the body
+    fails, `out` is unchanged, and the partial folder is deleted unless it is `resumable`.
 
     Args:
-        out: the output.
-        force: replace an existing one.
-        fresh: begin with an empty folder, without what an interrupted run has left.
+        out: output folder.
+        force: replace an existing output.
+        fresh: delete what an interrupted run has left.
 
     Raises:
-        UsageError: `out` exists and `force` is off.
-        FileFault: another process is making it.
+        UsageError: `out` exists and `force` is off, or `out` is not a folder.
+        FileFault: another process is writing the same output.
         OSError: the disk is full or not writable.
     """
     refuse_existing(out, force=force)
     if out.is_symlink() or out.is_file():
-        raise UsageError(f"{out}: is not a folder, expected a name for one")
+        raise UsageError(f"{out}: is a file or a link, expected the name of a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Staging(staging_root(out))
-    with _locked(staging.root, out):
+    partial = PartialFolder(partial_path(out))
+    with _locked(partial.root, out):
         if fresh:
-            staging.clear()
-        staging.content.mkdir(exist_ok=True)
+            partial.clear()
+        partial.content.mkdir(exist_ok=True)
         try:
-            yield staging
-            for path in (*staging.content.rglob("*"), staging.content):
+            yield partial
+            for path in (*partial.content.rglob("*"), partial.content):
                 sync(path)
-            _replace(staging, out)
+            _replace(partial, out)
         except BaseException:
-            if not staging.keep:
-                shutil.rmtree(staging.root, ignore_errors=True)
+            if not partial.resumable:
+                shutil.rmtree(partial.root, ignore_errors=True)
             raise
-        shutil.rmtree(staging.root)
+        shutil.rmtree(partial.root)
 
 
-def remove_staging(out: Path) -> None:
-    """Remove what is left beside a complete output.
+def remove_partial(out: Path) -> None:
+    """Delete the partial folder beside a complete output.
 
     Raises:
-        FileFault: another process is at work there.
+        FileFault: another process is using it.
     """
-    root = staging_root(out)
+    root = partial_path(out)
     if root.is_dir():
         with _locked(root, out):
             shutil.rmtree(root)
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
-    """Never overwrite.
+    """Refuse to overwrite an existing output.
 
     Raises:
         UsageError: `out` exists and `force` is off.
@@ -160,18 +162,18 @@ def refuse_existing(out: Path, *, force: bool) -> None:
     if foreign := _foreign(out):
         more = f" and {len(foreign) - _NAMED} more files" if len(foreign) > _NAMED else ""
         raise UsageError(
-            f"{out}: exists already, and holds {', '.join(foreign[:_NAMED])}{more}, which nothing "
-            "here has written",
-            hint="choose another folder with --out; --force would delete all that is there",
+            f"{out}: already exists, and holds {', '.join(foreign[:_NAMED])}{more}, which this "
+            "program did not write",
+            hint="choose another folder with --out; --force would delete the whole folder",
         )
     raise UsageError(
-        f"{out}: exists already, and is never overwritten",
+        f"{out}: already exists",
         hint="choose another folder with --out, or replace this one with --force",
     )
 
 
 def _foreign(out: Path) -> list[str]:
-    """Files below a folder that this program has not written, by their names alone."""
+    """Return the files below a folder whose names are not among those that this program writes."""
     if out.is_symlink() or not out.is_dir():
         return []
     files = (p for p in sorted(out.rglob("*")) if p.is_symlink() or not p.is_dir())
@@ -184,19 +186,19 @@ def _foreign(out: Path) -> list[str]:
 
 @contextmanager
 def _locked(root: Path, out: Path) -> Generator[None]:
-    """The folder, for this process alone; the kernel lets go when the process ends."""
+    """Lock a partial folder; the kernel releases the lock when the process ends."""
     with suppress(FileExistsError):
         root.mkdir()
     if root.is_symlink() or not root.is_dir():
         raise UsageError(
-            f"{root}: is in the way, expected a folder of ours or nothing",
+            f"{root}: is not a folder, but its name is needed for unfinished output",
             hint="delete or rename it",
         )
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(root / _LOCK, flags, 0o644), "r+") as lock:
-        if holder := hold(lock):
+        if holder := try_lock(lock):
             raise FileFault(
-                f"{out}: process {holder} is making it at this moment",
+                f"{out}: process {holder} is writing it",
                 hint="wait for it, or choose another folder with --out",
             )
         _recover(root, out)
@@ -204,22 +206,22 @@ def _locked(root: Path, out: Path) -> Generator[None]:
 
 
 def _recover(root: Path, out: Path) -> None:
-    """Put back what an interrupted replacement had moved away."""
+    """Restore an old output that an interrupted replacement had moved away."""
     old = root / _REPLACED
     if old.is_dir() and not out.exists():
         old.rename(out)
 
 
-def _replace(staging: Staging, out: Path) -> None:
-    old = staging.root / _REPLACED
+def _replace(partial: PartialFolder, out: Path) -> None:
+    old = partial.root / _REPLACED
     if out.exists():
         out.rename(old)
     try:
-        staging.content.rename(out)
+        partial.content.rename(out)
         try:
             sync(out.parent)
         except BaseException:
-            out.rename(staging.content)
+            out.rename(partial.content)
             raise
     except BaseException:
         if old.exists():
@@ -228,12 +230,12 @@ def _replace(staging: Staging, out: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or a folder's list of names, is on the device."""
+    """Flush a file, or the entries of a folder, to the device."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as e:
-        e.filename = str(path)  # which the call itself does not know
+        e.filename = str(path)  # fsync itself knows only a descriptor
         raise
     finally:
         os.close(fd)

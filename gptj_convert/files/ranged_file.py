@@ -1,4 +1,4 @@
-"""A file read by ranges from many threads, with faults that say what is wrong with it."""
+"""Files read by ranges from many threads, with errors that say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gptj_model.errors import FileFault
 
 DOWNLOAD_HINT = "fetch the file again, for example with `gptj download`"
 
-#: Offsets, sizes and addresses of this alignment may go to and from a device directly.
+#: Alignment of offsets, sizes and addresses that direct I/O needs, in bytes.
 ALIGNMENT = 4096
-#: Ranges from this size on are read directly, and how much of one at once, wherever it begins.
+#: Smallest range that is read past the page cache, and the number of bytes per such read.
 _DIRECT_FROM = 2**20
 _DIRECT_BYTES = 8 * 2**20
-#: Pages that tell whether a file is in the page cache.
+#: Number of pages sampled to tell whether a file is in the page cache.
 _SAMPLES = 256
 _of_thread = threading.local()
 
@@ -28,22 +28,22 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class RangedFile:
-    """An open file. Reads carry their own offset, so threads may share it.
+    """Open file that threads may share: every read carries its own offset.
 
     Args:
-        path: of the file.
-        expected: what it should hold, for errors.
+        path: path of the file.
+        expected: what the file should hold, in words for errors.
 
     Raises:
-        FileFault: it cannot be opened, or is plainly something else (empty, a Git LFS pointer,
-            an HTML page).
+        FileFault: the file cannot be opened, is empty, or holds a Git LFS pointer or an HTML
+            page.
     """
 
     def __init__(self, path: Path, expected: str = "weights") -> None:
         self.path = path
         self._direct = -1
         try:
-            # Not blocking: a named pipe would wait for a writer.
+            # Non-blocking: opening a named pipe would wait for a writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self.size = os.fstat(self._fd).st_size
         except OSError as e:
@@ -72,14 +72,19 @@ class RangedFile:
             )
 
     def read_into(self, offset: int, buffer: memoryview, what: str) -> None:
-        """Fill `buffer` from `offset`; `what` names the content in errors.
+        """Fill a buffer with the bytes of the file from `offset` on.
+
+        Args:
+            offset: position in the file, in bytes.
+            buffer: memory to fill.
+            what: name of the content, for errors.
 
         Raises:
-            FileFault: the file ends before, or the device fails.
+            FileFault: the file ends too early, or the device fails.
         """
         done = 0
-        # Long ranges of a file that is not in the page cache go around it, to their last byte:
-        # filling it costs more processor time than converting what is read.
+        # Long ranges of a file that is not in the page cache bypass it, including a tail that is
+        # not aligned: filling the cache costs more processor time than the conversion.
         directly = self._direct >= 0 and len(buffer) >= _DIRECT_FROM
         read = self._read_directly if directly else self._read_cached
         while done < len(buffer):
@@ -92,7 +97,7 @@ class RangedFile:
             if got == 0:
                 raise FileFault(
                     f"{self.path}: ends at byte {offset + done} inside {what}, "
-                    f"expected {len(buffer) - done} bytes more",
+                    f"expected {len(buffer) - done} more bytes",
                     hint=DOWNLOAD_HINT,
                 )
             done += got
@@ -101,7 +106,7 @@ class RangedFile:
         return os.preadv(self._fd, [buffer], offset)
 
     def _read_directly(self, offset: int, buffer: memoryview) -> int:
-        """What one call of the system gives. Returns 0 at the end of the file only."""
+        """Read with one system call; return the number of bytes, 0 only at the end of the file."""
         skip = offset % ALIGNMENT
         whole = len(buffer) // ALIGNMENT * ALIGNMENT
         aligned = whole and not skip and _address(buffer) % ALIGNMENT == 0
@@ -112,7 +117,7 @@ class RangedFile:
         try:
             got = os.preadv(self._direct, [memory], offset - skip) - skip
         except OSError as e:
-            if e.errno != errno.EINVAL:  # a device that wants a stricter alignment
+            if e.errno != errno.EINVAL:  # the device wants a stricter alignment
                 raise
             return self._read_cached(offset, buffer)
         got = max(0, min(got, len(buffer)))
@@ -121,7 +126,16 @@ class RangedFile:
         return got
 
     def read(self, offset: int, length: int, what: str) -> bytes:
-        """`length` bytes from `offset`. The caller has compared `length` with `size`."""
+        """Return bytes of the file.
+
+        Args:
+            offset: position in the file, in bytes.
+            length: number of bytes, which the caller has checked against `size`.
+            what: name of the content, for errors.
+
+        Raises:
+            FileFault: the file ends too early, or the device fails.
+        """
         buffer = bytearray(length)
         self.read_into(offset, memoryview(buffer), what)
         return bytes(buffer)
@@ -135,7 +149,7 @@ class RangedFile:
 
 
 def _is_cached(fd: int, size: int) -> bool:
-    """Whether most of a file is in the page cache, by a few of its pages; reads nothing."""
+    """Return whether most of a file is in the page cache, judged by a sample of its pages."""
     try:
         mincore = ctypes.CDLL(None).mincore
         resident = sum(_is_resident(mincore, fd, size * n // _SAMPLES) for n in range(_SAMPLES))
@@ -145,12 +159,12 @@ def _is_cached(fd: int, size: int) -> bool:
 
 
 def _is_resident(mincore: Any, fd: int, offset: int) -> bool:
-    # A private mapping, which ctypes can point into; nothing is written to it.
+    # ctypes can only point into a writable mapping; a private one is never written back.
     begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with mmap.mmap(fd, 1, access=mmap.ACCESS_COPY, offset=begin) as page:
         inside, answer = ctypes.c_char.from_buffer(page), ctypes.c_ubyte()
         failed = mincore(ctypes.byref(inside), ctypes.c_size_t(1), ctypes.byref(answer))
-        del inside  # else the mapping cannot be closed
+        del inside  # a pointer into it would keep the mapping from closing
     return bool(failed) or bool(answer.value & 1)
 
 
@@ -159,7 +173,7 @@ def _address(buffer: memoryview) -> int:
 
 
 def bounce_memory() -> memoryview:
-    """Aligned memory of this thread, for what goes to or from a device directly."""
+    """Return this thread's aligned buffer for direct reads and writes."""
     if not hasattr(_of_thread, "bounce"):
         _of_thread.bounce = memoryview(mmap.mmap(-1, _DIRECT_BYTES + ALIGNMENT))
     return _of_thread.bounce

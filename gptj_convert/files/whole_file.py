@@ -1,4 +1,4 @@
-"""Small files that have their old content or their new one, and nothing between."""
+"""Atomic writes of small files: readers see the old content or the new content."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from gptj_convert.files.output_folder import sync
 
-#: What the name of a file that is being written begins with.
+#: Prefix of the name of a file that is being written.
 PARTIAL = ".partial-"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Give a small file its content, durably: a reader finds the old one or the new one.
+    """Replace the content of a small file atomically and durably.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -26,6 +26,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.rename(path)
         sync(path.parent)
     except OSError as e:
-        e.filename = str(path)  # which the calls themselves do not know
+        e.filename = str(path)  # the calls know only the partial file or a descriptor
         partial.unlink(missing_ok=True)
         raise

@@ -1,1 +1,1 @@
-"""Checkpoint files (`containers`) and what GPT-J looks like in them (`layouts`)."""
+"""File formats that hold tensors (`containers`), and how GPT-J lies in them (`layouts`)."""

@@ -1,4 +1,4 @@
-"""Names of the hub's repositories as people write and paste them."""
+"""Addresses of hub repositories, in the forms that people type and paste."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from urllib.parse import unquote, urlsplit
 
 from gptj_model.errors import UsageError
 
-#: Where the hub is.
+#: Host names of the hub.
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _EXAMPLE = "expected OWNER/NAME, OWNER/NAME@REVISION or the address of its page on the hub"
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _SCHEME = re.compile(r"(https?|hf):/{1,2}", re.IGNORECASE)
-#: What stands before a revision in the address of a page.
+#: Path segments that precede a revision in the address of a page.
 _PAGES = ("tree", "blob", "resolve", "commit", "raw")
 
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """A repository of models, and which state of it."""
+    """Model repository and revision."""
 
     repository: str
-    """OWNER/NAME."""
+    """Name of the repository, as OWNER/NAME."""
     revision: str | None
     """Branch, tag or commit; None is the main branch."""
 
 
 def parse_address(text: str) -> HubAddress:
-    """Read OWNER/NAME, OWNER/NAME@REVISION, hf://OWNER/NAME@REVISION or a page's address.
+    """Parse OWNER/NAME, OWNER/NAME@REVISION, hf://OWNER/NAME@REVISION or the address of a page.
 
-    A path of the file system has lost a slash of such an address, which is taken all the same.
+    An address with a single slash after the scheme is accepted: `Path` removes the second one.
 
     Raises:
-        UsageError: it is none of these, or an address that is not of the hub's models.
+        UsageError: the text is none of these, or not the address of a model on the hub.
     """
     found = _SCHEME.match(text)
     if not found:
@@ -50,7 +50,7 @@ def parse_address(text: str) -> HubAddress:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is an address, with `http`, `hf:` or the host of the hub."""
+    """Return whether a text begins with `http`, `hf:` or the host of the hub."""
     return bool(_SCHEME.match(text)) or text.split("/")[0].lower() in HOSTS
 
 
@@ -65,18 +65,18 @@ def _page(text: str, host: str, path: str) -> HubAddress:
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
     if host.lower() not in {*HOSTS, endpoint.lower()}:
         raise UsageError(
-            f"{text!r} is an address of {host!r}, expected one of {HOSTS[0]}",
+            f"{text!r} is an address on {host!r}, expected one on {HOSTS[0]}",
             hint="for a mirror, set HF_ENDPOINT to its address",
         )
     path = path.partition("?")[0].partition("#")[0]
     parts = [unquote(p) for p in path.rstrip("/").split("/")]
     if parts[0] in ("datasets", "spaces"):
-        raise UsageError(f"{text!r} is an address of {parts[0]}, expected one of a model")
+        raise UsageError(f"{text!r} is an address in {parts[0]}, expected that of a model")
     if len(parts) < 2:
         raise UsageError(f"{text!r} is not the address of a model's page", hint=_EXAMPLE)
     name, revision = "/".join(parts[:2]).removesuffix(".git"), None
     if len(parts) > 3 and parts[2] in _PAGES:
-        # A revision with a slash is written with %2F in such an address, but for refs/pr/N.
+        # In such an address, the slashes of a revision are written as %2F, except in refs/pr/N.
         several = 3 if parts[3] == "refs" else 1
         revision = "/".join(parts[3 : 3 + several])
     plain = _plain(text, name)

@@ -1,8 +1,8 @@
-"""The hub's own cache on this machine: what its library has fetched, and what it is proven by.
+"""The cache of huggingface_hub on this machine, used where a file's digest can be verified.
 
-A repository lies in `models--OWNER--NAME`: `refs/REVISION` names a commit, `snapshots/COMMIT`
-holds links to `blobs/HASH`, named by what each file must hash to. A file that is no such link is
-not taken: nothing says what it must be.
+The folder `models--OWNER--NAME` holds a repository: `refs/REVISION` names a commit, and
+`snapshots/COMMIT` holds links to `blobs/HASH`, whose names are the digests of the files. A file
+that is not such a link is ignored, because its digest is unknown.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from gptj_convert.files.digest import GIT, SHA256
 from gptj_convert.hub.listing import Choose, Contents, Listing, RemoteFile
 from gptj_model.errors import FileFault, HubFault, TensorFault
 
+#: Number of bytes that are copied at once.
 _PIECE = 4 * 2**20
+#: Kind of a digest by the number of its hex digits.
 _KINDS = {64: SHA256, 40: GIT}
 
 
 def cached_listing(
     repository: str, revision: str | None, kind: str, choose: Choose
 ) -> Listing | None:
-    """Return what is chosen of a repository, if the cache holds all of it; else None.
+    """Return the chosen files of a repository if the cache holds all of them, otherwise None.
 
     Args:
-        repository: OWNER/NAME.
+        repository: name of the repository, as OWNER/NAME.
         revision: branch, tag or commit; None is the main branch.
         kind: `MODEL` or `DATA_SET`.
-        choose: is asked which files.
+        choose: function that chooses the files.
 
     Raises:
-        ConfigError: see `choose`.
+        ConfigError: `choose` refuses the model.
     """
     root = _root(repository, kind)
     commit = _commit(root, revision)
@@ -51,7 +53,7 @@ def cached_listing(
     try:
         chosen = list(choose(Contents(repository, files.keys(), read)))
     except (HubFault, TensorFault, OSError):
-        return None  # not all of it was fetched
+        return None  # a file is not in the cache
     others = tuple(sorted(files.keys() - set(chosen)))
     return Listing(
         repository,
@@ -65,7 +67,7 @@ def cached_listing(
 
 
 def cached_blob(repository: str, kind: str, remote: RemoteFile) -> Path | None:
-    """Return where the cache has a file of this size and digest; None if it has not."""
+    """Return the path in the cache of a file of this size and digest, or None."""
     blob = _root(repository, kind) / "blobs" / remote.hex
     try:
         return blob if blob.stat().st_size == remote.size else None
@@ -74,12 +76,12 @@ def cached_blob(repository: str, kind: str, remote: RemoteFile) -> Path | None:
 
 
 def copy_blob(blob: Path, part: Path, tell: Callable[[int], None]) -> None:
-    """Copy a file of the cache, continuing a copy that was interrupted.
+    """Copy a file of the cache, resuming an interrupted copy.
 
     Args:
-        blob: to be copied.
-        part: what there is of the copy.
-        tell: is told how many bytes are there.
+        blob: file to copy.
+        part: path of the partial copy.
+        tell: function that is called with the number of bytes copied so far.
 
     Raises:
         FileFault: reading or writing fails.
@@ -117,7 +119,7 @@ def _commit(root: Path, revision: str | None) -> str | None:
 
 
 def _remote_file(path: Path, root: Path) -> RemoteFile | None:
-    """A file of a snapshot, by the name of the blob that it links to."""
+    """Return size and digest of a snapshot's file by the blob it links to; None for other files."""
     blob = path.resolve()
     kind = _KINDS.get(len(blob.name))
     if not kind or not re.fullmatch("[0-9a-f]+", blob.name):

@@ -1,7 +1,7 @@
-"""Asking the hub for one thing, again and again while that may help, with faults a person can use.
+"""Requests to the hub, with retries and errors that name a remedy.
 
-The library's client does the asking: its session, headers, token and errors. Its own download
-begins again from zero after an interruption and compares sizes only, hence `transfer`.
+Session, headers, token and errors are those of huggingface_hub. Its own download starts again from
+zero after an interruption and compares only sizes, hence `transfer`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,29 @@ from typing import Any
 
 from gptj_model.errors import FileFault, HubFault
 
-#: Failures in a row that bring no byte more, and seconds before the second try; then they double.
+#: Number of failures in a row without a new byte after which a request is given up, and seconds
+#: before the second attempt, which double with each further one.
 TRIES, WAIT = 5, 1.0
 
 
 class Unreachable(HubFault):
-    """No answer from the hub, or none that helps."""
+    """The hub does not answer, or not usefully."""
 
 
 class WrongContent(Exception):
-    """What arrived is not the file."""
+    """The content that arrived is not that of the file."""
 
 
 @contextmanager
-def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[None]:
-    """The client's exceptions as ours. Their texts hold URLs, which may be signed: not shown."""
+def hub_faults(where: str, progress_text: Callable[[], str] = lambda: "") -> Generator[None]:
+    """Turn exceptions of huggingface_hub into faults.
+
+    The texts of HTTP errors contain URLs, which may be signed, and are not shown.
+
+    Args:
+        where: repository or file, for errors.
+        progress_text: function that returns a suffix about a partial download, for errors.
+    """
     from httpx2 import RequestError
     from huggingface_hub import errors
 
@@ -40,7 +48,7 @@ def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[No
         raise HubFault(f"{where}: access is gated", hint=hint) from None
     except errors.RevisionNotFoundError:
         hint = "see its branches and tags on the hub"
-        raise HubFault(f"{where}: has no such revision", hint=hint) from None
+        raise HubFault(f"{where}: the revision does not exist", hint=hint) from None
     except errors.RepositoryNotFoundError:
         hint = "check the name; for a private repository, `hf auth login`"
         raise HubFault(f"{where}: not found, or private", hint=hint) from None
@@ -49,24 +57,35 @@ def hub_faults(where: str, kept: Callable[[], str] = lambda: "") -> Generator[No
         if e.response.status_code in (401, 403):
             hint = "check the token: `hf auth login`, or HF_TOKEN if it is set"
             raise HubFault(answer, hint=hint) from None
-        raise Unreachable(answer + kept(), hint=again) from None
+        raise Unreachable(answer + progress_text(), hint=again) from None
     except errors.OfflineModeIsEnabled:
-        why = "HF_HUB_OFFLINE is set, and its cache does not hold all that is needed"
+        why = "HF_HUB_OFFLINE is set, and the hub's cache lacks a file that is needed"
         hint = "unset HF_HUB_OFFLINE, or name a folder that holds the files"
-        raise Unreachable(f"{where}: the hub cannot be reached: {why}{kept()}", hint=hint) from None
+        raise Unreachable(
+            f"{where}: the hub cannot be reached: {why}{progress_text()}", hint=hint
+        ) from None
     except RequestError as e:
         why = str(e) or type(e).__name__
         raise Unreachable(
-            f"{where}: the hub cannot be reached: {why}{kept()}", hint=again
+            f"{where}: the hub cannot be reached: {why}{progress_text()}", hint=again
         ) from None
 
 
-def persist(
+def retry(
     attempt: Callable[[], Any],
     reached: Callable[[], int] = lambda: 0,
     at_once: tuple[type[Exception], ...] = (),
 ) -> Any:
-    """Call again while that may help; `at_once` and the hub's refusals are raised directly."""
+    """Call a function, again while another attempt may succeed.
+
+    Args:
+        attempt: function that sends the request.
+        reached: function that returns the number of bytes downloaded so far.
+        at_once: exceptions that are raised without another attempt.
+
+    Returns:
+        The result of `attempt`.
+    """
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -77,13 +96,24 @@ def persist(
         except (TransportError, HfHubHTTPError) as e:
             failures = 1 if reached() > furthest else failures + 1
             furthest = max(furthest, reached())
-            if failures == TRIES or not _passing(e) or isinstance(e, at_once):
+            if failures == TRIES or not _may_pass(e) or isinstance(e, at_once):
                 raise
         time.sleep(WAIT * 2 ** (failures - 1))
 
 
 def transfer(url: str, part: Path, size: int, tell: Callable[[int], None]) -> None:
-    """One request: go on with `part` from where it ends."""
+    """Download a file with one request, resuming at the end of its part.
+
+    Args:
+        url: address of the file.
+        part: path of the partial file.
+        size: size of the whole file, in bytes.
+        tell: function that is called with the number of bytes downloaded so far.
+
+    Raises:
+        WrongContent: the answer has another size.
+        FileFault: writing fails.
+    """
     from httpx2 import RemoteProtocolError
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -115,18 +145,18 @@ def transfer(url: str, part: Path, size: int, tell: Callable[[int], None]) -> No
                         raise WrongContent(f"has more than {size} bytes")
                     tell(have)
         except OSError as e:
-            hint = "see to the disk and run the same command again; it goes on from there"
+            hint = "check the disk, then run the same command again to resume"
             raise FileFault(f"{part}: cannot be written: {e.strerror}", hint=hint) from None
     if have < size:
         raise RemoteProtocolError(f"the answer ended after {have} of {size} bytes")
 
 
-def _passing(error: Exception) -> bool:
-    """Whether the next try may fare better: everything but an answer that will stay the same."""
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt may succeed, as after any error but a final answer."""
     response = getattr(error, "response", None)
     return response is None or response.status_code in (408, 416, 429) or response.is_server_error
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a file; None when there is none."""
+    """Return the size of a file in bytes, or None if it does not exist."""
     return path.stat().st_size if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Fetching files of a repository of the Hugging Face hub: those that are chosen, and no others."""
+"""Downloads of chosen files of a Hugging Face hub repository, resumable and verified."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gptj_convert.hub.client import (
     WrongContent,
     file_size,
     hub_faults,
-    persist,
+    retry,
     transfer,
 )
 from gptj_convert.hub.listing import (
@@ -42,7 +42,7 @@ from gptj_model.errors import FileFault, HubFault, UsageError
 
 _log = logging.getLogger(__name__)
 
-#: What is whole in a folder, and from where.
+#: Name of the download record: the complete files of a folder, and their origin.
 RECORD_FILE = ".gptj-download.json"
 
 _HEX_16 = "[0-9a-f]" * 16
@@ -51,29 +51,63 @@ _HEX_16 = "[0-9a-f]" * 16
 def list_files(
     repository: str, revision: str | None, folder: Path, choose: Choose, *, kind: str = MODEL
 ) -> Listing:
-    """Choose from what a repository holds.
+    """List the files of a repository that are wanted.
 
-    If the hub cannot be reached, the record of a `folder` that holds all that is chosen is the
-    answer, or else the hub's cache on this machine.
+    If the hub cannot be reached, the download record of `folder` or else the hub's cache on this
+    machine answers, provided that it has all chosen files.
 
     Args:
-        repository: OWNER/NAME.
+        repository: name of the repository, as OWNER/NAME.
         revision: branch, tag or commit; None is the main branch.
-        folder: where the files go.
-        choose: is asked which.
+        folder: folder that the files will be downloaded to.
+        choose: function that chooses the files.
         kind: `MODEL` or `DATA_SET`.
 
     Raises:
         UsageError: no repository can have this name.
-        HubFault: no network, no access, no such repository, or a name that leads elsewhere.
-        GptjError: whatever else `choose` raises.
+        HubFault: the hub or the repository cannot be accessed, or the name of a file leads out of
+            the folder.
+        GptjError: any other error of `choose`.
+    """
+    try:
+        commit, stated = _ask(repository, revision, kind)
+    except Unreachable:
+        if listing := _finished(folder, (repository, revision, kind), choose):
+            return listing
+        if listing := cached_listing(repository, revision, kind, choose):
+            return listing
+        raise
+
+    def listed(names: Iterable[str]) -> Listing:
+        files = {name: _remote_file(stated[name], repository) for name in names}
+        others = tuple(sorted(stated.keys() - files.keys()))
+        return Listing(repository, revision, commit, files, kind=kind, others=others)
+
+    def read(name: str, most: int) -> bytes:
+        return _read(listed([name]), name, folder, most)
+
+    chosen = list(choose(Contents(repository, stated.keys(), read)))
+    for name in chosen:
+        if not is_inner_path(name):
+            hint = "name another repository, or another of its revisions"
+            message = f"{repository}: the name of a file is {name!r}, which leads out of a folder"
+            raise HubFault(message, hint=hint)
+    return listed(chosen)
+
+
+def _ask(repository: str, revision: str | None, kind: str) -> tuple[str, dict[str, Any]]:
+    """Ask the hub for a revision's commit and its description of each file, by the file's path.
+
+    Raises:
+        UsageError: no repository can have this name.
+        HubFault: the hub cannot be reached (`Unreachable`), denies access, or is not a hub.
     """
     from httpx2 import ConnectError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import logging, validate_repo_id
 
-    logging.set_verbosity_error()  # its warnings would stand between our own lines
+    logging.set_verbosity_error()  # its warnings would appear between our own lines
     try:
         validate_repo_id(repository)
     except HFValidationError:
@@ -92,35 +126,15 @@ def list_files(
 
     try:
         with hub_faults(repository):
-            # A refused connection does not mend in seconds, and a finished folder needs none.
-            info = persist(ask, at_once=(ConnectError,))
+            # A refused connection does not recover within seconds, and a complete folder does not
+            # need one.
+            info = retry(ask, at_once=(ConnectError,))
         stated = {f.rfilename: f for f in info.siblings}
         if not re.fullmatch("[0-9a-f]{40}", info.sha):
             raise ValueError
-    except Unreachable:
-        if listing := _finished(folder, (repository, revision, kind), choose):
-            return listing
-        if listing := cached_listing(repository, revision, kind, choose):
-            return listing
-        raise
     except (ValueError, TypeError, KeyError, AttributeError):
         raise _not_a_hub(repository) from None
-
-    def listed(names: Iterable[str]) -> Listing:
-        files = {name: _remote_file(stated[name], repository) for name in names}
-        others = tuple(sorted(stated.keys() - files.keys()))
-        return Listing(repository, revision, info.sha, files, kind=kind, others=others)
-
-    def read(name: str, most: int) -> bytes:
-        return _read(listed([name]), name, folder, most)
-
-    chosen = list(choose(Contents(repository, stated.keys(), read)))
-    for name in chosen:
-        if not is_inner_path(name):
-            hint = "name another repository, or another of its revisions"
-            message = f"{repository}: a file is called {name!r}, which leads out of a folder"
-            raise HubFault(message, hint=hint)
-    return listed(chosen)
+    return info.sha, stated
 
 
 def fetch(
@@ -130,44 +144,32 @@ def fetch(
     *,
     named_by: str = "with --out",
 ) -> int:
-    """Bring `folder` to what is listed; returns the bytes that had to come.
+    """Download the listed files that a folder lacks.
 
-    A file gets its name once it is whole; until then it is a part that the next run goes on with.
+    Each file is a part under another name until it is complete; the next run resumes the part.
 
     Args:
-        listing: what is wanted.
-        folder: is made if need be. What else was fetched into it of the same commit stays known.
-        report: is told how it goes.
-        named_by: how another folder is chosen, for hints.
+        listing: files to download.
+        folder: folder for the files, which is created if necessary. Its record keeps other files of
+            the same commit.
+        report: function that is called with the progress.
+        named_by: way to choose another folder, for hints.
+
+    Returns:
+        Number of bytes that were downloaded.
 
     Raises:
-        UsageError: another file of that name is there that no download brought.
-        FileFault: too little space, known before the first byte; or writing fails.
-        HubFault: the transfer failed, or what arrives is not what the hub states.
+        UsageError: the folder has a different file of that name which was not downloaded.
+        FileFault: the disk has too little space, which is known before the first byte, or writing
+            fails.
+        HubFault: the transfer failed, or the content is not what the hub states.
     """
     if listing.offline:
         return 0
     record = read_record(folder)
-    known = record.files if record else {}
-    missing: dict[str, RemoteFile] = {}
-    for name, remote in listing.files.items():
-        report(Progress(0, listing.total, f"checking {name}"))
-        if file_size(folder / name) != remote.size or (
-            known.get(name) != remote and _digest(folder / name, remote) != remote.digest
-        ):
-            missing[name] = remote
-            if (folder / name).exists() and name not in known:
-                raise UsageError(
-                    f"{folder / name}: exists already and is not the hub's; it is left as it is",
-                    hint=f"choose another folder {named_by}, or delete the file",
-                )
+    missing = _find_missing(listing, folder, record, report, named_by)
     needed = sum(f.size - (file_size(_part(folder, n, f)) or 0) for n, f in missing.items())
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-    if needed > (free := shutil.disk_usage(existing).free):
-        raise FileFault(
-            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
-            hint=f"free some space, or name a folder on another disk {named_by}",
-        )
+    _check_space(folder, needed, named_by)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, named_by) as handle:
         done = listing.total - sum(f.size for f in missing.values())
@@ -178,7 +180,7 @@ def fetch(
             _fetch_one(listing, name, folder, tell)
             done += missing[name].size
             whole[name] = missing[name]
-            # What another commit brought is known as ours until all of it is replaced.
+            # The record of another commit stays until all of its files have been replaced.
             if not record or _is_of(record, listing):
                 _note(folder, record, listing, whole)
         for inner in {p for name in missing for p in PurePosixPath(name).parents}:
@@ -189,8 +191,49 @@ def fetch(
     return needed
 
 
+def _find_missing(
+    listing: Listing,
+    folder: Path,
+    record: Listing | None,
+    report: Callable[[Progress], None],
+    named_by: str,
+) -> dict[str, RemoteFile]:
+    """Return the listed files that a folder lacks or has with other content.
+
+    Raises:
+        UsageError: such a file exists and was not downloaded.
+    """
+    known = record.files if record else {}
+    missing: dict[str, RemoteFile] = {}
+    for name, remote in listing.files.items():
+        report(Progress(0, listing.total, f"checking {name}"))
+        if file_size(folder / name) != remote.size or (
+            known.get(name) != remote and _digest(folder / name, remote) != remote.digest
+        ):
+            missing[name] = remote
+            if (folder / name).exists() and name not in known:
+                raise UsageError(
+                    f"{folder / name}: already exists and differs from the hub's file",
+                    hint=f"choose another folder {named_by}, or delete the file",
+                )
+    return missing
+
+
+def _check_space(folder: Path, needed: int, named_by: str) -> None:
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    if needed > (free := shutil.disk_usage(existing).free):
+        raise FileFault(
+            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            hint=f"free some space, or name a folder on another disk {named_by}",
+        )
+
+
 def read_record(folder: Path) -> Listing | None:
-    """What the record of downloads says is whole in a folder; None when there is no good record."""
+    """Return the files that a folder's download record states as complete.
+
+    Returns:
+        The files as an offline listing, or None if there is no valid record.
+    """
     try:
         fields = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         files = {name: stated_file(**f) for name, f in fields.pop("files").items()}
@@ -199,11 +242,11 @@ def read_record(folder: Path) -> Listing | None:
             return None
         return Listing(**fields | {"files": files, "others": others, "offline": True})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None  # as good as none: everything is compared with the hub again
+        return None  # then all files are compared with the hub again
 
 
 def _is_of(record: Listing, listing: Listing) -> bool:
-    """Whether both are of the same commit."""
+    """Return whether both are of the same commit."""
     return (record.repository, record.kind, record.commit) == (
         listing.repository,
         listing.kind,
@@ -214,7 +257,7 @@ def _is_of(record: Listing, listing: Listing) -> bool:
 def _note(
     folder: Path, record: Listing | None, listing: Listing, whole: dict[str, RemoteFile]
 ) -> None:
-    """Record what is whole of a commit, with what was so before."""
+    """Record the complete files of a commit, including those recorded before."""
     files = record.files | whole if record and _is_of(record, listing) else whole
     now = replace(
         listing,
@@ -230,7 +273,7 @@ def _note(
 
 
 def _finished(folder: Path, asked: tuple[str, str | None, str], choose: Choose) -> Listing | None:
-    """What is chosen, by the record of a folder that has all of it."""
+    """Return the chosen files according to a folder's record, or None if it lacks any of them."""
     record = read_record(folder)
     if not record or (record.repository, record.revision, record.kind) != asked:
         return None
@@ -253,6 +296,7 @@ def _finished(folder: Path, asked: tuple[str, str | None, str], choose: Choose) 
 
 
 def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], None]) -> None:
+    """Download one file, or copy it from the hub's cache, and verify its digest."""
     from huggingface_hub import hf_hub_url
 
     remote = listing.files[name]
@@ -260,20 +304,18 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
     part = _part(folder, name, remote)
     part.parent.mkdir(parents=True, exist_ok=True)
 
-    def kept() -> str:
-        return f"; {file_size(part) or 0} of {remote.size} bytes are kept"
+    def progress_text() -> str:
+        return f"; {file_size(part) or 0} of {remote.size} bytes have been downloaded"
 
     if blob := cached_blob(listing.repository, listing.kind, remote):
         copy_blob(blob, part, tell)
         if _digest(part, remote) != remote.digest:
             part.unlink()
-            _log.warning("%s: is damaged in the hub's cache (%s)", name, blob)
+            _log.warning("%s: the copy in the hub's cache is damaged (%s)", name, blob)
     for last_try in (False, True):
         try:
-            with hub_faults(f"{listing.repository}: {name}", kept):
-                persist(
-                    lambda: transfer(url, part, remote.size, tell), lambda: file_size(part) or 0
-                )
+            with hub_faults(f"{listing.repository}: {name}", progress_text):
+                retry(lambda: transfer(url, part, remote.size, tell), lambda: file_size(part) or 0)
             if (found := _digest(part, remote)) != remote.digest:
                 raise WrongContent(f"is {found}, the hub states {remote.digest}")
             part.replace(folder / name)
@@ -281,15 +323,15 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
         except WrongContent as e:
             part.unlink(missing_ok=True)
             if last_try:
-                message = f"{listing.repository}: {name}: what arrives, twice, {e}"
-                raise HubFault(message, hint="try another network, or later") from None
-    # Parts of a commit that was asked for before.
+                message = f"{listing.repository}: {name}: after two downloads, the content {e}"
+                raise HubFault(message, hint="try another network, or try again later") from None
+    # Parts of the same file in another commit.
     for stale in part.parent.glob(f".{escape(PurePosixPath(name).name)}.{_HEX_16}.part"):
         stale.unlink()
 
 
 def _read(listing: Listing, name: str, folder: Path, most: int) -> bytes:
-    """A small file's content, from the folder if it is there."""
+    """Return the content of a small file, from the folder if it exists there."""
     remote, path = listing.files[name], folder / name
     if remote.size > most:
         message = f"{listing.repository}: {name}: has {remote.size} bytes, expected at most {most}"
@@ -302,12 +344,12 @@ def _read(listing: Listing, name: str, folder: Path, most: int) -> bytes:
 
 
 def _not_a_hub(repository: str) -> HubFault:
-    hint = "check HF_ENDPOINT, and whether the network asks for a login"
-    return HubFault(f"{repository}: the answer is not a hub's", hint=hint)
+    hint = "check HF_ENDPOINT, and whether the network requires a login"
+    return HubFault(f"{repository}: the answer does not come from a hub", hint=hint)
 
 
 def _remote_file(sibling: Any, repository: str) -> RemoteFile:
-    """As the hub states it."""
+    """Return the size and digest that the hub states."""
     try:
         if sibling.lfs:
             return stated_file(sibling.lfs.size, f"sha256:{sibling.lfs.sha256}")
@@ -321,13 +363,13 @@ def _tell(report: Callable[[Progress], None], total: int, name: str, before: int
 
 
 def _part(folder: Path, name: str, remote: RemoteFile) -> Path:
-    # The digest in its name keeps bytes of two versions from being joined.
+    # With the digest in the name, the bytes of two versions are never joined.
     whole = folder / name
     return whole.with_name(f".{whole.name}.{remote.hex[:16]}.part")
 
 
 def _digest(path: Path, like: RemoteFile) -> str:
-    """The file's digest in the same kind as the hub's; returns once the file is on the disk."""
+    """Flush a file to the device, and return its digest in the kind of the hub's."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return f"{like.kind}:{digest(path, like.kind)}"
@@ -335,13 +377,13 @@ def _digest(path: Path, like: RemoteFile) -> str:
 
 @contextmanager
 def _alone(folder: Path, named_by: str) -> Generator[int]:
-    """Keep other downloads out of the folder; the kernel lets go when the process ends."""
+    """Lock a folder against other downloads; the kernel releases the lock when the process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle
     except BlockingIOError:
         hint = f"wait for it, or choose another folder {named_by}"
-        raise FileFault(f"{folder}: another download is at work here", hint=hint) from None
+        raise FileFault(f"{folder}: another download is using this folder", hint=hint) from None
     finally:
         os.close(handle)

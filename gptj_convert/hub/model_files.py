@@ -1,4 +1,4 @@
-"""The files of a hub's repository that make a GPT-J: one set of weights, and what goes with it."""
+"""Choice of a GPT-J's files in a hub repository: one set of weights and its companion files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from gptj_model.errors import ConfigError, FileFault, HubFault, TensorFault, Usa
 
 _log = logging.getLogger(__name__)
 
-#: A GPT-J's config.json has 1 kB.
+#: Limits on a config.json, which for a GPT-J has 1 kB.
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_MARKS = 2**15
 
+#: Suffixes of weight files that an error lists.
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".bin", ".safetensors")
 _HINT = "name another repository, or with --revision another branch"
 
@@ -28,23 +29,24 @@ _HINT = "name another repository, or with --revision another branch"
 def list_model(
     repository: str, revision: str | None, folder: Path, *, for_conversion: bool = False
 ) -> Listing:
-    """Choose one set of weights and the small files beside it.
+    """List one set of weights of a model and the small files beside it.
 
-    Which shards are a set, only their index says, and whether it is a GPT-J only config.json:
-    both are fetched for that.
+    The index of shards and config.json are downloaded for the choice: the first names the shards
+    of a set, the second tells whether the model is a GPT-J.
 
     Args:
-        repository: OWNER/NAME.
+        repository: name of the repository, as OWNER/NAME.
         revision: branch, tag or commit; None is the main branch.
-        folder: where the files go.
-        for_conversion: refuse a model that cannot be converted; else a note says so.
+        folder: folder that the files will be downloaded to.
+        for_conversion: whether a model that cannot be converted is refused; otherwise it is only
+            noted.
 
     Raises:
-        ConfigError: it is not a GPT-J, and `for_conversion` is set.
+        ConfigError: the model is not a GPT-J, and `for_conversion` is set.
         UsageError: no repository can have this name, or `folder` has a file that every reader
-            prefers to the weights to come.
-        HubFault: no network, no access, no such repository, or no weights that can be read.
-        TensorFault: the index names shards that no checkpoint has, or that are not there.
+            prefers to the chosen weights.
+        HubFault: the hub or the repository cannot be accessed, or has no readable weights.
+        TensorFault: the index names shards that are invalid or do not exist.
     """
     choose = partial(choose_model, for_conversion=for_conversion)
     listing = list_files(repository, revision, folder, choose)
@@ -52,20 +54,26 @@ def list_model(
     for other in WEIGHT_FILES[: WEIGHT_FILES.index(weights)] if weights else ():
         if (folder / other).exists():
             raise UsageError(
-                f"{folder / other}: is there and would be taken for the model, not {weights}, "
-                "which is to come; it is left as it is",
+                f"{folder / other}: already exists, and would be read instead of {weights}, which "
+                "is to be downloaded",
                 hint="choose another folder with --out, or delete the file",
             )
     return listing
 
 
 def choose_model(contents: Contents, *, for_conversion: bool = False) -> Iterable[str]:
-    """Names of the files; besides known ones only shards, whose names are checked.
+    """Yield the files of one set of weights and its companions.
+
+    All names are known ones, except for those of shards, which are checked.
+
+    Args:
+        contents: content of the repository.
+        for_conversion: whether a model that cannot be converted is refused.
 
     Raises:
-        ConfigError: see `list_model`.
-        HubFault: there are no weights that can be read.
-        TensorFault: see `list_model`.
+        ConfigError: the model is not a GPT-J, and `for_conversion` is set.
+        HubFault: the repository has no readable weights.
+        TensorFault: the index names shards that are invalid or do not exist.
     """
     weights = _weights(contents.names)
     if not weights or CONFIG_FILE not in contents.names:
@@ -79,7 +87,7 @@ def choose_model(contents: Contents, *, for_conversion: bool = False) -> Iterabl
 
 
 def _check_config(contents: Contents, *, for_conversion: bool) -> None:
-    """Whether the model is one that this program converts, before its weights are fetched."""
+    """Refuse or note a model that cannot be converted, before its weights are downloaded."""
     where = f"{contents.repository}: {CONFIG_FILE}"
     try:
         data = contents.read(CONFIG_FILE, MAX_CONFIG_BYTES)
@@ -90,7 +98,7 @@ def _check_config(contents: Contents, *, for_conversion: bool) -> None:
     except ConfigError as e:
         if for_conversion:
             raise
-        _log.warning("%s; it is downloaded, but cannot be converted", e.message)
+        _log.warning("%s; the model is downloaded, but cannot be converted", e.message)
 
 
 def _weights(names: Collection[str]) -> str | None:
@@ -98,7 +106,7 @@ def _weights(names: Collection[str]) -> str | None:
 
 
 def _shards(contents: Contents, index: str) -> tuple[str, ...]:
-    """Names of the shards of an index, all fit to be files, and in the repository."""
+    """Return the names of the shards in an index, which must be valid and in the repository."""
     where = f"{contents.repository}: {index}"
     try:
         found = parse_index(contents.read(index, MAX_INDEX_BYTES), index, where=where)
@@ -113,7 +121,7 @@ def _shards(contents: Contents, index: str) -> tuple[str, ...]:
 
 def _unreadable(contents: Contents) -> HubFault:
     if CONFIG_FILE not in contents.names:
-        hint = "check the name: a model's repository has one"
+        hint = "check the name: every model repository has one"
         return HubFault(f"{contents.repository}: has no {CONFIG_FILE}", hint=hint)
     others = (repr(n) for n in contents.names if n.endswith(_OTHER_WEIGHTS))
     found = ", ".join(others) or "no weights"

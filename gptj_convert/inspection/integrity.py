@@ -15,8 +15,9 @@ from typing import Any
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.files.digest import GIT, SHA256, FileDigest
 from gptj_convert.formats.containers import sharded
-from gptj_convert.formats.containers.tensor_bundle import BundleSource, unmasked
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.leveldb_table import unmasked
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.hub.download import RECORD_FILE, read_record
 from gptj_convert.inspection.inspect import Inspection
 from gptj_convert.settings.params_yaml import PARAMS_FILE
@@ -255,12 +256,12 @@ def _archives(opened: Inspection, result: Check) -> list[_Work]:
 
 
 def _has_checksums(path: Path) -> bool:
-    with closing(PickleSource(path)) as archive:
+    with closing(TorchCheckpointSource(path)) as archive:
         return archive.checksummed
 
 
 def _archive(path: Path, result: Check) -> Iterator[int]:
-    with closing(PickleSource(path)) as archive:
+    with closing(TorchCheckpointSource(path)) as archive:
         for size, fault in archive.crc_faults():
             yield size
             differs = (fault, "the CRC32 that it states") if fault else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptj_convert.files.output_file import OutputFile
 from gptj_convert.files.ranged_file import RangedFile
-from gptj_convert.streams.pipeline import Buffers, Pipeline
+from gptj_convert.streams.pipeline import BufferPool, Pipeline
 from gptj_convert.streams.strips import PANEL_BYTES, Strip
 from gptj_convert.streams.writer import BLOCK_BYTES
 from gptj_model.op import Op
@@ -78,7 +78,7 @@ def _rate(amount: int, act: Callable[[], object]) -> float:
 def _disk_rates(folder: Path) -> tuple[float, float]:
     """Return the rates of writing, and of reading what was written."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gptj-doctor-") as place, Pipeline() as p:
-        (memory := Buffers(p, 1, BLOCK_BYTES).take()).fill(1)
+        (memory := BufferPool(p, 1, BLOCK_BYTES).take()).fill(1)
         blocks = _WRITTEN // BLOCK_BYTES
         output = OutputFile(Path(place) / "written", blocks * BLOCK_BYTES)
         source = RangedFile(output.path)

@@ -1,7 +1,7 @@
 """Stages of a long stream, each in a thread of its own, in order and in bounded memory.
 
-numpy, hashlib, crc32c and the system's reads and writes let go of the interpreter while they
-work, so the stages really run at once.
+numpy, hashlib, crc32c and system calls release the interpreter lock while they work, so the stages
+run in parallel.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from gptj_model.page_buffers import page_buffers
 
 T = TypeVar("T")
 
-#: Seconds for which a stage that computes may keep the interpreter from one whose read or write
-#: has ended, in place of Python's 5 ms. Measured on 28 November 2026, 2 cores with AVX-512, by
-#: benchmarks/conversion.py: 4.5 s became 3.7 s for 2.4 GB that are copied.
+#: Seconds for which a computing stage may keep the interpreter lock from a stage whose read or
+#: write has ended, instead of Python's 5 ms. Measured 2026-11 on a 2-core AVX-512 machine by
+#: benchmarks/conversion.py: copying 2.4 GB took 3.7 s instead of 4.5 s.
 _SWITCH_INTERVAL = 5e-4
-#: Seconds after which a waiting stage looks whether the others have ended.
+#: Seconds between a waiting stage's checks whether the stream has ended.
 _GLANCE = 0.1
 
 
 class Stopped(Exception):
-    """Another stage has ended the stream."""
+    """Signal that another stage has ended the stream."""
 
 
 class Pipeline:
-    """Threads and memory of one stream. Leaving the context ends all stages."""
+    """Threads of one stream. Leaving the context ends all stages."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -49,10 +49,14 @@ class Pipeline:
         for thread in self._threads:
             thread.join()
 
-    def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
-        """The items, made in another thread up to `depth` before they are taken.
+    def prefetch(self, items: Iterable[T], depth: int) -> Iterator[T]:
+        """Yield items that another thread produces in advance.
 
-        An exception of theirs is raised here, in its place.
+        An exception of the producer is raised here, in its place among the items.
+
+        Args:
+            items: producer, which is iterated over in the other thread.
+            depth: largest number of items that wait to be taken.
         """
         made: queue.Queue[T | _End] = queue.Queue(depth)
 
@@ -79,7 +83,7 @@ class Pipeline:
             raise item.error
 
     def get(self, source: queue.Queue[T]) -> T:
-        """The next item of a queue.
+        """Return the next item of a queue.
 
         Raises:
             Stopped: the stream has ended.
@@ -92,7 +96,7 @@ class Pipeline:
         raise Stopped
 
     def put(self, target: queue.Queue[T], item: T) -> None:
-        """Add to a queue once it has room.
+        """Add an item to a queue once it has room.
 
         Raises:
             Stopped: the stream has ended.
@@ -106,22 +110,22 @@ class Pipeline:
 
 
 class _End:
-    """Follows the last item."""
+    """Mark behind the last item, with the exception that ended the producer."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
-class Buffers:
-    """Memory that goes around, touched only once; see `page_buffers`.
+class BufferPool:
+    """Pool of buffers of one size, whose pages the system provides only once; see `page_buffers`.
 
     Args:
-        pipeline: whose end also ends waiting here.
-        count: of buffers.
-        size: of each, in bytes.
+        pipeline: stream that uses the buffers; its end also ends waiting for one.
+        count: number of buffers.
+        size: size of each buffer, in bytes.
 
     Raises:
-        MemoryFault: the system does not give it.
+        MemoryFault: the system has not enough memory.
     """
 
     def __init__(self, pipeline: Pipeline, count: int, size: int) -> None:
@@ -131,7 +135,7 @@ class Buffers:
             self._free.put(memory)
 
     def take(self) -> np.ndarray:
-        """A buffer that nobody uses: uint8, writable.
+        """Return a free buffer (writable, uint8), waiting for one if necessary.
 
         Raises:
             Stopped: the stream has ended.
@@ -139,5 +143,5 @@ class Buffers:
         return self._pipeline.get(self._free)
 
     def give(self, buffer: np.ndarray) -> None:
-        """It is no longer used."""
+        """Return a buffer to the pool."""
         self._free.put_nowait(buffer)

@@ -1,7 +1,9 @@
-"""Tensors read piece by piece in the order the target stores them, in bounded memory.
+"""Tensors read piece by piece in the order in which the target stores them, in bounded memory.
 
-A strip is what is read at once: rows of the tensor or, to be transposed, columns. From strips
-the target's bytes are laid out in whatever portions the writer takes.
+There are two levels. A strip is what is read at once and held, as the source stores it: a run of
+elements or, in a matrix that is to be transposed, a run of columns. A panel is what is handed on: a
+flat array of the target's values that fits into the processor's cache. One strip becomes one or
+more panels. The writer takes no panels; it fills its own blocks from the strips.
 """
 
 from __future__ import annotations
@@ -18,41 +20,46 @@ from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
 from gptj_model.transposition import transpose
 
-#: Bytes of source that are yielded at once.
+#: Size of a panel, and of a strip that is not transposed, in bytes.
 PANEL_BYTES = 8 * 2**20
-#: Bytes of a matrix that are held to be transposed; a larger one is read in strips of columns.
-#: The 6B's feed-forward matrices in float32 just fit.
+#: Size of a strip that is transposed, in bytes; a larger matrix is read in several strips. The
+#: feed-forward matrices of the 6B in float32 just fit.
 STRIP_BYTES = 256 * 2**20
-#: Columns of a strip are a multiple of this number, where it has more.
+#: The number of columns of a strip is a multiple of this one, if it is larger.
 _COLUMNS = 64
-#: A strip up to this size has memory of its own: in the place of a large one, as between two
-#: matrices the bias is, it would keep the next one from being read.
+#: Largest strip that gets memory of its own instead of a buffer, in bytes. In a buffer, the bias
+#: between two matrices would delay the reading of the second one.
 SMALL_STRIP_BYTES = 2**20
-#: Strips that go around in a conversion: one is laid out while the next is read.
-STRIPS = 2
-#: Where strips are panels, more of them go around, up to so many bytes: reading and writing then
-#: wait less for each other.
-_AROUND_BYTES = 64 * 2**20
-#: The same of a converted checkpoint in a verification, where each is a panel.
-CONVERTED_STRIPS = 4
+#: Smallest number of strip buffers: one strip is laid out while the next is read.
+STRIP_BUFFERS = 2
+#: Size of all strip buffers together, in bytes, where more than `STRIP_BUFFERS` fit: with more
+#: buffers, reading and writing wait less for each other.
+_ALL_BUFFERS_BYTES = 64 * 2**20
+#: Number of strip buffers for the converted side of a verification, whose strips are panels.
+CONVERTED_STRIP_BUFFERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Part of a tensor as its source stores it; `op` of it comes next in the target."""
+    """Part of a tensor as its source stores it.
+
+    The target's next values are those of `op(values)`.
+    """
 
     values: np.ndarray
     op: Op
 
     @property
     def row_elements(self) -> int:
-        """Elements of the target that are best written together."""
+        """Number of the target's elements that are best written together."""
         return 1 if self.op is Op.COPY else self.values.shape[0]
 
     def fill(self, out: np.ndarray, begin: int) -> None:
-        """Write elements from `begin` on of the flattened `op(values)` to all of `out` (1-D).
+        """Fill an array with elements of the flattened `op(values)`, rounded to its dtype.
 
-        The values are rounded to the dtype of `out`.
+        Args:
+            out: one-dimensional array to fill.
+            begin: index of the first element.
         """
         if self.op is Op.COPY:
             flat = self.values.reshape(-1)
@@ -75,19 +82,19 @@ class Strip:
 
 
 def stored_op(info: TensorInfo, op: Op) -> Op:
-    """What is done to the array that the file holds, so that `op` is done to the tensor."""
+    """Return the op on the array in the file that amounts to `op` on the tensor."""
     return info.storage_op.then(op) if len(info.shape) > 1 else Op.COPY
 
 
 def strip_sizes(info: TensorInfo, op: Op) -> list[int]:
-    """Bytes of every strip of such a tensor, in order."""
+    """Return the size in bytes of each strip of a tensor, in order."""
     width = NUMPY[info.dtype].itemsize
     if stored_op(info, op) is Op.COPY:
         step = max(PANEL_BYTES // width, 1) * width
     else:
         column = max(info.storage_shape[0] * width, 1)
         columns = max(STRIP_BYTES // column, 1)
-        # A strip's rows then begin with whole words, as `transpose` is fastest with.
+        # The rows of a strip then begin at whole words, which `transpose` is fastest with.
         if columns > _COLUMNS:
             columns -= columns % _COLUMNS
         step = columns * column
@@ -95,28 +102,31 @@ def strip_sizes(info: TensorInfo, op: Op) -> list[int]:
 
 
 def strip_bytes(info: TensorInfo, op: Op) -> int:
-    """Bytes of the largest strip of such a tensor."""
+    """Return the size in bytes of the largest strip of a tensor."""
     return max(strip_sizes(info, op), default=0)
 
 
-def strips_around(largest: int) -> int:
-    """Number of strips that go around in a conversion, by the bytes of the largest."""
-    return max(STRIPS, min(_AROUND_BYTES // PANEL_BYTES, _AROUND_BYTES // max(largest, 1)))
+def strip_buffers(largest: int) -> int:
+    """Return the number of strip buffers of a conversion, by the largest strip's size in bytes."""
+    return max(STRIP_BUFFERS, _ALL_BUFFERS_BYTES // max(largest, PANEL_BYTES, 1))
 
 
 class Strips:
-    """One tensor, laid out by an op, as consecutive strips.
+    """Strips of one tensor, in the order of the target.
 
     Args:
-        source, name: of the tensor.
-        op: what is to be done to it.
-        buffer: gives memory (uint8) for a strip of at most `strip_bytes`; by default new memory.
-        look: is shown every part of the tensor once, in the source's dtype.
-        deferred: leave it to the caller to `count` every strip, in order, where `are_parts`.
+        source: checkpoint that holds the tensor.
+        name: name of the tensor in the source.
+        op: op from the tensor to its form in the target.
+        buffer: function that returns uint8 memory for a strip of the given size, at most
+            `strip_bytes`; by default, new memory.
+        observe: function that is called with every part of the tensor once, in the source's dtype.
+        deferred: whether the caller itself will `record` every strip, in order, if
+            `are_contiguous`.
 
     Attributes:
-        crc: afterwards the crc32c of the tensor's bytes as the source has them.
-        are_parts: whether the strips are the tensor's bytes as they come, one after the other.
+        crc: crc32c of the tensor's bytes as the source has them, once all strips have been read.
+        are_contiguous: whether the strips are the tensor's bytes in the order of the source.
     """
 
     def __init__(
@@ -126,7 +136,7 @@ class Strips:
         op: Op,
         *,
         buffer: Callable[[int], np.ndarray] | None = None,
-        look: Callable[[np.ndarray], None] | None = None,
+        observe: Callable[[np.ndarray], None] | None = None,
         deferred: bool = False,
     ) -> None:
         self._source = source
@@ -136,9 +146,9 @@ class Strips:
         self._op = stored_op(self._info, op)
         self._sizes = strip_sizes(self._info, op)
         self._buffer = buffer or _new_memory
-        self._look = look
-        self.are_parts = self._op is Op.COPY or len(self._sizes) == 1
-        self._deferred = deferred and self.are_parts
+        self._observe = observe
+        self.are_contiguous = self._op is Op.COPY or len(self._sizes) == 1
+        self._deferred = deferred and self.are_contiguous
         self.crc = 0
 
     def __iter__(self) -> Iterator[Strip]:
@@ -146,17 +156,18 @@ class Strips:
         return self._rows() if self._op is Op.COPY else self._columns()
 
     def _rows(self) -> Iterator[Strip]:
-        """Consecutive elements of the tensor, whole ones."""
+        """Yield runs of the tensor's elements."""
         begin = 0
         for size in self._sizes:
             values = self._memory((size // self._dtype.itemsize,))
             self._source.read_into(self._name, begin, raw_bytes(values))
             if not self._deferred:
-                self.count(values)
+                self.record(values)
             yield Strip(values, Op.COPY)
             begin += size
 
     def _columns(self) -> Iterator[Strip]:
+        """Yield runs of a matrix's columns."""
         rows, columns = self._info.storage_shape
         sizes = self._sizes
         if not sizes:
@@ -165,10 +176,10 @@ class Strips:
             values = self._memory((rows, columns))
             self._source.read_into(self._name, 0, raw_bytes(values))
             if not self._deferred:
-                self.count(values)
+                self.record(values)
             yield Strip(values, self._op)
             return
-        # Whole rows are read for every strip: the disk gives them faster than parts of them.
+        # Every strip reads whole rows: the disk delivers them faster than parts of rows.
         row_bytes = columns * self._dtype.itemsize
         scratch = np.empty((min(rows, max(1, PANEL_BYTES // row_bytes)), columns), self._dtype)
         left = 0
@@ -179,7 +190,7 @@ class Strips:
                 part = scratch[: rows - top]
                 self._source.read_into(self._name, top * row_bytes, raw_bytes(part))
                 if left == 0:
-                    self.count(part)
+                    self.record(part)
                 values[top : top + len(scratch)] = part[:, left : left + width]
             yield Strip(values, self._op)
             left += width
@@ -188,11 +199,11 @@ class Strips:
         size = math.prod(shape) * self._dtype.itemsize
         return self._buffer(size)[:size].view(self._dtype).reshape(shape)
 
-    def count(self, values: np.ndarray) -> None:
-        """Add a part of the tensor to `crc`, and show it to `look`."""
+    def record(self, values: np.ndarray) -> None:
+        """Add a part of the tensor to `crc`, and pass it to `observe`."""
         self.crc = crc32c(raw_bytes(values), self.crc)
-        if self._look:
-            self._look(values)
+        if self._observe:
+            self._observe(values)
 
 
 def _new_memory(size: int) -> np.ndarray:
@@ -200,33 +211,42 @@ def _new_memory(size: int) -> np.ndarray:
 
 
 class Panels:
-    """One tensor, laid out by an op, as consecutive flat arrays of at most PANEL_BYTES.
+    """Panels of one tensor: consecutive flat arrays of at most `PANEL_BYTES`.
 
-    Iterating yields arrays in the source's dtype whose bytes, one after the other, are those
-    of `op(tensor)`; each holds until the next is asked for. Afterwards `crc` is the crc32c of
-    the tensor's bytes as the source has them.
+    Iterating yields arrays in the source's dtype whose bytes, joined, are those of `op(tensor)`.
+    Each array is valid until the next one is requested.
+
+    Args:
+        source: checkpoint that holds the tensor.
+        name: name of the tensor in the source.
+        op: op from the tensor to its form in the target.
     """
 
     def __init__(self, source: TensorSource, name: str, op: Op) -> None:
         info = source.tensors[name]
         self._dtype = NUMPY[info.dtype]
-        # Not an attribute: a cycle through the lambda would keep it until the next collection.
+        # Not an attribute: the cycle through the lambda would keep the memory until the next
+        # garbage collection.
         memory = np.empty(strip_bytes(info, op), np.uint8)
         self._strips = Strips(source, name, op, buffer=lambda size: memory)
 
     @property
     def crc(self) -> int:
-        """See the class."""
+        """crc32c of the tensor's bytes as the source has them, once all panels have been read."""
         return self._strips.crc
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return laid_out(self._strips, self._dtype)
+        return in_panels(self._strips, self._dtype)
 
 
-def laid_out(strips: Iterable[Strip], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The target's values as consecutive flat arrays of at most PANEL_BYTES, rounded to a dtype.
+def in_panels(strips: Iterable[Strip], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yield the target's values as panels: flat arrays of at most `PANEL_BYTES`.
 
-    Each holds until the next is asked for.
+    Each array is valid until the next one is requested.
+
+    Args:
+        strips: strips of one tensor, in order.
+        dtype: dtype that the values are rounded to.
     """
     step = max(1, PANEL_BYTES // dtype.itemsize)
     panel = np.empty(0, dtype)

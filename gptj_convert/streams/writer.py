@@ -1,7 +1,7 @@
-"""The files of a layout, written in one pass: laid out, hashed and put on the disk at once.
+"""Writer of the files of a layout, in one pass: laid out, hashed and written in parallel.
 
-An interrupted pass leaves files that `find_start` takes up again: what is whole is read and
-hashed, not made anew.
+After an interrupted pass, `find_resume_point` reads and hashes the tensors that are complete, and
+writing resumes behind them.
 """
 
 from __future__ import annotations
@@ -19,52 +19,54 @@ from crc32c import crc32c
 from gptj_convert.files.output_file import OutputFile
 from gptj_convert.files.ranged_file import ALIGNMENT
 from gptj_convert.formats.containers.layout import FileLayout, Layout
-from gptj_convert.streams.pipeline import Buffers, Pipeline
+from gptj_convert.streams.pipeline import BufferPool, Pipeline
 from gptj_convert.streams.progress import Progress
 from gptj_convert.streams.strips import Strip
 from gptj_model.dtypes import NUMPY
 from gptj_model.op import Op
 
-#: Bytes that are handed on and written at once, and how many such blocks go around.
+#: Size of a block, which is laid out, hashed and written as a whole, and the number of buffers.
 BLOCK_BYTES = 8 * 2**20
 BLOCKS = 8
+#: Most rows of a transposed matrix that are laid out together.
 _ROWS_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A block is in its file, but for less than a page, which the next one writes."""
+class BlockWritten:
+    """Event: a block is in its file, except for less than a page, which the next one writes."""
 
     nbytes: int
     file: str
     tensors: tuple[tuple[str, int], ...]
-    """Name and crc32c of each tensor that is whole now."""
+    """Name and crc32c of each tensor that is now complete."""
 
 
 @dataclass(slots=True)
-class Start:
-    """Where to begin: everything before is there already."""
+class ResumePoint:
+    """Position at which writing begins; everything before it has been written."""
 
     file: int = 0
+    """Number of the file in the layout."""
     offset: int = 0
-    """The beginning of a part of that file."""
+    """Offset in that file, in bytes, at which a part begins."""
     sha256: Any = field(default_factory=hashlib.sha256)
-    """Of that file's bytes up to `offset`."""
+    """State of the hash of that file's bytes up to `offset`."""
     head: bytes = b""
-    """What is in the file between the last whole page before `offset` and there."""
+    """Bytes of that file from the last page boundary up to `offset`."""
     done: int = 0
-    """Bytes before it, in all files."""
+    """Number of bytes before the position, in all files."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Of the files before it."""
+    """SHA-256 in hex of each file before the position, by name."""
     checksums: dict[str, int] = field(default_factory=dict)
-    """crc32c of the tensors before it."""
+    """crc32c of each tensor before the position, by name."""
 
 
 def reserve(layout: Layout, folder: Path, *, existing: bool = False) -> None:
-    """Make every file at its full size, so that a full disk shows before the first byte.
+    """Create every file at its full size, so that a full disk shows before the first byte.
 
     Raises:
-        FileFault: there is no space; or files are there, and `existing` is off.
+        FileFault: the disk is full, or a file exists and `existing` is off.
     """
     for file in layout.files:
         OutputFile(folder / file.name, layout.size(file), existing=existing).close()
@@ -75,26 +77,30 @@ def write_files(
     folder: Path,
     content: Callable[[str], Iterable[Strip]],
     pipeline: Pipeline,
-    start: Start,
-) -> Iterator[Written]:
-    """Write what is missing, in order, and the index; `start` moves on, to the end.
+    start: ResumePoint,
+) -> Iterator[BlockWritten]:
+    """Write everything from `start` on, in order, and then the index.
 
     Args:
-        layout: the files, which `reserve` has made.
-        folder: where they are.
-        content: gives the strips of a tensor. It runs in another thread.
-        pipeline: gives threads.
-        start: see `find_start`.
+        layout: layout of the files, which `reserve` has created.
+        folder: folder of the files.
+        content: function that returns the strips of a tensor; it runs in another thread.
+        pipeline: owner of the threads.
+        start: position at which writing begins. Its digests and checksums are extended by those of
+            everything written.
+
+    Yields:
+        An event for each block.
 
     Raises:
         FileFault: writing fails.
     """
-    buffers = Buffers(pipeline, BLOCKS, BLOCK_BYTES)
-    blocks = pipeline.ahead(_lay_out(layout, content, start, buffers), depth=BLOCKS)
+    buffers = BufferPool(pipeline, BLOCKS, BLOCK_BYTES)
+    blocks = pipeline.prefetch(_lay_out(layout, content, start, buffers), depth=BLOCKS)
     output: OutputFile | None = None
     waiting: list[tuple[str, int, int]] = []
     try:
-        for block in pipeline.ahead(_hash(blocks, start.sha256), depth=BLOCKS):
+        for block in pipeline.prefetch(_hash(blocks, start.sha256), depth=BLOCKS):
             if output is None:
                 path = folder / block.file.name
                 output = OutputFile(path, layout.size(block.file), existing=True)
@@ -106,7 +112,7 @@ def write_files(
             start.checksums.update(whole)
             nbytes = block.end - block.skip
             buffers.give(block.memory)
-            yield Written(nbytes, block.file.name, tuple(whole.items()))
+            yield BlockWritten(nbytes, block.file.name, tuple(whole.items()))
             if block.sha256:
                 start.digests[block.file.name] = block.sha256
                 output.sync()
@@ -119,17 +125,26 @@ def write_files(
         (folder / name).write_bytes(small)
 
 
-def find_start(
+def find_resume_point(
     layout: Layout, folder: Path, finished: Mapping[str, int]
-) -> Generator[Progress, None, Start]:
-    """How far an interrupted pass came: whole tensors whose bytes have the noted checksum.
+) -> Generator[Progress, None, ResumePoint]:
+    """Find where an interrupted pass can be resumed.
+
+    The position is behind the last of the complete tensors, in order, whose bytes still have the
+    recorded checksum.
 
     Args:
-        layout: as it was then.
-        folder: as it was left.
-        finished: crc32c of tensors that were written.
+        layout: layout of the interrupted pass.
+        folder: folder with the files that it left.
+        finished: crc32c of each tensor that it wrote, by name.
+
+    Yields:
+        The progress of reading.
+
+    Returns:
+        The position.
     """
-    start = Start()
+    start = ResumePoint()
     for n, file in enumerate(layout.files):
         start.file, start.offset, start.sha256, start.head = n, 0, hashlib.sha256(), b""
         with (folder / file.name).open("rb", buffering=0) as f:
@@ -142,7 +157,9 @@ def find_start(
                     data = f.read(min(BLOCK_BYTES, end - at))
                     crc = crc32c(data, crc)
                     digest.update(data)
-                    yield Progress(start.done + at - begin, layout.total, "reading what is there")
+                    yield Progress(
+                        start.done + at - begin, layout.total, "reading the interrupted run"
+                    )
                 if crc != (crc32c(part) if isinstance(part, bytes) else finished[part]):
                     return start
                 start.offset, start.sha256 = end, digest
@@ -158,30 +175,34 @@ def find_start(
 
 @dataclass(slots=True)
 class _Block:
-    """Consecutive bytes of one file, from an aligned offset on."""
+    """Run of bytes of one file that begins at an aligned offset."""
 
     memory: np.ndarray
     file: FileLayout
     offset: int
     skip: int
-    """Bytes at its beginning that were counted before."""
+    """Number of bytes at its beginning that the previous block contained, too."""
     spans: list[tuple[str | None, int, bool]] = field(default_factory=list)
-    """Tensor (None for other bytes), bytes, and whether it ends there."""
+    """Tensor (None for other bytes), number of its bytes here, and whether it ends here."""
     finished: list[tuple[str, int, int]] = field(default_factory=list)
-    """Name, crc32c and end in the file of each tensor that ends in it."""
+    """Name, crc32c and end offset in the file of each tensor that ends in the block."""
     is_last: bool = False
     sha256: str | None = None
-    """Of the file, with its last block."""
+    """SHA-256 of the file in hex, set in its last block."""
     end: int = field(init=False)
-    """Bytes of the memory that are in use."""
+    """Number of bytes of the memory that are in use."""
 
     def __post_init__(self) -> None:
         self.end = self.skip
 
 
 def _lay_out(
-    layout: Layout, content: Callable[[str], Iterable[Strip]], start: Start, buffers: Buffers
+    layout: Layout,
+    content: Callable[[str], Iterable[Strip]],
+    start: ResumePoint,
+    buffers: BufferPool,
 ) -> Iterator[_Block]:
+    """Yield the blocks from `start` on, filled but not yet hashed."""
     offset, head = start.offset, start.head
     for file in layout.files[start.file :]:
         block = _Block(buffers.take(), file, offset - len(head), len(head))
@@ -198,11 +219,11 @@ def _lay_out(
                     count = size - at if size - at <= room else room // row * row
                     if not count and block.end > block.skip:
                         following, tail = block.offset + block.end, _tail(block)
-                        yield block  # and its memory
+                        yield block  # hands over its memory
                         block = _Block(buffers.take(), file, following - len(tail), len(tail))
                         block.memory[: block.skip] = tail
                         continue
-                    count = count or room  # a row longer than a block
+                    count = count or room  # the row is longer than a block
                     _fill(block.memory[block.end : block.end + count], strip, dtype, at)
                     block.spans.append((name, count, False))
                     block.end += count
@@ -214,23 +235,24 @@ def _lay_out(
 
 
 def _together(row: int) -> int:
-    """Bytes of whole rows that are laid out at once, by those of one.
+    """Return the number of bytes that are laid out at once, for rows of `row` bytes.
 
-    A transposed row is gathered from all over the strip, where a line of the cache holds a value
-    of each of `_ROWS_TOGETHER`.
+    A row of a transposed matrix is gathered from the whole strip, where one cache line holds values
+    of `_ROWS_TOGETHER` neighboring rows.
     """
     fits = (n for n in range(_ROWS_TOGETHER, 1, -1) if n * row <= BLOCK_BYTES and not n & n - 1)
     return next(fits, 1) * row
 
 
 def _tail(block: _Block) -> np.ndarray:
-    """A copy of what less than a page at its end holds, which the next block has to write."""
+    """Return a copy of the bytes behind the last page boundary, which the next block writes."""
     return block.memory[block.end - block.end % ALIGNMENT : block.end].copy()
 
 
 def _strips(
     layout: Layout, part: bytes | str, content: Callable[[str], Iterable[Strip]]
 ) -> Iterator[tuple[Strip, np.dtype]]:
+    """Yield the strips of a part of a file, each with its dtype in the file."""
     if isinstance(part, bytes):
         yield Strip(np.frombuffer(part, np.uint8), Op.COPY), np.dtype(np.uint8)
         return
@@ -240,7 +262,7 @@ def _strips(
 
 
 def _fill(out: np.ndarray, strip: Strip, dtype: np.dtype, begin: int) -> None:
-    """Fill bytes from byte `begin` on of the strip in its new dtype."""
+    """Fill memory with bytes of a strip in its new dtype, from byte `begin` on."""
     first, skip = divmod(begin, dtype.itemsize)
     if not skip and out.size % dtype.itemsize == 0:
         strip.fill(out.view(dtype), first)
@@ -252,6 +274,7 @@ def _fill(out: np.ndarray, strip: Strip, dtype: np.dtype, begin: int) -> None:
 
 
 def _hash(blocks: Iterable[_Block], sha256: Any) -> Iterator[_Block]:
+    """Set the checksums of tensors and files that end in each block."""
     crc = 0
     for block in blocks:
         at = block.skip

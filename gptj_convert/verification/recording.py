@@ -12,11 +12,11 @@ from golden.prompts import SHORT, Prompt, battery
 from golden.recording import RecordedPrompt, Recording, kept_tokens, write_recording
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.plan import match
-from gptj_convert.files.output_folder import staged_folder
+from gptj_convert.files.output_folder import output_folder
 from gptj_convert.options import DTYPES
 from gptj_convert.resources.environment import library_versions
 from gptj_convert.streams.progress import Progress, Work
-from gptj_convert.streams.strips import Strips, laid_out
+from gptj_convert.streams.strips import Strips, in_panels
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import GptjError
 from gptj_model.op import Op
@@ -46,7 +46,7 @@ def record(
     matched = match(checkpoint)
     stored = [info.dtype for _, _, info in matched]
     widest = next(name for name in ("float64", *DTYPES) if name in stored)
-    with staged_folder(out, force=force) as staging:
+    with output_folder(out, force=force) as staging:
         stages = len(matched) + config.n_layer + 1
         weights = {}
         for n, (tensor, name, _) in enumerate(matched, start=1):
@@ -111,6 +111,6 @@ def checksum(tensor: Tensor, source: TensorSource, name: str, scheme: Scheme, dt
     """Return the crc32c in hex of a tensor's values in HF's layout, rounded to a dtype."""
     op: Op = tensor.op(scheme, Scheme.HF)
     crc = 0
-    for panel in laid_out(Strips(source, name, op), NUMPY[dtype]):
+    for panel in in_panels(Strips(source, name, op), NUMPY[dtype]):
         crc = crc32c(raw_bytes(np.ascontiguousarray(panel)), crc)
     return f"{crc:08x}"

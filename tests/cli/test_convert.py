@@ -338,8 +338,8 @@ def test_what_others_have_written_is_named_before_it_is_replaced(converted: Path
     mine.write_text("precious")
     done = gptj("convert", hf, "--to", "tf")
     assert done.code == 2
-    assert "holds notes/mine.txt, which nothing here has written" in done.stderr
-    assert "--force would delete all that is there" in done.stderr
+    assert "holds notes/mine.txt, which this program did not write" in done.stderr
+    assert "--force would delete the whole folder" in done.stderr
     assert mine.read_text() == "precious"
 
 
@@ -377,7 +377,7 @@ def test_an_output_that_is_not_apart_from_its_source(source: str, out: str, hf: 
         assert f"error: {Path(out)}: " in done.stderr
         assert sorted(Path.cwd().rglob("*")) == before
     assert len(load_tensors(hf / "model.safetensors")) == 35
-    words = ("is the source itself", "is inside the source", "which is read")
+    words = ("is the source itself", "lies inside the source", "holds the source file")
     assert any(word in done.stderr for word in words)
 
 

@@ -129,7 +129,7 @@ def _damaged(change) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: f.attrs.update({"__SUCCESS__": False}), "was not written to its end"),
+        (lambda f: f.attrs.update({"__SUCCESS__": False}), "is incomplete"),
         (lambda f: f.pop("model.lm_head.bias"), "'lm_head.bias' is missing"),
         (lambda f: f.create_dataset("model.other", data=1.0), "'other' is not a tensor"),
         (

@@ -333,7 +333,7 @@ def test_what_cannot_be_meant(data):
     _refused(data("pile", "empty.jsonl"), 1, "too little text")
     Path("data").mkdir()
     Path("data/mine.json").write_text("mine")
-    assert "exists already" in data("pile", "a.jsonl").stderr
+    assert "already exists" in data("pile", "a.jsonl").stderr
     assert Path("data/mine.json").read_text() == "mine"
     assert data("pile", "a.jsonl", "--force").code == 0
     again = data("pile", "a.jsonl", "--resume")

@@ -253,7 +253,12 @@ def test_a_new_commit_replaces_what_was_downloaded(hub: FakeHub, download):
 
 def test_a_cut_connection_goes_on_in_the_next_run(hub: FakeHub, download):
     hub.cut[LARGE] = [1_200_000] + [0] * 5
-    _refused(download("--part", "train/00"), 1, LARGE, f"of {len(PILE[LARGE])} bytes are kept")
+    _refused(
+        download("--part", "train/00"),
+        1,
+        LARGE,
+        f"of {len(PILE[LARGE])} bytes have been downloaded",
+    )
     assert not (FOLDER / LARGE).exists()
     assert not Path("data").exists()
     hub.cut.clear()
@@ -291,7 +296,9 @@ def test_wrong_bytes_once_are_fetched_again_and_twice_are_refused(hub: FakeHub, 
     assert hub.served[name] == 2 * len(PILE[name])
     shutil.rmtree(FOLDER)
     hub.instead[name] = [PILE[name][::-1]] * 2
-    _refused(download("--part", "val", "--out", "b"), 1, f"{name}: what arrives, twice", "sha256:")
+    _refused(
+        download("--part", "val", "--out", "b"), 1, f"{name}: after two downloads, the", "sha256:"
+    )
     assert not _names()
 
 
@@ -310,7 +317,7 @@ def test_two_downloads_into_one_folder(hub: FakeHub, download):
     handle = os.open(FOLDER, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        _refused(download(*SMALL), 1, "another download is at work here", "as SRC")
+        _refused(download(*SMALL), 1, "another download is using this folder", "as SRC")
     finally:
         os.close(handle)
     assert download(*SMALL).code == 0
@@ -334,7 +341,7 @@ def test_names_that_lead_elsewhere(name: str, hub: FakeHub, download):
 def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, download):
     (FOLDER / "train").mkdir(parents=True)
     (FOLDER / "train/01.jsonl.zst").write_bytes(b"precious")
-    _refused(download(*SMALL), 2, "exists already", "as SRC")
+    _refused(download(*SMALL), 2, "already exists", "as SRC")
     assert (FOLDER / "train/01.jsonl.zst").read_bytes() == b"precious"
     (FOLDER / "train/01.jsonl.zst").write_bytes(PILE["train/01.jsonl.zst"])
     assert download(*SMALL).code == 0
@@ -365,10 +372,10 @@ def test_what_would_fail_after_the_download_fails_before(
     hub: FakeHub, gptj, tokenizer_folder: Path, download
 ):
     Path("data").mkdir()
-    _refused(download(), 2, "data: exists already", "--force")
+    _refused(download(), 2, "data: already exists", "--force")
     _refused(download("--out", "x", "--gzip", "--format", "hdf5"), 2, "--gzip is for TFRecords")
     _refused(download("raw", "more", "--out", "x"), 2, "expected one SRC at most")
-    _refused(download("x", "--out", "x"), 2, "x: holds x, which is read")
+    _refused(download("x", "--out", "x"), 2, "x: holds the source file x")
     command = ("data", "pile", "--download", "--repository", REPOSITORY, "--out", "x")
     _refused(gptj(*command, "--tokenizer", "nowhere"), 1, "expected a tokenizer")
     for option in (("--part", "val"), ("--repository", REPOSITORY)):

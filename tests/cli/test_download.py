@@ -301,7 +301,7 @@ def test_an_answer_of_another_size(body: bytes, hub: FakeHub, gptj):
 
 def test_a_network_that_asks_for_a_login(hub: FakeHub, gptj):
     hub.answers_html = True
-    _refused(gptj("download", REPOSITORY), 1, "the answer is not a hub's")
+    _refused(gptj("download", REPOSITORY), 1, "the answer does not come from a hub")
 
 
 # What is refused.
@@ -327,7 +327,7 @@ def test_no_access(status: int, code: str, words: str, hub: FakeHub, gptj):
 
 def test_no_such_repository_or_revision(hub: FakeHub, gptj):
     _refused(gptj("download", "someone/else"), 1, "someone/else: not found")
-    _refused(gptj("download", REPOSITORY, "--revision", "v9"), 1, "has no such revision")
+    _refused(gptj("download", REPOSITORY, "--revision", "v9"), 1, "the revision does not exist")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "../x", "", "a b", "-x-/y", "x..y", "./here", "a\nb"])
@@ -407,7 +407,7 @@ def test_a_damaged_file_of_the_cache_is_never_taken(
     blob.write_bytes(bytes(len(WEIGHTS)))
     done = gptj("download", REPOSITORY)
     assert done.code == 0
-    assert "is damaged in the hub's cache" in done.stderr
+    assert "the copy in the hub's cache is damaged" in done.stderr
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
     shutil.rmtree(FOLDER)
     point_at(refused_endpoint, monkeypatch)
@@ -463,7 +463,7 @@ def test_another_architecture_is_refused_before_its_weights(hub: FakeHub, gptj):
     done = gptj("download", REPOSITORY)
     assert done.code == 0
     assert "note: " in done.stderr
-    assert "it is downloaded, but cannot be converted" in done.stderr
+    assert "the model is downloaded, but cannot be converted" in done.stderr
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
 
 
@@ -525,7 +525,7 @@ def test_a_disk_that_fills_midway_keeps_what_came(hub: FakeHub, gptj):
 def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, gptj):
     FOLDER.mkdir()
     WEIGHTS_FILE.write_bytes(b"precious")
-    _refused(gptj("download", REPOSITORY), 2, "exists already", "--out")
+    _refused(gptj("download", REPOSITORY), 2, "already exists", "--out")
     assert WEIGHTS_FILE.read_bytes() == b"precious"
     assert set(hub.served) <= {"config.json"}
 
@@ -535,7 +535,7 @@ def test_two_downloads_into_one_folder(hub: FakeHub, gptj):
     handle = os.open(FOLDER, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        _refused(gptj("download", REPOSITORY), 1, "another download is at work here")
+        _refused(gptj("download", REPOSITORY), 1, "another download is using this folder")
     finally:
         os.close(handle)
     assert gptj("download", REPOSITORY).code == 0
@@ -634,7 +634,9 @@ def test_shards_whose_names_lead_elsewhere(name: object, sharded_hub: FakeHub, g
     sharded_hub.files[INDEX] = _index(SHARDS[0], name)
     if isinstance(name, str) and name not in sharded_hub.files:
         sharded_hub.listed_only = [name]
-    _refused(gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}", "is no name of a shard")
+    _refused(
+        gptj("download", REPOSITORY), 1, f"{REPOSITORY}: {INDEX}", "is not the name of a shard"
+    )
     assert sharded_hub.fetched == {"config.json", INDEX}
     assert not list(Path.cwd().iterdir())
 
@@ -656,7 +658,7 @@ def test_an_index_that_is_none(text: bytes, sharded_hub: FakeHub, gptj):
 def test_weights_that_would_be_taken_instead_of_those_to_come(sharded_hub: FakeHub, gptj):
     FOLDER.mkdir()
     WEIGHTS_FILE.write_bytes(b"precious")
-    _refused(gptj("download", REPOSITORY), 2, "model.safetensors: is there", INDEX, "--out")
+    _refused(gptj("download", REPOSITORY), 2, "model.safetensors: already exists", INDEX, "--out")
     assert WEIGHTS_FILE.read_bytes() == b"precious"
     assert sharded_hub.fetched == {"config.json", INDEX}
 
@@ -700,7 +702,7 @@ def test_a_digest_that_leads_elsewhere(hub: FakeHub, monkeypatch: pytest.MonkeyP
     told = hub.information()
     next(s for s in told["siblings"] if "lfs" in s)["lfs"]["sha256"] = "../../x"
     monkeypatch.setattr(hub, "information", lambda: told)
-    _refused(gptj("download", REPOSITORY), 1, "the answer is not a hub's")
+    _refused(gptj("download", REPOSITORY), 1, "the answer does not come from a hub")
 
 
 # The program as it is called: the client reads its variables at import.

@@ -338,7 +338,7 @@ def test_a_note_of_the_tokenizer_is_told(chat: Path, gptj):
     (chat / "tokenizer_config.json").unlink()
     (chat / "added_tokens.json").write_text('{"<x>": 280}')
     Path("a.txt").write_text("hello<x>")
-    said = "the token '<x>' is stated as 280 and becomes 263, as in transformers"
+    said = "the token '<x>' has the id 280 in a file and gets the id 263, as in transformers"
     for call in (
         ("generate", "--model", chat, "--prompt", "hello<x>", "--max-new-tokens", 1),
         ("data", "text", "a.txt", "--tokenizer", chat, "--max-sequence-length", 8),

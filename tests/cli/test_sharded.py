@@ -258,7 +258,7 @@ def test_names_that_no_shard_has(name: Any, sharded: Path, gptj):
         opened = _opened
     finally:
         _opened = None
-    _refused(done, 1, "1 problem(s)", "is no name of a shard", "ending in .safetensors")
+    _refused(done, 1, "1 problem(s)", "is not the name of a shard", "ending in .safetensors")
     assert "\x1b" not in done.stderr
     assert any(path.endswith("model-00001-of-00006.safetensors") for path in opened)
     assert not any("side.safetensors" in path or shard.name in path for path in opened)
@@ -282,13 +282,13 @@ def test_every_problem_is_listed_at_once(sharded: Path, gptj):
     four, five, six = (f"model-{n:05d}-of-00006.safetensors" for n in (4, 5, 6))
     words = (
         "7 problem(s)",
-        f"shard {six} is not there",
+        f"shard {six} does not exist",
         f"{five}: holds a Git LFS pointer",
-        "'/etc/passwd' is no name of a shard",
+        "'/etc/passwd' is not the name of a shard",
         f"{first[0]!r} is in model-00001-of-00006.safetensors, but not in the index",
-        f"{second[0]!r} is not in model-00003-of-00006.safetensors, where the index has it, but in "
+        f"{second[0]!r} is not in model-00003-of-00006.safetensors, as the index states, but in "
         "model-00002-of-00006.safetensors",
-        f"'lm_head.extra' is not in {four}, where the index has it\n",
+        f"'lm_head.extra' is not in {four}, as the index states\n",
         f"{third[0]!r} is in 2 shards, model-00003-of-00006.safetensors and {four}",
     )
     _refused(gptj("convert", sharded, "--to", "tf"), 1, *words)
@@ -394,7 +394,7 @@ def test_a_shard_that_is_no_file(sharded: Path, gptj):
     shard = sharded / "model-00003-of-00006.safetensors"
     shard.unlink()
     os.mkfifo(shard)
-    _refused(gptj("convert", sharded, "--to", "tf"), 1, f"shard {shard.name} is not there")
+    _refused(gptj("convert", sharded, "--to", "tf"), 1, f"shard {shard.name} does not exist")
 
 
 # Writing.
@@ -477,7 +477,7 @@ def test_a_bundle_has_no_shards(hf: Path, gptj):
 def test_more_shards_than_can_be_read_back(workdir: Path, gptj):
     make_checkpoint(workdir / "deep", n_layer=40, n_embd=8, rotary_dim=2, vocab_size=8)
     done = gptj("convert", "deep", "--to", "hf", "--max-shard-size", "1", "--dry-run")
-    _refused(done, 2, "would be 405 files, expected at most 400")
+    _refused(done, 2, "would make 405 files, expected at most 400")
     done = gptj("new", "--max-shard-size", "1", "--set", "n_layer=40", "--set", "vocab_size=8")
     _refused(done, 2, "expected at most 400")
     assert not Path("gpt-j-new").exists()

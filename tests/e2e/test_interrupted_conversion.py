@@ -28,8 +28,8 @@ CHANGING = (
 CONVERT = (sys.executable, "-B", "-m", "runner.cli.root", "convert", "hf", "--to", "tf")
 #: Blocks and strips far smaller than the tensors, as in a large checkpoint.
 SMALL_PIECES = (
-    "import sys; from gptj_convert import panels, writer; "
-    "panels.PANEL_BYTES = 4096; panels.STRIP_BYTES = 20_000; writer.BLOCK_BYTES = 32768; "
+    "import sys; from gptj_convert.streams import strips, writer; "
+    "strips.PANEL_BYTES = 4096; strips.STRIP_BYTES = 20_000; writer.BLOCK_BYTES = 32768; "
     "from runner.cli.root import main; sys.exit(main())"
 )
 
@@ -235,7 +235,7 @@ def test_two_at_once(whole: dict[str, bytes]):
             assert first.poll() is None
         second = subprocess.run(CONVERT, capture_output=True, text=True)
         assert second.returncode == 1
-        assert re.search(r"process \d+ is making it", second.stderr)
+        assert re.search(r"process \d+ is writing it", second.stderr)
         first.kill()
 
 
@@ -244,5 +244,5 @@ def test_a_planted_link_is_not_followed(whole: dict[str, bytes]):
     Path("converted.partial-gptj").symlink_to("elsewhere")
     done = subprocess.run(CONVERT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "is in the way" in done.stderr
+    assert "is not a folder" in done.stderr
     assert not list(Path("elsewhere").iterdir())

@@ -1,7 +1,7 @@
-"""Readers fed with damaged files: a typed fault or a result, never anything else.
+"""Readers of damaged files: they return a result or raise a typed fault, and nothing else.
 
-Every mutant comes from a valid file and a seed, so that a failure can be repeated: its number is
-in the assertion. `make test-full` runs ten times as many.
+Every mutant is made from a valid file and a seed. Its number is in the assertion, so that a failure
+can be reproduced. `make test-full` runs ten times as many.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gptj_convert.formats.containers.hdf5 import Hdf5Source
 from gptj_convert.formats.containers.safetensors import SafetensorsSource
 from gptj_convert.formats.containers.sharded import ShardedSource
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.settings.params_yaml import read_yaml
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import GptjError
@@ -37,7 +37,7 @@ from runner.config.params_file import load_params
 from runner.data.reading.records import read_records
 from tests.conftest import GOLDEN_RUNS, make_checkpoint
 
-#: Seconds that one file may take.
+#: Time limit per file, in seconds.
 LIMIT = 10
 
 NUMBERS = [b"-1", b"0", b"1e999", b"NaN", b"null", b"9" * 40, b"1.5", b"true", b'""', b"[]", b"{}"]
@@ -45,7 +45,7 @@ WORDS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2*
 
 
 def mutant(data: bytes, rng: random.Random, hot: int) -> bytes:
-    """One to four changes, mostly among the first or last `hot` bytes."""
+    """Return data with one to four changes, mostly among the first or last `hot` bytes."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         if not changed:
@@ -81,7 +81,7 @@ def mutant(data: bytes, rng: random.Random, hot: int) -> bytes:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """An alarm instead of a hang."""
+    """Raise an error instead of hanging."""
 
     def ring(number: int, frame: object) -> None:
         raise TimeoutError
@@ -96,7 +96,7 @@ def limited() -> Iterator[None]:
 
 
 def read_all(source: TensorSource) -> None:
-    """Read what the header promises, which is bounded by the file's size."""
+    """Read every tensor in the header, whose size the file bounds."""
     try:
         for name in source.tensors:
             read_tensor(source, name)
@@ -105,7 +105,7 @@ def read_all(source: TensorSource) -> None:
 
 
 class Reader:
-    """A reader, a valid file for it, and where in the file its structure is."""
+    """Reader, a valid file for it, and the size of the structure at either end, in bytes."""
 
     def __init__(self, file: Path, read: Callable[[Path], object], hot: int = 4000) -> None:
         self.file = file
@@ -147,8 +147,10 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     shutil.copyfile(GOLDEN_RUNS / "adamw/params.yaml", params)
     return {
         "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
-        "bin": Reader(folder / "pytorch_model.bin", lambda p: read_all(PickleSource(p)), 6000),
-        "views": Reader(folder / "views.bin", lambda p: read_all(PickleSource(p)), 6000),
+        "bin": Reader(
+            folder / "pytorch_model.bin", lambda p: read_all(TorchCheckpointSource(p)), 6000
+        ),
+        "views": Reader(folder / "views.bin", lambda p: read_all(TorchCheckpointSource(p)), 6000),
         "index.json": Reader(
             sharded / "pytorch_model.bin.index.json", lambda p: read_all(ShardedSource(p))
         ),
@@ -169,7 +171,7 @@ KINDS = (
 
 
 def feed(reader: Reader, count: int, seed: int = 0) -> int:
-    """Feed mutants; returns how many were refused."""
+    """Read mutants, and return how many were refused."""
     data = reader.file.read_bytes()
     refused = longest = 0
     try:
@@ -201,8 +203,8 @@ def test_twenty_thousand_mutants(kind: str, readers: dict[str, Reader]):
     assert feed(readers[kind], 20_000, seed=1) > 2000
 
 
-def test_a_fault_that_is_not_typed_would_be_seen(readers: dict[str, Reader]):
-    """The harness itself can fail: a reader with a bug in it."""
+def test_an_untyped_error_fails_the_test(readers: dict[str, Reader]):
+    """The harness itself can fail, here with a reader that has a bug."""
 
     def careless(path: Path) -> None:
         length = int.from_bytes(path.read_bytes()[:8], "little")
@@ -213,7 +215,7 @@ def test_a_fault_that_is_not_typed_would_be_seen(readers: dict[str, Reader]):
 
 
 def test_no_other_file_is_opened(readers: dict[str, Reader], tmp_path: Path):
-    """What a mutant names is never opened: only the seeds' own folder is."""
+    """No file that a mutant names is opened outside the folder of the valid files."""
     root = str(readers["index.json"].file.parent)
     opened: set[str] = set()
     watching = True

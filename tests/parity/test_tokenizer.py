@@ -276,10 +276,10 @@ CONFIG = "tokenizer_config.json"
         (CONFIG, '{"eos_token": 5}', "eos_token is a JSON int, expected a token"),
         (CONFIG, '{"tokenizer_class": 5}', "tokenizer_class is 5, expected a name"),
         (CONFIG, '{"add_prefix_space": "no"}', "add_prefix_space is 'no', expected true or false"),
-        ("tokenizer.json", '{"model": {}}', "its model is no byte-pair encoding"),
-        ("tokenizer.json", "{}", "its model is no byte-pair encoding"),
+        ("tokenizer.json", '{"model": {}}', "its model is not a byte-pair encoding"),
+        ("tokenizer.json", "{}", "its model is not a byte-pair encoding"),
         ("special_tokens_map.json", '{"pad_token": 1}', "pad_token is a JSON int"),
-        ("merges.txt", None, "merges.txt: not found, expected the merges that go with vocab.json"),
+        ("merges.txt", None, "merges.txt: not found, expected the merges of vocab.json"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(
@@ -301,7 +301,7 @@ def test_an_id_that_is_not_the_stated_one_is_noted(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
     (tmp_path / "added_tokens.json").write_text('{"<a>": 500, "<b>": 600}')
     (note,) = notes(tmp_path)
-    assert "'<a>' is stated as 500 and becomes 263, as in transformers; so do 1 more" in note
+    assert "'<a>' has the id 500 in a file and gets the id 263, as in transformers; 1 more" in note
     same_as_transformers(tmp_path, ["<a><b>"])
     (tmp_path / "added_tokens.json").write_text('{"<a>": 263}')
     assert notes(tmp_path) == ()

@@ -1,4 +1,4 @@
-"""TensorFlow bundles: read and written bit for bit as TensorFlow does; all else is refused."""
+"""TensorFlow bundles: read and written bit for bit like TensorFlow's; anything else is refused."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gptj_convert.formats.containers.leveldb_table import masked, unmasked
 from gptj_convert.formats.containers.tensor_bundle import (
     DTYPES,
     MAX_INDEX_BYTES,
@@ -30,8 +31,6 @@ from gptj_convert.formats.containers.tensor_bundle import (
     bundle_layout,
     data_path,
     index_path,
-    masked,
-    unmasked,
     write_bundle,
 )
 from gptj_model.dtypes import NUMPY
@@ -47,7 +46,7 @@ on_one_path = settings(
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_a_masked_checksum_is_its_own_way_back(crc: int):
+def test_unmasking_undoes_masking(crc: int):
     assert unmasked(masked(crc)) == crc
     assert 0 <= masked(crc) < 2**32
 
@@ -85,12 +84,12 @@ def assert_tensorflow_reads(prefix: Path, expected: Mapping[str, np.ndarray]) ->
         assert_same(np.asarray(reader.get_tensor(name)), want)
 
 
-# What is written and read.
+# Round trips.
 
 
 @st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray:
-    """Any bits in any dtype, NaN payloads among them."""
+    """Tensors of any dtype with any bits, NaN payloads included."""
     dtype = NUMPY[draw(st.sampled_from(list(DTYPES.values())))]
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
     size = int(np.prod(shape, dtype=int)) * dtype.itemsize
@@ -123,7 +122,7 @@ def test_a_streamed_bundle_is_read_back_by_itself_and_by_tensorflow(tmp_path, co
     assert data_path(prefix).read_bytes() == b"".join(content[n].tobytes() for n in names)
 
 
-def test_what_was_not_known_before_goes_behind(tmp_path):
+def test_additional_tensors_are_written_last(tmp_path):
     prefix, known = tmp_path / "m.ckpt", np.arange(6, dtype=np.float32)
     late = {"é": np.arange(3), "a": np.float32(2).reshape(()), "b": np.zeros((0, 2), np.float16)}
     with closing(BundleWriter(prefix, {"m": TensorInfo("float32", (6,))})) as writer:
@@ -135,7 +134,7 @@ def test_what_was_not_known_before_goes_behind(tmp_path):
 
 
 def write_streamed(prefix: Path, content: Mapping[str, np.ndarray]) -> None:
-    """Write as a conversion does, in the order of TensorFlow."""
+    """Write a bundle like a conversion, in the order of TensorFlow."""
     layout = bundle_layout(
         prefix.name, {n: TensorInfo(a.dtype.name, a.shape) for n, a in content.items()}
     )
@@ -146,7 +145,7 @@ def write_streamed(prefix: Path, content: Mapping[str, np.ndarray]) -> None:
 
 @on_one_path
 @given(contents)
-def test_reads_what_tensorflow_writes(tmp_path, content):
+def test_reads_bundles_that_tensorflow_wrote(tmp_path, content):
     prefix = tmp_path / "m.ckpt"
     save_by_tensorflow(prefix, content)
     assert_reads(prefix, content)
@@ -162,7 +161,7 @@ def save_by_tensorflow(prefix: Path, content: Mapping[str, np.ndarray]) -> None:
 
 
 def many(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Tensors whose names share long beginnings, enough for several blocks."""
+    """Tensors whose names share long prefixes, enough for several blocks."""
     rng = np.random.default_rng(seed)
     kinds = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
     return {
@@ -218,7 +217,7 @@ def merge(folder: Path, count: int) -> None:
     )
 
 
-def test_writes_neither_over_an_index_nor_over_data(tmp_path):
+def test_never_overwrites_an_index_or_a_data_file(tmp_path):
     for path in (index_path(tmp_path / "a"), data_path(tmp_path / "b")):
         path.write_bytes(b"mine")
         with pytest.raises(FileFault, match="File exists"):
@@ -287,7 +286,7 @@ def test_any_changed_bit_of_the_index_is_refused_or_means_nothing(sample):
                     assert after == before
                     unnoticed.add(at)
             os.pwrite(file.fileno(), whole[at : at + 1], at)
-    # Only the unused block of meta data and the footer's filling, handle of that block included.
+    # Only the unused metadata block, and the padding and that block's handle in the footer.
     meta = range(len(whole) - 48 - 64, len(whole) - 8)
     assert unnoticed <= set(meta)
     assert len(unnoticed) < 56
@@ -318,12 +317,12 @@ def test_a_short_data_file_names_tensor_and_place(sample):
     ],
 )
 @pytest.mark.parametrize("which", [index_path, data_path])
-def test_what_is_no_bundle_is_named(sample, which, content, expected):
+def test_files_that_are_no_bundle_are_named(sample, which, content, expected):
     which(sample).write_bytes(content)
     assert expected in refusal(sample)
 
 
-# Indices whose checksums are right and whose content is hostile.
+# Indices with valid checksums and hostile content.
 
 
 def varint(n: int) -> bytes:
@@ -369,7 +368,7 @@ def handle(begin: int, content: bytes) -> bytes:
 
 
 def table(*blocks: bytes, kind: int = 0, order: Iterable[int] | None = None) -> bytes:
-    """A table of data blocks, which `order` lists in the index, each as often as it says."""
+    """Return a table of data blocks; `order` gives their numbers in the index, with repetitions."""
     out, handles = b"", []
     for content in blocks:
         handles.append(handle(len(out), content))
@@ -390,7 +389,7 @@ def keyed(*keys: bytes) -> bytes:
 
 
 def shared_prefixes(length: int, count: int) -> bytes:
-    """Names of `length` bytes, all but six of which are those of the name before."""
+    """Return a table of names with `length` bytes that share all but six with the name before."""
     out = bytearray(block([(b"", HEADER), (b"x" * (length - 6) + b"000000", entry(2))], b""))
     for n in range(1, count):
         out += varint(length - 6) + b"\6" + varint(len(entry(2))) + b"%06d" % n + entry(2)
@@ -434,9 +433,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "offset 2^63-8": (index_of(entry(2, offset=2**63 - 8)), f"needs bytes {2**63 - 8} to {2**63}"),
     "offset -8": (index_of(entry(2, offset=-8)), f"begins at byte {2**64 - 8}"),
     "slices": (index_of(entry(2, extra=field(7, b""))), "is stored in slices"),
-    "checksum of 8 bytes": (index_of(entry(2, extra=b"\x31" + bytes(8))), "is not 4 bytes"),
-    "checksum as a number": (index_of(entry(2, extra=field(6, 1))), "a number where bytes belong"),
+    "checksum of 8 bytes": (
+        index_of(entry(2, extra=b"\x31" + bytes(8))),
+        "where a number of 4 bytes belongs",
+    ),
+    "checksum as a number": (index_of(entry(2, extra=field(6, 1))), "number of 4 bytes belongs"),
     "group": (index_of(entry(2, extra=b"\x0b")), "has wire type 3"),
+    "field 0": (index_of(entry(2, extra=field(0, 1))), "a field of number 0"),
     "field cut": (index_of(entry(2)[:-1]), "a message's field is cut short"),
     "number cut": (index_of(entry(2, extra=b"\x08")), "a number is cut short"),
     "number of 11 bytes": (index_of(entry(2, extra=b"\x08" + b"\xff" * 11)), "more than 64 bits"),
@@ -481,7 +484,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture
 def frozen():
-    """Keeps the collector from visiting what other modules hold, which the program does not."""
+    """Keep the garbage collector from visiting objects of other test modules."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -493,7 +496,7 @@ def bundle(prefix: Path, index: bytes) -> Path:
     return prefix
 
 
-def test_crafted_indices_of_no_harm_are_read(tmp_path):
+def test_harmless_crafted_indices_are_read(tmp_path):
     assert list(state(bundle(tmp_path / "m", keyed(b"a", b"b")))) == ["a", "b"]
     assert len(state(bundle(tmp_path / "m", shared_prefixes(1024, 1000)))) == 1000
     blocks = block([(b"", HEADER)]), block([(b"a", entry(2))]), block([(b"b", entry(2))])
@@ -517,7 +520,7 @@ def test_refuses_hostile_indices_fast_and_small(tmp_path, case):
 
 
 def test_damaged_indices_are_read_or_refused(tmp_path):
-    """Damage before the checksums are made, so that it reaches what they guard."""
+    """Damage the content before the checksums are computed, so that they do not catch it."""
     rng = random.Random(5)
     whole = block([(b"", HEADER), (b"w", entry(2)), (b"x", entry(1, 1, dtype=2))])
     prefix, read = bundle(tmp_path / "m", table(whole)), 0

@@ -1,4 +1,4 @@
-"""Repositories of the hub as people write and paste them."""
+"""Addresses of hub repositories, in the forms that people type and paste."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_address_is_read(text: str, repository: str, revision: str | None):
      "https://huggingface.co/datasets/a/b", "https://huggingface.co/spaces/a/b",
      "https://example.org/a/b", "hf://", "https://huggingface.co/a/b c"],
 )  # fmt: skip
-def test_what_is_no_address_is_refused(text: str):
+def test_other_texts_are_refused(text: str):
     with pytest.raises(UsageError) as e:
         parse_address(text)
     assert repr(text) in e.value.message

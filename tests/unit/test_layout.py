@@ -1,4 +1,4 @@
-"""Where the bytes of a new checkpoint go."""
+"""Places of the bytes of a new checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_parts_follow_one_another():
     assert LAYOUT.total == 25
 
 
-def test_what_begins_at_a_place_or_later():
+def test_tensors_from_a_position_on():
     assert list(LAYOUT.tensors_from(0, 0)) == ["a", "b", "c"]
     assert list(LAYOUT.tensors_from(0, 4)) == ["a", "b", "c"]
     assert list(LAYOUT.tensors_from(0, 5)) == ["b", "c"]

@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`: what torch.save writes is read bit for bit, anything else is refused."""
+"""`pytorch_model.bin`: files of torch.save are read bit for bit, anything else is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.containers import torch_pickle
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, read_rows, read_tensor
 
@@ -76,7 +76,7 @@ def archive(
     folder: str = "archive",
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """A zip archive laid out as torch.save does, with a storage "0" of 48 bytes."""
+    """Return a zip archive in the form of torch.save, with a storage "0" of 48 bytes."""
     members = {"data.pkl": data_pkl, "byteorder": b"little", "data/0": bytes(range(48))}
     with zipfile.ZipFile(path, "w", compression) as z, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,7 +87,7 @@ def archive(
 
 def refusal(path: Path) -> str:
     with pytest.raises(FileFault) as e:
-        PickleSource(path)
+        TorchCheckpointSource(path)
     assert str(path) in e.value.message
     assert e.value.message.isprintable()
     return e.value.message
@@ -98,7 +98,7 @@ def save(path: Path, value: Any) -> Path:
     return path
 
 
-def assert_same(source: PickleSource, expected: Mapping[str, torch.Tensor]) -> None:
+def assert_same(source: TorchCheckpointSource, expected: Mapping[str, torch.Tensor]) -> None:
     assert list(source.tensors) == list(expected)
     for name, want in expected.items():
         got = read_tensor(source, name)
@@ -107,10 +107,10 @@ def assert_same(source: PickleSource, expected: Mapping[str, torch.Tensor]) -> N
         assert got.tobytes() == want.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-# What torch.save writes.
+# Files of torch.save.
 
 
-def crc_faults(source: PickleSource) -> list[str]:
+def crc_faults(source: TorchCheckpointSource) -> list[str]:
     return [fault for _, fault in source.crc_faults() if fault]
 
 
@@ -133,7 +133,7 @@ def crc_faults(source: PickleSource) -> list[str]:
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 1, 3, 1), (0,), (3, 0)], ids=str)
 def test_reads_every_dtype_bit_for_bit(tmp_path, dtype, shape):
     values = (torch.randn(shape) * 50).to(dtype)
-    source = PickleSource(save(tmp_path / "m.bin", {"w": values}))
+    source = TorchCheckpointSource(save(tmp_path / "m.bin", {"w": values}))
     assert_same(source, {"w": values})
     assert crc_faults(source) == []
     source.close()
@@ -143,7 +143,7 @@ def test_reads_every_dtype_bit_for_bit(tmp_path, dtype, shape):
 def test_keeps_nan_payloads_and_subnormals(tmp_path):
     bits = torch.tensor([0x7FC00001, 0x7F800001, 1, -0x80000000, 0x7F800000], dtype=torch.int32)
     values = bits.view(torch.float32)
-    assert_same(PickleSource(save(tmp_path / "m.bin", {"w": values})), {"w": values})
+    assert_same(TorchCheckpointSource(save(tmp_path / "m.bin", {"w": values})), {"w": values})
 
 
 def test_reads_parameters_and_module_state_with_metadata(tmp_path):
@@ -154,9 +154,9 @@ def test_reads_parameters_and_module_state_with_metadata(tmp_path):
     state = module.state_dict()
     assert isinstance(state, OrderedDict)
     assert "_metadata" in vars(state)
-    assert_same(PickleSource(save(tmp_path / "state.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "state.bin", state)), state)
     parameters = dict(module.named_parameters())
-    assert_same(PickleSource(save(tmp_path / "parameters.bin", parameters)), parameters)
+    assert_same(TorchCheckpointSource(save(tmp_path / "parameters.bin", parameters)), parameters)
 
 
 def test_reads_views_with_offset_and_tied_tensors(tmp_path):
@@ -170,30 +170,30 @@ def test_reads_views_with_offset_and_tied_tensors(tmp_path):
         "flat": base.view(2, 12),
         "none": base[6:],
     }
-    assert_same(PickleSource(save(tmp_path / "m.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "m.bin", state)), state)
 
 
 def test_reads_rows(tmp_path):
     values = torch.randn(7, 3)
-    source = PickleSource(save(tmp_path / "m.bin", {"w": values}))
+    source = TorchCheckpointSource(save(tmp_path / "m.bin", {"w": values}))
     assert np.array_equal(read_rows(source, "w", 2, 5), values[2:5].numpy())
 
 
 @pytest.mark.parametrize("name", ["", "transformer.wte.weight", "é→💧", "a\nb\x1b[31m", "x" * 1024])
 def test_reads_any_name(tmp_path, name):
     state = {name: torch.ones(2)}
-    assert_same(PickleSource(save(tmp_path / "é m.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "é m.bin", state)), state)
 
 
 def test_reads_more_tensors_than_a_byte_counts(tmp_path):
     state = {f"layer.{i}": torch.full((i % 3,), float(i)) for i in range(1500)}
-    assert_same(PickleSource(save(tmp_path / "m.bin", state)), state)
+    assert_same(TorchCheckpointSource(save(tmp_path / "m.bin", state)), state)
 
 
 def test_reads_an_archive_of_more_than_4_gib(tmp_path):
     with torch.serialization.skip_data():  # Leaves a hole in the file: no memory, no disk.
         save(tmp_path / "m.bin", {"big": torch.empty(1_200_000_000), "last": torch.empty(4)})
-    source = PickleSource(tmp_path / "m.bin")
+    source = TorchCheckpointSource(tmp_path / "m.bin")
     assert source.tensors["big"] == TensorInfo("float32", (1_200_000_000,))
     assert not read_rows(source, "big", 1_199_999_990, None).any()
     assert not read_tensor(source, "last").any()
@@ -206,7 +206,7 @@ def test_reads_archives_without_the_newer_members(tmp_path):
         z.writestr("archive/data/0", bytes(range(48)))
         z.writestr("archive/version", b"3\n")
     for p in (path, tmp_path / "old.bin"):
-        assert read_tensor(PickleSource(p), "w").tobytes() == bytes(range(48))
+        assert read_tensor(TorchCheckpointSource(p), "w").tobytes() == bytes(range(48))
 
 
 def test_an_archive_without_checksums_counts_as_unchecked(tmp_path):
@@ -215,7 +215,7 @@ def test_an_archive_without_checksums_counts_as_unchecked(tmp_path):
         save(tmp_path / "m.bin", {"w": torch.ones(4), "empty": torch.ones(0)})
     finally:
         torch.serialization.set_crc32_options(True)
-    source = PickleSource(tmp_path / "m.bin")
+    source = TorchCheckpointSource(tmp_path / "m.bin")
     assert not source.checksummed
     assert crc_faults(source) == []
 
@@ -225,20 +225,20 @@ def test_a_wrong_crc_names_tensor_member_and_both_sums(tmp_path):
     state = {"a": torch.ones(9), "b": shared, "c": shared[5:]}
     path = save(tmp_path / "m.bin", state)
     data = bytearray(path.read_bytes())
-    source = PickleSource(path)
+    source = TorchCheckpointSource(path)
     assert source.checksummed
     member = source._zip.members["data/1"]
     data[member.begin + member.size - 1] ^= 1
     path.write_bytes(data)
     data[source._zip.members["data/0"].begin] ^= 1
     path.write_bytes(data)
-    (alone, problem) = crc_faults(PickleSource(path))
+    (alone, problem) = crc_faults(TorchCheckpointSource(path))
     assert alone.startswith("'a' (member 'm/data/0'): CRC32 is ")
     assert "'b' and 1 more (member 'm/data/1'): CRC32 is " in problem
     assert f"the archive says {member.crc:08x}" in problem
 
 
-# What is refused: values.
+# Refused values.
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_refuses_entries_that_are_not_tensors(tmp_path, value, kind):
     assert f"entry 'epoch' is of type {kind}" in message
 
 
-def test_refuses_what_is_no_dict_or_has_other_keys(tmp_path):
+def test_refuses_values_other_than_a_dict_with_text_keys(tmp_path):
     assert "PickledTensor" in refusal(save(tmp_path / "a.bin", torch.ones(2)))
     assert "of type list" in refusal(save(tmp_path / "b.bin", [torch.ones(2)]))
     assert "key is of type int" in refusal(save(tmp_path / "c.bin", {1: torch.ones(2)}))
@@ -309,11 +309,11 @@ def test_refuses_claims_that_do_not_fit_the_storage(tmp_path, value, expected):
     assert expected in message
 
 
-# What is refused: programs.
+# Refused programs.
 
 
 class Call:
-    """Pickles as a call of anything."""
+    """Object that pickles as a call of any function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -323,7 +323,7 @@ class Call:
 
 
 class Plain:
-    """Pickles as a new object with a state."""
+    """Object that pickles as a new object with a state."""
 
     def __init__(self) -> None:
         self.x = 1
@@ -475,7 +475,7 @@ def test_refuses_a_pickle_that_is_too_large(tmp_path, monkeypatch):
 _AUDIT = """
 import codecs, os, sys
 from pathlib import Path
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_model.errors import FileFault
 from gptj_model.source import read_tensor
 
@@ -483,7 +483,7 @@ codecs.lookup("cp437")  # zipfile's for names; Python imports codecs when first 
 seen, on = [], False
 
 def hook(event, arguments):
-    # The reader looks whether the file is in the page cache.
+    # The reader checks whether the file is in the page cache.
     looks = event.startswith("mmap.") or event.startswith("ctypes.cdata")
     looks |= event.startswith("ctypes.dl") and arguments[-1] in (None, "mincore")
     if on and not looks and not (event == "open" and arguments[0] == str(path)):
@@ -496,7 +496,7 @@ on = True
 refused = read = 0
 for path in paths:
     try:
-        source = PickleSource(path)
+        source = TorchCheckpointSource(path)
         for name in source.tensors:
             read_tensor(source, name)
         list(source.crc_faults())
@@ -535,7 +535,7 @@ def test_the_modules_do_not_load_torch():
     assert done.stdout == "False\n"
 
 
-# What is refused: archives.
+# Refused archives.
 
 
 def test_refuses_files_that_are_something_else(tmp_path):
@@ -552,12 +552,12 @@ def test_refuses_files_that_are_something_else(tmp_path):
         assert expected in refusal(path)
     torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(FileFault, match="legacy format") as e:
-        PickleSource(path)
+        TorchCheckpointSource(path)
     assert "weights_only=True" in str(e.value.hint)
     with pytest.raises(FileFault, match="cannot be opened"):
-        PickleSource(tmp_path / "missing.bin")
+        TorchCheckpointSource(tmp_path / "missing.bin")
     with pytest.raises(FileFault, match="cannot be read"):
-        PickleSource(tmp_path)
+        TorchCheckpointSource(tmp_path)
 
 
 def _good(path: Path, **options: Any) -> Path:
@@ -572,7 +572,7 @@ def _duplicate(path: Path) -> None:
 
 
 def _patched(old: bytes, new: bytes) -> Callable[[Path], None]:
-    """Replace the last occurrence."""
+    """Replace the last occurrence of a byte string."""
 
     def make(path: Path) -> None:
         before, found, after = _good(path).read_bytes().rpartition(old)
@@ -583,7 +583,7 @@ def _patched(old: bytes, new: bytes) -> Callable[[Path], None]:
 
 
 def _directory_field(name: str, at: int, value: bytes) -> Callable[[Path], None]:
-    """Change a field of a member's entry in the central directory."""
+    """Return a function that changes a field of a member's entry in the central directory."""
 
     def make(path: Path) -> None:
         data = bytearray(_good(path).read_bytes())
@@ -639,9 +639,9 @@ def test_refuses_archives_that_contradict_themselves(tmp_path, case):
 
 def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
     path = save(tmp_path / "m.bin", {"w": torch.ones(5000)})
-    source = PickleSource(path)
+    source = TorchCheckpointSource(path)
     os.truncate(path, 9000)
-    with pytest.raises(FileFault, match=r"ends at byte 9000 inside tensor 'w', expected \d+ bytes"):
+    with pytest.raises(FileFault, match=r"ends at byte 9000 inside .*, expected \d+ more"):
         read_tensor(source, "w")
 
 
@@ -649,9 +649,9 @@ def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
 
 
 def _reads_or_refuses(path: Path) -> bool:
-    """Whether all of a file was read. Only FileFault may keep it from that."""
+    """Return whether a file was read completely; no error other than FileFault may occur."""
     try:
-        source = PickleSource(path)
+        source = TorchCheckpointSource(path)
     except FileFault as e:
         fault = e
     else:

@@ -1,4 +1,4 @@
-"""Ranges of files: the same bytes whether they are in the page cache or not."""
+"""Ranges of files: the same bytes with and without the page cache."""
 
 from __future__ import annotations
 

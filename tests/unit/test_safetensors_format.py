@@ -1,4 +1,4 @@
-"""Safetensors files: the library's are read bit for bit and ours by it; all else is refused."""
+"""Safetensors files: exchanged with the library bit for bit; anything else is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ on_one_path = settings(
 
 @st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray:
-    """Any bits in any dtype, NaN payloads among them."""
+    """Tensors of any dtype with any bits, NaN payloads included."""
     dtype = NUMPY[draw(st.sampled_from(list(DTYPES.values())))]
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
     size = int(np.prod(shape, dtype=int)) * dtype.itemsize
@@ -82,7 +82,7 @@ def assert_reads(path: Path, expected: Mapping[str, np.ndarray]) -> None:
 
 @on_one_path
 @given(contents, st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3))
-def test_reads_what_the_library_writes(tmp_path, content, metadata):
+def test_reads_files_that_the_library_wrote(tmp_path, content, metadata):
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(
         {n: as_torch(a) for n, a in content.items()}, path, metadata or None
@@ -114,7 +114,7 @@ def test_reads_any_range(tmp_path, content, data):
 
 @on_one_path
 @given(contents, st.dictionaries(st.text(max_size=8), st.text(max_size=8)))
-def test_the_library_reads_what_is_written(tmp_path, content, metadata):
+def test_the_library_reads_a_new_file(tmp_path, content, metadata):
     path = tmp_path / "m.safetensors"
     path.unlink(missing_ok=True)
     infos = {n: TensorInfo(a.dtype.name, a.shape) for n, a in content.items()}
@@ -173,7 +173,7 @@ def two(second: str, data: int = 16) -> bytes:
 
 
 def filled(unit: str) -> bytes:
-    """A header of the largest size, of many small values."""
+    """Return a header of the largest size with many small values."""
     text = ",".join([unit] * ((MAX_HEADER_BYTES - 64) // (len(unit) + 1)))
     return file_of(f'{{"w":{{"dtype":"F32","shape":[{text}],"data_offsets":[0,8]}}}}')
 
@@ -265,7 +265,7 @@ def open_descriptors() -> int:
 
 @pytest.fixture
 def frozen():
-    """Keeps the collector from visiting what other modules hold, which the program does not."""
+    """Keep the garbage collector from visiting objects of other test modules."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -304,7 +304,7 @@ def test_a_broken_download_says_what_to_do(tmp_path, case):
     assert "gptj download" in str(e.value.hint)
 
 
-def test_a_claim_of_many_bytes_in_a_large_file_allocates_nothing(tmp_path):
+def test_a_large_header_length_in_a_large_file_allocates_nothing(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(struct.pack("<Q", 2**33) + b"{")
     os.truncate(path, 2**34)
@@ -334,7 +334,9 @@ def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
     source = SafetensorsSource(path)
     end = path.stat().st_size - 3
     os.truncate(path, end)
-    with pytest.raises(FileFault, match=f"ends at byte {end} inside tensor 'w', expected 3 bytes"):
+    with pytest.raises(
+        FileFault, match=f"ends at byte {end} inside tensor 'w', expected 3 more bytes"
+    ):
         read_tensor(source, "w")
 
 
@@ -342,7 +344,7 @@ def test_a_file_cut_after_opening_names_tensor_and_place(tmp_path):
 
 
 def agrees_if_read(path: Path, content: bytes) -> bool:
-    """Whether a file is read; if so, the library must read the same from it."""
+    """Return whether a file was read; if so, the library must read the same content."""
     path.write_bytes(content)
     try:
         source = SafetensorsSource(path)

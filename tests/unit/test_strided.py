@@ -1,4 +1,4 @@
-"""Views of a storage, as torch saves them, are read element by element as torch has them."""
+"""Views of a storage that torch saved are read with the elements that torch has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptj_convert.formats.containers import strided
 from gptj_convert.formats.containers.strided import StridedView
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.streams.strips import Panels
 from gptj_model.op import Op
 from gptj_model.source import read_columns, read_rows, read_tensor
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @st.composite
 def views(draw) -> torch.Tensor:
-    """What slicing, selecting and permuting make of a storage of distinct values."""
+    """Views of a storage of distinct values, made by slicing, selecting and permuting."""
     shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
     size = int(np.prod(shape))
     offset = draw(st.integers(0, 3))
@@ -41,7 +41,7 @@ def views(draw) -> torch.Tensor:
 
 
 def bits(values: np.ndarray | torch.Tensor) -> np.ndarray:
-    """The values as whole numbers, in row-major order."""
+    """Return the bits of the values as integers, in row-major order."""
     if isinstance(values, torch.Tensor):
         values = values.contiguous().view(torch.uint8 if values.dim() == 0 else values.dtype)
         size = values.element_size()
@@ -52,12 +52,12 @@ def bits(values: np.ndarray | torch.Tensor) -> np.ndarray:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(view=views(), scratch=st.sampled_from([1, 8, 64, 2**20]))
-def test_every_view_is_read_as_torch_has_it(tmp_path, monkeypatch, view, scratch):
+def test_every_view_has_the_elements_of_torch(tmp_path, monkeypatch, view, scratch):
     monkeypatch.setattr(strided, "SCRATCH_BYTES", scratch)
     if view.dim() == 0:
         view = view[None]
     torch.save({"w": view}, tmp_path / "m.bin")
-    source = PickleSource(tmp_path / "m.bin")
+    source = TorchCheckpointSource(tmp_path / "m.bin")
     try:
         wanted = bits(view)
         assert source.tensors["w"].shape == wanted.shape
@@ -79,7 +79,7 @@ def test_every_view_is_read_as_torch_has_it(tmp_path, monkeypatch, view, scratch
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 14)), min_size=1, max_size=2),
 )
-def test_overlap_is_what_counting_places_says(axes):
+def test_overlap_agrees_with_counting_places(axes):
     shape, strides = zip(*axes, strict=True)
     view = StridedView(0, shape, strides)
     steps = product(*(range(n) for n in shape))
@@ -100,6 +100,6 @@ def test_overlap_is_what_counting_places_says(axes):
     ],
     ids=str,
 )
-def test_a_matrix_is_read_as_it_lies(tmp_path, view, op):
+def test_a_matrix_is_read_in_its_stored_order(tmp_path, view, op):
     torch.save({"w": view}, tmp_path / "m.bin")
-    assert PickleSource(tmp_path / "m.bin").tensors["w"].storage_op is op
+    assert TorchCheckpointSource(tmp_path / "m.bin").tensors["w"].storage_op is op

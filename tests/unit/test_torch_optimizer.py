@@ -1,4 +1,4 @@
-"""optimizer.pt as PyTorch itself reads and writes it."""
+"""optimizer.pt, compared with PyTorch's own reading and writing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=5), st.dictionaries(st.text(), PLAIN))
-def test_pytorch_reads_what_is_written(tmp_path_factory, arrays: list[np.ndarray], more: dict):
+def test_pytorch_reads_a_new_file(tmp_path_factory, arrays: list[np.ndarray], more: dict):
     folder = tmp_path_factory.mktemp("written")
     values = {f"optimizer.state.{n}.exp_avg": a for n, a in enumerate(arrays)}
     infos = {name: TensorInfo("float32", a.shape) for name, a in values.items()}
@@ -51,7 +51,7 @@ def test_pytorch_reads_what_is_written(tmp_path_factory, arrays: list[np.ndarray
 
 
 @pytest.mark.parametrize("checksums", [True, False])
-def test_what_pytorch_writes_is_read(tmp_path: Path, checksums: bool):
+def test_reads_files_that_pytorch_wrote(tmp_path: Path, checksums: bool):
     layer = torch.nn.Linear(5, 3)
     optimizer = torch.optim.AdamW(layer.named_parameters(), lr=1e-3)
     layer(torch.ones(2, 5)).sum().backward()
@@ -72,14 +72,14 @@ def test_what_pytorch_writes_is_read(tmp_path: Path, checksums: bool):
     source.close()
 
 
-def test_weights_are_no_optimizer(tmp_path: Path):
+def test_weights_are_not_an_optimizer_state(tmp_path: Path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(FileFault, match="not an optimizer's state dict"):
         OptimizerSource(tmp_path / "optimizer.pt")
 
 
 def _sparse(path: Path, infos: dict[str, TensorInfo], last: np.float32) -> None:
-    """The file of such tensors, of which the last value alone is written."""
+    """Write a sparse file of these tensors, with only the last value present."""
     state = {n: {"step": last.tobytes(), "exp_avg": name} for n, name in enumerate(infos)}
     with path.open("wb") as f:
         for part in optimizer_file(state, [{"params": list(state)}], {}, infos).parts:
@@ -91,7 +91,7 @@ def _sparse(path: Path, infos: dict[str, TensorInfo], last: np.float32) -> None:
 
 
 def test_beyond_four_gibibytes(tmp_path: Path):
-    """Where a zip archive needs other fields."""
+    """From there on, a zip archive needs 8-byte fields."""
     path = tmp_path / "optimizer.pt"
     infos = {
         f"optimizer.state.{n}.exp_avg": TensorInfo("float32", (2**18, 2**11)) for n in (0, 1, 2)
@@ -125,7 +125,7 @@ def test_parameters_are_in_the_order_of_transformers(tied: bool):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scheme", [Scheme.HF, Scheme.CS])
-def test_every_moment_has_a_number_of_its_own(scheme: Scheme, tied: bool):
+def test_every_optimizer_slot_has_its_own_number(scheme: Scheme, tied: bool):
     config = GPTJConfig.preset("tiny", tie_word_embeddings=tied)
     names = [n for pair in numbered_moments(config, scheme, Grouping.DECAY).values() for n in pair]
     assert len(set(names)) == len(names)

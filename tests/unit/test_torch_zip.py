@@ -1,4 +1,4 @@
-"""Archives that are written in torch.save's way, read by Python's zipfile and by ourselves."""
+"""Archives in the form of torch.save, read by Python's zipfile and by our own reader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTENT = {"x/data.pkl": b"\x80\x02}.", "x/data/0": b"0123456789", "x/données":
 
 
 def _write(path: Path, begin: int, alignment: int) -> list[ZipEntry]:
-    """A file with holes; its second member's header lies at `begin`, or right behind the first."""
+    """Write a sparse archive whose second member begins at `begin`, or right behind the first."""
     entries, at = [], 0
     with path.open("wb") as file:
         for n, (name, content) in enumerate(CONTENT.items()):
@@ -31,7 +31,7 @@ def _write(path: Path, begin: int, alignment: int) -> list[ZipEntry]:
 
 
 @pytest.mark.parametrize("begin", [0, 2**32 - 300, 2**32 - 1, 2**32, 5 * GIB])
-def test_what_is_written_is_read(tmp_path: Path, begin: int):
+def test_a_new_archive_is_read_back(tmp_path: Path, begin: int):
     path = tmp_path / "x.pt"
     entries = _write(path, begin, 64)
     with zipfile.ZipFile(path) as archive:
@@ -65,7 +65,7 @@ def test_what_is_written_is_read(tmp_path: Path, begin: int):
 
 
 @pytest.mark.parametrize("alignment", [1, 8, 64, 4096])
-def test_headers_are_aligned_and_no_longer_than_that_takes(tmp_path: Path, alignment: int):
+def test_headers_have_the_least_padding_for_alignment(tmp_path: Path, alignment: int):
     entry = ZipEntry("x/data/0", 3, 77)
     header = local_header(entry, alignment=alignment)
     assert (77 + len(header)) % alignment == 0
@@ -76,7 +76,7 @@ def test_headers_are_aligned_and_no_longer_than_that_takes(tmp_path: Path, align
     assert fields == (b"PK\3\4", 20, 0x800, 0, 0, 0x21, 0, 3, 3, 8, 4 + padding)
 
 
-def test_the_end_says_where_a_far_directory_is():
+def test_the_end_locates_a_directory_beyond_4_gib():
     unsaid, begin = 2**32 - 1, 2**32 - 2
     near = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 0, 0, 0, begin, 0)
     assert end_of_zip([], begin) == near

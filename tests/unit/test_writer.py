@@ -1,4 +1,4 @@
-"""The writer: whatever the sizes of blocks, and wherever it was stopped, the same bytes."""
+"""The writer: the same bytes for any block size, wherever an earlier pass was interrupted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptj_convert.formats.containers.layout import FileLayout, Layout
 from gptj_convert.streams import writer
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_convert.streams.strips import Strip
-from gptj_convert.streams.writer import Start, find_start, reserve, write_files
+from gptj_convert.streams.writer import ResumePoint, find_resume_point, reserve, write_files
 from gptj_model.errors import FileFault
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo
@@ -44,8 +44,8 @@ def a_layout(tensors: list[tuple[str, int]], files: int) -> tuple[Layout, dict[s
         for name, info in infos.items()
     }
     parts = [tuple(infos)[i::files] for i in range(files)]
-    laid_out = tuple(FileLayout(f"file{i}", (b"head", *names)) for i, names in enumerate(parts))
-    return Layout(infos, laid_out, lambda checksums: {}), values
+    in_panels = tuple(FileLayout(f"file{i}", (b"head", *names)) for i, names in enumerate(parts))
+    return Layout(infos, in_panels, lambda checksums: {}), values
 
 
 def strips(values: np.ndarray) -> Iterator[Strip]:
@@ -53,8 +53,8 @@ def strips(values: np.ndarray) -> Iterator[Strip]:
         yield Strip(values[at : at + 700], Op.COPY)
 
 
-def run(layout: Layout, folder: Path, values, start: Start, *, blocks: int | None = None):
-    """Write, and stop after so many blocks; returns what ended in them."""
+def run(layout: Layout, folder: Path, values, start: ResumePoint, *, blocks: int | None = None):
+    """Write, stop after N blocks, and return the checksums of the tensors that ended in them."""
     finished: dict[str, int] = {}
     with Pipeline() as pipeline:
         events = write_files(layout, folder, lambda n: strips(values[n]), pipeline, start)
@@ -65,8 +65,8 @@ def run(layout: Layout, folder: Path, values, start: Start, *, blocks: int | Non
     return finished
 
 
-def found_start(layout: Layout, folder: Path, finished: dict[str, int]) -> Start:
-    search = find_start(layout, folder, finished)
+def found_start(layout: Layout, folder: Path, finished: dict[str, int]) -> ResumePoint:
+    search = find_resume_point(layout, folder, finished)
     while True:
         try:
             next(search)
@@ -76,13 +76,13 @@ def found_start(layout: Layout, folder: Path, finished: dict[str, int]) -> Start
 
 @settings_
 @given(tensors=TENSORS, files=st.integers(1, 3), block=st.integers(1, 3), stop=st.integers(0, 12))
-def test_stopped_and_gone_on_with(tmp_path: Path, tensors, files: int, block: int, stop: int):
+def test_an_interrupted_pass_is_resumed(tmp_path: Path, tensors, files: int, block: int, stop: int):
     layout, values = a_layout(tensors, files)
     for file in layout.files:
         (tmp_path / file.name).unlink(missing_ok=True)
     with patch.object(writer, "BLOCK_BYTES", block * ALIGNMENT):
         reserve(layout, tmp_path)
-        finished = run(layout, tmp_path, values, Start(), blocks=stop) if stop else {}
+        finished = run(layout, tmp_path, values, ResumePoint(), blocks=stop) if stop else {}
         start = found_start(layout, tmp_path, finished)
         assert start.checksums.keys() == finished.keys()
         finished |= run(layout, tmp_path, values, start)
@@ -94,10 +94,10 @@ def test_stopped_and_gone_on_with(tmp_path: Path, tensors, files: int, block: in
         assert start.digests[file.name] == hashlib.sha256(content).hexdigest()
 
 
-def test_what_was_damaged_meanwhile_is_made_anew(tmp_path: Path):
+def test_tensors_damaged_meanwhile_are_written_again(tmp_path: Path):
     layout, values = a_layout([("float32", 3000)] * 3, 1)
     reserve(layout, tmp_path)
-    finished = run(layout, tmp_path, values, Start())
+    finished = run(layout, tmp_path, values, ResumePoint())
     path = tmp_path / "file0"
     whole = path.read_bytes()
     path.write_bytes(whole[:13_000] + b"damage" + whole[13_006:])
@@ -117,10 +117,10 @@ def test_a_fault_of_the_source_ends_the_pass(tmp_path: Path):
         return strips(values[name])
 
     with pytest.raises(FileFault, match="the device is gone"), Pipeline() as pipeline:
-        list(write_files(layout, tmp_path, content, pipeline, Start()))
+        list(write_files(layout, tmp_path, content, pipeline, ResumePoint()))
 
 
-def test_never_writes_over_a_file(tmp_path: Path):
+def test_never_overwrites_a_file(tmp_path: Path):
     layout, _ = a_layout([("float32", 10)], 1)
     (tmp_path / "file0").write_bytes(b"mine")
     with pytest.raises(FileFault, match="File exists"):

@@ -1,1 +1,1 @@
-"""File formats that hold tensors by name. Nothing here knows GPT-J."""
+"""File formats that hold named tensors. Nothing here knows GPT-J."""

@@ -1,7 +1,7 @@
 """HDF5 files of plain datasets, read by ranges.
 
-h5py is asked for the datasets' places only; links that lead elsewhere, other storage than one
-run of bytes, and other types than numbers are refused before anything is read.
+h5py only locates the datasets. Links, datasets that are not stored as one run of bytes, and types
+other than numbers are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ Attributes = Mapping[str, Mapping[str, Any]]
 
 
 class Hdf5Source:
-    """The datasets of one file by their paths, as `gptj_model.source.TensorSource`.
+    """Datasets of one file by their paths, as a `gptj_model.source.TensorSource`.
 
     Args:
-        path: of the file.
-        dtype_of: canonical dtype of a dataset whose numpy type cannot tell; None: it has none.
-        in_chunks: also take datasets in chunks, which h5py reads.
+        path: path of the file.
+        dtype_of: function that returns the canonical dtype of a dataset whose numpy type does not
+            tell it, or None.
+        in_chunks: whether chunked datasets are accepted, too; h5py reads them.
 
     Raises:
-        FileFault: it is not an HDF5 file, or holds what is not a plain dataset of numbers.
+        FileFault: the file is not HDF5, or holds something other than plain datasets of numbers.
     """
 
     def __init__(
@@ -82,19 +83,19 @@ class Hdf5Source:
             self._file.read_into(self._offsets[name] + offset, buffer, f"dataset {name!r}")
 
     def attribute(self, name: str) -> Any:
-        """A number that is an attribute of the file itself; None: there is none."""
+        """Return a number among the attributes of the file, or None if no such number exists."""
         return self._attributes.get(name)
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """Path of the file."""
         return self._file.path
 
     def text(self, name: str) -> str | None:
-        """A text that is an attribute of the file itself; None: there is none.
+        """Return a text among the attributes of the file, or None if no such text exists.
 
         Raises:
-            FileFault: it cannot be read.
+            FileFault: the attribute cannot be read.
         """
         try:
             self._opened = self._opened or h5py.File(self._file.path, "r")
@@ -114,7 +115,7 @@ class Hdf5Source:
             self._opened.close()
 
     def _read_chunks(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Whole rows are read, and what was asked for is cut from them."""
+        """Fill a buffer from a chunked dataset by reading the whole rows that contain the bytes."""
         info = self.tensors[name]
         row_bytes = info.nbytes // info.shape[0]
         first, end = offset // row_bytes, -(-(offset + len(buffer)) // row_bytes)
@@ -135,6 +136,7 @@ class Hdf5Source:
     def _datasets(
         self, group: h5py.Group, prefix: str, depth: int
     ) -> Iterator[tuple[str, h5py.Dataset]]:
+        """Yield the datasets of a group and of the groups in it, with their paths."""
         for key in group:
             name = f"{prefix}{key}"
             self._seen += 1
@@ -148,7 +150,10 @@ class Hdf5Source:
             elif isinstance(item, h5py.Group) and depth:
                 yield from self._datasets(item, f"{name}/", depth - 1)
             else:
-                raise FileFault(f"{self._file.path}: {name!r} is not a dataset or too deep")
+                raise FileFault(
+                    f"{self._file.path}: {name!r} is neither a dataset nor a group within "
+                    f"{MAX_DEPTH} levels"
+                )
 
     def _add(self, name: str, dataset: h5py.Dataset) -> None:
         where = f"{self._file.path}: dataset {name!r}"
@@ -171,8 +176,8 @@ class Hdf5Source:
         offset = dataset.id.get_offset()
         if info.nbytes and (offset is None or offset + info.nbytes > self._file.size):
             raise FileFault(
-                f"{where}: needs {info.nbytes} bytes from {offset}, which the file of "
-                f"{self._file.size} bytes does not hold",
+                f"{where}: needs {info.nbytes} bytes from byte {offset} on, but the file has "
+                f"{self._file.size}",
                 hint=DOWNLOAD_HINT,
             )
         self.tensors[name], self._offsets[name] = info, offset or 0
@@ -192,14 +197,14 @@ class Hdf5Source:
 
 
 def _is_available(code: int) -> bool:
-    """Whether the library can undo a filter; hdf5plugin brings more of them when imported."""
+    """Return whether the HDF5 library has a filter, after importing hdf5plugin if it lacks it."""
     if not h5py.h5z.filter_avail(code) and importlib.util.find_spec("hdf5plugin"):
         importlib.import_module("hdf5plugin")
     return h5py.h5z.filter_avail(code)
 
 
 def _is_plain(file: h5py.File, name: str) -> bool:
-    """Whether an attribute is one number: others may be of any size."""
+    """Return whether an attribute is a single number; any other may be of any size."""
     attribute = file.attrs.get_id(name)
     return attribute.shape == () and attribute.dtype.kind in "biuf"
 
@@ -207,15 +212,15 @@ def _is_plain(file: h5py.File, name: str) -> bool:
 def make_skeleton(
     path: str, datasets: Mapping[str, tuple[TensorInfo, Any]], attributes: Attributes
 ) -> dict[str, int]:
-    """Make an HDF5 file whose datasets have their places but no values.
+    """Create an HDF5 file whose datasets have space for their values, but no values.
 
     Args:
-        path: of the file.
-        datasets: by path in the file, shape and dtype, and the numpy type it is stored as.
-        attributes: by path of an object, "" for the file itself, its attributes.
+        path: path of the file.
+        datasets: shape and dtype, and the numpy type for storage, by path of the dataset.
+        attributes: attributes by path of the object, with "" for the file itself.
 
     Returns:
-        The offset of each dataset's values.
+        Offset of each dataset's values in the file, in bytes.
     """
     from h5py import h5d, h5p, h5s, h5t
 
@@ -240,12 +245,13 @@ def skeleton_layout(
     tensors: Mapping[str, TensorInfo],
     make: Callable[[str], Mapping[str, int]],
 ) -> Layout:
-    """The layout of one HDF5 file, from an empty one of its full size.
+    """Return the layout of one HDF5 file, derived from a skeleton of its full size.
 
     Args:
-        name: of the file.
-        tensors: in it.
-        make: makes such a file at a path, and gives the offset of every tensor's values.
+        name: name of the file.
+        tensors: tensors in the file.
+        make: function that creates the skeleton at a path, and returns the offset of every
+            tensor's values.
     """
     with tempfile.NamedTemporaryFile(suffix=".h5") as skeleton:
         places = sorted((offset, tensor) for tensor, offset in make(skeleton.name).items())

@@ -1,4 +1,4 @@
-"""Where every byte of a new checkpoint goes, known before the first is written."""
+"""Place of every byte of a new checkpoint, known before the first one is written."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from gptj_model.source import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """One file: its parts one after the other, without gaps."""
+    """Layout of one file, whose parts follow one another without gaps."""
 
     name: str
     parts: tuple[bytes | str, ...]
-    """Bytes as they are, or the name of a tensor whose bytes come here."""
+    """Parts in order, each either literal bytes or the name of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The large files of a checkpoint, and the small ones that complete it."""
+    """Layout of a checkpoint: its large files, and the small ones that complete it."""
 
     tensors: Mapping[str, TensorInfo]
     files: tuple[FileLayout, ...]
     index: Callable[[Mapping[str, int]], Mapping[str, bytes]]
-    """From the crc32c of every tensor's bytes to the name and content of each small file."""
+    """Function from the crc32c of every tensor to the content of each small file by its name."""
 
     def spans(self, file: FileLayout) -> Iterator[tuple[bytes | str, int, int]]:
-        """The parts of a file, each with its first byte and the one after its last."""
+        """Yield each part of a file with its begin and end offset, in bytes."""
         end = 0
         for part in file.parts:
             begin = end
@@ -35,16 +35,21 @@ class Layout:
             yield part, begin, end
 
     def size(self, file: FileLayout) -> int:
-        """Bytes of a file."""
+        """Return the size of a file, in bytes."""
         return max((end for _, _, end in self.spans(file)), default=0)
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
+        """Size of all large files together, in bytes."""
         return sum(self.size(file) for file in self.files)
 
     def tensors_from(self, file: int, offset: int) -> Iterator[str]:
-        """The tensors that begin at `offset` of a file, by its number, or later, in order."""
+        """Yield the tensors from a position on, in order.
+
+        Args:
+            file: number of the file in the layout.
+            offset: offset in that file, in bytes.
+        """
         for f in self.files[file:]:
             yield from (
                 p for p, begin, _ in self.spans(f) if isinstance(p, str) and begin >= offset

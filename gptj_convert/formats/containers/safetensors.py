@@ -1,8 +1,8 @@
 """The safetensors format: an 8-byte length, a JSON header, then the tensors' bytes.
 
-Reading is by ranges and stricter than the library's on purpose: a header that names a key
-twice, leaves a gap or overlaps is refused. What is written is a layout, for the library would
-need the whole file in memory.
+Reading is by ranges, and stricter than the safetensors library on purpose: a header with duplicate
+keys, gaps or overlaps is refused. Writing is by a layout, because the library needs the whole file
+in memory.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 
-#: A GPT-J of 28 blocks needs 40 kB, and 3,000 brackets and commas. A header beyond these limits
-#: is not one, and is not parsed: a parsed value takes far more memory than its text.
+#: Limits on a header, which for a GPT-J of 28 blocks has 40 kB with 3,000 brackets and commas. A
+#: header beyond them is not parsed: a parsed value takes far more memory than its text.
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_MARKS = 2**18
 MAX_DIMENSIONS = 8
 
-#: Shows what a header holds, whatever its length or depth.
+#: Shows values of a header, shortened to a limited length and depth.
 _shown = reprlib.Repr()
 _shown.maxstring = 200
 
@@ -50,10 +50,11 @@ _METADATA = "__metadata__"
 
 
 class SafetensorsSource:
-    """The tensors of one file, as `gptj_model.source.TensorSource`.
+    """Tensors of one file, as a `gptj_model.source.TensorSource`.
 
     Raises:
-        FileFault: the header breaks a rule of the format; the message names file, tensor, rule.
+        FileFault: the header breaks a rule of the format; the message names the file, the tensor
+            and the rule.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +79,13 @@ class SafetensorsSource:
 def safetensors_file(
     name: str, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> FileLayout:
-    """A new file of these tensors, in this order, with string pairs for the header."""
+    """Return the layout of a new file.
+
+    Args:
+        name: name of the file.
+        tensors: tensors in the file, in order.
+        metadata: texts for the header.
+    """
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     end = 0
     for tensor, info in tensors.items():
@@ -111,9 +118,9 @@ def _read_header(file: RangedFile) -> tuple[int, dict[str, Any]]:
         )
     text = file.read(8, length, "the header")
     if sum(text.count(mark) for mark in b"[{,") > MAX_MARKS:
-        raise FileFault(f"{file.path}: header holds more than {MAX_MARKS} values, far from a GPT-J")
+        raise FileFault(f"{file.path}: header holds more than {MAX_MARKS} values, expected fewer")
     try:
-        # A bare brace first: the format requires it, and json would take leading blanks.
+        # The format requires the brace; the json module would accept blanks before it.
         if not text.startswith(b"{"):
             raise ValueError("does not begin with '{'")
         header = json.loads(
@@ -137,13 +144,14 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    """A JSON integer; -0 is a float, as the library has it."""
+    """Parse a JSON integer; -0 is a float, as in the safetensors library."""
     return -0.0 if text == "-0" else int(text)
 
 
 def _check(
     file: RangedFile, start: int, header: dict[str, Any]
 ) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """Return the tensors of a header and their offsets behind it, all rules checked."""
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFault(f"{file.path}: {_METADATA} is not an object of strings")
@@ -179,6 +187,7 @@ def _check(
 
 
 def _entry_fault(entry: Any) -> str | None:
+    """Return the rule that a tensor's entry breaks, or None."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "its entry is not {dtype, shape, data_offsets}"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
@@ -189,7 +198,7 @@ def _entry_fault(entry: Any) -> str | None:
             return f"{key} is {_shown.repr(value)}, expected a list of whole numbers from 0"
     if len(entry["shape"]) > MAX_DIMENSIONS:
         return f"has {len(entry['shape'])} dimensions, expected at most {MAX_DIMENSIONS}"
-    # Also of an empty tensor: numpy has no array of such a shape.
+    # An empty tensor is checked, too: numpy has no array of such a shape.
     if (
         math.prod(max(n, 1) for n in entry["shape"]) * NUMPY[DTYPES[entry["dtype"]]].itemsize
         >= 2**63

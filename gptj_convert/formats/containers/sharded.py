@@ -1,6 +1,6 @@
-"""Weights in several files, and an index that says which tensor is in which.
+"""Weights in several files, the shards, and an index that names the shard of each tensor.
 
-`model.safetensors.index.json` or `pytorch_model.bin.index.json`, as transformers writes them:
+The index is a `model.safetensors.index.json` or `pytorch_model.bin.index.json` of transformers:
 `{"metadata": {"total_size": BYTES}, "weight_map": {TENSOR: SHARD}}`.
 """
 
@@ -19,23 +19,22 @@ from typing import Any
 from gptj_convert.files.json_file import parse_json, read_json
 from gptj_convert.files.ranged_file import DOWNLOAD_HINT
 from gptj_convert.formats.containers.safetensors import MAX_HEADER_BYTES, SafetensorsSource
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_model.errors import FileFault, TensorFault, UsageError
 from gptj_model.source import TensorInfo, TensorSource
-from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT
 
 INDEX_SUFFIX = ".index.json"
 
-#: Kinds of weight files, by how their names usually end.
+#: Kinds of weight files, by the usual suffix of their names.
 SAFETENSORS, ARCHIVE = ".safetensors", ".bin"
 
-#: A GPT-J of 28 blocks has 341 tensors with its old buffers, and an index of 30 kB.
+#: Limits on an index, which for a GPT-J of 28 blocks (341 tensors with old buffers) has 30 kB.
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_INDEX_MARKS = 2**15
-#: Those of a source stay open, twice each, and a process may have 1,024 open files.
+#: Largest number of shards. Each stays open twice, and a process may have 1,024 open files.
 MAX_SHARDS = 400
 
-#: No shard of any writer is called otherwise, and none of these leads out of the folder.
+#: Names that writers give to shards; none of them leads out of the folder.
 _SHARD_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}", re.ASCII)
 _NUMBERED = re.compile(r"[-_.]\d{1,6}-of-(\d{1,6})\.(safetensors|bin)", re.ASCII)
 _PROVEN = "names, shapes and the end of every file agree"
@@ -48,26 +47,27 @@ _shown.maxstring = 200
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name is an index of shards."""
+    """Return whether a file of this name is an index of shards."""
     return name.endswith((f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}"))
 
 
 def shards_of(name: str) -> int | None:
-    """Of how many a file of this name is one, as in `model-00001-of-00002.safetensors`."""
+    """Return the number of shards in a name such as `model-00001-of-00002.safetensors`, or None."""
     found = _NUMBERED.search(name)
     return int(found[1]) if found and found.end() == len(name) else None
 
 
 def open_file(path: Path) -> TensorSource:
-    """Open one weight file by its content; one that is neither kind, by its name."""
+    """Open one weight file. Its kind is known by its content or, failing that, by its name."""
     kind = kind_of_content(path) or (SAFETENSORS if path.suffix == SAFETENSORS else ARCHIVE)
-    return SafetensorsSource(path) if kind == SAFETENSORS else PickleSource(path)
+    return SafetensorsSource(path) if kind == SAFETENSORS else TorchCheckpointSource(path)
 
 
 def kind_of_content(path: Path) -> str | None:
-    """`SAFETENSORS` or `ARCHIVE`, by a file's first bytes; None: neither, or it cannot be read.
+    """Return `SAFETENSORS` or `ARCHIVE` by a file's first bytes; None for others.
 
-    A pickle without an archive around it counts as `ARCHIVE`: its reader says what it is.
+    A bare pickle counts as `ARCHIVE`, whose reader gives the right error. A file that cannot be
+    read is of no kind.
     """
     try:
         with path.open("rb") as f:
@@ -82,27 +82,27 @@ def kind_of_content(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """What an index says, and what is wrong with that by itself."""
+    """Content of an index, and its problems as far as they show without the shards."""
 
     weight_map: Mapping[str, Any]
-    """Shard by tensor, not checked."""
+    """Shard of each tensor, not checked."""
     shards: tuple[str, ...]
-    """Those whose names may be used, in order."""
+    """Names of the shards that are valid, sorted."""
     metadata: Any
-    """An object whose `total_size` is the bytes of all tensors, if writers keep to the format."""
+    """Object whose `total_size` is the size of all tensors in bytes, if it follows the format."""
     problems: tuple[str, ...]
 
 
 def parse_index(data: bytes, name: str, *, where: str) -> ShardIndex:
-    """Read an index that is in memory.
+    """Parse an index that is in memory.
 
     Args:
-        data: its content, of no more than `MAX_INDEX_BYTES`.
-        name: its file name, which says how the shards' names end.
-        where: what it was read from, for errors.
+        data: content of the index, at most `MAX_INDEX_BYTES`.
+        name: file name of the index, which determines the suffix of the shards.
+        where: name of the place that the index came from, for errors.
 
     Raises:
-        FileFault: it is not an index.
+        FileFault: the content is not an index.
     """
     return _index(parse_json(data, where=where, max_marks=MAX_INDEX_MARKS), name, where)
 
@@ -128,14 +128,14 @@ def _index(values: Mapping[str, Any], name: str, where: str) -> ShardIndex:
     suffix = Path(name.removesuffix(INDEX_SUFFIX)).suffix
     shards: list[str] = []
     problems: list[str] = []
-    # By their text: JSON values of other types may not be hashable.
+    # Keyed by their text: JSON values other than strings may not be hashable.
     for shown, shard in {_shown.repr(shard): shard for shard in weight_map.values()}.items():
         if isinstance(shard, str) and _SHARD_NAME.fullmatch(shard) and shard.endswith(suffix):
             shards.append(shard)
         else:
             problems.append(
-                f"{shown} is no name of a shard, expected letters, digits, '_', '-' and single "
-                f"dots, ending in {suffix}"
+                f"{shown} is not the name of a shard, expected letters, digits, '_', '-' and "
+                f"single dots, ending in {suffix}"
             )
     if len(shards) > MAX_SHARDS:
         raise FileFault(
@@ -147,15 +147,20 @@ def _index(values: Mapping[str, Any], name: str, where: str) -> ShardIndex:
 
 
 class ShardedSource:
-    """The tensors of all shards, as `gptj_model.source.TensorSource`.
+    """Tensors of all shards, as a `gptj_model.source.TensorSource`.
+
+    Args:
+        index: path of the index.
+        tied: names of two tensors that may have the same values; writers may count the second
+            in the index's size, whether or not it is stored.
 
     Raises:
         FileFault: the file is not an index.
-        TensorFault: index and shards disagree; every way in which they do is named. No file
+        TensorFault: index and shards disagree; the error names every disagreement. No file
             outside the index's folder is opened.
     """
 
-    def __init__(self, index: Path) -> None:
+    def __init__(self, index: Path, *, tied: tuple[str, str] | None = None) -> None:
         self._path = index
         self._index = _read_index(index)
         self._shards: dict[str, TensorSource] = {}
@@ -165,16 +170,16 @@ class ShardedSource:
             problems, hints = self._open()
             problems = [*self._index.problems, *problems, *self._place()]
             if problems:
-                # One of them may be mended in a way of its own; then the others come after.
+                # A hint about one problem is more specific than the general one.
                 raise TensorFault(str(index), problems, hint=next(iter(hints), _HINT))
-            self._note_size()
+            self._note_size(tied)
         except BaseException:
             self.close()
             raise
 
     @property
     def files(self) -> list[Path]:
-        """The index and every shard."""
+        """Index and shards."""
         return [self._path, *(self._path.with_name(shard) for shard in self._shards)]
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -187,13 +192,13 @@ class ShardedSource:
             shard.close()
 
     def _open(self) -> tuple[list[str], list[str]]:
-        """Open every shard; gives problems, and hints that do not say to fetch files again."""
+        """Open the shards; return the problems, and hints other than `DOWNLOAD_HINT`."""
         problems: list[str] = []
         hints: list[str] = []
         for shard in self._index.shards:
             path = self._path.with_name(shard)
             if not path.is_file():
-                problems.append(f"shard {shard} is not there")
+                problems.append(f"shard {shard} does not exist")
                 continue
             try:
                 self._shards[shard] = open_file(path)
@@ -204,7 +209,7 @@ class ShardedSource:
         return problems, hints
 
     def _place(self) -> list[str]:
-        """Find every tensor; says where index and shards disagree."""
+        """Find the shard of every tensor; return the disagreements between index and shards."""
         problems = []
         weight_map = self._index.weight_map
         found: dict[str, list[str]] = {}
@@ -219,7 +224,7 @@ class ShardedSource:
             elif isinstance(shard, str) and shard in self._shards:
                 elsewhere = f", but in {holders[0]}" if holders else ""
                 problems.append(
-                    f"{_shown.repr(name)} is not in {shard}, where the index has it{elsewhere}"
+                    f"{_shown.repr(name)} is not in {shard}, as the index states{elsewhere}"
                 )
         for name, holders in found.items():
             if len(holders) > 1:
@@ -231,10 +236,10 @@ class ShardedSource:
                 problems.append(f"{_shown.repr(name)} is in {holders[0]}, but not in the index")
         return problems
 
-    def _note_size(self) -> None:
-        """Say where `total_size` is not that of the tensors: their own sizes are proven.
+    def _note_size(self, tied: tuple[str, str] | None) -> None:
+        """Log a `total_size` that is not that of the tensors, whose own sizes are proven.
 
-        Some versions of transformers count a bool as an eighth of a byte, and a tied head
+        Some versions of transformers count a bool as an eighth of a byte, and a tied tensor
         whether or not it is stored.
         """
         metadata = self._index.metadata
@@ -247,17 +252,16 @@ class ShardedSource:
             return
         bools = sum(i.nbytes for i in self.tensors.values() if i.dtype == "bool")
         size = sum(i.nbytes for i in self.tensors.values())
-        embedding = self.tensors.get(EMBEDDING.hf)
         counts = {size}
-        if embedding:
-            stored = HEAD_WEIGHT.hf in self.tensors
-            counts.add(size - embedding.nbytes if stored else size + embedding.nbytes)
+        if tied and (first := self.tensors.get(tied[0])):
+            stored = tied[1] in self.tensors
+            counts.add(size - first.nbytes if stored else size + first.nbytes)
         if type(stated) in (int, float) and any(
             stated * 8 in (count * 8, count * 8 - bools * 7) for count in counts
         ):
             return
         _log.warning(
-            "%s: metadata.total_size is %s, the tensors have %d bytes; %s",
+            "%s: metadata.total_size is %s, but the tensors have %d bytes; %s",
             *(self._path, _shown.repr(stated), size, _PROVEN),
         )
 
@@ -265,13 +269,16 @@ class ShardedSource:
 def split(
     tensors: Mapping[str, TensorInfo], file: str, max_bytes: int | None
 ) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each file, as transformers divides them.
+    """Divide tensors among files in the way of transformers.
 
     Args:
-        tensors: of the whole checkpoint, in order.
-        file: the name if one is enough, such as model.safetensors.
-        max_bytes: of the tensors of one shard; a tensor that alone has more is a shard of its
-            own. None: no limit.
+        tensors: tensors of the whole checkpoint, in order.
+        file: name of the file if one is enough, such as model.safetensors.
+        max_bytes: limit on the tensors of one shard, in bytes; None means no limit. A larger
+            tensor gets a shard of its own.
+
+    Returns:
+        The tensors of each file, by the file's name.
 
     Raises:
         UsageError: there would be too many shards.
@@ -292,7 +299,7 @@ def split(
         shards.append(shard)
     if len(shards) > MAX_SHARDS:
         raise UsageError(
-            f"shards of at most {max_bytes} bytes would be {len(shards)} files, "
+            f"shards of at most {max_bytes} bytes would make {len(shards)} files, "
             f"expected at most {MAX_SHARDS}",
             hint="choose a larger --max-shard-size",
         )
@@ -306,7 +313,7 @@ def split(
 
 
 def index_text(shards: Mapping[str, Mapping[str, TensorInfo]]) -> str:
-    """The index of these shards."""
+    """Return the text of the index of these shards."""
     infos = [info for shard in shards.values() for info in shard.values()]
     metadata = {
         "total_parameters": sum(math.prod(info.shape) for info in infos),

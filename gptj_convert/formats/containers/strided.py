@@ -1,8 +1,8 @@
-"""Tensors that are views of a wider storage: which are sound, and how their elements are read.
+"""Tensors that are views of a larger storage: their checks, and the reading of their elements.
 
-`torch.save` writes a storage as it is, and of each tensor where it begins in it and how far
-apart its elements lie along each axis. A transposed weight, a slice of rows or columns, and a
-part of a fused projection are all such views.
+`torch.save` writes whole storages, and for each tensor its offset in a storage and its stride along
+each axis. A transposed weight, a slice of rows or columns, and a part of a fused projection are all
+such views.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 from gptj_model.op import Op
 from gptj_model.source import raw_bytes
 
-#: Bytes of storage that are read at once, to pick elements from: they stay in the L2 cache.
+#: Number of bytes of storage that are read at once to pick elements from; they fit the L2 cache.
 SCRATCH_BYTES = 2**20
-#: A run of at least so many bytes is read by itself where its neighbours are no part of the
-#: tensor: a call of the system costs less than reading what is not needed.
+#: Smallest run that is read by itself if the bytes next to it are not part of the tensor, in bytes:
+#: from there on, a system call costs less than reading bytes that are not needed.
 _RUN_BYTES = 4096
 
 #: Strides of a merged view whose elements, in row-major order, are one range of the storage.
 _ONE_RANGE = ((), (1,))
 
 Read = Callable[[int, memoryview], None]
-"""Fills memory from a byte of the storage on."""
+"""Function that fills memory with the bytes of a storage from an offset on."""
 
 
 @dataclass(frozen=True, slots=True)
 class StridedView:
-    """A tensor as a view of a storage; everything in elements."""
+    """Tensor as a view of a storage; offset and strides count elements."""
 
     offset: int
     shape: tuple[int, ...]
@@ -39,12 +39,12 @@ class StridedView:
 
     @property
     def extent(self) -> int:
-        """Number of elements of the storage from the first of the view to its last."""
+        """Number of elements of the storage from the view's first element to its last."""
         return _extent(self.shape, self.strides)
 
     @property
     def overlap(self) -> str | None:
-        """Why two elements may be the same place of the storage, if they may."""
+        """Reason why two elements may share a place in the storage, or None if they cannot."""
         axes = [(s, n) for n, s in zip(self.shape, self.strides, strict=True) if n > 1]
         if 0 in self.shape:
             return None
@@ -61,9 +61,9 @@ class StridedView:
         return "its elements overlap in the storage"
 
     def in_storage_order(self) -> tuple[Op, StridedView]:
-        """Return the op to the view, of the same elements, whose last axis is the densest.
+        """Return the view of the same elements whose last axis is the densest, and the op from it.
 
-        Only a matrix is ever transposed; an axis of one element lies anywhere.
+        Only a matrix is ever transposed, and only if neither axis has a single element.
         """
         if len(self.shape) == 2 and min(self.shape) > 1 and self.strides[0] < self.strides[1]:
             view = StridedView(self.offset, self.shape[::-1], self.strides[::-1])
@@ -87,16 +87,17 @@ class StridedView:
 
 
 def gather(read: Read, view: StridedView, itemsize: int, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` with row-major bytes of a view, from byte `offset` on.
+    """Fill a buffer with row-major bytes of a view.
 
-    Holds at most `SCRATCH_BYTES` of the storage.
+    At most `SCRATCH_BYTES` of the storage are in memory at a time.
 
     Args:
-        read: gives bytes of the storage.
-        view: merged.
-        itemsize: bytes of an element.
-        offset: in the view's bytes; any number.
-        buffer: of any length that the view has from there on.
+        read: function that reads bytes of the storage.
+        view: merged view to read.
+        itemsize: size of an element, in bytes.
+        offset: position of the first byte in the view's row-major bytes; it may lie inside an
+            element.
+        buffer: memory to fill, no longer than the rest of the view.
     """
     if view.strides in _ONE_RANGE:
         read(view.offset * itemsize + offset, buffer)
@@ -112,7 +113,7 @@ def gather(read: Read, view: StridedView, itemsize: int, offset: int, buffer: me
 
 
 def _fill(read: Read, view: StridedView, out: np.ndarray, begin: int) -> None:
-    """Elements from `begin` on, in row-major order."""
+    """Fill an array with elements of a view from `begin` on, in row-major order."""
     if not out.size:
         return
     if view.strides in _ONE_RANGE:
@@ -138,7 +139,7 @@ def _row(view: StridedView, row: int) -> StridedView:
 
 
 def _rows_at_once(view: StridedView, itemsize: int) -> int:
-    """Number of rows that are read in one range; 0: each row is better read by itself."""
+    """Return the number of rows to read in one range; 0 if each row is better read by itself."""
     stride = view.strides[0]
     extent = _extent(view.shape[1:], view.strides[1:])
     if extent * itemsize >= _RUN_BYTES and stride >= 2 * extent:
@@ -148,7 +149,7 @@ def _rows_at_once(view: StridedView, itemsize: int) -> int:
 
 
 def _pick(read: Read, view: StridedView, row: int, rows: int, out: np.ndarray) -> None:
-    """Rows of a view, picked from the range that holds them."""
+    """Fill an array with rows of a view, picked from the range that holds them."""
     shape = (rows, *view.shape[1:])
     scratch = np.empty(_extent(shape, view.strides), out.dtype)
     read((view.offset + row * view.strides[0]) * out.itemsize, raw_bytes(scratch))
@@ -163,10 +164,10 @@ def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether two axes (stride, size) lead to one place on two ways.
+    """Return whether two different steps along two axes (stride, size) lead to the same place.
 
-    They do where a · i = b · j for steps that both axes have; the smallest such are i = b / gcd
-    and j = a / gcd.
+    They do if a · i = b · j for steps within both axes; the smallest such steps are i = b / gcd and
+    j = a / gcd.
     """
     common = math.gcd(a[0], b[0])
     return b[0] // common < a[1] and a[0] // common < b[1]

@@ -1,15 +1,15 @@
 """The TensorFlow V2 checkpoint bundle, read and written without TensorFlow.
 
-`PREFIX.data-0000i-of-0000n` hold the tensors' little-endian row-major bytes. `PREFIX.index` is
-a LevelDB table from tensor names to where their bytes are, with a masked crc32c for each.
-Formats: tensorflow/core/protobuf/tensor_bundle.proto and leveldb's table_format.
+The files `PREFIX.data-0000i-of-0000n` hold the tensors' little-endian row-major bytes. The file
+`PREFIX.index` is a LevelDB table from each tensor's name to the place of its bytes and their masked
+crc32c.
+Format: tensorflow/core/protobuf/tensor_bundle.proto, and `leveldb_table`.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,12 +21,27 @@ from crc32c import crc32c
 from gptj_convert.files.output_file import OutputFile
 from gptj_convert.files.ranged_file import DOWNLOAD_HINT, RangedFile
 from gptj_convert.formats.containers.layout import FileLayout, Layout
-from gptj_convert.formats.containers.varint import encode_varint
+from gptj_convert.formats.containers.leveldb_table import (
+    FOOTER_BYTES,
+    TableError,
+    masked,
+    read_table,
+    table_bytes,
+)
+from gptj_convert.formats.containers.protobuf import (
+    WireError,
+    as_fixed32,
+    as_message,
+    as_number,
+    encode_field,
+    encode_fixed32,
+    read_fields,
+)
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, raw_bytes
 
-#: TensorFlow's dtype enum ↔ canonical names.
+#: Canonical name of each value of TensorFlow's enum DataType.
 DTYPES = {
     1: "float32",
     2: "float64",
@@ -41,42 +56,26 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 
-#: A GPT-J of 28 blocks with its optimizer's state needs 855 tensors and 130 kB.
+#: Limits on an index. With optimizer state, a GPT-J of 28 blocks has 855 tensors in 130 kB.
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_TENSORS = 2**14
-MAX_NAME_BYTES = 1024
 MAX_DIMENSIONS = 8
 MAX_SHARDS = 100_000
-_MAGIC = 0xDB4775248B80FB57
-_FOOTER = 48
-_BLOCK_SIZE = 4096
-_RESTART_INTERVAL = 16
 
 
 def index_path(prefix: Path) -> Path:
-    """The index file of a bundle."""
+    """Return the path of a bundle's index."""
     return prefix.with_name(prefix.name + ".index")
 
 
 def data_path(prefix: Path, shard: int = 0, shards: int = 1) -> Path:
-    """A data file of a bundle."""
+    """Return the path of one of a bundle's data files."""
     return prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
-
-
-def masked(crc: int) -> int:
-    """LevelDB's masking of a crc32c, so that a crc of data with a crc in it stays strong."""
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def unmasked(value: int) -> int:
-    """The crc32c that `masked` gave this value."""
-    rotated = (value - 0xA282EAD8) & 0xFFFFFFFF
-    return ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor's bytes are."""
+    """Place of one tensor's bytes."""
 
     info: TensorInfo
     shard: int
@@ -86,10 +85,14 @@ class Entry:
 
 
 class BundleSource:
-    """The tensors of one bundle, as `gptj_model.source.TensorSource`.
+    """Tensors of one bundle, as a `gptj_model.source.TensorSource`.
+
+    Args:
+        prefix: path of the files without their suffixes.
 
     Raises:
-        FileFault: the index is corrupt, or a data file is missing or shorter than it says.
+        FileFault: the index is corrupt, or a data file is missing or shorter than the index
+            states.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -108,7 +111,7 @@ class BundleSource:
 
     @property
     def files(self) -> list[Path]:
-        """The index and every data file."""
+        """Index and data files."""
         return [self._index, *(shard.path for shard in self._shards)]
 
     def _check_extents(self) -> None:
@@ -139,7 +142,7 @@ class BundleSource:
 
 
 def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
-    """A new bundle with one data file, its tensors in the order of their names."""
+    """Return the layout of a new bundle with one data file and the tensors sorted by name."""
     ordered = {name: tensors[name] for name in sorted(tensors)}
     begins = accumulate((info.nbytes for info in ordered.values()), initial=0)
     places = dict(zip(ordered, begins, strict=False))
@@ -155,10 +158,14 @@ def bundle_layout(prefix: str, tensors: Mapping[str, TensorInfo]) -> Layout:
 
 
 def write_bundle(prefix: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write arrays that are in memory as a bundle, durably.
+    """Write arrays as a bundle, durably.
+
+    Args:
+        prefix: path of the files without their suffixes.
+        tensors: values by name.
 
     Raises:
-        FileFault: the files exist, or the disk is full.
+        FileFault: a file exists, or the disk is full.
     """
     infos = {name: TensorInfo(a.dtype.name, a.shape) for name, a in tensors.items()}
     write_tensors(prefix, infos, tensors.__getitem__)
@@ -170,12 +177,12 @@ def write_tensors(
     """Write a bundle durably, one tensor at a time.
 
     Args:
-        prefix: of the files.
-        tensors: what it will hold.
-        read: gives the values of one.
+        prefix: path of the files without their suffixes.
+        tensors: tensors of the bundle.
+        read: function that returns the values of a tensor.
 
     Raises:
-        FileFault: the files exist, or the disk is full.
+        FileFault: a file exists, or the disk is full.
     """
     with closing(BundleWriter(prefix, tensors)) as writer:
         for name in writer.tensors:
@@ -184,41 +191,41 @@ def write_tensors(
 
 
 class BundleWriter:
-    """A bundle while it is written: its tensors in any order, the parts of each one in order.
+    """Writer of a bundle that accepts the tensors in any order, and the parts of each in order.
 
     Args:
-        prefix: of the files.
-        tensors: what it will hold.
+        prefix: path of the files without their suffixes.
+        tensors: tensors of the bundle.
 
     Raises:
-        FileFault: the files exist, or the disk is full.
+        FileFault: a file exists, or the disk is full.
     """
 
     def __init__(self, prefix: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._prefix = prefix
-        # Large ones first: they begin where a device takes them directly.
+        # Large tensors first: they then begin at offsets that allow direct writes.
         self.tensors = dict(sorted(tensors.items(), key=lambda t: -t[1].nbytes))
-        """What it will hold, in the order of the file."""
+        """Tensors of the bundle, in the order of the data file."""
         *begins, self._end = accumulate((t.nbytes for t in self.tensors.values()), initial=0)
         self.begins = dict(zip(self.tensors, begins, strict=True))
-        """Where each one is in the data file."""
+        """Offset of each tensor in the data file, in bytes."""
         self.written = dict.fromkeys(self.tensors, 0)
-        """How many bytes of each one are there."""
+        """Number of bytes of each tensor that have been written."""
         self._checksums = dict.fromkeys(self.tensors, 0)
         self._output = OutputFile(data_path(prefix), self._end)
 
     def append(self, name: str, values: np.ndarray) -> None:
-        """Write what follows of a tensor: any number of its elements, in its dtype."""
+        """Write the next elements of a tensor, any number of them, in its dtype."""
         raw = raw_bytes(np.ascontiguousarray(values))
         self._output.write(self.begins[name] + self.written[name], raw)
         self._checksums[name] = crc32c(raw, self._checksums[name])
         self.written[name] += len(raw)
 
     def finish(self, more: Mapping[str, np.ndarray] | None = None) -> None:
-        """Make the data durable, then write the index, durably.
+        """Flush the data to the device, then write the index, durably.
 
         Args:
-            more: small tensors that were not known before; they go behind the others.
+            more: additional small tensors, which are written behind the others.
         """
         for name, values in (more or {}).items():
             self.tensors[name] = TensorInfo(values.dtype.name, values.shape)
@@ -241,282 +248,116 @@ class BundleWriter:
         self._output.close()
 
 
-# The index: protocol buffers inside a LevelDB table.
+class _BundleError(ValueError):
+    """Broken rule of the bundle's index; the text says which one."""
 
 
 def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
-    """Number of data files, and the entries by tensor name."""
+    """Read the number of data files, and the entries by tensor name."""
     file = RangedFile(path)
     try:
-        if not _FOOTER <= file.size <= MAX_INDEX_BYTES:
+        if not FOOTER_BYTES <= file.size <= MAX_INDEX_BYTES:
             raise FileFault(
-                f"{path}: has {file.size} bytes, expected {_FOOTER} to {MAX_INDEX_BYTES} "
+                f"{path}: has {file.size} bytes, expected {FOOTER_BYTES} to {MAX_INDEX_BYTES} "
                 "(is this the .index of a TensorFlow checkpoint?)"
             )
         table = memoryview(file.read(0, file.size, "the index"))
     finally:
         file.close()
     try:
-        pairs = _table_pairs(table)
+        pairs = read_table(table)
         key, header = next(pairs, (None, None))
         if header is None or key != b"":
-            raise _Corrupt("it does not begin with the bundle's header")
+            raise _BundleError("it does not begin with the bundle's header")
         shards = _parse_header(header)
         entries: dict[str, Entry] = {}
         for key, value in pairs:
             if len(entries) == MAX_TENSORS:
-                raise _Corrupt(f"it names more than {MAX_TENSORS} tensors")
+                raise _BundleError(f"it names more than {MAX_TENSORS} tensors")
             entries[key.decode("utf-8")] = _parse_entry(value)
         return shards, entries
-    except _Corrupt as e:
-        raise FileFault(f"{path}: index is corrupt: {e}", hint=DOWNLOAD_HINT) from None
     except UnicodeDecodeError:
         raise FileFault(f"{path}: index is corrupt: a tensor's name is not UTF-8") from None
-
-
-class _Corrupt(Exception):
-    """A rule of the index format is broken."""
-
-
-def _table_pairs(table: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    footer = table[-_FOOTER:]
-    if struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
-        raise _Corrupt("its last 8 bytes are not the table's magic number")
-    _, at = _varint(footer, 0)
-    _, at = _varint(footer, at)
-    index_handle = _handle(footer[at:])
-    end, last = 0, None
-    for _, handle in _block_pairs(_block(table, *index_handle)):
-        # In order, as every writer has them: else few bytes could be read as any number.
-        offset, size = _handle(handle)
-        if offset < end:
-            raise _Corrupt(f"the block at byte {offset} begins inside the one before it")
-        end = offset + size
-        for key, value in _block_pairs(_block(table, offset, size)):
-            if last is not None and key <= last:
-                raise _Corrupt("its names are not in order, or one occurs twice")
-            yield key, value
-            last = key
-
-
-def _handle(data: memoryview) -> tuple[int, int]:
-    offset, at = _varint(data, 0)
-    size, _ = _varint(data, at)
-    return offset, size
-
-
-def _block(table: memoryview, offset: int, size: int) -> memoryview:
-    end = offset + size
-    if end + 5 > len(table):
-        raise _Corrupt(f"a block at byte {offset} reaches beyond the end")
-    if table[end] != 0:
-        raise _Corrupt(f"the block at byte {offset} is compressed, which checkpoints are not")
-    (stored,) = struct.unpack("<I", table[end + 1 : end + 5])
-    if stored != masked(crc32c(table[offset : end + 1])):
-        raise _Corrupt(f"checksum of the block at byte {offset} is wrong")
-    return table[offset:end]
-
-
-def _block_pairs(block: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    if len(block) < 4:
-        raise _Corrupt("a block is shorter than its restart count")
-    (restarts,) = struct.unpack("<I", block[-4:])
-    end = len(block) - 4 - 4 * restarts
-    if end < 0:
-        raise _Corrupt(f"a block claims {restarts} restarts, more than fit")
-    at, key = 0, b""
-    while at < end:
-        shared, at = _varint(block, at)
-        rest, at = _varint(block, at)
-        length, at = _varint(block, at)
-        if shared > len(key) or at + rest + length > end:
-            raise _Corrupt("an entry reaches beyond its block")
-        if shared + rest > MAX_NAME_BYTES:
-            raise _Corrupt(f"a name has {shared + rest} bytes, expected at most {MAX_NAME_BYTES}")
-        key = key[:shared] + bytes(block[at : at + rest])
-        yield key, block[at + rest : at + rest + length]
-        at += rest + length
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 64:
-        if at >= len(data):
-            raise _Corrupt("a number is cut short")
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise _Corrupt("a number has more than 64 bits")
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Numbers and values of a protocol buffer message's fields."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-            continue
-        if wire == 2:
-            size, at = _varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise _Corrupt(f"a message has wire type {wire}")
-        if at + size > len(data):
-            raise _Corrupt("a message's field is cut short")
-        yield tag >> 3, data[at : at + size]
-        at += size
-
-
-def _number(value: int | memoryview) -> int:
-    if not isinstance(value, int):
-        raise _Corrupt("a message has bytes where a number belongs")
-    return value
-
-
-def _message(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise _Corrupt("a message has a number where bytes belong")
-    return value
+    except (_BundleError, TableError, WireError) as e:
+        raise FileFault(f"{path}: index is corrupt: {e}", hint=DOWNLOAD_HINT) from None
 
 
 def _parse_header(data: memoryview) -> int:
+    """Return the number of data files that a BundleHeaderProto states."""
     shards = 0
-    for field, value in _fields(data):
+    for field, kind, content in read_fields(data):
         if field == 1:
-            shards = _number(value)
-        elif field == 2 and _number(value) != 0:
-            raise _Corrupt("the tensors are big-endian")
+            shards = as_number(kind, content)
+        elif field == 2 and as_number(kind, content) != 0:
+            raise _BundleError("the tensors are big-endian")
     if not 1 <= shards <= MAX_SHARDS:
-        raise _Corrupt(f"it names {shards} data files")
+        raise _BundleError(f"it names {shards} data files")
     return shards
 
 
 def _parse_entry(data: memoryview) -> Entry:
+    """Return what a BundleEntryProto states, if it is plausible."""
     code = shard = offset = size = crc = 0
     shape: tuple[int, ...] = ()
-    for field, value in _fields(data):
+    for field, kind, content in read_fields(data):
         if field == 1:
-            code = _number(value)
+            code = as_number(kind, content)
         elif field == 2:
-            shape = _parse_shape(_message(value))
+            shape = _parse_shape(as_message(kind, content))
         elif field == 3:
-            shard = _number(value)
+            shard = as_number(kind, content)
         elif field == 4:
-            offset = _number(value)
+            offset = as_number(kind, content)
         elif field == 5:
-            size = _number(value)
+            size = as_number(kind, content)
         elif field == 6:
-            raw = _message(value)
-            if len(raw) != 4:
-                raise _Corrupt("a tensor's checksum is not 4 bytes")
-            (crc,) = struct.unpack("<I", raw)
+            crc = as_fixed32(kind, content)
         elif field == 7:
-            raise _Corrupt("a tensor is stored in slices, which GPT-J checkpoints are not")
+            raise _BundleError("a tensor is stored in slices, which GPT-J checkpoints are not")
     if code not in DTYPES:
-        raise _Corrupt(f"a tensor has dtype {code}, expected one of {sorted(DTYPES)}")
+        raise _BundleError(f"a tensor has dtype {code}, expected one of {sorted(DTYPES)}")
     info = TensorInfo(DTYPES[code], shape)
-    # Also of an empty tensor: numpy has no array of such a shape.
+    # An empty tensor is checked, too: numpy has no array of such a shape.
     if math.prod(max(n, 1) for n in shape) * NUMPY[info.dtype].itemsize >= 2**63:
-        raise _Corrupt(f"a tensor's shape {list(shape)} overflows")
+        raise _BundleError(f"a tensor's shape {list(shape)} overflows")
     if info.nbytes != size:
-        raise _Corrupt(f"a tensor of {info.dtype} {list(shape)} claims {size} bytes")
+        raise _BundleError(f"a tensor of {info.dtype} {list(shape)} claims {size} bytes")
     if offset >= 2**63:
-        raise _Corrupt(f"a tensor begins at byte {offset}")
+        raise _BundleError(f"a tensor begins at byte {offset}")
     return Entry(info, shard, offset, crc)
 
 
 def _parse_shape(data: memoryview) -> tuple[int, ...]:
+    """Return the sizes that a TensorShapeProto states."""
     shape: list[int] = []
-    for field, value in _fields(data):
+    for field, kind, content in read_fields(data):
         if field != 2:
             continue
         size = 0
-        for inner, number in _fields(_message(value)):
+        for inner, inner_kind, number in read_fields(as_message(kind, content)):
             if inner == 1:
-                size = _number(number)
+                size = as_number(inner_kind, number)
         if size >= 2**63:
-            raise _Corrupt("a tensor has a negative size")
+            raise _BundleError("a tensor has a negative size")
         if len(shape) == MAX_DIMENSIONS:
-            raise _Corrupt(f"a tensor has more than {MAX_DIMENSIONS} dimensions")
+            raise _BundleError(f"a tensor has more than {MAX_DIMENSIONS} dimensions")
         shape.append(size)
     return tuple(shape)
 
 
 def _index_bytes(entries: Mapping[str, Entry]) -> bytes:
-    header = _pack(1, 1) + _pack(3, _pack(1, 1))
-    pairs = [(b"", header)]
-    pairs += [(name.encode(), _entry_bytes(entry)) for name, entry in entries.items()]
-    table = bytearray()
-    index: list[tuple[bytes, bytes]] = []
-    pending: list[tuple[bytes, bytes]] = []
-    size = 0
-    for key, value in pairs:
-        pending.append((key, value))
-        size += len(key) + len(value)
-        if size >= _BLOCK_SIZE:
-            index.append((key, _append_block(table, pending)))
-            pending, size = [], 0
-    if pending:
-        index.append((pending[-1][0], _append_block(table, pending)))
-    meta_handle = _append_block(table, [])
-    index_handle = _append_block(table, index, restart_interval=1)
-    footer = (meta_handle + index_handle).ljust(_FOOTER - 8, b"\0")
-    return bytes(table) + footer + struct.pack("<Q", _MAGIC)
-
-
-def _append_block(
-    table: bytearray,
-    pairs: list[tuple[bytes, bytes]],
-    restart_interval: int = _RESTART_INTERVAL,
-) -> bytes:
-    """Append a block and its trailer; returns its handle."""
-    block = bytearray()
-    restarts = [0]
-    last = b""
-    for n, (key, value) in enumerate(pairs):
-        shared = 0
-        if n % restart_interval:
-            shared = _shared_prefix(last, key)
-        elif n:
-            restarts.append(len(block))
-        for size in (shared, len(key) - shared, len(value)):
-            block += encode_varint(size)
-        block += key[shared:] + value
-        last = key
-    block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
-    handle = encode_varint(len(table)) + encode_varint(len(block))
-    block += b"\0"
-    table += block + struct.pack("<I", masked(crc32c(bytes(block))))
-    return handle
-
-
-def _shared_prefix(a: bytes, b: bytes) -> int:
-    """Number of bytes that both begin with."""
-    return next(
-        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    """Return the content of an index; the entries are in the order of their names."""
+    header = encode_field(1, 1) + encode_field(3, encode_field(1, 1))
+    pairs = [(name.encode(), _entry_bytes(entry)) for name, entry in entries.items()]
+    return table_bytes([(b"", header), *pairs])
 
 
 def _entry_bytes(entry: Entry) -> bytes:
-    dims = b"".join(_pack(2, _pack(1, size)) for size in entry.info.shape)
+    dims = b"".join(encode_field(2, encode_field(1, size)) for size in entry.info.shape)
     return (
-        _pack(1, _CODES[entry.info.dtype])
-        + _pack(2, dims)
-        + (_pack(4, entry.offset) if entry.offset else b"")
-        + _pack(5, entry.info.nbytes)
-        + encode_varint(6 << 3 | 5)
-        + struct.pack("<I", entry.crc)
+        encode_field(1, _CODES[entry.info.dtype])
+        + encode_field(2, dims)
+        + (encode_field(4, entry.offset) if entry.offset else b"")
+        + encode_field(5, entry.info.nbytes)
+        + encode_fixed32(6, entry.crc)
     )
-
-
-def _pack(field: int, value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        return encode_varint(field << 3) + encode_varint(value)
-    return encode_varint(field << 3 | 2) + encode_varint(len(value)) + value

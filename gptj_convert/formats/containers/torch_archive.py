@@ -1,7 +1,7 @@
-"""A new file as torch.save writes it, laid out without PyTorch.
+"""Layout of a new file in the format of torch.save, without PyTorch.
 
-It is the zip archive of `torch.serialization.set_crc32_options(False)`: every member's place is
-known before the first byte, and none has a CRC32.
+The zip archive is that of `torch.serialization.set_crc32_options(False)`: the place of every member
+is known before the first byte is written, and no member has a CRC32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from gptj_convert.formats.containers.layout import FileLayout
-from gptj_convert.formats.containers.torch_pickle import kind_of
+from gptj_convert.formats.containers.torch_pickle import type_name
 from gptj_convert.formats.containers.torch_zip import PICKLE, ZipEntry, end_of_zip, local_header
 from gptj_model.source import TensorInfo
 
@@ -23,7 +23,7 @@ _STORAGES = {
     "bfloat16": "BFloat16Storage",
     "int64": "LongStorage",
 }
-#: PyTorch aligns the data of a member so, in bytes.
+#: Alignment of the data of a member in PyTorch's archives, in bytes.
 _ALIGNMENT = 64
 
 
@@ -31,10 +31,10 @@ def archive_file(name: str, value: Any, tensors: Mapping[str, TensorInfo]) -> Fi
     """Return the layout of a file that holds one value.
 
     Args:
-        name: of the file; its stem is the folder in the archive, as PyTorch names it.
-        value: dicts, lists, tuples and plain values; a string that is a key of `tensors` stands
-            for that tensor, and bytes for a float32 scalar.
-        tensors: by name; one whose `storage_op` is `TRANSPOSE` is a transposed view.
+        name: name of the file. As in PyTorch, its stem names the folder in the archive.
+        value: value built of dicts, lists, tuples and plain values; a string that is a key of
+            `tensors` stands for that tensor, and bytes stand for a float32 scalar.
+        tensors: tensors by name; one whose `storage_op` is `TRANSPOSE` becomes a transposed view.
     """
     pickle = _Pickle(tensors)
     pickle.dump(value)
@@ -59,20 +59,20 @@ def archive_file(name: str, value: Any, tensors: Mapping[str, TensorInfo]) -> Fi
 
 
 class _Pickle:
-    """Writes the data.pkl of plain values and tensors, in pickle protocol 2.
+    """Writer of a data.pkl of plain values and tensors, in pickle protocol 2.
 
-    Python's own pickler would have to import torch to name its functions.
+    Python's own pickler would have to import torch to refer to its functions.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self._tensors = tensors
         self._data = bytearray(b"\x80\x02")
         self.storages: list[tuple[bytes | str, int]] = []
-        """Content of each, and its size in bytes."""
+        """Content and size in bytes of each storage."""
 
     @property
     def data(self) -> bytes:
-        """The program, ended."""
+        """Complete program."""
         return bytes(self._data) + b"."
 
     def dump(self, value: Any) -> None:
@@ -94,7 +94,7 @@ class _Pickle:
             case dict():
                 self._data += b"}("
                 for key, item in value.items():
-                    if isinstance(key, str):  # never the tensor of that name
+                    if isinstance(key, str):  # a key never stands for a tensor
                         self._string(key)
                     else:
                         self.dump(key)
@@ -105,7 +105,7 @@ class _Pickle:
             case tuple():
                 self._sequence(b"(", value, b"t")
             case _:
-                raise TypeError(f"no plain value: {kind_of(value)}")
+                raise TypeError(f"{type_name(value)} is not a plain value")
 
     def _sequence(self, begin: bytes, items: Sequence[Any], end: bytes) -> None:
         self._data += begin

@@ -1,9 +1,9 @@
-"""PyTorch's `pytorch_model.bin`, read without PyTorch and without running anything in it.
+"""PyTorch checkpoints such as `pytorch_model.bin`, read without PyTorch or running their code.
 
-torch.save (from 1.6 on) writes a zip archive (see `torch_zip`) with one `data.pkl` (see
-`torch_pickle`) and one member for each storage: a range of elements that tensors are views of.
-A view may be of any strides in which no two elements meet; a matrix whose columns lie densest,
-such as a transposed weight, is read as it lies (`TensorInfo.storage_op`).
+torch.save (1.6 and later) writes a zip archive (see `torch_zip`) with one `data.pkl` (see
+`torch_pickle`) and one member per storage, a range of elements that tensors are views of. A view
+may have any strides with which no two elements share a place. A matrix whose columns are
+contiguous, such as a transposed weight, is read in its stored order (`TensorInfo.storage_op`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gptj_convert.formats.containers.torch_pickle import (
     MAX_PICKLE_BYTES,
     STATE_DICT_HINT,
     PickledTensor,
-    kind_of,
     read_pickle,
+    type_name,
 )
 from gptj_convert.formats.containers.torch_zip import RESAVE_HINT, Member, TorchZip
 from gptj_model.dtypes import NUMPY
@@ -33,14 +33,14 @@ _log = logging.getLogger(__name__)
 MAX_DIMENSIONS = 8
 
 
-class PickleSource:
-    """The tensors of a `pytorch_model.bin`, as `gptj_model.source.TensorSource`.
+class TorchCheckpointSource:
+    """Tensors of a file that torch.save wrote, as a `gptj_model.source.TensorSource`.
 
     Attributes:
-        checksummed: whether the archive records CRC32s, so that `crc_faults` can say something.
+        checksummed: whether the archive records CRC32s, which `crc_faults` needs.
 
     Raises:
-        FileFault: the file is not a dict of tensors as torch.save writes it; the message names
+        FileFault: the file is not a dict of tensors in the format of torch.save; the message names
             the member, the tensor or the byte of data.pkl, and what was expected.
     """
 
@@ -69,10 +69,10 @@ class PickleSource:
         gather(read, view, itemsize, offset, buffer)
 
     def crc_faults(self) -> Iterator[tuple[int, str | None]]:
-        """Read all storages in turn: the bytes of each and, if its CRC32 is wrong, a message.
+        """Read all storages, and yield the size of each and, if its CRC32 is wrong, a message.
 
         Raises:
-            FileFault: one cannot be read.
+            FileFault: a storage cannot be read.
         """
         users: dict[Member, list[str]] = {}
         for name, (member, _) in self._places.items():
@@ -88,9 +88,9 @@ class PickleSource:
         self._file.close()
 
     def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:
-        """The tensors by name, of what the pickle describes.
+        """Return the tensors by name.
 
-        A program of somebody's own may have saved the state dict as one of several things.
+        A training script may have saved the state dict as one entry among others.
         """
         inner = {key: value for key, value in values.items() if _is_state_dict(value)}
         if len(inner) != 1 or any(isinstance(v, PickledTensor) for v in values.values()):
@@ -98,23 +98,24 @@ class PickleSource:
         ((key, found),) = inner.items()
         others = ", ".join(repr(k) for k in values if k != key)
         _log.warning(
-            "%s: holds several things; the tensors are those of %r%s",
-            *(self._file.path, key, f", not {others}" if others else ""),
+            "%s: reading the tensors under the key %r%s",
+            *(self._file.path, key, f"; ignoring {others}" if others else ""),
         )
         return found
 
     def _add(self, name: Any, value: Any) -> None:
+        """Add a tensor whose claims agree with the archive."""
         if not isinstance(name, str):
             raise FileFault(
-                f"{self._file.path}: a dict's key is of type {kind_of(name)}, expected a tensor's "
-                "name",
+                f"{self._file.path}: a dict's key is of type {type_name(name)}, expected the "
+                "name of a tensor",
                 hint=STATE_DICT_HINT,
             )
         where = f"{self._file.path}: tensor {name!r}"
         if not isinstance(value, PickledTensor):
             raise FileFault(
-                f"{self._file.path}: entry {name!r} is of type {kind_of(value)}, "
-                "expected only tensors",
+                f"{self._file.path}: entry {name!r} is of type {type_name(value)}, "
+                "expected a tensor",
                 hint=STATE_DICT_HINT,
             )
         rule = _tensor_fault(value)
@@ -147,14 +148,14 @@ def _view(tensor: PickledTensor) -> StridedView:
 
 
 def _tensor_fault(tensor: PickledTensor) -> str | None:
-    """Why a tensor is not a view that lies inside its storage, if it is not."""
+    """Return why a tensor is not a valid view of its storage, or None."""
     shape, strides, numel = tensor.shape, tensor.strides, tensor.storage.numel
     if len(shape) > MAX_DIMENSIONS or len(shape) != len(strides):
         return (
-            f"has {len(shape)} dimensions and {len(strides)} strides, expected as many of both, "
-            f"at most {MAX_DIMENSIONS}"
+            f"has {len(shape)} dimensions and {len(strides)} strides, expected the same "
+            f"number of both, at most {MAX_DIMENSIONS}"
         )
-    # Types first: a value that is no number may be too deep to compare or to show.
+    # Types first: a value that is not a number may be too deep to compare or to show.
     claims = (numel, tensor.offset, *shape, *strides)
     if not all(type(n) is int for n in claims):
         return "its shape, strides, offset or storage size are not whole numbers"
@@ -163,7 +164,7 @@ def _tensor_fault(tensor: PickledTensor) -> str | None:
             f"shape {list(shape)}, strides {list(strides)}, offset {tensor.offset} and storage "
             f"size {numel} are not all from 0 to 2**63"
         )
-    # Also of an empty tensor: numpy has no array of such a shape.
+    # An empty tensor is checked, too: numpy has no array of such a shape.
     if math.prod(max(n, 1) for n in shape) * NUMPY[tensor.storage.dtype].itemsize >= 2**63:
         return f"shape {list(shape)} overflows"
     view = _view(tensor)

@@ -1,8 +1,8 @@
 """The `data.pkl` of a torch.save archive: a program for a stack machine, pickle protocol 2.
 
-Python's own unpickler would import and call whatever the program names. The machine here knows
-only what torch.save writes for a dict of tensors and turns that into plain descriptions: it has
-no way to import or call. Everything else is refused by name and place.
+Python's own unpickler would import and call whatever the program names. The machine here knows only
+the operations that torch.save writes for a dict of tensors, and turns them into plain descriptions.
+It cannot import or call anything. Every other operation is refused, with its name and position.
 """
 
 from __future__ import annotations
@@ -18,62 +18,64 @@ from typing import Any
 from gptj_convert.formats.containers.torch_zip import RESAVE_HINT
 from gptj_model.errors import FileFault
 
-#: A GPT-J of 28 blocks needs 60 kB and 12 thousand operations.
+#: Limits on the program, which for a GPT-J of 28 blocks has 60 kB and 12,000 operations.
 MAX_PICKLE_BYTES = 16 * 2**20
 MAX_OPERATIONS = 2**20
 MAX_MARKS = 64
 MAX_STRING_BYTES = 1024
-#: Types of a dict's keys: names, and the numbers of an optimizer's parameters.
+#: Types of dict keys: names, and numbers of an optimizer's parameters.
 _KEYS = (str, int)
 
 STATE_DICT_HINT = "save only the model's state dict: torch.save(model.state_dict(), FILE)"
 
 
 def read_pickle(data: bytes, path: Path) -> dict[Any, Any]:
-    """The dict that a data.pkl describes; its tensors are `PickledTensor`, their claims unproven.
+    """Return the dict that a data.pkl describes.
+
+    Its tensors are of type `PickledTensor`, whose claims are not yet checked.
 
     Args:
-        data: the content.
-        path: the archive, for messages.
+        data: content of the data.pkl.
+        path: path of the archive, for errors.
 
     Raises:
-        FileFault: it describes something else, or asks for what is not in its format.
+        FileFault: the program describes something else, or uses an operation that is not allowed.
     """
     return _Machine(data, path).run()
 
 
-def kind_of(value: Any) -> str:
-    """A value's type for messages. The value itself may be too deep to be shown."""
+def type_name(value: Any) -> str:
+    """Return the name of a value's type, for errors: the value itself may be too deep to show."""
     return type(value).__name__
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that stands for itself; there is nothing behind it to call."""
+    """Name of a function or class, with nothing behind it to call."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class StorageType:
-    """What `torch.FloatStorage` and its like stand for."""
+    """Storage type such as `torch.FloatStorage`, by its canonical dtype."""
 
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage as the pickle claims it to be."""
+    """Storage as the pickle describes it; nothing is checked."""
 
     dtype: str
     key: str
-    """Its data is the member `data/KEY`."""
+    """Key of its data, which is the member `data/KEY`."""
     numel: int
 
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A view of a storage, in elements, as the pickle claims it to be."""
+    """View of a storage, in elements, as the pickle describes it; nothing is checked."""
 
     storage: Storage
     offset: int
@@ -106,8 +108,11 @@ _GLOBALS: dict[str, Global | StorageType] = {
 
 
 class _Machine:
-    """Runs one data.pkl. Values are only built, never compared, hashed or shown: a few bytes
-    suffice to describe a tuple that cannot be walked through in a lifetime."""
+    """Stack machine that runs one data.pkl.
+
+    Values are only built, never compared, hashed or shown: a few bytes can describe a tuple that
+    takes practically forever to walk through.
+    """
 
     def __init__(self, data: bytes, path: Path) -> None:
         self._data = data
@@ -116,7 +121,7 @@ class _Machine:
         self._op_at = 0
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
-        """The stacks under each mark."""
+        """Stacks below each mark."""
         self._memo: dict[int, Any] = {}
 
     def run(self) -> dict[Any, Any]:
@@ -142,7 +147,7 @@ class _Machine:
             raise self._fault("STOP with more than one value on the stack")
         if not isinstance(value, dict):
             raise self._fault(
-                f"holds one value of type {kind_of(value)}, expected a dict of tensors",
+                f"holds one value of type {type_name(value)}, expected a dict of tensors",
                 hint=STATE_DICT_HINT,
             )
         return value
@@ -172,7 +177,7 @@ class _Machine:
 
     def pop_mark(self) -> list[Any]:
         if not self._below:
-            raise self._fault("needs a mark on the stack, there is none")
+            raise self._fault("needs a mark on the stack, which has none")
         items, self._stack = self._stack, self._below.pop()
         return items
 
@@ -205,7 +210,7 @@ class _Machine:
 
     def push_global(self) -> None:
         module, name = self._line(), self._line()
-        # With a dot in the name, another pair would read the same.
+        # With a dot in the name, a different pair would give the same text.
         known = _GLOBALS.get(f"{module}.{name}") if "." not in name else None
         if known is None:
             raise self._fault(f"global {f'{module}.{name}'!r} is not allowed in a checkpoint")
@@ -231,11 +236,11 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, dict) or len(items) % 2:
-            raise self._fault(f"sets {len(items)} keys and values in a {kind_of(target)}")
+            raise self._fault(f"sets {len(items)} keys and values in a {type_name(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in _KEYS:
                 raise self._fault(
-                    f"a dict's key is of type {kind_of(key)}, expected a tensor's name",
+                    f"a dict's key is of type {type_name(key)}, expected a tensor's name",
                     hint=STATE_DICT_HINT,
                 )
             if key in target:
@@ -245,7 +250,7 @@ class _Machine:
     def append(self, items: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, list):
-            raise self._fault(f"appends to a {kind_of(target)}, expected a list")
+            raise self._fault(f"appends to a {type_name(target)}, expected a list")
         target.extend(items)
 
     def persistent(self) -> None:
@@ -253,14 +258,16 @@ class _Machine:
             case ("storage", StorageType() as kind, str() as key, str(), int() as numel):
                 self.push(Storage(kind.dtype, key, numel))
             case _:
-                raise self._fault("a persistent id that is not torch.save's of a storage")
+                raise self._fault("a persistent id that is not that of a storage")
 
     def reduce(self) -> None:
         arguments, target = self.pop(), self.pop()
         if not isinstance(target, Global):
-            raise self._fault(f"REDUCE calls a {kind_of(target)}, expected a known global")
+            raise self._fault(f"REDUCE calls a {type_name(target)}, expected a known global")
         if not isinstance(arguments, tuple):
-            raise self._fault(f"REDUCE with a {kind_of(arguments)}, expected a tuple of arguments")
+            raise self._fault(
+                f"REDUCE with a {type_name(arguments)}, expected a tuple of arguments"
+            )
         match target.name, arguments:
             case "collections.OrderedDict", ():
                 self.push(OrderedDict())
@@ -287,15 +294,15 @@ class _Machine:
     def build(self) -> None:
         state, target = self.pop(), self._top()
         if not isinstance(target, OrderedDict):
-            raise self._fault(f"BUILD on a {kind_of(target)}, expected an OrderedDict")
-        # Versions of the modules, of no use here: nn.Module.state_dict() hangs them on its dict.
+            raise self._fault(f"BUILD on a {type_name(target)}, expected an OrderedDict")
+        # nn.Module.state_dict() attaches the versions of modules, which are not needed here.
         if not isinstance(state, dict) or list(state) != ["_metadata"]:
             raise self._fault("BUILD with something other than a state dict's _metadata")
 
 
 _OPCODE_NAMES = {o.code.encode("latin-1"): o.name for o in pickletools.opcodes}
 
-#: What torch.save writes for a dict of tensors with plain values beside them.
+#: Operations that torch.save writes for a dict of tensors and plain values.
 _OPERATIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"N": lambda m: m.push(None),
     b"\x88": lambda m: m.push(True),

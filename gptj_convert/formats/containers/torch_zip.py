@@ -1,8 +1,8 @@
-"""The zip archive that torch.save writes: where its members' bytes are, proven before use.
+"""The zip archive of torch.save: places of its members, checked before use, and new headers.
 
-`zipfile` parses the central directory; nothing else of it is used. Members are stored, never
-compressed, so each is one range of the file: 30 bytes of local header, the name, an extra
-field (PyTorch pads with it to align the data), then the data. All of them lie in one folder:
+`zipfile` only parses the central directory. Members are stored, never compressed, so each one is a
+range of the file: 30 bytes of local header, the name, an extra field (with which PyTorch pads to
+align the data), and the data. All members are in one folder:
 `NAME/data.pkl`, `NAME/data/KEY` for each storage, `NAME/byteorder`, `NAME/version`, ...
 """
 
@@ -19,7 +19,7 @@ from gptj_convert.files.ranged_file import DOWNLOAD_HINT, RangedFile
 from gptj_model.errors import FileFault
 
 RESAVE_HINT = (
-    "re-save it as safetensors where PyTorch may load it: "
+    "re-save it as safetensors on a machine where PyTorch may load it: "
     "model.save_pretrained(DIR, safe_serialization=True)"
 )
 LEGACY_HINT = (
@@ -27,7 +27,7 @@ LEGACY_HINT = (
     "torch.save(torch.load('pytorch_model.bin', weights_only=True), 'new.bin')\""
 )
 
-#: A GPT-J of 28 blocks needs 30 kB.
+#: Limits on the central directory, which for a GPT-J of 28 blocks has 30 kB.
 MAX_DIRECTORY_BYTES = 2**20
 MAX_NAME = 1024
 PICKLE = "data.pkl"
@@ -40,39 +40,40 @@ _LOCATOR64 = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
 _EXTRA = struct.Struct("<HH")
 _ZIP64_ID = 1
-#: In a field of four bytes: the value is elsewhere, in eight.
+#: Value of a 4-byte field whose true value is in a ZIP64 field of 8 bytes.
 _NO_SIZE = 0xFFFFFFFF
-#: What PyTorch pads with.
+#: Id of the extra field that PyTorch pads with.
 _PADDING_ID = int.from_bytes(b"FB", "little")
-#: 1 January 1980, the first that there is.
+#: 1 January 1980, the earliest date of the format.
 _DATE = 0x21
-#: Encrypted, strongly encrypted, masked headers, patch data.
+#: Flags of encryption, strong encryption, masked headers and patch data.
 _UNREADABLE_FLAGS = 0x1 | 0x40 | 0x2000 | 0x20
 _UTF8_FLAG = 0x800
+#: Number of bytes that are read at once to compute a CRC32.
 _CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One stored file of the archive."""
+    """Stored file of an archive."""
 
     name: str
-    """With its folder."""
+    """Name with its folder."""
     begin: int
-    """Where its data begins in the archive."""
+    """Offset of its data in the archive, in bytes."""
     size: int
     crc: int
 
 
 class TorchZip:
-    """The members of an archive that torch.save wrote.
+    """Members of an archive that torch.save wrote.
 
     Attributes:
-        members: by name, without the folder that they are all in.
-        checksummed: whether CRC32s were recorded; PyTorch can be told to leave them out.
+        members: members by name, without the folder that all of them are in.
+        checksummed: whether the archive records CRC32s, which PyTorch can be told to omit.
 
     Raises:
-        FileFault: it is not such an archive, it is cut, or its directory contradicts it.
+        FileFault: the file is not such an archive, is cut short, or contradicts its directory.
     """
 
     def __init__(self, file: RangedFile) -> None:
@@ -92,10 +93,10 @@ class TorchZip:
             )
 
     def pickle(self, limit: int) -> bytes:
-        """The content of data.pkl, its CRC32 checked if one is recorded.
+        """Return the content of data.pkl, after checking its CRC32 if one is recorded.
 
         Raises:
-            FileFault: it is larger than `limit`, or its CRC32 differs.
+            FileFault: data.pkl has more than `limit` bytes, or its CRC32 differs.
         """
         member = self.members[PICKLE]
         if member.size > limit:
@@ -109,10 +110,10 @@ class TorchZip:
         return self._read(member)
 
     def crc_fault(self, member: Member) -> str | None:
-        """Read a member's data; say how its CRC32 differs from the recorded one, if it does.
+        """Read a member's data, and return how its CRC32 differs from the recorded one, or None.
 
         Raises:
-            FileFault: it cannot be read.
+            FileFault: the data cannot be read.
         """
         if not self.checksummed:
             return None
@@ -130,7 +131,7 @@ class TorchZip:
         return self._file.read(member.begin, member.size, f"member {member.name!r}")
 
     def _directory(self) -> tuple[list[zipfile.ZipInfo], int]:
-        """The entries of the central directory and where it begins."""
+        """Return the entries of the central directory, and its offset in bytes."""
         head = self._file.read(0, min(4, self._file.size), "its first bytes")
         if head.startswith(b"\x80"):
             raise FileFault(
@@ -154,7 +155,7 @@ class TorchZip:
             ) from None
 
     def _folder(self, entries: list[zipfile.ZipInfo]) -> str:
-        """The folder, with its slash, that holds data.pkl and all else."""
+        """Return the folder, with its slash, that holds all members."""
         names = [e.filename for e in entries]
         longest = max(map(len, names), default=0)
         if longest > MAX_NAME:
@@ -172,13 +173,13 @@ class TorchZip:
         strays = [n for n in names if not n.startswith(folder)]
         if strays:
             raise FileFault(
-                f"{self._path}: member {strays[0]!r} is outside the folder {folder!r} that "
-                "holds the rest"
+                f"{self._path}: member {strays[0]!r} is outside the folder {folder!r}, expected "
+                "every member in it"
             )
         return folder
 
     def _locate(self, entries: list[zipfile.ZipInfo], end: int) -> list[Member]:
-        """Where each entry's data is, in the order of the file, `end` being its limit."""
+        """Return the entries as members, in file order; no data may reach beyond `end`."""
         found: list[Member] = []
         seen: set[str] = set()
         position = 0
@@ -188,7 +189,7 @@ class TorchZip:
                 raise self._fault(entry, rule)
             seen.add(entry.filename)
             start = entry.header_offset
-            # A file in front of the archive would be skipped by zipfile, and read by others.
+            # zipfile would skip another file in front of the archive; other programs would read it.
             if not found and start != 0:
                 raise self._fault(entry, f"begins at byte {start}, expected the first one at 0")
             if start < position:
@@ -203,7 +204,7 @@ class TorchZip:
         return found
 
     def _data_begin(self, entry: zipfile.ZipInfo, end: int) -> int:
-        """Where the data begins, from a local header that must agree with the directory's."""
+        """Return the offset of an entry's data; its local header must agree with the directory."""
         name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8_FLAG else "cp437")
         start = entry.header_offset
         name_at = start + _LOCAL.size
@@ -223,6 +224,7 @@ class TorchZip:
 
 
 def _entry_fault(entry: zipfile.ZipInfo, seen: set[str]) -> str | None:
+    """Return the rule that an entry of the directory breaks, or None."""
     if entry.orig_filename != entry.filename:
         return "its name holds a NUL character"
     if entry.filename in seen:
@@ -238,16 +240,16 @@ def _entry_fault(entry: zipfile.ZipInfo, seen: set[str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """A member of an archive that is to be written, stored and without a CRC32."""
+    """Member of a new archive, stored and without a CRC32."""
 
     name: str
     size: int
     header_at: int
-    """Where its local header begins."""
+    """Offset of its local header, in bytes."""
 
 
 def local_header(entry: ZipEntry, *, alignment: int) -> bytes:
-    """What stands before a member's data, which then begins at a multiple of `alignment`."""
+    """Return a member's local header, padded to align the data that follows it."""
     name = entry.name.encode()
     begin = entry.header_at + _LOCAL.size + len(name) + _EXTRA.size
     padding = -begin % alignment
@@ -257,7 +259,7 @@ def local_header(entry: ZipEntry, *, alignment: int) -> bytes:
 
 
 def end_of_zip(entries: Sequence[ZipEntry], begin: int) -> bytes:
-    """The central directory, which begins at `begin`, and what points to it."""
+    """Return the central directory, which begins at byte `begin`, and the end records."""
     directory = b"".join(map(_directory_entry, entries))
     count, size = len(entries), len(directory)
     if begin < _NO_SIZE:
@@ -273,7 +275,7 @@ def end_of_zip(entries: Sequence[ZipEntry], begin: int) -> bytes:
 def _directory_entry(entry: ZipEntry) -> bytes:
     name = entry.name.encode()
     at, extra = entry.header_at, b""
-    # Only where it must be: what reads archives in PyTorch 2.4 takes it for damage elsewhere.
+    # Only where necessary: the archive reader of PyTorch 2.4 takes it for damage elsewhere.
     if at >= _NO_SIZE:
         at, extra = _NO_SIZE, _EXTRA.pack(_ZIP64_ID, 8) + struct.pack("<Q", at)
     version = 45 if extra else 20
@@ -283,7 +285,7 @@ def _directory_entry(entry: ZipEntry) -> bytes:
 
 
 class _DirectoryReader:
-    """As much of a file object as zipfile needs to read a directory of sane size."""
+    """File object with what zipfile needs to read a directory of limited size."""
 
     def __init__(self, file: RangedFile) -> None:
         self._file = file

@@ -1,1 +1,1 @@
-"""GPT-J in each container: file names, tensor names and companion files of a checkpoint."""
+"""Layouts of GPT-J: file names, tensor names and companion files in each format."""

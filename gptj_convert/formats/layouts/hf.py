@@ -1,4 +1,4 @@
-"""The Hugging Face layout: config.json, weights in one file or in shards, tokenizer files."""
+"""The Hugging Face layout: config.json, weights in one file or in shards, and tokenizer files."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from gptj_convert.formats.containers.torch_archive import archive_file
 from gptj_convert.options import FILE_FORMATS
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo, TensorSource
+from gptj_model.tensors import EMBEDDING, HEAD_WEIGHT
 
 SAFETENSORS_FILE = FILE_FORMATS["safetensors"]
-PICKLE_FILE = FILE_FORMATS["bin"]
-#: How names of single files of weights end, the last four of what torch.save wrote.
+TORCH_FILE = FILE_FORMATS["bin"]
+#: Suffixes of single weight files; torch.save writes those after the first.
 WEIGHT_SUFFIXES = (sharded.SAFETENSORS, sharded.ARCHIVE, ".pt", ".pth", ".ckpt")
-#: One file, or the index of shards, in the order that transformers prefers them.
+#: Names of weight files and of indices of shards, in the order of preference of transformers.
 WEIGHT_FILES = (
     SAFETENSORS_FILE,
     SAFETENSORS_FILE + INDEX_SUFFIX,
-    PICKLE_FILE,
-    PICKLE_FILE + INDEX_SUFFIX,
+    TORCH_FILE,
+    TORCH_FILE + INDEX_SUFFIX,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-#: Vocabulary and merges, as GPT-2's, EleutherAI's and others' files are named.
+#: Pairs of names for vocabulary and merges: those of transformers, and OpenAI's for GPT-2.
 VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-#: Files that go with the weights whatever their format.
+#: Tokenizer files that go with the weights, whatever the format of the weights.
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -42,18 +43,19 @@ TOKENIZER_FILES = (
     SPECIAL_TOKENS_FILE,
 )
 GENERATION_FILE = "generation_config.json"
-#: A chat's template, as tokenizers have it and as processors had it before; and further ones.
+#: Names of a chat template's file; the second one is the older form, of processors.
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+#: Folder of further chat templates.
 _CHAT_TEMPLATES = "additional_chat_templates"
-#: How the names of files end that may hold settings of a model.
+#: Suffixes of files that may hold settings of a model.
 _SETTINGS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 
 
 def choose_companions(names: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that go with the weights, whatever their format.
+    """Return the files that go with the weights, whatever the format of the weights.
 
     Args:
-        names: paths in the folder, with `/` between their parts.
+        names: paths of the files in a folder, separated by `/`.
     """
     present = set(names)
     known = (*TOKENIZER_FILES, GENERATION_FILE, *CHAT_TEMPLATE_FILES)
@@ -63,16 +65,16 @@ def choose_companions(names: Iterable[str]) -> list[str]:
 
 
 def settings_files(folder: Path) -> list[str]:
-    """Return the paths in a folder of the files that may hold settings of a model, sorted."""
+    """Return the files in a folder that may hold settings of a model, as sorted relative paths."""
     paths = (*folder.glob("*"), *folder.glob(f"{_CHAT_TEMPLATES}/*"))
     return choose_settings(p.relative_to(folder).as_posix() for p in paths if p.is_file())
 
 
 def choose_settings(names: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that may hold settings of a model, sorted.
+    """Return the files that may hold settings of a model, sorted.
 
     Args:
-        names: see `choose_companions`.
+        names: paths of the files in a folder, separated by `/`.
     """
     found: list[str] = []
     for name in names:
@@ -84,10 +86,13 @@ def choose_settings(names: Iterable[str]) -> list[str]:
 
 
 def find_weights(path: Path) -> Path | None:
-    """The weight file or index that `path` is or, if it is a folder, holds; None: not HF's.
+    """Return the weight file or index at `path`, or in it if it is a folder.
+
+    Returns:
+        The path, or None if there are no weights in a Hugging Face format.
 
     Raises:
-        FileFault: it is one shard of several.
+        FileFault: `path` is one shard of several.
     """
     if path.is_file():
         if sharded.is_index(path.name):
@@ -102,9 +107,9 @@ def find_weights(path: Path) -> Path | None:
 
 
 def open_weights(path: Path) -> tuple[TensorSource, tuple[Path, ...]]:
-    """Open a weight file, or the shards of an index; gives the files that are read, too."""
+    """Open a weight file, or the shards of an index; return the source and the files it reads."""
     if sharded.is_index(path.name):
-        source = ShardedSource(path)
+        source = ShardedSource(path, tied=(EMBEDDING.hf, HEAD_WEIGHT.hf))
         return source, tuple(source.files)
     return sharded.open_file(path), (path,)
 
@@ -115,15 +120,15 @@ def hf_layout(
     *,
     file: str = SAFETENSORS_FILE,
 ) -> Layout:
-    """Return the weights of a folder: one file, or shards and their index if the limit asks so.
+    """Return the layout of the weights: one file, or shards and their index.
 
     Args:
-        tensors: of the model, in order.
-        max_shard_bytes: see `sharded.split`.
-        file: `SAFETENSORS_FILE` or `PICKLE_FILE`.
+        tensors: tensors of the model, in order.
+        max_shard_bytes: limit on the tensors of one shard, in bytes; None means one file.
+        file: `SAFETENSORS_FILE` or `TORCH_FILE`.
 
     Raises:
-        UsageError: see `sharded.split`.
+        UsageError: there would be too many shards.
     """
     shards = sharded.split(tensors, file, max_shard_bytes)
     files = tuple(_weights_file(name, inside) for name, inside in shards.items())
@@ -134,4 +139,4 @@ def hf_layout(
 def _weights_file(name: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
     if name.endswith(".bin"):
         return archive_file(name, dict(zip(tensors, tensors, strict=True)), tensors)
-    return safetensors_file(name, tensors, {"format": "pt"})  # transformers asks for it
+    return safetensors_file(name, tensors, {"format": "pt"})  # required by transformers

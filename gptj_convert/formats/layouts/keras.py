@@ -1,7 +1,7 @@
 """The Keras layout: `model.weights.h5`, and `model.keras`, which `load_model` opens.
 
-The HDF5 file is made empty first, of its full size but without data; what h5py wrote into it
-tells every dataset's place, and the conversion streams the values there.
+h5py first creates the HDF5 file at its full size but without values; the conversion then streams
+the values to the place of each dataset.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gptj_model.tensors import HEAD_BIAS, HEAD_WEIGHT
 WEIGHTS_FILE = "model.weights.h5"
 MODEL_FILE = "model.keras"
 
-#: Groups that Keras makes of the model's attributes, by the first part of a variable's path.
+#: Group in the HDF5 file of each layer outside the blocks, by the first part of a variable's path.
 _GROUPS = {
     "wte": "layers/embedding",
     "ln_f": "layers/layer_normalization",
     "lm_head": "layers/head",
 }
-#: The variables of a layer in the order Keras numbers them, by the end of the layer's path.
+#: Variables of a layer in the order in which Keras numbers them, by the last part of its path.
 _VARIABLES = {
     "wte": ("embeddings",),
     "ln_1": ("gamma", "beta"),
@@ -43,25 +43,33 @@ _VARIABLES = {
     "fc_out": ("kernel", "bias"),
     "lm_head": ("kernel", "bias"),
 }
+#: Path of a dataset: group with the number of the block, path of the layer in it, number of the
+#: variable.
 _PATH = re.compile(r"(layers/\w+|blocks/block(?:_(\d+))?)(?:/(.+))?/vars/(\d)", re.ASCII)
 _HEAD_KERNEL = HEAD_WEIGHT.keras
 
-#: Keras stores bfloat16 as two opaque bytes, and says so in an attribute.
+#: Type of the datasets in which Keras stores bfloat16, opaque pairs of bytes; an attribute names
+#: the dtype.
 _BFLOAT16 = np.dtype("V2")
 _DTYPE = "dtype"
 
-#: Whose layout this is. Keras itself is not needed to write it.
+#: Version of Keras whose layout is written, without Keras itself.
 _VERSION = "3.15.1"
-#: Bytes that are copied at once.
+#: Number of bytes that are copied at once.
 _PIECE = 8 * 2**20
 
 
 def dataset_path(name: str, *, tied: bool) -> str:
-    """Where Keras keeps a variable in a weights file, by the table's Keras name."""
+    """Return the path of a variable in a weights file.
+
+    Args:
+        name: Keras name of the variable in the table.
+        tied: whether the head has no kernel of its own.
+    """
     layer, _, variable = name.rpartition("/")
     first, _, rest = layer.partition("/")
     group = _GROUPS.get(first)
-    if group is None:  # a block: the first has no number
+    if group is None:  # a block; the first one has no number
         number = first.removeprefix("h_")
         group = "blocks/block" + ("" if number == "0" else f"_{number}")
     return "/".join(
@@ -70,10 +78,11 @@ def dataset_path(name: str, *, tied: bool) -> str:
 
 
 def variable_name(path: str, *, tied: bool) -> str:
-    """The inverse of `dataset_path`; a path that no GPT-J has is given back as it is."""
-    found = re.fullmatch(
-        r"(layers/\w+|blocks/block(?:_(\d+))?)(?:/(.+))?/vars/(\d)", path, re.ASCII
-    )
+    """Return the variable at a path: the inverse of `dataset_path`.
+
+    A path that no GPT-J has is returned unchanged.
+    """
+    found = _PATH.fullmatch(path)
     if not found:
         return path
     group, number, rest, index = found.groups()
@@ -89,7 +98,7 @@ def _variables(layer: str, tied: bool) -> tuple[str, ...]:
 
 
 def keras_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
-    """The weights file; its tensors go by the table's Keras names."""
+    """Return the layout of the weights file, for tensors with the table's Keras names."""
     from gptj_convert.formats.containers.hdf5 import make_skeleton, skeleton_layout
 
     tied = _HEAD_KERNEL not in tensors
@@ -109,9 +118,14 @@ def keras_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
 
 
 def write_model(folder: Path, config: GPTJConfig, dtype: str) -> None:
-    """Write `model.keras`: the weights file of the folder and how to make the model, in one.
+    """Write `model.keras`, an archive of the folder's weights file and the model's configuration.
 
-    `import gptj_model.model` makes the class known to `keras.saving.load_model`.
+    `import gptj_model.model` registers the class for `keras.saving.load_model`.
+
+    Args:
+        folder: folder of the weights file.
+        config: configuration of the model.
+        dtype: canonical dtype of the weights.
     """
     model = {
         "module": "gptj_model.model",
@@ -119,7 +133,7 @@ def write_model(folder: Path, config: GPTJConfig, dtype: str) -> None:
         "config": {"config": config.to_hf(dtype=dtype)},
         "registered_name": "gptj>GPTJ",
     }
-    # No date: the same source gives the same bytes.
+    # Without a date, the same source gives the same bytes.
     metadata = {"keras_version": _VERSION}
     with (
         zipfile.ZipFile(folder / MODEL_FILE, "w", zipfile.ZIP_STORED) as archive,
@@ -133,14 +147,14 @@ def write_model(folder: Path, config: GPTJConfig, dtype: str) -> None:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name)  # with the format's first date
+    return zipfile.ZipInfo(name)  # with the earliest date of the format
 
 
 class KerasSource:
-    """The tensors of a weights file by the table's Keras names, as a `TensorSource`.
+    """Tensors of a weights file by the table's Keras names, as a `TensorSource`.
 
     Raises:
-        FileFault: see `Hdf5Source`.
+        FileFault: `Hdf5Source` refuses the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -161,13 +175,13 @@ class KerasSource:
 
 
 def _dtype(dataset: Any) -> str | None:
-    """bfloat16, if a dataset of opaque values says so."""
+    """Return "bfloat16" for a dataset of opaque values with that attribute, otherwise None."""
     stated = dataset.dtype == _BFLOAT16 and dataset.attrs.get(_DTYPE)
     return "bfloat16" if stated in ("bfloat16", b"bfloat16") else None
 
 
 def find_weights(path: Path) -> Path | None:
-    """The weights file that `path` is or, if it is a folder, holds."""
+    """Return the weights file at `path`, or in it if it is a folder; None if there is none."""
     if path.is_file():
         return path if path.suffix == ".h5" else None
     return path / WEIGHTS_FILE if (path / WEIGHTS_FILE).is_file() else None

@@ -1,4 +1,4 @@
-"""The TensorFlow layout: a name-based bundle `tf_model.ckpt`, or `model.ckpt-N` of a run."""
+"""The TensorFlow layout: a name-based bundle, `tf_model.ckpt` or `model.ckpt-N` of a run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 
 CONVERTED_PREFIX = "tf_model.ckpt"
-#: A run's checkpoints are `model.ckpt-N`, N the step.
+#: Prefix of a run's checkpoints `model.ckpt-N`, where N is the step.
 RUN_PREFIX = "model.ckpt"
-#: Names the newest checkpoint of a run, as TensorFlow's estimators write it.
+#: File in which TensorFlow's estimators name the newest checkpoint of a run.
 STATE_FILE = "checkpoint"
 _INDEX = ".index"
 
 
 def find_bundle(path: Path) -> Path | None:
-    """The prefix of the bundle that `path` is or holds; None when there is none.
+    """Return the prefix of the bundle at `path`, or in it if it is a folder; None if there is none.
 
-    A folder's `tf_model.ckpt` comes first, then the newest checkpoint that its state file names.
+    In a folder, `tf_model.ckpt` comes first, then the newest checkpoint that the state file names.
+
+    Args:
+        path: prefix of a bundle, its index, or a folder.
 
     Raises:
-        FileFault: the state file names a checkpoint that is not there.
+        FileFault: the state file names a checkpoint that does not exist.
     """
     if path.name.endswith(_INDEX) and path.is_file():
         return path.with_name(path.name.removesuffix(_INDEX))
@@ -43,25 +46,25 @@ def find_bundle(path: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> list[str]:
-    """Names of a run's checkpoints that its state file lists, the newest last."""
+    """Return the names of the checkpoints in a run's state file, the newest last."""
     try:
         text = (folder / STATE_FILE).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return []
     newest = re.findall(r'^model_checkpoint_path: "([^"]+)"', text, re.MULTILINE)
     every = re.findall(r'^all_model_checkpoint_paths: "([^"]+)"', text, re.MULTILINE)
-    # The reference may write absolute paths of the machine it ran on: only the name counts.
+    # The reference may write absolute paths of the machine it ran on, so only the names are used.
     names = [Path(p).name for p in every if p not in newest] + [Path(p).name for p in newest]
     return list(dict.fromkeys(names))
 
 
 def state_text(names: list[str]) -> str:
-    """The state file's content for these checkpoints, the newest last."""
+    """Return the content of a state file that lists these checkpoints, the newest last."""
     lines = [f'model_checkpoint_path: "{names[-1]}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
     return "\n".join(lines) + "\n"
 
 
 def tf_layout(tensors: Mapping[str, TensorInfo]) -> Layout:
-    """The bundle in a folder of converted weights."""
+    """Return the layout of the bundle in a folder of converted weights."""
     return bundle_layout(CONVERTED_PREFIX, tensors)

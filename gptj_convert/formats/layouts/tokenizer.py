@@ -1,16 +1,17 @@
-"""A tokenizer's files, read as transformers' AutoTokenizer (5.23) reads them for a GPT-J.
+"""Tokenizer files, read in the way of AutoTokenizer of transformers 5.23 for a GPT-J.
 
-Which files count, and which of two that disagree, depends on the class that
-tokenizer_config.json names:
+The class that tokenizer_config.json names determines which files are read, and which file wins
+where two disagree:
 
-- GPT-2's, which is also GPT-J's when none is named, takes vocabulary, merges and post-processor
-  from tokenizer.json, or the first two from vocab.json and merges.txt, and makes the rest itself.
-- A class without rules of its own takes tokenizer.json as it is.
+- The class of GPT-2, also used for a GPT-J whose files name no class, takes vocabulary, merges and
+  post-processor from tokenizer.json, or the first two from vocab.json and merges.txt, and creates
+  the rest itself.
+- A class without rules of its own uses tokenizer.json unchanged.
 
-Added tokens come from `added_tokens_decoder` in tokenizer_config.json alone if that is there,
-else from special_tokens_map.json, added_tokens.json and tokenizer.json, a later file replacing
-an earlier one's token of the same id. They get the ids that follow the vocabulary, in the order
-of the ids that the files state.
+If tokenizer_config.json has `added_tokens_decoder`, all added tokens come from there. Otherwise
+they come from special_tokens_map.json, added_tokens.json and tokenizer.json, where a token of a
+later file replaces one of the same id. Added tokens get the ids that follow the vocabulary, in the
+order of the ids that the files state.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ from gptj_model.errors import FileFault
 
 END_OF_TEXT = "<|endoftext|>"
 
-#: GPT-J's has 2.1 MB, 50,400 tokens and 50,000 merges.
+#: Limits on a JSON file; GPT-J's tokenizer.json has 2.1 MB, 50,400 tokens and 50,000 merges.
 MAX_BYTES = 32 * 2**20
 MAX_MARKS = 2**21
 
 _DECODER = "added_tokens_decoder"
 _EXTRA = "extra_special_tokens"
-#: The name of `_EXTRA` until transformers 5.
+#: Name of `_EXTRA` before transformers 5.
 _ADDITIONAL = "additional_special_tokens"
-#: Special tokens that have a name, in the order in which they are added.
+#: Keys of the special tokens, in the order in which they are added.
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-#: How AddedToken's flags are called in files.
+#: Names of AddedToken's flags in files.
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What a class of transformers makes itself, whatever tokenizer.json says."""
+    """Parts that a class of transformers creates itself, regardless of tokenizer.json."""
 
     defaults: Mapping[str, str]
     normalizer: normalizers.Normalizer | None = None
     post_processor: processors.PostProcessor | None = None
-    """What stands in for the one of a tokenizer.json without any."""
+    """Default for a tokenizer.json without a post-processor."""
     reads_post_processor: bool = True
 
 
@@ -74,7 +75,7 @@ _RULES = {
         reads_post_processor=False,
     ),
 }
-#: The class by model_type, where no file names one.
+#: Class for each model_type, used if no file names a class.
 _OF_MODEL = {"gptj": _GPT2, "gpt2": _GPT2, "gpt_neo": _GPT2, "gpt_neox": "GPTNeoXTokenizer"}
 #: Classes without rules of their own.
 _PLAIN = ("PreTrainedTokenizer", "TokenizersBackend")
@@ -82,29 +83,29 @@ _PLAIN = ("PreTrainedTokenizer", "TokenizersBackend")
 
 @dataclass(frozen=True, slots=True)
 class LoadedTokenizer:
-    """A tokenizer and what its files say of it."""
+    """Tokenizer, and facts that its files state about it."""
 
     backend: Tokenizer
     end: int | None
-    """Id of its eos_token, else of a token called `END_OF_TEXT`; None: it has neither."""
+    """Id of its eos_token, or of the token `END_OF_TEXT`; None if it has neither."""
     splits_special: bool
-    """Whether a special token's name in a text is text, as its files have it."""
+    """Whether the name of a special token in a text is treated as text, according to its files."""
     notes: tuple[str, ...]
-    """What a person should know: what is read otherwise than it is written."""
+    """Notes for the user about parts that are read differently from how they are written."""
 
 
 def read_tokenizer(path: Path) -> LoadedTokenizer:
     """Read the tokenizer of a folder, or a tokenizer.json alone, without truncation or padding.
 
     Raises:
-        FileFault: there is none, or a file of it is damaged.
+        FileFault: the tokenizer does not exist, or one of its files is damaged.
     """
     where = path / TOKENIZER_FILE if path.is_dir() else path
     try:
         found = _Reading(path).tokenizer() if path.is_dir() else _alone(path)
     except FileFault:
         raise
-    except Exception as e:  # the library raises bare Exception for a bad file
+    except Exception as e:  # the tokenizers library raises a bare Exception for a bad file
         raise FileFault(f"{where}: is not a tokenizer: {e}") from None
     found.backend.no_truncation()
     found.backend.no_padding()
@@ -127,7 +128,7 @@ def _missing(path: Path) -> FileFault:
 
 @dataclass(slots=True)
 class _Added:
-    """Added tokens by the id that a file states, and by name."""
+    """Added tokens by the id that a file states, and by their text."""
 
     by_id: dict[int, AddedToken] = field(default_factory=dict[int, AddedToken])
     by_name: dict[str, AddedToken] = field(default_factory=dict[str, AddedToken])
@@ -138,7 +139,7 @@ class _Added:
 
 
 class _Reading:
-    """A folder's files becoming a tokenizer."""
+    """Construction of a tokenizer from the files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -148,7 +149,7 @@ class _Reading:
 
     def tokenizer(self) -> LoadedTokenizer:
         rules = self._rules()
-        # A tokenizer.json has these in its post-processor.
+        # In a tokenizer.json, the post-processor covers these settings.
         keys, has_json = ("add_bos_token", "add_eos_token"), self._json is not None
         adds = {} if has_json else {k: self._config[k] for k in keys if k in self._config}
         tokenizer = self._backend(rules)
@@ -177,11 +178,11 @@ class _Reading:
         return read_json(path, expected="a JSON object", max_bytes=MAX_BYTES, max_marks=MAX_MARKS)
 
     def _rules(self) -> _Rules | None:
-        """Return the rules of the class that the files name; None if it has none of its own."""
+        """Return the rules of the class that the files name, or None for a class without any."""
         model = self._read(CONFIG_FILE) or {}
         named = self._config.get("tokenizer_class") or model.get("tokenizer_class")
         if named is None:
-            # Without a model to go by, transformers takes tokenizer.json as it is.
+            # Without a known model, transformers uses tokenizer.json unchanged.
             named = _OF_MODEL.get(str(model.get("model_type")))
             return _RULES[named or _GPT2] if named or self._json is None else None
         stated = f"{TOKENIZER_CONFIG_FILE}: tokenizer_class is {named!r}"
@@ -192,12 +193,13 @@ class _Reading:
             return _RULES[named]
         if self._json is None:
             self._notes.append(
-                f"note: {stated}; without {TOKENIZER_FILE} the vocabulary is read as {_GPT2} does"
+                f"note: {stated}; without {TOKENIZER_FILE}, the vocabulary is read by the rules "
+                f"of {_GPT2}"
             )
             return _RULES[_GPT2]
         if named not in _PLAIN:
             self._notes.append(
-                f"note: {stated}; {TOKENIZER_FILE} is read as it is, without more of that class"
+                f"note: {stated}; {TOKENIZER_FILE} is used unchanged, without rules of that class"
             )
         return None
 
@@ -215,7 +217,7 @@ class _Reading:
         tokenizer = Tokenizer(
             BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="")
         )
-        # A class without a normalizer has None, which cannot be assigned.
+        # None cannot be assigned to a normalizer.
         if rules.normalizer:
             tokenizer.normalizer = rules.normalizer
         prefix_space = self._config.get("add_prefix_space", False)
@@ -236,7 +238,7 @@ class _Reading:
         merges = model.get("merges") if isinstance(model, dict) else None
         if not isinstance(vocab, dict) or not isinstance(merges, list):
             raise FileFault(
-                f"{self._folder / TOKENIZER_FILE}: its model is no byte-pair encoding, expected "
+                f"{self._folder / TOKENIZER_FILE}: its model is not a byte-pair encoding, expected "
                 "`vocab` and `merges`"
             )
         return vocab, [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
@@ -248,15 +250,15 @@ class _Reading:
                 return str(vocabulary), str(merges)
             if vocabulary.is_file():
                 raise FileFault(
-                    f"{merges}: not found, expected the merges that go with {vocabulary.name}",
-                    hint="copy it from where the tokenizer came from",
+                    f"{merges}: not found, expected the merges of {vocabulary.name}",
+                    hint="copy it from the source of the tokenizer",
                 )
         raise _missing(self._folder / TOKENIZER_FILE)
 
     def _special_tokens(
         self, rules: _Rules | None
     ) -> tuple[dict[str, str | AddedToken], list[str | AddedToken], _Added]:
-        """Return the special tokens with a name, those without one, and all added tokens."""
+        """Return the special tokens with a key, those without one, and all added tokens."""
         settings = dict(self._config)
         if _ADDITIONAL in settings and not settings.get(_EXTRA):
             settings[_EXTRA] = settings.pop(_ADDITIONAL)
@@ -280,7 +282,7 @@ class _Reading:
         tokens: dict[str, str | AddedToken] = {}
         for key in _NAMED:
             value = _token(settings.get(key, defaults.get(key)), file, key)
-            if value is not None and key in settings:  # a default stays what it is
+            if value is not None and key in settings:  # no file changes a default
                 value = added.by_name.get(str(_content(value)), value)
             if value is not None:
                 tokens[key] = value
@@ -299,7 +301,7 @@ class _Reading:
         return tokens, [token for token in each if token is not None], added
 
     def _padding(self) -> dict[str, Any]:
-        """Return the special token that tokenizer.json pads with, if it pads."""
+        """Return the padding token of tokenizer.json under its key, if it has one."""
         padding = self._json.get("padding") if self._json else None
         return {"pad_token": padding.get("pad_token")} if isinstance(padding, dict) else {}
 
@@ -317,7 +319,7 @@ class _Reading:
             added.put(int(stated), _added_token(value, file))
 
     def _merge_special_tokens(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Let special_tokens_map.json overrule `settings`; return the tokens that it names."""
+        """Override `settings` by special_tokens_map.json, and return the tokens that it names."""
         file = self._folder / SPECIAL_TOKENS_FILE
         for key, value in (self._read(SPECIAL_TOKENS_FILE) or {}).items():
             if isinstance(value, dict) and key != _EXTRA:
@@ -341,7 +343,7 @@ class _Reading:
         extra = settings.get(_EXTRA)
         tokens: list[Any] = [settings.get(key) for key in _NAMED]
         tokens += extra if isinstance(extra, list) else []
-        # Objects of tokenizer_config.json do not count: transformers compares before it reads them.
+        # Objects of tokenizer_config.json are skipped: transformers compares before it parses them.
         special = {str(token) for token in tokens if isinstance(token, str | AddedToken)}
         for name, stated in (self._read(ADDED_TOKENS_FILE) or {}).items():
             is_special = name in special
@@ -368,7 +370,7 @@ class _Reading:
         extra: Iterable[str | AddedToken],
         added: _Added,
     ) -> None:
-        """Add what the vocabulary lacks, in the order that decides the ids."""
+        """Add the tokens that the vocabulary lacks, in the order that determines their ids."""
         tokens: list[Any] = [token for _, token in sorted(added.by_id.items())]
         known = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
         known += [str(_content(token)) for token in tokens]
@@ -390,15 +392,15 @@ class _Reading:
         if moved:
             (name, stated, found), more = moved[0], len(moved) - 1
             self._notes.append(
-                f"note: {self._folder}: the token {name!r} is stated as {stated} and becomes "
-                f"{found}, as in transformers{f'; so do {more} more' if more else ''}"
+                f"note: {self._folder}: the token {name!r} has the id {stated} in a file and gets "
+                f"the id {found}, as in transformers{f'; {more} more ids differ' if more else ''}"
             )
 
 
 def _template(
     tokenizer: Tokenizer, bos: str | None, eos: str | None
 ) -> processors.TemplateProcessing:
-    """Return the post-processor that puts a text between these tokens."""
+    """Return the post-processor that puts these tokens around a text."""
     ends = [token for token in (bos, eos) if token]
     parts = [f"{bos}:0" if bos else "", "$A:0", f"{eos}:0" if eos else ""]
     return processors.TemplateProcessing(
@@ -408,14 +410,14 @@ def _template(
 
 
 def _content(token: Any) -> Any:
-    """Return the text of a token in any of the forms that files have."""
+    """Return the text of a token in any of the forms used in files."""
     if isinstance(token, AddedToken):
         return token.content
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _token(value: Any, file: Path, key: str) -> str | AddedToken | None:
-    """Return a special token that a file states as a name, as an object, or not, as null."""
+    """Return the special token that a file states as a name or an object; None for null."""
     if value is None or isinstance(value, str | AddedToken):
         return value
     if isinstance(value, dict):
@@ -424,7 +426,7 @@ def _token(value: Any, file: Path, key: str) -> str | AddedToken | None:
 
 
 def _added_token(values: Mapping[str, Any], file: Path) -> AddedToken:
-    """Return the token that an object states; what else the object holds has no meaning."""
+    """Return the token that an object states; unknown keys of the object are ignored."""
     content = values.get("content", "")
     flags = {flag: values[flag] for flag in _FLAGS if flag in values}
     wrong = next((f for f, value in flags.items() if not isinstance(value, bool)), None)
@@ -436,7 +438,7 @@ def _added_token(values: Mapping[str, Any], file: Path) -> AddedToken:
 
 
 def _is_token(value: Any) -> bool:
-    """Return whether a setting of any name is a token, by its form."""
+    """Return whether the value of a setting has the form of a token."""
     is_tagged = isinstance(value, dict) and value.get("__type") == "AddedToken"
     return is_tagged or isinstance(value, str | AddedToken)
 
@@ -450,6 +452,6 @@ def _kind(value: Any) -> str:
 
 
 def _without_tokens(values: Mapping[str, Any]) -> str:
-    """Return a tokenizer.json without its vocabulary, to have its other parts made."""
+    """Return a tokenizer.json without its vocabulary, from which the other parts are built."""
     model = values["model"] | {"vocab": {}, "merges": []}
     return json.dumps({**values, "model": model, "added_tokens": []})

@@ -1,4 +1,4 @@
-"""`optimizer.pt`, the state dict of a PyTorch optimizer, without PyTorch: read, and laid out."""
+"""The state dict of a PyTorch optimizer, `optimizer.pt`, read and written without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 from gptj_convert.formats.containers.layout import FileLayout
 from gptj_convert.formats.containers.torch_archive import archive_file
-from gptj_convert.formats.containers.torch_checkpoint import PickleSource
+from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.formats.containers.torch_pickle import PickledTensor
 from gptj_model.errors import FileFault
 from gptj_model.source import TensorInfo
 
 OPTIMIZER_FILE = "optimizer.pt"
 
-#: Names of the tensors of state: this, the parameter's number, and the key.
+#: Prefix of the names of state tensors, before the number of the parameter and the key.
 _PREFIX = "optimizer.state."
 
-#: State by the number of the parameter, and the groups that say which are together.
+#: State of each parameter by its number, and the groups that list the numbers.
 State = Mapping[int, Mapping[str, Any]]
 Groups = Sequence[Mapping[str, Any]]
 
 
-class OptimizerSource(PickleSource):
-    """The tensors of an optimizer's state, as `optimizer.state.NUMBER.KEY`.
+class OptimizerSource(TorchCheckpointSource):
+    """Tensors of an optimizer's state, with names of the form `optimizer.state.NUMBER.KEY`.
 
     Attributes:
-        plain: what is no tensor, by such a name.
-        groups: the optimizer's param_groups.
-        more: the other keys of the state dict.
+        plain: values of the state that are not tensors, by names of the same form.
+        groups: param_groups of the optimizer.
+        more: other entries of the state dict.
 
     Raises:
-        FileFault: see `PickleSource`; or it is not an optimizer's state dict.
+        FileFault: `TorchCheckpointSource` refuses the file, or it is not an optimizer's state dict.
     """
 
     def _named(self, values: dict[str, Any]) -> Mapping[str, Any]:
@@ -42,7 +42,7 @@ class OptimizerSource(PickleSource):
             raise FileFault(
                 f"{self._file.path}: is not an optimizer's state dict, expected `state` by the "
                 "number of the parameter, and `param_groups` with their numbers",
-                hint="save it so: torch.save(optimizer.state_dict(), 'optimizer.pt')",
+                hint="save it with torch.save(optimizer.state_dict(), 'optimizer.pt')",
             )
         named = {f"{_PREFIX}{n}.{k}": v for n, entry in state.items() for k, v in entry.items()}
         self.plain = {k: v for k, v in named.items() if not isinstance(v, PickledTensor)}
@@ -67,14 +67,14 @@ def _is_groups(value: Any) -> bool:
 def optimizer_file(
     state: State, groups: Groups, more: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> FileLayout:
-    """A new optimizer.pt.
+    """Return the layout of a new optimizer.pt.
 
     Args:
-        state: by the parameter's number, what it keeps: a tensor's name, or the bytes of a
-            float32 scalar.
-        groups: param_groups, of plain values.
-        more: further keys of the state dict, of plain values.
-        tensors: by those names.
+        state: state of each parameter by its number; a value is the name of a tensor, or the bytes
+            of a float32 scalar.
+        groups: param_groups, made of plain values.
+        more: further entries of the state dict, made of plain values.
+        tensors: tensors that the state names.
     """
     value = {"state": dict(state), "param_groups": list(groups), **more}
     return archive_file(OPTIMIZER_FILE, value, tensors)

@@ -19,9 +19,15 @@ from gptj_convert.checkpoint.match import same_bits
 from gptj_convert.inspection.diff import in_step
 from gptj_convert.inspection.json_numbers import json_number
 from gptj_convert.streams.pipeline import Pipeline
-from gptj_convert.streams.prefetch import ReadAhead, Wanted
+from gptj_convert.streams.prefetch import TensorPrefetch, TensorRequest
 from gptj_convert.streams.progress import Progress, Work
-from gptj_convert.streams.strips import CONVERTED_STRIPS, STRIPS, Panels, Strip, laid_out
+from gptj_convert.streams.strips import (
+    CONVERTED_STRIP_BUFFERS,
+    STRIP_BUFFERS,
+    Panels,
+    Strip,
+    in_panels,
+)
 from gptj_model.dtypes import NUMPY, count_nonfinite, saturate
 from gptj_model.op import Op
 from gptj_model.source import TensorInfo, TensorSource, raw_bytes
@@ -148,26 +154,29 @@ def compare_weights(
     total, done, hashed = sum(p.info.nbytes for p in pairs), 0, 0
     results = {pair: Compared(pair) for pair in ordered}
     with Pipeline() as pipeline:
-        hashes = pipeline.ahead(hashing, depth=2)
-        theirs = ReadAhead(
+        hashes = pipeline.prefetch(hashing, depth=2)
+        theirs = TensorPrefetch(
             source,
-            [Wanted(p.source_name, p.op, partial(_look_at_source, results[p])) for p in ordered],
+            [
+                TensorRequest(p.source_name, p.op, partial(_look_at_source, results[p]))
+                for p in ordered
+            ],
             pipeline,
-            STRIPS,
+            STRIP_BUFFERS,
         )
-        ours = ReadAhead(
+        ours = TensorPrefetch(
             converted,
-            [Wanted(p.name, Op.COPY, partial(_look_at_found, results[p])) for p in ordered],
+            [TensorRequest(p.name, Op.COPY, partial(_look_at_found, results[p])) for p in ordered],
             pipeline,
-            CONVERTED_STRIPS,
+            CONVERTED_STRIP_BUFFERS,
         )
         for pair, result in results.items():
             strips = theirs.strips()
             if saturated:
                 strips = _saturated(strips, pair.info.dtype)
-            expected = laid_out(strips, NUMPY[pair.info.dtype])
+            expected = in_panels(strips, NUMPY[pair.info.dtype])
             seen = 0
-            found = laid_out(ours.strips(), NUMPY[pair.info.dtype])
+            found = in_panels(ours.strips(), NUMPY[pair.info.dtype])
             for x, y in in_step(expected, found):
                 result.expected_crc = crc32c(raw_bytes(x), result.expected_crc)
                 bits = f"u{y.itemsize}"

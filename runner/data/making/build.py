@@ -23,11 +23,11 @@ from gptj_convert.conversion.journal import JOURNAL_FILE, Journal, read_journal
 from gptj_convert.files.digest import digest
 from gptj_convert.files.output_file import FULL
 from gptj_convert.files.output_folder import (
-    Staging,
-    has_content,
-    remove_staging,
-    staged_folder,
-    staging_root,
+    PartialFolder,
+    has_partial_content,
+    output_folder,
+    partial_path,
+    remove_partial,
     sync,
 )
 from gptj_model import __version__
@@ -213,17 +213,17 @@ def build(
         OSError: reading or writing fails.
     """
     job = _job(parts, recipe, options)
-    path = staging_root(out) / JOURNAL_FILE
+    path = partial_path(out) / JOURNAL_FILE
     found = read_journal(path, RecordFile)
-    if resume and not has_content(out) and (complete := _complete(out, job)):
-        remove_staging(out)
+    if resume and not has_partial_content(out) and (complete := _complete(out, job)):
+        remove_partial(out)
         yield BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
         return
     replaces = force or bool(resume and found and found.job["force"])
-    with staged_folder(out, force=replaces, fresh=False) as staging:
+    with output_folder(out, force=replaces, fresh=False) as staging:
         found = None if force else read_journal(path, RecordFile)
         if found:
-            staging.keep = True
+            staging.resumable = True
             _check_job(found.job, job, out, resume=resume)
             job, good = found.job, _good(staging, found.parts)
         else:
@@ -238,13 +238,13 @@ def build(
                 journal.parts.clear()  # a resumed run would fail in the same way
                 raise
             finally:
-                staging.keep = bool(journal.parts)
+                staging.resumable = bool(journal.parts)
     yield BuildResult(counts, kept_files=len(good))
 
 
 def is_resumable(out: Path) -> bool:
     """Return whether an interrupted run exists that can be resumed."""
-    return read_journal(staging_root(out) / JOURNAL_FILE, RecordFile) is not None
+    return read_journal(partial_path(out) / JOURNAL_FILE, RecordFile) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ def _write(
     parts: Sequence[Part],
     recipe: Recipe,
     options: Options,
-    staging: Staging,
+    staging: PartialFolder,
     journal: Journal[RecordFile],
     processes: int,
     counts: dict[str, Counts],
@@ -305,7 +305,7 @@ class _PartWriter:
         part: Part,
         recipe: Recipe,
         options: Options,
-        staging: Staging,
+        staging: PartialFolder,
         journal: Journal[RecordFile],
     ) -> None:
         self._part = part
@@ -466,7 +466,7 @@ def _complete(out: Path, job: Mapping[str, Any]) -> dict[str, Counts] | None:
     return counts
 
 
-def _good(staging: Staging, written: Iterable[RecordFile]) -> list[RecordFile]:
+def _good(staging: PartialFolder, written: Iterable[RecordFile]) -> list[RecordFile]:
     """Return the entries of the journal up to the first whose file is missing or differs."""
     good: list[RecordFile] = []
     for entry in written:
@@ -479,7 +479,7 @@ def _good(staging: Staging, written: Iterable[RecordFile]) -> list[RecordFile]:
     return good
 
 
-def _remove_others(staging: Staging, good: Iterable[RecordFile]) -> None:
+def _remove_others(staging: PartialFolder, good: Iterable[RecordFile]) -> None:
     kept = {staging.content / e.folder / e.name for e in good}
     for path in staging.content.rglob("*"):
         if path.is_file() and path not in kept:

@@ -12,7 +12,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from gptj_convert.formats.containers.varint import encode_varint
+from gptj_convert.formats.containers.protobuf import (
+    BYTES,
+    MAX_VARINT_BYTES,
+    VARINT,
+    encode_field,
+    read_fields,
+)
 
 #: The features of an example, each a list of max_sequence_length numbers.
 INPUT_IDS = "input_ids"
@@ -21,21 +27,20 @@ INPUT_MASK = "input_mask"
 LABELS = "labels"
 FEATURES = (INPUT_IDS, INPUT_MASK, LABELS)
 
-#: Size in bytes of the longest varint.
-_MAX_VARINT = 10
 #: Number of examples serialized in one pass.
 _TOGETHER = 64
 
-# Field numbers of tf.train.Example and its parts, and the wire types of protobuf.
+# Field numbers of tf.train.Example and its parts.
 _FEATURES = _MAP_ENTRY = _KEY = _VALUES = 1
 _FEATURE = 2
 _INT64_LIST = 3
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+_KEYS = tuple(encode_field(_KEY, name.encode()) for name in FEATURES)
 
 
 def max_bytes(length: int) -> int:
     """Return an upper bound of the bytes of an example of `length` tokens."""
-    return len(FEATURES) * (_MAX_VARINT * length + 64) + 1024
+    return len(FEATURES) * (MAX_VARINT_BYTES * length + 64) + 1024
 
 
 def serialize(block: np.ndarray) -> Iterator[bytes]:
@@ -48,14 +53,10 @@ def serialize(block: np.ndarray) -> Iterator[bytes]:
         part = block[start : start + _TOGETHER]
         for row in zip(*_lists(part), strict=True):
             entries = b"".join(
-                _field(
-                    _MAP_ENTRY,
-                    _field(_KEY, name.encode())
-                    + _field(_FEATURE, _field(_INT64_LIST, _field(_VALUES, values))),
-                )
-                for name, values in zip(FEATURES, row, strict=True)
+                encode_field(_MAP_ENTRY, key + encode_field(_FEATURE, _int64_list(values)))
+                for key, values in zip(_KEYS, row, strict=True)
             )
-            yield _field(_FEATURES, entries)
+            yield encode_field(_FEATURES, entries)
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
@@ -131,6 +132,10 @@ def _varints(values: np.ndarray) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     return rows, used[:, 0].sum(axis=1), used[:, -1].sum(axis=1)
 
 
+def _int64_list(values: bytes) -> bytes:
+    return encode_field(_INT64_LIST, encode_field(_VALUES, values))
+
+
 def _numbers(data: memoryview) -> np.ndarray:
     """Decode a byte string of varints, int64.
 
@@ -145,7 +150,7 @@ def _numbers(data: memoryview) -> np.ndarray:
         raise ValueError("a list of numbers ends inside one")
     first = np.concatenate(([0], last[:-1] + 1))
     lengths = last - first + 1
-    if lengths.max() > _MAX_VARINT:
+    if lengths.max() > MAX_VARINT_BYTES:
         raise ValueError("a number is longer than 64 bits")
     values = np.zeros(len(last), np.uint64)
     for n in range(int(lengths.max())):
@@ -155,43 +160,11 @@ def _numbers(data: memoryview) -> np.ndarray:
     return values.view(np.int64)
 
 
-def _field(number: int, content: bytes) -> bytes:
-    return bytes([number << 3 | _BYTES]) + encode_varint(len(content)) + content
-
-
 def _parts(data: memoryview, wanted: int, *, packed: bool = False) -> Iterator[memoryview]:
     """Yield the contents of the fields `wanted`; with `packed`, also of single varints."""
-    at = 0
-    while at < len(data):
-        tag, at = _read_varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        begun = at
-        if kind == _VARINT:
-            _, at = _read_varint(data, at)
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        elif kind == _BYTES:
-            size, begun = _read_varint(data, at)
-            at = begun + size
-        else:
-            raise ValueError(f"a field has the wire type {kind}")
-        if at > len(data) or number == 0:
-            raise ValueError("a field is longer than what holds it")
+    for number, kind, content in read_fields(data):
         if number == wanted:
-            if kind == _BYTES or (packed and kind == _VARINT):
-                yield data[begun:at]
+            if kind == BYTES or (packed and kind == VARINT):
+                yield content
             else:
                 raise ValueError(f"field {number} has the wire type {kind}")
-
-
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 7 * _MAX_VARINT, 7):
-        if at >= len(data):
-            break
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number has no end")

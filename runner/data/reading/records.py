@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from crc32c import crc32c
 
-from gptj_convert.formats.containers.tensor_bundle import masked
+from gptj_convert.formats.containers.leveldb_table import masked
 from gptj_model.errors import DataFault, UsageError
 from runner.data.reading.data_params import DATA_PARAMS_FILE, RecordFileFacts, stated_files
 from runner.data.reading.example import FEATURES, INPUT_MASK, max_bytes, parse, serialize

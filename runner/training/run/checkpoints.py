@@ -19,12 +19,12 @@ from crc32c import crc32c
 from gptj_convert.files.output_folder import sync
 from gptj_convert.files.ranged_file import RangedFile
 from gptj_convert.files.whole_file import PARTIAL, write_whole
+from gptj_convert.formats.containers.leveldb_table import masked
 from gptj_convert.formats.containers.tensor_bundle import (
     BundleSource,
     BundleWriter,
     data_path,
     index_path,
-    masked,
 )
 from gptj_convert.formats.layouts.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
 from gptj_model.errors import FileFault, TrainingFault

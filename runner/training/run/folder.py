@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.files.lock_file import hold
+from gptj_convert.files.lock_file import try_lock
 from gptj_convert.files.whole_file import PARTIAL
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
@@ -34,7 +34,7 @@ def locked(model_dir: Path) -> Iterator[None]:
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     with (model_dir / LOCK_FILE).open("a+") as f:
-        if holder := hold(f):
+        if holder := try_lock(f):
             raise TrainingFault(
                 f"{model_dir}: another run is writing there (process {holder})",
                 hint="wait for it, stop it, or name another --model-dir",

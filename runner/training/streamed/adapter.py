@@ -197,8 +197,8 @@ class _FrozenModel:
         if self.adapted_from_base and tensor in self._adapters:
             name = base_name(tensor)
         values = read_tensor(self._source, name)
-        if (laid_out := op(values)).flags.c_contiguous:
-            return laid_out
+        if (in_panels := op(values)).flags.c_contiguous:
+            return in_panels
         out = np.empty(values.size, np.float32)
         Strip(values, op).fill(out, 0)
         return out.reshape(tensor.shape_in(Scheme.KERAS))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
-from gptj_convert.streams.pipeline import Buffers, Pipeline
+from gptj_convert.streams.pipeline import BufferPool, Pipeline
 from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import TrainingFault
@@ -219,9 +219,11 @@ class StreamedState:
         draft = self._begun()
         with draft.kept_whole(), Pipeline() as pipeline:
             parts = 2 + max((len(names) for names in self._slots.values()), default=0)
-            buffers = Buffers(pipeline, _SLABS, parts * PIECE * 4)
-            read = pipeline.ahead(self._read(work, buffers), depth=1)
-            new = pipeline.ahead((self._updated(piece, scalars, draw) for piece in read), depth=1)
+            buffers = BufferPool(pipeline, _SLABS, parts * PIECE * 4)
+            read = pipeline.prefetch(self._read(work, buffers), depth=1)
+            new = pipeline.prefetch(
+                (self._updated(piece, scalars, draw) for piece in read), depth=1
+            )
             for piece in new:
                 for name, part in zip(piece.names, piece.new, strict=True):
                     draft.append(name, part)
@@ -275,7 +277,7 @@ class StreamedState:
         return self._draft
 
     def _read(
-        self, work: Iterable[tuple[Tensor, Gradient | None]], buffers: Buffers
+        self, work: Iterable[tuple[Tensor, Gradient | None]], buffers: BufferPool
     ) -> Iterator[_Piece]:
         origin = self._origin
         assert origin, "a draft was begun"

@@ -1,4 +1,4 @@
-"""Panels: whatever the sizes of panel and strip, the bytes are those of the whole tensor."""
+"""Strips and panels: at any sizes, their bytes are those of the whole tensor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _source(values: np.ndarray) -> MemorySource:
     op=st.sampled_from(Op),
 )
 @example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 200, Op.TRANSPOSE)  # two strips
-@example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 400, Op.TRANSPOSE)  # one
+@example(np.arange(100, dtype=np.float32).reshape(10, 10), 60, 400, Op.TRANSPOSE)  # one strip
 def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: int, op: Op):
     with patch.object(strips, "PANEL_BYTES", panel), patch.object(strips, "STRIP_BYTES", strip):
         reader = strips.Panels(_source(values), "x", op)
@@ -49,15 +49,15 @@ def test_panels_are_the_tensor_in_the_targets_order(values, panel: int, strip: i
     strip=st.integers(1, 2000),
     op=st.sampled_from(Op),
 )
-def test_sizes_of_strips_are_known_before(shape: tuple[int, ...], panel: int, strip: int, op: Op):
+def test_strip_sizes_are_known_in_advance(shape: tuple[int, ...], panel: int, strip: int, op: Op):
     source = _source(np.zeros(shape, np.float32))
     with patch.object(strips, "PANEL_BYTES", panel), patch.object(strips, "STRIP_BYTES", strip):
         found = [s.values.nbytes for s in strips.Strips(source, "x", op)]
         assert strips.strip_sizes(source.tensors["x"], op) == found
 
 
-def test_panels_give_their_memory_back_at_once():
-    """Without a cycle, which would keep it until the next collection."""
+def test_panels_free_their_memory_at_once():
+    """A reference cycle would keep it until the next garbage collection."""
     reader = strips.Panels(_source(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
     gone = weakref.ref(reader)
     gc.disable()
@@ -74,7 +74,7 @@ def test_panels_give_their_memory_back_at_once():
 @pytest.mark.parametrize("target", [np.float32, np.float16])
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (300, 4100), (1100, 135), (131, 2052)])
 def test_beyond_every_tile(dtype, target, shape: tuple[int, int]):
-    """Matrices larger than what is transposed at once, asked for from odd places."""
+    """Matrices larger than a tile of the transposition, filled from odd positions."""
     values = (np.arange(np.prod(shape)) % 2003).reshape(shape).astype(dtype)
     whole = values.T.astype(target).reshape(-1)
     strip = strips.Strip(values, Op.TRANSPOSE)
