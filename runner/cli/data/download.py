@@ -74,7 +74,7 @@ def fetch_parts(
     """Fetch what is missing of the parts.
 
     Returns:
-        Their files, as `find_sources` does; and fields for the JSON object.
+        Their files, as `find_source_files` does; and fields for the JSON object.
     """
     from runner.data.making.published import list_parts
 

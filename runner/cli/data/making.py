@@ -216,11 +216,11 @@ def text(
     output: Output, sources: tuple[Path, ...], patterns: tuple[str, ...], **options: Any
 ) -> dict:
     """Pack text or source files into records, one document each."""
-    from runner.data.making.sources import Part, find_sources
+    from runner.data.making.sources import Part, find_source_files
 
     _check(output, options)
     recipe = _text_recipe(options, whole_files=True)
-    files = tuple(path for path, _ in find_sources(_given(sources), patterns))
+    files = tuple(path for path, _ in find_source_files(_given(sources), patterns))
     return _build(output, [Part(files=files)], recipe, **options)
 
 
@@ -251,14 +251,14 @@ def _found(
 ) -> tuple[list[tuple[Path, Path]], dict[str, Any]]:
     """What is read, fetched if that is asked for; and fields for the JSON object."""
     from gptj_convert.files.output_folder import refuse_existing, refuse_overlap
-    from runner.data.making.sources import find_sources
+    from runner.data.making.sources import find_source_files
 
     download, repository = options.pop("download"), options.pop("repository")
     parts = options.pop("parts")
     if not download:
         if repository or parts:
             raise click.UsageError("--repository and --part say what --download fetches, give it")
-        return find_sources(_given(sources), patterns), {}
+        return find_source_files(_given(sources), patterns), {}
     # What would end the run after a long download ends it before.
     refuse_existing(options["out"], force=options["force"] or options["resume"])
     recipe.encoder("")()
