@@ -48,7 +48,7 @@ _KNOWN_FAILURES = (
     (
         r"connection (?:refused|reset|lost|timed out)|unavailable|failed to connect|no route",
         "the system was not reached: check its address (--cs-ip) and the network; the same "
-        "command goes on from the last checkpoint",
+        "command resumes from the last checkpoint",
     ),
     (
         r"compil\w+ (?:failed|error)|failed to compile|could not (?:be )?compile",
@@ -121,7 +121,7 @@ def _csx(job: CsJob) -> Launch:
     checkpoint = (last or named) if job.mode == "train" else (named or last)
     if checkpoint is None and (job.mode == "eval" or job.params_file is None):
         raise UsageError(
-            f"{job.model_dir}: holds no checkpoint to go on with",
+            f"{job.model_dir}: holds no checkpoint to resume from",
             hint="name one: `--init-from DIR`, in run.py `--checkpoint_path PATH`; or train from "
             "random weights: `--params FILE`",
         )
@@ -174,7 +174,7 @@ def _weights(path: Path) -> Path:
     found = cs.find_weights(path)
     if found is None:
         raise FileFault(
-            f"{path}: holds no {cs.MODEL_FILE}, which the client begins with",
+            f"{path}: holds no {cs.MODEL_FILE}, which the client starts from",
             hint=f"make it: `gptj convert {path} --to cs`, and --init-from what it makes",
         )
     return found
@@ -242,7 +242,7 @@ def _bundle(path: Path) -> Path:
     found = tf.find_bundle(path)
     if found is None:
         raise FileFault(
-            f"{path}: holds no TensorFlow checkpoint, which the reference begins with",
+            f"{path}: holds no TensorFlow checkpoint, which the reference starts from",
             hint=f"make it: `gptj convert {path} --to tf`",
         )
     return found

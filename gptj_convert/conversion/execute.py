@@ -201,22 +201,22 @@ def _check_job(
 ) -> None:
     if not resume:
         raise UsageError(
-            f"{out}: an interrupted conversion is there ({partial_path(out)})",
-            hint="go on with it with --resume, or begin anew with --force",
+            f"{out}: an interrupted conversion exists ({partial_path(out)})",
+            hint="resume it with --resume, or start over with --force",
         )
     for key in ("source", "changed"):
         if found.get(key) != job[key]:
             raise FileFault(
                 f"{job['source']['path']}: has changed since the conversion was interrupted: "
                 f"was {found.get(key)}, is {job[key]}",
-                hint="begin anew with --force",
+                hint="start over with --force",
             )
     for key in ("target", "config", "files"):
         if found.get(key) != job[key]:
             raise UsageError(
                 f"{out}: the interrupted conversion was another one: its {key} was "
                 f"{str(found.get(key))[:200]}, now {str(job[key])[:200]}",
-                hint="give the options it was begun with, or begin anew with --force",
+                hint="give the options it was started with, or start over with --force",
             )
 
 

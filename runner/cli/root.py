@@ -81,8 +81,8 @@ def main(
         code = command.main(arguments, prog_name=name, standalone_mode=False)
         if sys.stdout is None:
             raise FileFault(
-                "stdout is closed, so that the result could not be told",
-                hint="open it; /dev/null will do",
+                "stdout is closed, so the result cannot be printed",
+                hint="open it, for example to /dev/null",
             )
         sys.stdout.flush()
         return int(code or Exit.OK)

@@ -67,7 +67,7 @@ def write_page(
         "charts": [chart for spec in _CHARTS if (chart := _chart(runs, *spec))],
         "width": WIDTH,
         "height": HEIGHT,
-        "colours": 8,
+        "colors": 8,
     }
     html_page.write_page(path, "runner.reports", TEMPLATE_FILE, values, figure=figure)
 

@@ -182,7 +182,7 @@ class Run:
             self._compare_decay(checkpoint, state)
             return StateInTf(checkpoint, state, self.params.optimizer.optimizer_type)
         if checkpoint.scheme is not Scheme.HF:  # a published model has none
-            self._warn(f"{checkpoint.path} holds no optimizer state: the run begins at step 0")
+            self._warn(f"{checkpoint.path} holds no optimizer state: the run starts at step 0")
         return None
 
     def _compare_decay(self, checkpoint: Checkpoint, state: OptimizerState) -> None:

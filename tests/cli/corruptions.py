@@ -401,7 +401,7 @@ CASES: list[Corruption] = [
     ),
     Corruption(
         "the data file has a byte more", DATA, "structure", DATA,
-        f"it goes on beyond byte {_SIZE}, where it ended when it was written",
+        f"it continues beyond byte {_SIZE}, where it ended when it was written",
         _in_bytes(DATA, lambda c: c.append(0)),
     ),
     *(

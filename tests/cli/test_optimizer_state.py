@@ -294,7 +294,7 @@ def test_a_model_without_state(workdir: Path, gptj):
     records = f"train_input.data_dir={GOLDEN_RUNS / 'adamw' / 'records'}"
     done = gptj("train", "--init-from", "model.mdl", *params, "--set", records)
     assert done.code == 0
-    assert "warning: model.mdl holds no optimizer state: the run begins at step 0" in done.stderr
+    assert "warning: model.mdl holds no optimizer state: the run starts at step 0" in done.stderr
 
 
 def test_streaming_begins_with_state_in_tensorflows_format(run: Path, gptj):

@@ -161,7 +161,7 @@ def test_a_run_begins_from_nothing(golden_run: Path, gptj):
     settings = ("--params", "params.yaml", "--max-steps", 2, "--set", "optimizer.log_hists=true")
     done = gptj("train", *settings)
     assert done.code == 0
-    assert "weights begin at random" in done.stderr
+    assert "weights are initialized at random" in done.stderr
     first = _rows("model_dir")[0]["loss"]
     assert 0.9 * np.log(512) < first < 1.5 * np.log(512)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

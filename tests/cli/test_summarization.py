@@ -119,7 +119,7 @@ def test_a_test_set_is_taken_whole_or_refused(data, expected):
     done = data("test.bin", "--out", "other", "--truncate-article")
     assert done.code == 1
     assert "test.bin:4: needs " in done.stderr
-    assert "hint: --max-sequence-length" in done.stderr
+    assert "hint: set --max-sequence-length" in done.stderr
 
 
 GOOD = _binary(PAIRS[:1])

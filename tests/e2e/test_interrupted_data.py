@@ -120,7 +120,7 @@ def test_a_call_that_fails(error: str, kind: str, whole: dict[str, bytes]):
     done = _traced(f"{kind}:error={error}:when={last}")
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1
-    assert "--resume goes on" in done.stderr
+    assert "with --resume to reuse what is done" in done.stderr
     assert not Path("data").exists()
     assert _run(*ALONE).returncode == 2
     assert _run("--resume", *ALONE).returncode == 0
@@ -178,7 +178,7 @@ def test_any_process_killed(victim: str, whole: dict[str, bytes]):
     if victim == "worker":
         assert process.returncode == 1, stderr
         assert "was killed" in stderr
-        assert "--resume goes on" in stderr
+        assert "with --resume to reuse what is done" in stderr
     assert not Path("data").exists()
     assert _run("--resume", *ALONE).returncode == 0
     assert _content() == whole

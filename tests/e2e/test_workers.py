@@ -80,7 +80,7 @@ def test_a_run_goes_on_after_a_worker_was_killed_and_after_a_signal(golden_run: 
         _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     last = checkpoints.steps(Path("model_dir"))[-1]
-    assert f"stopped after step {last}, which is saved" in err
+    assert f"stopped; step {last} is saved" in err
     assert last > reached
     assert gptj(*BEGIN, "--max-steps", last, "--model-dir", "alone", "--quiet").code == 0
     _assert_same("model_dir", "alone", last)

@@ -425,7 +425,7 @@ def of_file(size: int | None, stated: int) -> str:
     if size < stated:
         return f"it ends at byte {size}, of {stated} that were written"
     if size > stated:
-        return f"it goes on beyond byte {stated}, where it ended when it was written"
+        return f"it continues beyond byte {stated}, where it ended when it was written"
     return "it was changed after it was written"
 
 

@@ -42,12 +42,12 @@ def find_or_fetch(
     Removes the options that concern the download from `options`.
     """
     from gptj_convert.files.output_folder import refuse_existing, refuse_overlap
-    from runner.data.making.sources import find_sources
+    from runner.data.making.sources import find_source_files
 
     download, repository = options.pop("download"), options.pop("repository")
     parts = options.pop("parts")
     if not download:
-        return find_sources(named_sources(sources), patterns), {}
+        return find_source_files(named_sources(sources), patterns), {}
     # Fail before a long download rather than after it.
     refuse_existing(options["out"], force=options["force"] or options["resume"])
     recipe.encoder("")()

@@ -79,7 +79,7 @@ def fetch_parts(
     """Fetch the files of the parts that are missing.
 
     Returns:
-        The files, as `find_sources` returns them, and fields of the JSON object.
+        The files, as `find_source_files` returns them, and fields of the JSON object.
     """
     from runner.data.making.published import list_parts
 

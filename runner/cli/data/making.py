@@ -139,11 +139,11 @@ def text(
     output: Output, sources: tuple[Path, ...], patterns: tuple[str, ...], **options: Any
 ) -> dict:
     """Pack text or source files into records, each file as one document."""
-    from runner.data.making.sources import Part, find_sources
+    from runner.data.making.sources import Part, find_source_files
 
     _note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, whole_files=True)
-    files = tuple(path for path, _ in find_sources(named_sources(sources), patterns))
+    files = tuple(path for path, _ in find_source_files(named_sources(sources), patterns))
     return build_records(output, [Part(files=files)], recipe, **options)
 
 

@@ -35,7 +35,7 @@ def evaluate_summaries(
     """
     from gptj_model.decoding.beam_search import Beam, BeamSearch
     from gptj_model.errors import DataFault
-    from runner.data.making.sources import find_sources
+    from runner.data.making.sources import find_source_files
     from runner.data.making.summarization import SEPARATOR_ID
     from runner.data.making.tokenizer import end_of_text, load_tokenizer, notes
     from runner.evaluation.restore import load_model
@@ -43,7 +43,7 @@ def evaluate_summaries(
 
     if not sources:
         raise click.UsageError("--task summarization needs a test set: --data FILE")
-    paths = [path for path, _ in find_sources(sources, PAIR_FILES)]
+    paths = [path for path, _ in find_source_files(sources, PAIR_FILES)]
     folder = model if model.is_dir() else model.parent
     for note in notes(folder):
         output.note(note)

@@ -23,8 +23,8 @@ memory_option = click.option(
     "--memory",
     type=SIZE,
     metavar="SIZE",
-    help="Bytes that may be taken, as 8GB: so many blocks stay in memory as fit, and the others "
-    "are read when they are needed.  [with --execution streaming: one block]",
+    help="Memory to use, such as 8GB: as many blocks stay in memory as fit, and the others are "
+    "read when they are needed; implies --execution streaming.  [default: one block]",
 )
 
 

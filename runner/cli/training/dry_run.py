@@ -31,7 +31,7 @@ def plan_job(output: Output, job: Job) -> dict[str, Any]:
     output.data(f"memory     {plan.memory / 1e9:.2f} GB, {available / 1e9:.1f} GB available")
     output.data(
         f"disk       {plan.disk / 1e9:.2f} GB: {plan.states} × {plan.state / 1e9:.2f} GB of "
-        f"checkpoints, {plan.scratch / 1e9:.2f} GB while a step goes on; {free / 1e9:.1f} GB free"
+        f"checkpoints, {plan.scratch / 1e9:.2f} GB during a step; {free / 1e9:.1f} GB free"
     )
     output.data(
         f"a step     {plan.read / 1e9:.2f} GB read, {plan.written / 1e9:.2f} GB written, "

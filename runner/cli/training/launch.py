@@ -54,7 +54,9 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         )
         stack.enter_context(run)
         if (begin or job.adapter) and run.continued:
-            output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
+            output.note(
+                f"note: {job.model_dir} has checkpoints, so the run resumes and no other weights are read"
+            )
         target = target_of(job, params, run.step)
         kept = job.model_dir / PARAMS_FILE
         if not workers.index and (run.step < target or not kept.exists()):
@@ -65,7 +67,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         for event in training.train(run, target, stopped=stop.asked, evaluate=evaluate):
             show(event)
     if stop.code is not None:
-        output.note(f"stopped after step {run.step}, which is saved; the same command goes on")
+        output.note(f"stopped; step {run.step} is saved. Run the same command to resume")
     fields = {"output": str(job.model_dir), "step": run.step}
     return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
 
@@ -101,14 +103,14 @@ def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None
     from gptj_convert.resources import machine
 
     if run.step >= target:
-        output.note(f"step {run.step} of {target} is reached: nothing to do")
+        output.note(f"step {run.step} of {target} is reached; nothing to do")
         return
-    verb = "going on after" if run.step else "beginning at"
-    output.note(f"{run.model_dir}: {verb} step {run.step}, to step {target}")
+    verb = "resuming from" if run.step else "starting at"
+    output.note(f"{run.model_dir}: {verb} step {run.step}, target {target}")
     if run.executor.placement:
         output.note(run.executor.placement)
     if not run.continued and begin is None:
-        output.note("weights begin at random: no checkpoint is named")
+        output.note("weights are initialized at random: no checkpoint is named")
     feature = machine.HALF_PRECISION.get(run.params.dtype_policy.removeprefix("mixed_"))
     on_cpu = run.params.runconfig.backend != Backend.JAX and not tf.config.list_physical_devices(
         "GPU"

@@ -28,8 +28,8 @@ def params_of(job: Job) -> Params:
     begin = job.init_from or job.checkpoint_path
     if begin is None:
         raise ConfigError(
-            f"{job.model_dir}: holds no run to go on with",
-            hint="begin one: `gptj train --init-from converted/`, or from nothing with --params",
+            f"{job.model_dir}: holds no run to resume",
+            hint="start one: `gptj train --init-from converted/`, or from random weights with --params",
         )
     with open_checkpoint(begin) as checkpoint:
         return params_for(begin, None, dict(job.settings), checkpoint.config)

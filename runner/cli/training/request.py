@@ -38,7 +38,7 @@ def run_job(output: Output, job: Job) -> dict[str, Any]:
     framework.prepare(backend=params.runconfig.backend)
     workers = join(cluster, output.note)
     if workers.index:
-        output.note(f"worker {workers.index} of {workers.count}: the first one tells how it goes")
+        output.note(f"worker {workers.index} of {workers.count}: the first one prints the progress")
         output = Output(json=output.json, quiet=True)
     return train_job(output, job, params, workers)
 

@@ -37,7 +37,8 @@ class DataSet:
         found = _NAME.fullmatch(text)
         if not found:
             raise UsageError(
-                f"{text!r} is not the name of a data set, expected OWNER/NAME[/FOLDER][@REVISION]"
+                f"{text!r} is not the name of a data set, expected OWNER/NAME[/FOLDER][@REVISION]",
+                hint="name a data set of the hub, such as monology/pile-uncopyrighted",
             )
         return cls(found[1], (found[2] or "").strip("/"), found[3])
 

@@ -88,7 +88,7 @@ class Reading:
     """Folder for documents that are too long for memory."""
 
 
-def find_sources(sources: Sequence[Path], patterns: Sequence[str]) -> list[tuple[Path, Path]]:
+def find_source_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[tuple[Path, Path]]:
     """Find the given files, and the files that match a pattern in the given folders, recursively.
 
     Returns:

@@ -235,5 +235,5 @@ def _losses_are_faults() -> Iterator[None]:
         reason = next(iter(str(e.message).strip().splitlines()), "")
         raise TrainingFault(
             f"another worker is gone: {reason}",
-            hint="start all of them again: the run goes on from its last checkpoint",
+            hint="start all of them again: the run resumes from its last checkpoint",
         ) from None

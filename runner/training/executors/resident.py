@@ -73,10 +73,10 @@ class ResidentExecutor(Executor):
     def load_state(self, source: TensorSource, step: int) -> str | None:
         if self._adapter:
             if not self._adapter.load(source):
-                return "no such adapter: it begins anew"
+                return "no such adapter: training starts with a new one"
             self._adapter.load_kernels(source)
         if not self._optimizer.load(source, step):
-            return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
+            return f"no slots of {self._params.optimizer.optimizer_type}: they start from zero"
         return None
 
     @override

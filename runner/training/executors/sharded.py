@@ -112,7 +112,7 @@ class ShardedExecutor(Executor):
     @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
         if any(name not in source.tensors for t in self.trained for name in self._rule.slots(t)):
-            return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
+            return f"no slots of {self._params.optimizer.optimizer_type}: they start from zero"
         for tensor, old in self._slots.items():
             for n, name in enumerate(self._rule.slots(tensor)):
                 values = read_tensor(source, name).astype(np.float32, copy=False)

@@ -99,7 +99,7 @@ class StreamedExecutor(Executor):
     @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
         if not self._state.take_slots():
-            return f"no slots of {self._params.optimizer.optimizer_type}: they begin anew"
+            return f"no slots of {self._params.optimizer.optimizer_type}: they start from zero"
         self._powers.load(source, step)
         return None
 

@@ -153,7 +153,7 @@ class StreamedState:
                 raise TrainingFault(
                     f"the checkpoint's {name!r} holds {known[name].dtype}, expected "
                     f"{' or '.join(_SLOTS)}",
-                    hint="to begin with the weights alone, name it with --checkpoint-path",
+                    hint="to start from the weights alone, name it with --checkpoint-path",
                 )
         return self._has_slots
 
