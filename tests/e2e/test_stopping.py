@@ -75,7 +75,7 @@ def test_killed_at_several_steps_the_run_ends_as_if_it_had_not_been(golden_run: 
 def test_asked_to_stop_it_saves_the_step(golden_run: Path, number: signal.Signals, code: int):
     found, text = _stop_after(5, number, *TRAIN)
     assert found == code
-    assert "stopped after step" in text
+    assert "stopped; step" in text
     assert "Traceback" not in text
     stopped_at = len(_rows("model_dir"))
     assert Path(f"model_dir/model.ckpt-{stopped_at}.index").exists()

@@ -34,9 +34,7 @@ def run_on_cs(output: Output, job: CsJob, *, dry_run: bool) -> dict[str, Any]:
     if code == 0:
         return fields
     if code in _STOPPED:
-        output.note(
-            "the client was stopped; run the same command to resume from its last checkpoint"
-        )
+        output.note("the client was stopped; run the same command to resume the run")
         return fields | {"exit": _STOPPED[code]}
     fault = failure(code, job.model_dir)
     output.say_fault(fault)

@@ -54,9 +54,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         )
         stack.enter_context(run)
         if (begin or job.adapter) and run.continued:
-            output.note(
-                f"note: {job.model_dir} has checkpoints, so the run resumes and no other weights are read"
-            )
+            output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
         target = target_of(job, params, run.step)
         kept = job.model_dir / PARAMS_FILE
         if not workers.index and (run.step < target or not kept.exists()):

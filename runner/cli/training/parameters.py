@@ -29,7 +29,7 @@ def params_of(job: Job) -> Params:
     if begin is None:
         raise ConfigError(
             f"{job.model_dir}: holds no run to resume",
-            hint="start one: `gptj train --init-from converted/`, or from random weights with --params",
+            hint="start one: `gptj train --init-from converted/`; --params alone starts at random",
         )
     with open_checkpoint(begin) as checkpoint:
         return params_for(begin, None, dict(job.settings), checkpoint.config)
