@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import chain
+from typing import Any
 
 from gptj_convert.checkpoint.match import survey
 from gptj_convert.checkpoint.open import Checkpoint
@@ -20,11 +21,11 @@ from gptj_convert.verification.evidence.bitwise import (
     new_zeros,
     pair_up,
 )
-from gptj_convert.verification.evidence.diagnosis import diagnose
+from gptj_convert.verification.evidence.diagnosis import Diagnosis, diagnose
 from gptj_convert.verification.evidence.source_check import is_stated, refuse_changed_source
 from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_convert.verification.levels.structure import SMALL_FILE, file_difference
-from gptj_model.source import TensorInfo
+from gptj_model.source import TensorInfo, TensorSource
 from gptj_model.tensors import Tensor, table
 
 
@@ -89,19 +90,30 @@ def compare(
     compared_names = {c.pair.tensor.hf for c in compared}
     left_out = [t.hf for t in table(checkpoint.config) if t.hf not in compared_names]
     result.ok = len(verdict.differences) == before and not left_out
-    result.figures |= {
+    result.figures |= _figures(compared, left_out, diagnosis, checkpoint.source)
+
+
+def _figures(
+    compared: Sequence[Compared],
+    left_out: Sequence[str],
+    diagnosis: Diagnosis,
+    converted: TensorSource,
+) -> dict[str, Any]:
+    """Return the figures of the level, as the JSON object has them."""
+    differing = [c for c in compared if c.differing]
+    return {
         "tensors": len(compared),
         "differing": len(differing),
         "nonfinite_values": sum(c.nonfinite_expected for c in compared),
         "bytes_compared": sum(c.pair.info.nbytes for c in compared),
-        "not_compared": left_out,
+        "not_compared": list(left_out),
         "nonfinite": {
             c.pair.tensor.hf: {"found": c.nonfinite_found, "expected": c.nonfinite_expected}
             for c in compared
             if c.nonfinite_found or c.nonfinite_expected
         },
         "zero": new_zeros(compared),
-        "duplicates": new_duplicates(compared, checkpoint.source),
+        "duplicates": new_duplicates(compared, converted),
         "by_tensor": [
             {
                 "hf": c.pair.tensor.hf,
