@@ -566,6 +566,9 @@ def _file_digest(path: Path, folder: Path) -> Any:
         for name in list(values.get("source", {}).get("files", {})):
             if name == ".lock" or "tfevents" in name or name.endswith(".jsonl"):
                 del values["source"]["files"][name]  # their sizes or names differ in every run
+        config = path.with_name("config.json")
+        if config.is_file() and str(folder) in config.read_text():
+            del values["files"]["config.json"]  # its digest depends on the folder's name
         return {"keys": sorted(set(_key_paths(json.loads(text)))),
                 "values": _digest(json.dumps(values, sort_keys=True))}  # fmt: skip
     return _digest(text)
