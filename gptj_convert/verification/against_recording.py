@@ -98,14 +98,7 @@ def _weights(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> 
 
 
 def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> Work[None]:
-    for _, _, info in match(checkpoint):
-        if not is_lossless(recording.dtype, info.dtype):
-            raise GptjError(
-                f"the recording is of {recording.dtype} weights, which {info.dtype} cannot hold: "
-                "the rounding would be judged, not the conversion",
-                hint=f"record the original with `--dtype {info.dtype}`; "
-                "`--level weights` compares every value as it is",
-            )
+    _refuse_rounding(checkpoint, recording)
     config, tolerance = recording.config, verdict.tolerance
     recorded = recording.prompts
     verdict.plan_memory(logits_memory(config, [r.prompt.tokens for r in recorded]))
@@ -160,6 +153,18 @@ def _logits(checkpoint: Checkpoint, recording: Recording, verdict: Verdict) -> W
         },
     )
     yield Progress(config.n_layer + 1, config.n_layer + 1, "logits")
+
+
+def _refuse_rounding(checkpoint: Checkpoint, recording: Recording) -> None:
+    """Raise a GptjError if the converted dtype cannot hold the recorded weights."""
+    for _, _, info in match(checkpoint):
+        if not is_lossless(recording.dtype, info.dtype):
+            raise GptjError(
+                f"the recording is of {recording.dtype} weights, which {info.dtype} cannot hold: "
+                "the rounding would be judged, not the conversion",
+                hint=f"record the original with `--dtype {info.dtype}`; "
+                "`--level weights` compares every value as it is",
+            )
 
 
 def _first(of_blocks: list[float], tolerance: float) -> int:

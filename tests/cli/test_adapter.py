@@ -56,11 +56,16 @@ def merged_by_peft(base: Path, adapter: Path, dtype: Any = torch.float32) -> dic
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Bit for bit; a head that is tied is stored once."""
+    """To the last bits of float32; a head that is tied is stored once.
+
+    On Intel's processors the bits are equal. On AMD's, PyTorch's MKL adds up in another order.
+    """
     assert set(found) <= set(expected)
     for name, values in found.items():
         assert values.dtype == np.float32, name
-        assert values.tobytes() == np.ascontiguousarray(expected[name]).tobytes(), name
+        wanted = expected[name]
+        limit = 2.0**-22 * float(np.abs(wanted).max())
+        assert float(np.abs(values - wanted).max()) <= limit, name
 
 
 def converted(folder: Path | str) -> dict[str, np.ndarray]:
@@ -333,8 +338,8 @@ def test_a_folder_with_an_adapter_alone_says_what_to_do(workdir: Path, gptj):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--to", "peft"), "--to peft takes no options"),
-        (("--to", "tf", "--optimizer-state"), "does not go with --optimizer-state"),
+        (("--to", "peft"), "--adapter goes with --to tf or --to hf or --to keras or --to cs"),
+        (("--to", "tf", "--optimizer-state"), "exclude each other"),
     ],
 )
 def test_what_an_adapter_does_not_go_with(options: tuple, words: str, workdir: Path, gptj):
@@ -437,7 +442,7 @@ def test_ours_names_its_base_and_comes_back(
     path.write_text(json.dumps(values))
     done = gptj("convert", "second", *out, "--force")
     assert done.code == 0
-    assert "does not say what it began from" in done.stderr
+    assert "does not say which model it started from" in done.stderr
     assert json.loads(Path("second-peft/adapter_config.json").read_text())[
         "base_model_name_or_path"
     ] is None  # fmt: skip

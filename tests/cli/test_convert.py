@@ -402,7 +402,9 @@ def test_a_tokenizer_with_more_ids_than_rows(tokenizer: dict, last: int, hf: Pat
     (hf / TOKENIZER).write_text(json.dumps(tokenizer))
     done = gptj("convert", hf, "--to", "tf")
     assert done.code == 0
-    assert f"note: tokenizer.json has ids up to {last}, the model only 211 rows" in done.stderr
+    assert (
+        f"note: tokenizer.json has ids up to {last}, but the model has only 211 rows" in done.stderr
+    )
     assert (Path("converted") / TOKENIZER).read_bytes() == (hf / TOKENIZER).read_bytes()
 
 

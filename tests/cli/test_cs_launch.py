@@ -199,7 +199,7 @@ def test_signals_are_handed_on(number: signal.Signals, code: int, for_cs: Path):
         (("--mode", "eval_all", "--cs-ip", "x"), "takes the modes train and eval"),
         (("--target", "legacy", "--cs-ip", "x"), "--run-py"),
         (("--target", "legacy", "--run-py", "run.py"), "--cs-ip"),
-        (("--run-py", "run.py"), "--cs-ip or --target"),
+        (("--run-py", "run.py"), "goes with a CS system (--cs-ip, --target)"),
     ],
 )
 def test_what_a_cs_system_does_not_do(options: tuple[str, ...], words: str, for_cs: Path, gptj):

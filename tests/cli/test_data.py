@@ -324,11 +324,15 @@ def test_parquet_with_what_is_no_text(data, tokens):
 def test_what_cannot_be_meant(data):
     Path("a.jsonl").write_bytes(_lines(["one"]))
     Path("a.xml").write_bytes(b"<a/>")
-    _refused(data("pile"), 2, "name what to read")
+    _refused(data("pile"), 2, "nothing to read")
     _refused(data("pile", "missing"), 1, "missing: not found")
     _refused(data("pile", "a.xml"), 1, "a.xml: unknown format")
-    _refused(data("pile", "a.jsonl", "--gzip", "--format", "hdf5"), 2, "--gzip is for TFRecords")
-    _refused(data("pile", "a.jsonl", "--resume", "--force"), 2, "give one of them")
+    _refused(
+        data("pile", "a.jsonl", "--gzip", "--format", "hdf5"),
+        2,
+        "--gzip goes with",
+    )
+    _refused(data("pile", "a.jsonl", "--resume", "--force"), 2, "exclude each other")
     Path("empty.jsonl").write_bytes(b"")
     _refused(data("pile", "empty.jsonl"), 1, "too little text")
     Path("data").mkdir()
@@ -338,7 +342,7 @@ def test_what_cannot_be_meant(data):
     assert data("pile", "a.jsonl", "--force").code == 0
     again = data("pile", "a.jsonl", "--resume")
     assert again.code == 0
-    assert "1 record files were there already" in again.stderr
+    assert "reused 1 record files" in again.stderr
 
 
 def test_hdf5_is_what_the_cs_client_reads(data):

@@ -373,12 +373,16 @@ def test_what_would_fail_after_the_download_fails_before(
 ):
     Path("data").mkdir()
     _refused(download(), 2, "data: already exists", "--force")
-    _refused(download("--out", "x", "--gzip", "--format", "hdf5"), 2, "--gzip is for TFRecords")
-    _refused(download("raw", "more", "--out", "x"), 2, "expected one SRC at most")
+    _refused(
+        download("--out", "x", "--gzip", "--format", "hdf5"),
+        2,
+        "--gzip goes with",
+    )
+    _refused(download("raw", "more", "--out", "x"), 2, "expected at most one SRC")
     _refused(download("x", "--out", "x"), 2, "x: holds the source file x")
     command = ("data", "pile", "--download", "--repository", REPOSITORY, "--out", "x")
     _refused(gptj(*command, "--tokenizer", "nowhere"), 1, "expected a tokenizer")
     for option in (("--part", "val"), ("--repository", REPOSITORY)):
         done = gptj("data", "pile", "raw", *option, "--tokenizer", tokenizer_folder)
-        _refused(done, 2, "say what --download fetches")
+        _refused(done, 2, "has no effect without --download")
     assert not hub.requests

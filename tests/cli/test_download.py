@@ -108,7 +108,7 @@ def test_convert_fetches_a_repository_first(suffix: str, hub: FakeHub, small_hf:
     hub.files["model.safetensors"] = (small_hf / "model.safetensors").read_bytes()
     done = gptj("convert", REPOSITORY + suffix, "--to", "tf")
     assert done.code == 0
-    assert "is taken for a repository of the hub" in done.stderr
+    assert "is taken as a repository on the hub" in done.stderr
     revision = f"/revision/{suffix[1:]}" if suffix else ""
     assert ("GET", f"/api/models/{REPOSITORY}{revision}") in hub.requests
     assert gptj("verify", "--level", "weights").code == 0

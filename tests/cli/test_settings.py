@@ -346,7 +346,7 @@ def test_a_note_of_the_tokenizer_is_told(chat: Path, gptj):
         assert said in gptj(*call).stderr
     (chat / "added_tokens.json").write_text('{"<x>": 300}')
     assert (
-        "note: added_tokens.json has ids up to 300, the model only 300 rows"
+        "note: added_tokens.json has ids up to 300, but the model has only 300 rows"
         in gptj("convert", chat, "--to", "tf").stderr
     )
     (chat / "added_tokens.json").write_text('{"<x>": "300"}')

@@ -241,7 +241,7 @@ def test_a_damaged_record_is_named(golden_run: Path, gptj):
 
 @adamw
 def test_fewer_records_than_a_batch(golden_run: Path, gptj):
-    _refused(gptj(*BEGIN, "--set", "train_input.batch_size=17"), 1, "fewer records than one batch")
+    _refused(gptj(*BEGIN, "--set", "train_input.batch_size=17"), 1, "at least one batch of 17")
 
 
 @adamw

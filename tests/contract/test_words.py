@@ -65,14 +65,19 @@ def _is_command(function: ast.FunctionDef) -> bool:
     return any("command" in ast.unparse(d) for d in function.decorator_list)
 
 
+def _length(function: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(function) else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
 def test_functions_are_short():
     long = [
-        f"{path}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        f"{path}:{node.lineno} {node.name}: {_length(node)} lines"
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-        and not _is_command(node)
-        and (node.end_lineno or 0) - node.lineno >= LONGEST
+        if isinstance(node, ast.FunctionDef) and not _is_command(node) and _length(node) > LONGEST
     ]
     assert long == []
 

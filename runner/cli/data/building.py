@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
 
 if TYPE_CHECKING:
-    from runner.data.making.build import Counts, Recipe
+    from runner.data.making.build import BuildResult, Counts, Recipe
     from runner.data.making.sources import Part
 
 #: Largest number of skipped documents that are named one by one.
@@ -77,14 +77,7 @@ def build_records(
     The options are those of `runner.cli.data.options`.
     """
     from gptj_convert.files.output_folder import refuse_overlap
-    from runner.data.making.build import (
-        BuildResult,
-        Options,
-        Packing,
-        SkippedDocument,
-        build,
-        is_resumable,
-    )
+    from runner.data.making.build import Options, build
     from runner.data.making.encoding import check_processes, default_processes
 
     processes = processes or default_processes()
@@ -98,9 +91,26 @@ def build_records(
         write_remainder=write_remainder,
         skip_bad=on_error == "skip",
     )
+    events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
+    result = _follow(output, events, out)
+    if result.kept_files:
+        output.note(f"reused {result.kept_files} record files of the interrupted run")
+    for name, counts in result.counts.items():
+        output.note(_summary(name, counts, recipe.length))
+    output.data(str(out))
+    return {"output": str(out), **_fields(result.counts.values())} | (
+        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
+        if any(result.counts)
+        else {}
+    )
+
+
+def _follow(output: Output, events: Generator[Any, None, None], out: Path) -> BuildResult:
+    """Show the events of a build, and return its result."""
+    from runner.data.making.build import Packing, SkippedDocument, is_resumable
+
     skipped = 0
     result: BuildResult | None = None
-    events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
     try:
         with progress(output, "packing") as report, closing(events):
             for event in events:
@@ -119,16 +129,7 @@ def build_records(
     assert result, "the last event"
     if skipped > _NAMED:
         output.note(f"skipped: … and {skipped - _NAMED} more")
-    if result.kept_files:
-        output.note(f"reused {result.kept_files} record files of the interrupted run")
-    for name, counts in result.counts.items():
-        output.note(_summary(name, counts, recipe.length))
-    output.data(str(out))
-    return {"output": str(out), **_fields(result.counts.values())} | (
-        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
-        if any(result.counts)
-        else {}
-    )
+    return result
 
 
 def _rates(event: Any) -> str:

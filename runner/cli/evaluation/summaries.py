@@ -33,6 +33,8 @@ def evaluate_summaries(
     Raises:
         GptjError: the model, its tokenizer or the test set cannot be used.
     """
+    if not sources:
+        raise click.UsageError("--task summarization needs a test set: --data FILE")
     from gptj_model.decoding.beam_search import Beam, BeamSearch
     from gptj_model.errors import DataFault
     from runner.data.making.sources import find_source_files
@@ -41,8 +43,6 @@ def evaluate_summaries(
     from runner.evaluation.restore import load_model
     from runner.evaluation.summaries import METRICS, Prompting, read_pairs, summarize
 
-    if not sources:
-        raise click.UsageError("--task summarization needs a test set: --data FILE")
     paths = [path for path, _ in find_source_files(sources, PAIR_FILES)]
     folder = model if model.is_dir() else model.parent
     for note in notes(folder):
@@ -61,10 +61,7 @@ def evaluate_summaries(
     rows: list[dict[str, Any]] = []
     for width in beams:
         beam = Beam(
-            width=width,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            end=end,
+            width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, end=end
         )
         name = "greedy" if width == 1 else f"beam{width}"
         found = []
