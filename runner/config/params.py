@@ -440,17 +440,17 @@ class RunConfig(Section):
     disable_input_pipeline_ckpt: bool | None = None
     """No effect: a setting of the CS client; the position in the data is always saved."""
     mode: Literal["train", "eval", "eval_all", "train_and_eval"] | None = None
-    """No effect: recorded by the reference; the command line decides."""
+    """Recorded by the reference; here the command line decides."""
     model_dir: str | None = None
-    """No effect: recorded by the reference; the command line decides."""
+    """Recorded by the reference; here the command line decides."""
     params: str | None = None
     """No effect: recorded by the reference."""
     device: str | None = None
     """Device that computes, such as /gpu:0; null lets TensorFlow choose."""
     validate_only: bool = False
-    """No effect: recorded by the reference; the command line decides."""
+    """Recorded by the reference; here the command line decides."""
     compile_only: bool = False
-    """No effect: recorded by the reference; the command line decides."""
+    """Recorded by the reference; here the command line decides."""
 
 
 def _without_data(value: Any) -> Any:

@@ -630,7 +630,7 @@ def test_rounding_is_no_difference(dtype: str, converted: Path, small_pieces: No
     _, found = compared(gptj("inspect", "hf", "--diff", "narrow", "--json"))
     assert found[Q]["rounded"] == "other"
     shown = gptj("inspect", "hf", "--diff", "narrow").stdout
-    assert f"{dtype} in OTHER, the rounding of the other's float32" in shown
+    assert f"{dtype} in OTHER, rounded from the other's float32" in shown
     # One value that is off by one unit of the narrow dtype is no rounding.
     values = load_tensors(Path("hf/model.safetensors"))[Q]
     change(Path("hf"), Q, values[5, 6] * 1.02, 5, 6)

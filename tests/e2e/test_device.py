@@ -18,8 +18,8 @@ from tests.cli.test_train import MEASURED
 #: Runs the program, and prints where the weights were when blocks had been loaded.
 WITH_TWO = """
 import sys
-from runner.cli import tensorflow
-tensorflow.prepare()
+from runner.cli.shared import framework
+framework.prepare()
 import tensorflow as tf
 processor, one = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDeviceConfiguration()
 tf.config.set_logical_device_configuration(processor, [one, one])

@@ -33,7 +33,7 @@ SAVE = """
 import sys
 import numpy as np
 from pathlib import Path
-from runner import checkpoints
+from runner.training.run import checkpoints
 step, keep = map(int, sys.argv[1:])
 tensors = {f"w{n}": np.full((40, 50), step + n, np.float32) for n in range(3)}
 checkpoints.save(Path("model_dir"), step, tensors, keep=keep)
