@@ -155,8 +155,8 @@ def convert(
     first.
 
     A run with LoRA is written with its adapter merged; `--to peft` writes the adapter alone, for
-    the peft library. `--adapter DIR` merges an adapter of that library into SRC, with the bits of
-    `merge_and_unload` in float32.
+    the peft library. `--adapter DIR` merges an adapter of that library into SRC, as
+    `merge_and_unload` does in float32.
     """
     from gptj_convert.checkpoint.source_names import refuse_unmatched
     from gptj_convert.conversion.cost import conversion_memory
