@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
+from gptj_convert.options import levels_up_to
+from gptj_convert.streams.progress import finish
 from gptj_convert.verification.evidence.verdict import Verdict
-from gptj_convert.verification.verify import levels_up_to, verify
+from gptj_convert.verification.verify import verify
 from gptj_model.config import GPTJConfig
 from gptj_model.op import Op
 from gptj_model.tensors import table
@@ -399,16 +401,11 @@ def test_products_have_all_of_float32(converted: Path, gptj):
 
 
 def test_an_unfinished_verification_is_not_ok(converted: Path):
-    verdict = Verdict(1e-4, levels_up_to("weights"))
-    assert not verdict.ok
-    events = verify(converted, Path("hf"), verdict)
-    next(events)
-    assert not verdict.ok
-    events.close()
-    assert not verdict.ok
-    for _ in verify(converted, Path("hf"), verdict):
-        pass
-    assert verdict.ok
+    assert not Verdict(1e-4, levels_up_to("weights")).ok
+    work = verify(converted, Path("hf"), tolerance=1e-4, level="weights")
+    next(work)
+    work.close()
+    assert finish(verify(converted, Path("hf"), tolerance=1e-4, level="weights")).ok
 
 
 @pytest.mark.parametrize("closed", ["pipe", "descriptor", "full"])

@@ -22,6 +22,7 @@ from gptj_model.errors import ConfigError
 from gptj_model.tensors import Scheme, table
 from tests.small_model import SMALL
 from tests.unit.memory_source import MemorySource
+from tests.unit.working import drain
 
 CONFIG = GPTJConfig.preset("tiny", **SMALL)
 #: A matrix, square, so that its layout does not show in its shape; in HF's layout 48 × 48.
@@ -51,9 +52,8 @@ def _inspection(
 
 
 def _compare(first: Inspection, second: Inspection) -> Comparison:
-    result = Comparison()
     with patch.object(strips, "PANEL_BYTES", 400), patch.object(strips, "STRIP_BYTES", 2000):
-        progress = list(compare(first, second, result))
+        progress, result = drain(compare(first, second))
     done = [p.done for p in progress]
     assert done == sorted(done)
     if progress:
@@ -240,7 +240,7 @@ def test_without_a_config_names_cannot_be_matched(side: int):
 def test_progress_is_in_bytes_of_the_first():
     first = _inspection({Q: _values(), EXTRA: np.zeros(3, np.float64)})
     second = _inspection({Q: _values().astype(np.float16), EXTRA: np.zeros(3, np.float64)})
-    progress = list(compare(first, second, Comparison()))
+    progress, _ = drain(compare(first, second))
     assert progress[-1].done == progress[-1].total == 48 * 48 * 4 + 24
 
 

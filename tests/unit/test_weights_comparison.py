@@ -25,6 +25,7 @@ from gptj_model.op import Op
 from gptj_model.tensors import Scheme, table
 from tests.small_model import SMALL
 from tests.unit.memory_source import MemorySource
+from tests.unit.working import drain
 
 ROWS = {t.hf: t for t in table(GPTJConfig.preset("tiny", **SMALL))}
 Q = "transformer.h.0.attn.q_proj.weight"
@@ -58,11 +59,10 @@ def _compare(
         for side, s, arrays in zip(sides, schemes, (expected, found), strict=True)
     ]
     pairs = pair_up(listed[0], schemes[0], listed[1], schemes[1])
-    compared: list[Compared] = []
     pieces = iter(hashing)
     with patch.object(strips, "PANEL_BYTES", 400), patch.object(strips, "STRIP_BYTES", 2000):
-        progress = list(
-            compare_weights(pairs, *sides, compared, saturated=saturated, hashing=pieces)
+        progress, compared = drain(
+            compare_weights(pairs, *sides, saturated=saturated, hashing=pieces)
         )
     assert next(pieces, None) is None
     total = sum(p.info.nbytes for p in pairs)
