@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.data.download import Published, fetch_parts
+from runner.cli.shared.errors import Terminated
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
 
@@ -110,10 +111,12 @@ def _follow(output: Output, events: Generator[Any, None, None], out: Path) -> Bu
     from runner.data.making.build import Packing, SkippedDocument, is_resumable
 
     skipped = 0
+    begun = False
     result: BuildResult | None = None
     try:
         with progress(output, "packing") as report, closing(events):
             for event in events:
+                begun = True
                 if isinstance(event, Packing):
                     report(event.done, event.total, _rates(event))
                 elif isinstance(event, SkippedDocument):
@@ -123,7 +126,8 @@ def _follow(output: Output, events: Generator[Any, None, None], out: Path) -> Bu
                 else:
                     result = event
     except BaseException as e:
-        if is_resumable(out):
+        stopped = isinstance(e, KeyboardInterrupt | Terminated)
+        if (begun or stopped) and is_resumable(out):
             e.add_note("run the same command with --resume to reuse what is done")
         raise
     assert result, "the last event"

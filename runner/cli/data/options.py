@@ -117,7 +117,7 @@ def rules(*, packing: bool, downloading: bool) -> OptionRules:
     """
     needs: dict[str, str] = {}
     if packing:
-        needs |= {"--ftfy-normalizer": "--ftfy", "--seed": "--short-seq-prob"}
+        needs |= {"--ftfy-normalizer": "--ftfy"}
     if downloading:
         needs |= {"--repository": "--download", "--part": "--download"}
     return OptionRules(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,8 +46,7 @@ def evaluate_summaries(
 
     paths = [path for path, _ in find_source_files(sources, PAIR_FILES)]
     folder = model if model.is_dir() else model.parent
-    for note in notes(folder):
-        output.note(note)
+    _say(output, notes(folder))
     tokenizer, end = load_tokenizer(folder), end_of_text(folder)
     loaded = load_model(model)
     if loaded.config.vocab_size <= SEPARATOR_ID:
@@ -65,10 +65,7 @@ def evaluate_summaries(
         )
         name = "greedy" if width == 1 else f"beam{width}"
         found = []
-        with (
-            TemporaryDirectory() as spool,
-            progress(output, name, in_bytes=False) as report,
-        ):
+        with TemporaryDirectory() as spool, progress(output, name, in_bytes=False) as report:
             pairs = islice(read_pairs(paths, Path(spool)), limit or None)
             for summary in summarize(pairs, prompting, BeamSearch(loaded, beam)):
                 found.append(summary)
@@ -81,6 +78,15 @@ def evaluate_summaries(
         figures = ", ".join(f"{m} = {value:.2f}" for m, value in means.items())
         output.data(f"{name}, {len(found)} summaries: {figures}")
     if summaries:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        summaries.write_text("".join(lines), encoding="utf-8")
+        _write(summaries, rows)
     return {"metrics": metrics, "summaries": len(rows) // len(beams)}
+
+
+def _say(output: Output, notes: Iterable[str]) -> None:
+    for note in notes:
+        output.note(note)
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
