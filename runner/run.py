@@ -16,12 +16,20 @@ import rich_click as click
 
 from runner.cli.root import main
 from runner.cli.shared.command import command, parse_settings
-from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.shared.option_rules import OptionRules
-from runner.cli.shared.options import COUNT_OR_ZERO, PATH, settings_option
+from runner.cli.shared.options import PATH, settings_option
 from runner.cli.shared.output import Output
 from runner.cli.training.cs_launch import run_on_cs
-from runner.cli.training.job import MODES, Job
+from runner.cli.training.job import Job
+from runner.cli.training.options import (
+    compile_only_option,
+    cs_ip_option,
+    max_steps_option,
+    mode_option,
+    model_dir_option,
+    steps_option,
+    validate_only_option,
+)
 from runner.cli.training.request import run_job
 from runner.config.cs_target import Target
 
@@ -57,34 +65,14 @@ RULES = OptionRules(
     metavar="FILE",
     help="Parameters in YAML.",
 )
-@click.option(
-    "--model_dir",
-    "-o",
-    type=PATH,
-    default=DEFAULT_MODEL_DIR,
-    show_default=True,
-    help="Folder of the run: its checkpoints, metrics and logs.",
-)
-@click.option(
-    "--mode",
-    "-m",
-    type=click.Choice(MODES),
-    required=True,
-    help="Train, evaluate the newest checkpoint, evaluate every checkpoint, or train and evaluate "
-    "in turn.",
-)
-@click.option("--cs_ip", metavar="ADDRESS", help="Run on the CS system at this address.")
-@click.option("--steps", type=COUNT_OR_ZERO, help="Train N more steps.")
-@click.option("--max_steps", type=COUNT_OR_ZERO, help="Train up to step N.")
+@model_dir_option("--model_dir", "-o")
+@mode_option("--mode", "-m")
+@cs_ip_option("--cs_ip")
+@steps_option("--steps")
+@max_steps_option("--max_steps")
 @click.option("--eval_steps", type=int, help="Number of batches to evaluate; 0 means all.")
-@click.option(
-    "--validate_only", is_flag=True, help="Check parameters, records and headers, then stop."
-)
-@click.option(
-    "--compile_only",
-    is_flag=True,
-    help="Check parameters, records and headers, compile the step, then stop.",
-)
+@validate_only_option("--validate_only")
+@compile_only_option("--compile_only")
 @click.option("--device", help="Device that computes, such as /gpu:0.")
 @click.option("--checkpoint_path", type=PATH, help="Checkpoint to start from, or to evaluate.")
 @settings_option

@@ -20,6 +20,7 @@ from runner.cli.shared.options import (
     model_option,
 )
 from runner.cli.shared.output import Output
+from runner.cli.shared.tokenizer_notes import note_tokenizer
 from runner.config.execution import Execution
 
 if TYPE_CHECKING:
@@ -209,10 +210,9 @@ def _read_lines(path: Path) -> list[str]:
 
 def _tokenizer(output: Output, folder: Path) -> Any:
     """Return the model's tokenizer; a special token's name in a prompt is read as that token."""
-    from runner.data.making.tokenizer import load_tokenizer, notes
+    from runner.data.making.tokenizer import load_tokenizer
 
-    for note in notes(folder):
-        output.note(note)
+    note_tokenizer(output, folder)
     return load_tokenizer(folder, allow_special=None)
 
 

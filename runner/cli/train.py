@@ -9,11 +9,9 @@ from typing import Any
 import rich_click as click
 
 from runner.cli.shared.command import command, parse_settings
-from runner.cli.shared.model_choice import DEFAULT_MODEL_DIR
 from runner.cli.shared.option_rules import OptionRules
 from runner.cli.shared.options import (
     COUNT,
-    COUNT_OR_ZERO,
     PATH,
     backend_option,
     eval_steps_option,
@@ -24,7 +22,16 @@ from runner.cli.shared.options import (
 from runner.cli.shared.output import Output
 from runner.cli.training.cs_launch import run_on_cs
 from runner.cli.training.dry_run import plan_job
-from runner.cli.training.job import MODES, Job
+from runner.cli.training.job import Job
+from runner.cli.training.options import (
+    compile_only_option,
+    cs_ip_option,
+    max_steps_option,
+    mode_option,
+    model_dir_option,
+    steps_option,
+    validate_only_option,
+)
 from runner.cli.training.request import run_job
 from runner.config.cs_target import Target
 
@@ -83,23 +90,10 @@ RULES = OptionRules(
     help="Folder of a LoRA adapter (peft format) to train further; needs model.lora.",
 )
 @params_option
-@click.option(
-    "--model-dir",
-    type=PATH,
-    default=DEFAULT_MODEL_DIR,
-    show_default=True,
-    help="Folder of the run: its checkpoints, metrics and logs.",
-)
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default="train",
-    show_default=True,
-    help="Train, evaluate the newest checkpoint, evaluate every checkpoint, or train and evaluate "
-    "in turn.",
-)
-@click.option("--max-steps", type=COUNT_OR_ZERO, help="Train up to step N.")
-@click.option("--steps", type=COUNT_OR_ZERO, help="Train N more steps.")
+@model_dir_option("--model-dir")
+@mode_option("--mode", default="train")
+@max_steps_option("--max-steps")
+@steps_option("--steps")
 @eval_steps_option
 @execution_option
 @backend_option
@@ -115,15 +109,9 @@ RULES = OptionRules(
     is_flag=True,
     help="Fail on a damaged newest checkpoint instead of falling back to the one before.",
 )
-@click.option(
-    "--validate-only", is_flag=True, help="Check parameters, records and headers, then stop."
-)
-@click.option(
-    "--compile-only",
-    is_flag=True,
-    help="Check parameters, records and headers, compile the step, then stop.",
-)
-@click.option("--cs-ip", metavar="ADDRESS", help="Run on the CS system at this address.")
+@validate_only_option("--validate-only")
+@compile_only_option("--compile-only")
+@cs_ip_option("--cs-ip")
 @click.option(
     "--target",
     type=click.Choice([t.value for t in Target]),

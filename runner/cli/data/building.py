@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.data.download import Published, fetch_parts
-from runner.cli.shared.errors import Terminated
 from runner.cli.shared.output import Output
-from runner.cli.shared.progress import progress
+from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
-    from runner.data.making.build import BuildResult, Counts, Recipe
+    from gptj_convert.streams.progress import Work
+    from runner.data.making.build import BuildResult, Counts, Packing, Recipe, SkippedDocument
     from runner.data.making.sources import Part
 
 #: Largest number of skipped documents that are named one by one.
@@ -78,7 +78,7 @@ def build_records(
     The options are those of `runner.cli.data.options`.
     """
     from gptj_convert.files.output_folder import refuse_overlap
-    from runner.data.making.build import Options, build
+    from runner.data.making.build import Options, build, is_resumable
     from runner.data.making.encoding import check_processes, default_processes
 
     processes = processes or default_processes()
@@ -93,7 +93,8 @@ def build_records(
         skip_bad=on_error == "skip",
     )
     events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
-    result = _follow(output, events, out)
+    work = _progress(output, events)
+    result = follow(output, "packing", work, resumable=lambda: is_resumable(out))
     if result.kept_files:
         output.note(f"reused {result.kept_files} record files of the interrupted run")
     for name, counts in result.counts.items():
@@ -106,37 +107,32 @@ def build_records(
     )
 
 
-def _follow(output: Output, events: Generator[Any, None, None], out: Path) -> BuildResult:
-    """Show the events of a build, and return its result."""
-    from runner.data.making.build import Packing, SkippedDocument, is_resumable
+def _progress(
+    output: Output, events: Generator[Packing | SkippedDocument | BuildResult, None, None]
+) -> Work[BuildResult]:
+    """Turn the events of a build into progress and its result, and note skipped documents."""
+    from gptj_convert.streams.progress import Progress
+    from runner.data.making.build import Packing, SkippedDocument
 
     skipped = 0
-    begun = False
     result: BuildResult | None = None
-    try:
-        with progress(output, "packing") as report, closing(events):
-            for event in events:
-                begun = True
-                if isinstance(event, Packing):
-                    report(event.done, event.total, _rates(event))
-                elif isinstance(event, SkippedDocument):
-                    skipped += 1
-                    if skipped <= _NAMED:
-                        output.note(f"skipped: {event.problem}")
-                else:
-                    result = event
-    except BaseException as e:
-        stopped = isinstance(e, KeyboardInterrupt | Terminated)
-        if (begun or stopped) and is_resumable(out):
-            e.add_note("run the same command with --resume to reuse what is done")
-        raise
+    with closing(events):
+        for event in events:
+            if isinstance(event, Packing):
+                yield Progress(event.done, event.total, _rates(event))
+            elif isinstance(event, SkippedDocument):
+                skipped += 1
+                if skipped <= _NAMED:
+                    output.note(f"skipped: {event.problem}")
+            else:
+                result = event
     assert result, "the last event"
     if skipped > _NAMED:
         output.note(f"skipped: … and {skipped - _NAMED} more")
     return result
 
 
-def _rates(event: Any) -> str:
+def _rates(event: Packing) -> str:
     seconds = max(event.seconds, 1e-3)
     return (
         f"{event.part + ': ' if event.part else ''}"

@@ -13,6 +13,7 @@ from runner.cli.data.inspect import inspect
 from runner.cli.data.options import building_options, packing_options, rules
 from runner.cli.shared.command import command
 from runner.cli.shared.output import Output
+from runner.cli.shared.tokenizer_notes import note_tokenizer
 from runner.data.making.file_patterns import PAIR_FILES, PILE_FILES
 
 
@@ -44,7 +45,7 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
     """
     from runner.data.making.sources import by_split
 
-    _note_tokenizer(output, options["tokenizer"])
+    note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, key=text_key)
     found, fetched = find_or_fetch(output, sources, PILE_FILES, PILE, recipe, options)
     return build_records(output, by_split(found), recipe, **options) | fetched
@@ -103,7 +104,7 @@ def summarization(
     from runner.data.making.sources import by_split
     from runner.data.making.summarization import ABSTRACT, PairOptions, SummarizationRecipe
 
-    _note_tokenizer(output, options["tokenizer"])
+    note_tokenizer(output, options["tokenizer"])
     recipe = SummarizationRecipe(
         options=PairOptions(
             tokenizer=options.pop("tokenizer"),
@@ -141,17 +142,10 @@ def text(
     """Pack text or source files into records, each file as one document."""
     from runner.data.making.sources import Part, find_source_files
 
-    _note_tokenizer(output, options["tokenizer"])
+    note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, whole_files=True)
     files = tuple(path for path, _ in find_source_files(named_sources(sources), patterns))
     return build_records(output, [Part(files=files)], recipe, **options)
-
-
-def _note_tokenizer(output: Output, folder: Path) -> None:
-    from runner.data.making.tokenizer import notes
-
-    for note in notes(folder):
-        output.note(note)
 
 
 def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: bool = False) -> Any:

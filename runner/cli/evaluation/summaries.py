@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ import rich_click as click
 
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
+from runner.cli.shared.tokenizer_notes import note_tokenizer
 from runner.data.making.file_patterns import PAIR_FILES
 
 
@@ -40,13 +41,13 @@ def evaluate_summaries(
     from gptj_model.errors import DataFault
     from runner.data.making.sources import find_source_files
     from runner.data.making.summarization import SEPARATOR_ID
-    from runner.data.making.tokenizer import end_of_text, load_tokenizer, notes
+    from runner.data.making.tokenizer import end_of_text, load_tokenizer
     from runner.evaluation.restore import load_model
     from runner.evaluation.summaries import METRICS, Prompting, read_pairs, summarize
 
     paths = [path for path, _ in find_source_files(sources, PAIR_FILES)]
     folder = model if model.is_dir() else model.parent
-    _say(output, notes(folder))
+    note_tokenizer(output, folder)
     tokenizer, end = load_tokenizer(folder), end_of_text(folder)
     loaded = load_model(model)
     if loaded.config.vocab_size <= SEPARATOR_ID:
@@ -80,11 +81,6 @@ def evaluate_summaries(
     if summaries:
         _write(summaries, rows)
     return {"metrics": metrics, "summaries": len(rows) // len(beams)}
-
-
-def _say(output: Output, notes: Iterable[str]) -> None:
-    for note in notes:
-        output.note(note)
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from runner.cli.evaluation.records import metrics_line, resident_evaluator, stre
 from runner.cli.shared.memory_budget import MemoryBudget
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
+from runner.cli.shared.tokenizer_notes import note_tokenizer
 
 
 def evaluate_text(
@@ -38,15 +39,13 @@ def evaluate_text(
         GptjError: the model, its tokenizer or a text cannot be read.
     """
     from gptj_convert.checkpoint.open import open_checkpoint
-    from runner.data.making.tokenizer import notes
     from runner.evaluation.text import Window, read_text
     from runner.evaluation.text import evaluate_text as perplexity
 
     if not sources:
         raise click.UsageError("--task text needs a text: --data FILE")
     folder = model if model.is_dir() else model.parent
-    for note in notes(folder):
-        output.note(note)
+    note_tokenizer(output, folder)
     with (
         open_checkpoint(model) as checkpoint,
         progress(output, "evaluating", in_bytes=False) as report,

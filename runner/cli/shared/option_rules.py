@@ -35,10 +35,18 @@ class OptionRules:
     """Groups of options of which one at most may be given."""
 
     @property
+    def listed(self) -> set[str]:
+        """Every option that some mode lists."""
+        return {option for options in self.takes.values() for option in options}
+
+    @property
     def named(self) -> set[str]:
         """Every option that a rule names."""
-        listed = {option for options in self.takes.values() for option in options}
-        return listed | {*self.needs, *self.needs.values()} | {o for g in self.exclusive for o in g}
+        return (
+            self.listed
+            | {*self.needs, *self.needs.values()}
+            | {o for g in self.exclusive for o in g}
+        )
 
     def check(self, context: click.Context) -> None:
         """Check the options that were given on the command line.
@@ -54,7 +62,7 @@ class OptionRules:
                     f"{' and '.join(both)} exclude each other", hint=f"leave out {both[-1]}"
                 )
         mode = self.mode(context.params)
-        listed = {option for options in self.takes.values() for option in options}
+        listed = self.listed
         for option in given:
             if option in listed and option not in self.takes[mode]:
                 takers = " or ".join(name for name, own in self.takes.items() if option in own)
