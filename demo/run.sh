@@ -48,7 +48,7 @@ mv text/train/f*.py text/held-out/
 run gptj data text text/train --glob '*.py' --tokenizer gpt-j-tiny --max-sequence-length 128 --out data
 run gptj data text text/held-out --tokenizer gpt-j-tiny --max-sequence-length 128 --out held-out
 
-title "5. Training: stopped in the middle, and going on from its checkpoint"
+title "5. Training: stopped in the middle, and resumed from its checkpoint"
 SETTINGS=(
     --set train_input.max_sequence_length=128 --set train_input.batch_size=8
     --set train_input.shuffle_buffer=20000
