@@ -1,9 +1,10 @@
 """A checkpoint with an adapter merged into it, as a source of tensors like any other.
 
-Rows are merged as they are read: W + scale · (B · A), each step in float32, which gives the bits of
-peft's `merge_and_unload` on a model loaded in float32. In the products of torch and NumPy every
-element is a chain of fused multiply-adds over the rank, in order; a product with a single row takes
-another routine, so at least two rows are computed together.
+Rows are merged as they are read: W + scale · (B · A), each step in float32, as peft's
+`merge_and_unload` does on a model loaded in float32. NumPy's product is a chain of fused
+multiply-adds over the rank, in order, and so is torch's on Intel processors, where the results are
+equal bit for bit; on AMD processors torch's MKL adds up in another order. A product with a single
+row takes another routine, so at least two rows are computed together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters of the peft library, held against it: merged bit for bit, continued, written."""
+"""Adapters of the peft library, held against it: merged to float32 rounding, continued, written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from gptj_model.source import read_tensor
 from tests.conftest import GOLDEN_RUNS, load_tensors, make_checkpoint
 
 HF = GOLDEN_RUNS / "adamw" / "hf"
+#: Largest rank here, so the most products that a merged element sums.
+MOST_TERMS = 64
 #: What the library says of heads and tied weights, which the tests are about.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting .save_embedding_layers", "ignore:.*tie_word_embeddings", "ignore:.*tied"
@@ -56,15 +58,16 @@ def merged_by_peft(base: Path, adapter: Path, dtype: Any = torch.float32) -> dic
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """To the last bits of float32; a head that is tied is stored once.
+    """Check that merged weights are peft's; a tied head is stored once.
 
-    On Intel's processors the bits are equal. On AMD's, PyTorch's MKL adds up in another order.
+    MKL adds up in an order of its own on each kind of processor (AMD's differs from Intel's), so
+    two sums of `MOST_TERMS` products may differ by the rounding of every step.
     """
     assert set(found) <= set(expected)
     for name, values in found.items():
         assert values.dtype == np.float32, name
         wanted = expected[name]
-        limit = 2.0**-22 * float(np.abs(wanted).max())
+        limit = MOST_TERMS * 2.0**-24 * float(np.abs(wanted).max())
         assert float(np.abs(values - wanted).max()) <= limit, name
 
 
