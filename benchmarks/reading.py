@@ -32,6 +32,7 @@ from gptj_model.config import GPTJConfig
 from runner.config.params import InputParams
 from runner.data.reading.example import FEATURES
 from runner.data.reading.input_fn import batches
+from runner.data.reading.place import place_after
 from runner.data.reading.records import RecordWriter
 
 LENGTH, FILES, EXAMPLES = 2048, 4, 1024
@@ -57,7 +58,8 @@ def ours(folder: Path, batch: int, *, workers: int = 1, skip: int = 0) -> Iterab
     params = InputParams(
         data_dir=[str(folder)], max_sequence_length=LENGTH, batch_size=batch, repeat=skip > 0
     )
-    return batches(params, vocab_size=50400, training=True, workers=workers, skip=skip)
+    start = place_after(params, skip)
+    return batches(params, vocab_size=50400, training=True, workers=workers, start=start)
 
 
 def plain(folder: Path, batch: int) -> Iterable:

@@ -17,7 +17,7 @@ import rich_click as click
 from runner.cli.root import main
 from runner.cli.shared.command import command, parse_settings
 from runner.cli.shared.option_rules import OptionRules
-from runner.cli.shared.options import PATH, settings_option
+from runner.cli.shared.options import CHECKPOINT, PATH, settings_option
 from runner.cli.shared.output import Output
 from runner.cli.training.cs_launch import run_on_cs
 from runner.cli.training.job import Job
@@ -74,7 +74,9 @@ RULES = OptionRules(
 @validate_only_option("--validate_only")
 @compile_only_option("--compile_only")
 @click.option("--device", help="Device that computes, such as /gpu:0.")
-@click.option("--checkpoint_path", type=PATH, help="Checkpoint to start from, or to evaluate.")
+@click.option(
+    "--checkpoint_path", type=CHECKPOINT, help="Checkpoint to start from, or to evaluate."
+)
 @settings_option
 def run(
     output: Output,

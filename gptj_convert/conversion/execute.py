@@ -37,7 +37,7 @@ from gptj_convert.files.output_folder import (
 from gptj_convert.formats.containers.sharded import is_index
 from gptj_convert.formats.layouts.hf import GENERATION_FILE, settings_files
 from gptj_convert.formats.layouts.keras import write_model
-from gptj_convert.formats.layouts.tf import CONVERTED_PREFIX, STATE_FILE, state_text
+from gptj_convert.formats.layouts.tf import CONVERTED_PREFIX, RUN_FILES, STATE_FILE, state_text
 from gptj_convert.settings.generation_settings import generation_text
 from gptj_convert.settings.params_yaml import PARAMS_FILE, yaml_text
 from gptj_convert.settings.pretraining import continued_pretraining
@@ -144,6 +144,7 @@ def states_no_end(checkpoint: Checkpoint) -> bool:
 def not_carried(checkpoint: Checkpoint) -> list[str]:
     """Return notes on possible settings of a checkpoint that are not carried into the output."""
     used = {*checkpoint.companions, *(p.name for p in checkpoint.files), CONFIG_FILE, MANIFEST_FILE}
+    used.update(RUN_FILES)
     files = [
         name
         for name in settings_files(checkpoint.folder)

@@ -25,6 +25,7 @@ from runner.cli.shared.command import command, note_memory
 from runner.cli.shared.fetching import default_folder, fetch_to
 from runner.cli.shared.option_rules import OptionRules
 from runner.cli.shared.options import (
+    CHECKPOINT,
     PATH,
     config_option,
     force_option,
@@ -66,7 +67,7 @@ RULES = OptionRules(
     "gptj convert model_dir --to hf --max-shard-size 2GB",
     rules=RULES,
 )
-@click.argument("source", metavar="[SRC]", type=PATH, required=False)
+@click.argument("source", metavar="[SRC]", type=CHECKPOINT, required=False)
 @click.option(
     "--to",
     "target",

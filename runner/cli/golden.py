@@ -9,7 +9,7 @@ import rich_click as click
 
 from gptj_convert.options import DTYPES
 from runner.cli.shared.command import command
-from runner.cli.shared.options import PATH, config_option, force_option, out_option
+from runner.cli.shared.options import CHECKPOINT, config_option, force_option, out_option
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
@@ -25,7 +25,7 @@ def golden() -> None:
     "gptj golden record gpt-j-6b --out recording",
     "gptj golden record gpt-j-6b --dtype bfloat16 --note 'GPT-J-6B in bfloat16'",
 )
-@click.argument("model", type=PATH)
+@click.argument("model", type=CHECKPOINT)
 @out_option(DEFAULT_OUT)
 @click.option(
     "--dtype",

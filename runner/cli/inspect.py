@@ -12,7 +12,7 @@ import rich_click as click
 
 from runner.cli.shared.command import command
 from runner.cli.shared.errors import Exit
-from runner.cli.shared.options import PATH, config_option
+from runner.cli.shared.options import CHECKPOINT, config_option
 from runner.cli.shared.output import Output, one_line
 from runner.cli.shared.progress import follow
 
@@ -32,7 +32,7 @@ _NAME = 72
     "gptj inspect converted/ --check",
     "gptj inspect converted/ --diff gpt-j-6b",
 )
-@click.argument("path", type=PATH)
+@click.argument("path", type=CHECKPOINT)
 @click.option(
     "--stats",
     is_flag=True,
@@ -48,7 +48,7 @@ _NAME = 72
     "--diff",
     "other",
     metavar="OTHER",
-    type=PATH,
+    type=CHECKPOINT,
     help="Compare the values with another checkpoint.",
 )
 @config_option

@@ -11,6 +11,7 @@ import rich_click as click
 from runner.cli.shared.command import command, parse_settings
 from runner.cli.shared.option_rules import OptionRules
 from runner.cli.shared.options import (
+    CHECKPOINT,
     COUNT,
     PATH,
     backend_option,
@@ -38,7 +39,7 @@ from runner.config.cs_target import Target
 _HERE = ("--execution", "--backend", "--set", "--validate-only", "--compile-only")
 _TRAINING = (
     *_HERE, "--init-from", "--checkpoint-path", "--adapter", "--max-steps", "--steps",
-    "--eval-steps", "--workers", "--strict", "--dry-run",
+    "--epochs", "--eval-steps", "--workers", "--strict", "--dry-run",
 )  # fmt: skip
 _EVALUATION = (*_HERE, "--init-from", "--checkpoint-path", "--eval-steps")
 _ON_CS = "a CS system (--cs-ip, --target)"
@@ -62,7 +63,7 @@ RULES = OptionRules(
     },
     exclusive=(
         ("--init-from", "--checkpoint-path"),
-        ("--max-steps", "--steps"),
+        ("--max-steps", "--steps", "--epochs"),
         ("--dry-run", "--validate-only", "--compile-only"),
     ),
 )  # fmt: skip
@@ -76,12 +77,12 @@ RULES = OptionRules(
 )
 @click.option(
     "--init-from",
-    type=PATH,
+    type=CHECKPOINT,
     help="Checkpoint whose weights, optimizer state and step the run starts from.",
 )
 @click.option(
     "--checkpoint-path",
-    type=PATH,
+    type=CHECKPOINT,
     help="Checkpoint whose weights alone the run starts from, at step 0.",
 )
 @click.option(
@@ -94,6 +95,12 @@ RULES = OptionRules(
 @mode_option("--mode", default="train")
 @max_steps_option("--max-steps")
 @steps_option("--steps")
+@click.option(
+    "--epochs",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Train until the training records have been read N times, counted from the start of the "
+    "run; N may be a fraction.",
+)
 @eval_steps_option
 @execution_option
 @backend_option
@@ -135,6 +142,7 @@ def train(
     mode: str,
     max_steps: int | None,
     steps: int | None,
+    epochs: float | None,
     eval_steps: int | None,
     execution: str | None,
     backend: str | None,
@@ -186,6 +194,7 @@ def train(
         adapter=adapter,
         max_steps=max_steps,
         steps=steps,
+        epochs=epochs,
         settings=parse_settings(settings) | given,
         strict=strict,
         workers=workers,

@@ -21,7 +21,7 @@ from gptj_convert.options import (
 from runner.cli.shared.command import command, note_memory
 from runner.cli.shared.errors import Exit
 from runner.cli.shared.option_rules import OptionRules
-from runner.cli.shared.options import PATH, config_option
+from runner.cli.shared.options import CHECKPOINT, PATH, config_option
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 from runner.cli.shared.verdict_lines import say_self_test, say_verdict
@@ -58,10 +58,10 @@ RULES = OptionRules(
     "gptj verify converted/ --against-golden recording/",
     rules=RULES,
 )
-@click.argument("converted", type=PATH, default=DEFAULT_CONVERTED)
+@click.argument("converted", type=CHECKPOINT, default=DEFAULT_CONVERTED)
 @click.option(
     "--against",
-    type=PATH,
+    type=CHECKPOINT,
     help="Source to compare with.  [default: the source that the manifest names]",
 )
 @click.option(

@@ -23,6 +23,7 @@ from gptj_convert.settings.params_yaml import (
 from gptj_model.config import GPTJConfig
 from gptj_model.lora import Lora
 from gptj_model.tensors import LORA_LAYERS, DenseLayer
+from runner.config.eval_metric import EvalMetric
 from runner.config.execution import Backend, Execution
 
 #: Tokens per byte of text for each data set, used for bits per byte.
@@ -390,6 +391,18 @@ class OptimizerParams(Section):
     """No effect: a setting of the reference's logging."""
 
 
+class EarlyStopping(Section):
+    """`runconfig.early_stopping`: end a run of train_and_eval once a metric stops improving. Not a
+    section of the reference."""
+
+    metric: EvalMetric = EvalMetric.LOSS
+    """Evaluation metric to watch: loss, accuracy, lm_perplexity or bits_per_byte."""
+    patience: Positive
+    """Number of evaluations in a row without an improvement after which the run ends."""
+    min_delta: Rate = 0.0
+    """Smallest change of the metric that counts as an improvement, exclusive."""
+
+
 class RunConfig(Section):
     """`runconfig`: how long to train, how often to save, and on what."""
 
@@ -403,6 +416,14 @@ class RunConfig(Section):
     """Number of steps between checkpoints."""
     keep_checkpoint_max: Natural | None = 5
     """Number of newest checkpoints to keep; 0 means all."""
+    keep_best: Natural = 0
+    """Number of best checkpoints to keep beside the newest, by best_metric; needs train_and_eval.
+    Not a key of the reference."""
+    best_metric: EvalMetric = EvalMetric.LOSS
+    """Evaluation metric of keep_best: loss, accuracy, lm_perplexity or bits_per_byte. Not a key of
+    the reference."""
+    early_stopping: EarlyStopping | None = None
+    """Rule that ends a run of train_and_eval early; null means none. Not a key of the reference."""
     save_summary_steps: Positive = 100
     """Number of steps between TensorBoard summaries."""
     log_step_count_steps: Positive | None = None

@@ -41,6 +41,12 @@ _SECTIONS: dict[str, type[p.Section]] = {
 }
 
 
+_SUBSECTIONS: dict[str, type[p.Section]] = {
+    "lora": p.LoraParams,
+    "early_stopping": p.EarlyStopping,
+}
+
+
 def load_params(path: Path, settings: Mapping[str, Any] | None = None) -> Params:
     """Read and validate a params.yaml.
 
@@ -193,8 +199,8 @@ def _keys(location: Sequence[Any], values: Any) -> list[str]:
     if section and len(location) > 1:
         if str(location[1]).endswith("initializer"):
             return list(p.Initializer.model_fields)
-        if location[1] == "lora":
-            return list(p.LoraParams.model_fields)
+        if location[1] in _SUBSECTIONS:
+            return list(_SUBSECTIONS[str(location[1])].model_fields)
         for part in location:
             # A single schedule may be written without a list.
             values = values[part] if not isinstance(values, dict) or part in values else values

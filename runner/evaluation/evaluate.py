@@ -15,13 +15,9 @@ from gptj_model.errors import DataFault
 from gptj_model.network.loss import TokenLoss
 from gptj_model.network.model import GPTJ
 from gptj_model.streaming.forward import StreamedModel
+from runner.config.eval_metric import EvalMetric
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.compiled import program_text
-
-LOSS = "loss"
-ACCURACY = "eval/accuracy"
-PERPLEXITY = "eval/lm_perplexity"
-BITS_PER_BYTE = "eval/bits_per_byte"
 
 #: Default size in bytes of the hidden states that share one pass over the weights.
 STATES = 2**28
@@ -151,10 +147,10 @@ class Sums:
     def metrics(self, *, loss: float, bits_per_byte: float) -> dict[str, float]:
         """Return the metrics by name; the kind of evaluation determines the two arguments."""
         return {
-            LOSS: loss,
-            ACCURACY: self.correct / self.count,
-            PERPLEXITY: math.exp(self.mean) if self.mean < 700 else math.inf,
-            BITS_PER_BYTE: bits_per_byte,
+            EvalMetric.LOSS.value: loss,
+            EvalMetric.ACCURACY.value: self.correct / self.count,
+            EvalMetric.PERPLEXITY.value: math.exp(self.mean) if self.mean < 700 else math.inf,
+            EvalMetric.BITS_PER_BYTE.value: bits_per_byte,
         }
 
 

@@ -14,6 +14,7 @@ from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
 from runner.config.execution import Execution
 from runner.config.params import Params, RunConfig
 from runner.config.trainable import trainable_rows
+from runner.data.reading.place import check_shares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,27 @@ def slots_dtype(params: Params) -> str:
     return dtype
 
 
+def check_executor(params: Params, workers: int) -> None:
+    """Check that an executor exists for the parameters.
+
+    Args:
+        params: parameters of the run.
+        workers: number of processes that share each batch.
+
+    Raises:
+        ConfigError: `slots_dtype` raises it, several workers would stream the weights, or they
+            cannot share a batch.
+    """
+    slots_dtype(params)
+    if workers > 1 and params.runconfig.execution == Execution.STREAMING:
+        raise ConfigError(
+            f"runconfig.execution is streaming, and there are {workers} workers, expected 1",
+            hint="several workers hold the whole model each: "
+            "--set runconfig.execution=resident, or start one",
+        )
+    check_shares(params.train_input, workers)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
     """The steps that a run trains."""
@@ -118,7 +140,7 @@ class Span:
         passing = runconfig.execution == Execution.STREAMING
         kept = runconfig.keep_checkpoint_max
         whole = self.existing + made + passing
-        return min(kept + 1, whole) if kept else whole
+        return min(kept + runconfig.keep_best + 1, whole) if kept else whole
 
 
 def plan_training(config: GPTJConfig, params: Params, span: Span | None = None) -> TrainingPlan:

@@ -26,24 +26,33 @@ from gptj_convert.optimizer.state import OptimizerState
 from gptj_convert.settings.generation_settings import generation_text
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
-from gptj_model.source import TensorSource, read_tensor
-from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS, Scheme
+from gptj_model.source import TensorSource
+from gptj_model.tensors import DATA_PLACE, SKIPPED_STEPS, Scheme
 from runner.config.execution import Backend, Execution
 from runner.config.params import Params
 from runner.config.params_file import reconcile
 from runner.data.reading.input_fn import Batch, batches
-from runner.evaluation.evaluate import Evaluator
+from runner.data.reading.place import Place, place_after
 from runner.evaluation.evaluate import evaluate as metrics_of
-from runner.planning.training_cost import slots_dtype
+from runner.planning.training_cost import check_executor
 from runner.training.devices.backend import check_backend
 from runner.training.devices.distribution import Alone, Workers, check_same
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.executors.resident import ResidentExecutor
 from runner.training.run import checkpoints
-from runner.training.run.events import Evaluated, Event, Saved, Skipped, StepDone, Warning
-from runner.training.run.folder import kept_config
+from runner.training.run.events import (
+    Evaluated,
+    Event,
+    Saved,
+    Skipped,
+    StepDone,
+    StoppedEarly,
+    Warning,
+)
+from runner.training.run.folder import kept_config, stored_place, stored_skips, stored_step
 from runner.training.run.logs import Logs, NoLogs
 from runner.training.run.meter import Meter
+from runner.training.run.selection import Selection
 from runner.training.streamed.adapter import StreamedAdapterExecutor
 from runner.training.streamed.executor import StreamedExecutor
 from runner.training.update.loss_scale import loss_scale
@@ -88,7 +97,9 @@ class Run:
         self.workers: Workers = workers or Alone()
         self.step = 0
         self.skipped = 0
-        """Number of steps without an update; the data is that many steps ahead of `step`."""
+        """Number of steps without an update."""
+        self.place = Place()
+        """Place in the training records after `step`."""
         self._warn = warn
         self._files = ExitStack()
         model = params.model
@@ -106,6 +117,8 @@ class Run:
             self.executor.initialize()
         else:
             self._begin(init_from, adapter, weights_only)
+        if not self.step:
+            self.place = place_after(params.train_input, params.train_input.skip_steps)
 
     def __enter__(self) -> Run:
         return self
@@ -119,7 +132,7 @@ class Run:
         Raises:
             OSError: as `Executor.save` raises it.
         """
-        state = self.scale.tensors()
+        state = self.scale.tensors() | {DATA_PLACE: np.asarray(self.place, np.int64)}
         if self.scale.is_dynamic:
             state |= {SKIPPED_STEPS: np.asarray(self.skipped, np.int64)}
         return Saved(self.step, self.executor.save(self.step, state, stays=stays))
@@ -218,8 +231,8 @@ class Run:
             return
         self.scale.load(source)
         self.step = step
-        if SKIPPED_STEPS in source.tensors:
-            self.skipped = int(read_tensor(source, SKIPPED_STEPS))
+        self.skipped = stored_skips(source)
+        self.place = stored_place(source, self.params, self.model_dir)
 
 
 #: Difference between the seeds of the dropout masks of one worker and the next.
@@ -228,7 +241,7 @@ _SEED_OF_WORKER = 1_000_003
 
 def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Workers) -> Executor:
     """Return the executor that the YAML asks for."""
-    slots_dtype(params)
+    check_executor(params, workers.count)
     if params.runconfig.backend == Backend.JAX:
         from runner.training.executors.sharded import ShardedExecutor
 
@@ -236,22 +249,9 @@ def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Work
         return ShardedExecutor(config, params, model_dir)
     if params.runconfig.execution == Execution.RESIDENT:
         return ResidentExecutor(config, params, model_dir, workers)
-    if workers.count > 1:
-        raise ConfigError(
-            f"runconfig.execution is streaming, and there are {workers.count} workers, expected 1",
-            hint="several workers hold the whole model each: "
-            "--set runconfig.execution=resident, or start one",
-        )
     if params.model.lora:
         return StreamedAdapterExecutor(config, params, model_dir)
     return StreamedExecutor(config, params, model_dir)
-
-
-def stored_step(source: TensorSource) -> int:
-    """Return the global step that a checkpoint stores, or 0."""
-    if GLOBAL_STEP not in source.tensors:
-        return 0
-    return int(read_tensor(source, GLOBAL_STEP))
 
 
 def refuse_cs_system(params: Params) -> None:
@@ -284,18 +284,41 @@ def train(
         TrainingFault: loss or gradients are not finite; the last good checkpoint is kept.
         OSError: a checkpoint or a log cannot be written.
     """
-    if run.step < max_steps:
-        logs = NoLogs() if run.workers.index else Logs(run.model_dir, run.step, run.params)
-        try:
-            yield from _Training(run, max_steps, logs, evaluate).events(stopped)
-        finally:
-            logs.close()
+    selection = Selection(run.model_dir, run.params.runconfig, run.step)
+    if evaluate and (reason := selection.stop):
+        yield StoppedEarly(run.step, reason)
+        return
+    if is_finished(run, max_steps, evaluate=evaluate):
+        return
+    logs = NoLogs() if run.workers.index else Logs(run.model_dir, run.step, run.params)
+    try:
+        training = _Training(run, max_steps, logs, selection if evaluate else None)
+        yield from training.events(stopped)
+    finally:
+        logs.close()
+
+
+def is_finished(run: Run, max_steps: int, *, evaluate: bool) -> bool:
+    """Return whether nothing is left to train, nor to evaluate; see `train` for the arguments."""
+    selection = Selection(run.model_dir, run.params.runconfig, run.step)
+    if evaluate and selection.stop:
+        return True
+    awaits = evaluate and awaits_evaluation(run, selection, max_steps)
+    return run.step >= max_steps and not awaits
+
+
+def awaits_evaluation(run: Run, selection: Selection, max_steps: int) -> bool:
+    """Return whether a run was interrupted between a checkpoint and its evaluation."""
+    due = run.step % run.params.runconfig.save_checkpoints_steps == 0 or run.step == max_steps
+    return run.continued and run.step > 0 and due and not selection.has(run.step)
 
 
 class _Training:
     """State of the loop of `train`."""
 
-    def __init__(self, run: Run, max_steps: int, logs: Logs | NoLogs, evaluate: bool) -> None:
+    def __init__(
+        self, run: Run, max_steps: int, logs: Logs | NoLogs, selection: Selection | None
+    ) -> None:
         params = run.params
         self._run = run
         self._params = params
@@ -305,8 +328,8 @@ class _Training:
         self._rate = learning_rate(
             params.optimizer.learning_rate, reset=not params.optimizer.disable_lr_steps_reset
         )
-        evaluate = evaluate and not run.workers.index
-        self._evaluator = run.executor.evaluator() if evaluate else None
+        self._selection = None if run.workers.index else selection
+        self._evaluator = run.executor.evaluator() if self._selection else None
         self._evaluated_at = -math.inf
         self._saved_step = self._told_step = run.step
         length = params.train_input.max_sequence_length
@@ -326,25 +349,37 @@ class _Training:
             self._params.train_input,
             vocab_size=run.config.vocab_size,
             training=True,
-            skip=(run.step + run.skipped) * self._group,
+            start=run.place,
             worker=workers.index,
             workers=workers.count,
         )
-        while run.step < self._max_steps:
+        selection = self._selection
+        if selection and run.continued:
+            selection.keep_best()
+            if awaits_evaluation(run, selection, self._max_steps):
+                yield from self._evaluation(selection)
+        while run.step < self._max_steps and not self._ends(stopped):
             self._meter.begin()
             group = [b for _, b in zip(range(self._group), data, strict=False)]
             if len(group) < self._group:
                 yield Warning(f"the training records end after step {run.step}")
                 break
+            run.place = data.place
             yield from self._step(group)
-            if workers.total([stopped()])[
-                0
-            ]:  # a worker that stops alone would leave the others waiting
-                break
         if run.step > self._told_step:
             yield self._save()
-        if self._evaluator and not stopped():
-            yield from self._evaluation(self._evaluator)
+        if not selection or stopped():
+            return
+        if not selection.has(run.step):
+            yield from self._evaluation(selection)
+        if reason := selection.stop:
+            yield StoppedEarly(run.step, reason)
+
+    def _ends(self, stopped: Callable[[], bool]) -> bool:
+        """Return whether the run ends before max_steps, which all workers decide together: one
+        that stops alone would leave the others waiting."""
+        asked = stopped() or bool(self._selection and self._selection.stop)
+        return bool(self._run.workers.total([asked])[0])
 
     def _agree(self) -> None:
         """Check that all workers start at the same place.
@@ -356,7 +391,7 @@ class _Training:
         if run.workers.count == 1:
             return
         sums = [float(tf.reduce_sum(v)) for v in run.executor.weights().values()]
-        if not check_same(run.workers, [run.step, run.skipped, *sums]):
+        if not check_same(run.workers, [run.step, run.skipped, *run.place, *sums]):
             raise TrainingFault(
                 f"worker {run.workers.index} begins at step {run.step}, and not all have the same "
                 "step and weights",
@@ -396,8 +431,9 @@ class _Training:
             self._logs.histograms(run.step, run.executor.weights())
         if run.step % runconfig.save_checkpoints_steps == 0 and run.step < self._max_steps:
             yield self._save()
-            if self._evaluator and time.monotonic() - self._evaluated_at >= runconfig.throttle_secs:
-                yield from self._evaluation(self._evaluator)
+            waited = time.monotonic() - self._evaluated_at
+            if self._selection and waited >= runconfig.throttle_secs:
+                yield from self._evaluation(self._selection)
         elif run.executor.saves_every_step:
             self._keep(stays=False)
 
@@ -405,12 +441,17 @@ class _Training:
         run = self._run
         what = "the loss" if not math.isfinite(found.loss) else "the norm of the gradients"
         value = found.loss if not math.isfinite(found.loss) else found.norm
-        hint = (
-            "lower the learning rate, or clip with optimizer.max_gradient_norm; "
-            f"the last checkpoint kept is of step {self._saved_step}"
-        )
+        kept = f"the last checkpoint is of step {self._saved_step}"
+        hint = f"lower the learning rate, or clip with optimizer.max_gradient_norm; {kept}"
         if not run.scale.is_dynamic:
-            raise TrainingFault(f"step {run.step + 1}: {what} is {value}", hint=hint)
+            text = f"step {run.step + 1}: {what} is {value}"
+            if run.scale.value > 1 and math.isfinite(found.loss):
+                text += f" with the fixed loss scale {run.scale.value:g}"
+                hint = (
+                    "--set optimizer.loss_scaling_factor=dynamic, or a smaller number than "
+                    f"{run.scale.value:g}; {kept}"
+                )
+            raise TrainingFault(text, hint=hint)
         if run.scale.at_floor:
             raise TrainingFault(
                 f"step {run.step + 1}: {what} is {value} although the loss scale has fallen to "
@@ -429,16 +470,22 @@ class _Training:
         self._saved_step = saved.step
         return saved
 
-    def _evaluation(self, evaluator: Evaluator) -> Iterator[Event]:
+    def _evaluation(self, selection: Selection) -> Iterator[Event]:
+        assert self._evaluator, "the worker that selects evaluates"
         metrics = metrics_of(
-            evaluator,
+            self._evaluator,
             evaluation_batches(self._params, self._run.config.vocab_size),
             tokens_per_byte=self._params.tokens_per_byte,
             limit=self._params.eval_limit,
         )
         self._evaluated_at = time.monotonic()
-        event = Evaluated(self._run.step, metrics)
+        step = self._run.step
+        selection.add(step, metrics)
+        best = selection.best
+        event = Evaluated(step, metrics, is_best=best is not None and best.step == step)
         self._logs.evaluation(event)
+        self._logs.flush()
+        selection.keep_best()
         yield event
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.errors import ConfigError, DataFault
@@ -20,6 +22,7 @@ from runner.data.making.build import Options, build
 from runner.data.making.sources import Part
 from runner.data.making.text import TextOptions, TextRecipe
 from runner.data.reading.input_fn import Batches, batches
+from runner.data.reading.place import Place, place_after
 from runner.data.reading.records import count_records, read_records
 from tests.conftest import write_records
 
@@ -48,11 +51,12 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reading(records: Path) -> Callable[..., Batches]:
-    def call(*, skip: int = 0, worker: int = 0, workers: int = 1, **fields: Any) -> Batches:
+    def call(*, skip: int | Place = 0, worker: int = 0, workers: int = 1, **fields: Any) -> Batches:
         values = {"data_dir": [str(records)], "max_sequence_length": LENGTH, "batch_size": 4}
         params = InputParams(**values | fields)
+        start = place_after(params, skip) if isinstance(skip, int) and skip else skip or None
         return batches(
-            params, vocab_size=VOCAB, training=True, skip=skip, worker=worker, workers=workers
+            params, vocab_size=VOCAB, training=True, start=start, worker=worker, workers=workers
         )
 
     return call
@@ -105,14 +109,48 @@ def test_every_epoch_is_shuffled_otherwise_and_nothing_else_matters(reading):
     assert _numbers(reading(shuffle_seed=5), 15) != first
 
 
-@pytest.mark.parametrize("fields", [{"shuffle": False}, {"shuffle_buffer": 7, "skip_steps": 1}])
-def test_a_position_is_where_one_goes_on(fields: dict, reading):
+@pytest.mark.parametrize("fields", [{"shuffle": False}, {"shuffle_buffer": 7}])
+def test_reading_resumes_at_a_place(fields: dict, reading):
     expected = _numbers(reading(**fields), 30)
     for skip, more in ((4, 1), (5, 0), (7, 9)):
         found = reading(skip=skip, **fields)
         assert _numbers(found, more) == expected[skip : skip + more]
-        assert found.position == skip + more
-        assert _numbers(reading(skip=found.position, **fields), 1) == [expected[skip + more]]
+        assert found.place[0] in (skip // 5, (skip + more - 1) // 5)
+        assert _numbers(reading(skip=found.place, **fields), 1) == [expected[skip + more]]
+
+
+def test_skip_steps_count_at_the_start_alone(reading):
+    expected = _numbers(reading(shuffle=False), 5)
+    begun = reading(shuffle=False, skip_steps=2)
+    assert _numbers(begun, 2) == expected[2:4]
+    resumed = reading(shuffle=False, skip_steps=2, skip=begun.place)
+    assert _numbers(resumed, 1) == expected[4:5]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 11), min_size=2, max_size=4),
+    counts=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+    shuffle=st.booleans(),
+)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_place_holds_for_another_batch_size(
+    sizes: list[int], counts: list[int], shuffle: bool, reading
+):
+    """No record of an epoch is read twice, and none is left out but at its end."""
+    fields = {"shuffle": shuffle, "shuffle_buffer": 7}
+    order = [i for batch in _numbers(reading(batch_size=1, **fields), 22 * 14) for i in batch]
+    place, epoch, at = Place(), 0, 0
+    for size, count in zip(sizes, counts, strict=False):
+        found = reading(batch_size=size, skip=place, **fields)
+        for numbers in _numbers(found, count):
+            if at + size > 22:
+                epoch, at = epoch + 1, 0
+            assert numbers == order[22 * epoch + at : 22 * epoch + at + size]
+            at += size
+        place = found.place
+        assert place == (epoch, at)
 
 
 def test_whole_epochs_are_left_out_unread(reading, records):

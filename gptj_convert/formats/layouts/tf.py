@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,15 @@ CONVERTED_PREFIX = "tf_model.ckpt"
 RUN_PREFIX = "model.ckpt"
 #: File in which TensorFlow's estimators name the newest checkpoint of a run.
 STATE_FILE = "checkpoint"
+#: File in which a run names its best checkpoints.
+BEST_FILE = "best.json"
+#: File in which a run keeps fingerprints of its records.
+RECORDS_FILE = "records.json"
+#: JSON files of a run that are no settings of its model.
+RUN_FILES = (BEST_FILE, RECORDS_FILE)
 _INDEX = ".index"
+_BEST = "best"
+_RUN_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-\d+")
 
 
 def find_bundle(path: Path) -> Path | None:
@@ -56,6 +65,67 @@ def read_state(folder: Path) -> list[str]:
     # The reference may write absolute paths of the machine it ran on, so only the names are used.
     names = [Path(p).name for p in every if p not in newest] + [Path(p).name for p in newest]
     return list(dict.fromkeys(names))
+
+
+def read_best(folder: Path) -> dict[str, dict[str, float]]:
+    """Return a run's best checkpoints with their metric, the best first; none without a best.json.
+
+    Raises:
+        FileFault: best.json is damaged.
+    """
+    path = folder / BEST_FILE
+    if not path.is_file():
+        return {}
+    try:
+        stated = json.loads(path.read_bytes())
+        key = stated["metric"]
+        best = {str(e["checkpoint"]): {key: float(e[key])} for e in stated["checkpoints"]}
+        if not all(_RUN_NAME.fullmatch(name) for name in best):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FileFault(
+            f"{path}: is not a list of checkpoints",
+            hint="delete it: the run makes it again from metrics.jsonl when it resumes",
+        ) from None
+    return best
+
+
+def best_text(metric: str, values: Mapping[str, float]) -> str:
+    """Return the content of a best.json.
+
+    Args:
+        metric: key of the metric in metrics.jsonl.
+        values: value of the metric by the name of the checkpoint, the best first.
+    """
+    entries = [{"checkpoint": name, metric: value} for name, value in values.items()]
+    return json.dumps({"metric": metric, "checkpoints": entries}, indent=2) + "\n"
+
+
+def find_named(path: Path) -> Path:
+    """Return the prefix that `RUN@best` or `RUN@STEP` names; any other path is returned as it is.
+
+    Raises:
+        FileFault: the run has no such checkpoint.
+    """
+    folder, at, which = path.name.rpartition("@")
+    run = path.with_name(folder) if at and folder else path
+    if not at or path.exists() or not run.is_dir():
+        return path
+    if which == _BEST:
+        if not (names := read_best(run)):
+            raise FileFault(
+                f"{run}: has no {BEST_FILE}, so none of its checkpoints is the best",
+                hint="train with `--mode train_and_eval --set runconfig.keep_best=1`",
+            )
+        name = next(iter(names))
+    elif which.isdecimal():
+        name = f"{RUN_PREFIX}-{int(which)}"
+    else:
+        raise FileFault(f"{path}: {which!r} names no checkpoint, expected {run}@best or {run}@STEP")
+    if not (run / (name + _INDEX)).is_file():
+        found = sorted(p.name.removesuffix(_INDEX) for p in run.glob(f"{RUN_PREFIX}-*{_INDEX}"))
+        raise FileFault(f"{run / name}: not found; the run has {', '.join(found) or 'none'}")
+    return run / name
 
 
 def state_text(names: list[str]) -> str:

@@ -18,9 +18,22 @@ if TYPE_CHECKING:
 
 
 def evaluate_model(
-    output: Output, model: Path, params: Params, budget: MemoryBudget | None = None
+    output: Output,
+    model: Path,
+    params: Params,
+    budget: MemoryBudget | None = None,
+    *,
+    step: int | None = None,
 ) -> dict[str, float]:
-    """Load a model, evaluate it, print the metrics line, and return the metrics."""
+    """Load a model, evaluate it, print the metrics line, and return the metrics.
+
+    Args:
+        output: where the line is printed.
+        model: checkpoint of any format.
+        params: parameters whose eval_input names the records.
+        budget: memory of a streamed model; None means one block.
+        step: step of a run's checkpoint, which the line then states.
+    """
     from gptj_convert.checkpoint.open import open_checkpoint
     from runner.config.params_file import reconcile
     from runner.evaluation.evaluate import evaluate as run
@@ -46,7 +59,7 @@ def evaluate_model(
             limit=params.eval_limit,
             report=lambda n: report(n, params.eval_limit or n, "batches"),
         )
-    output.data(metrics_line(metrics))
+    output.data(metrics_line(metrics | ({} if step is None else {"global_step": step})))
     return metrics
 
 

@@ -28,6 +28,18 @@ class _ByteSize(click.ParamType):
             self.fail(str(e), param, ctx)
 
 
+class _CheckpointPath(click.Path):
+    """Path of a checkpoint; `RUN@best` and `RUN@STEP` name one of a run's."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from gptj_convert.formats.layouts.tf import find_named
+
+        return find_named(Path(value))
+
+
+CHECKPOINT = _CheckpointPath()
 #: A number of bytes with an optional unit.
 SIZE = _ByteSize()
 COUNT = click.IntRange(min=1)
@@ -58,7 +70,7 @@ settings_option = click.option(
 )
 model_option = click.option(
     "--model",
-    type=PATH,
+    type=CHECKPOINT,
     help="Checkpoint of any format.  [default: model_dir if it has checkpoints, else converted]",
 )
 eval_steps_option = click.option(

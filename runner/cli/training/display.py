@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from runner.cli.shared.output import Output, printable
 
 if TYPE_CHECKING:
-    from runner.training.run.events import Event, StepDone
+    from runner.config.params import RunConfig
+    from runner.training.run.events import Evaluated, Event, StepDone
 
 _BARS = "▁▂▃▄▅▆▇█"
 #: Number of losses in the curve, each the mean of as many steps as fit.
@@ -19,10 +20,12 @@ _CURVE = 60
 
 
 @contextmanager
-def training_display(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
+def training_display(
+    output: Output, target: int, runconfig: RunConfig
+) -> Iterator[Callable[[Event], None]]:
     """Yield a function that shows the events of a run that trains to step `target`."""
     if output.live:
-        with _panel(output, target) as show:
+        with _panel(output, target, runconfig) as show:
             yield show
     else:
         yield lambda event: _line(output, event, target)
@@ -37,13 +40,19 @@ def _line(output: Output, event: Event, target: int) -> None:
             output.note(step_line(event, target))
         case Evaluated():
             output.data(metrics_line(event.metrics | {"global_step": event.step}))
+            if event.is_best:
+                output.note(_best(event))
         case _:
             output.note(_message(event))
 
 
+def _best(event: Evaluated) -> str:
+    return f"step {event.step} is the best so far"
+
+
 def _message(event: Event) -> str:
     """Return the line of an event that is neither a step nor an evaluation."""
-    from runner.training.run.events import Saved, Skipped, Warning
+    from runner.training.run.events import Saved, Skipped, StoppedEarly, Warning
 
     match event:
         case Skipped():
@@ -53,6 +62,11 @@ def _message(event: Event) -> str:
             )
         case Saved():
             return f"saved {event.path}"
+        case StoppedEarly():
+            return (
+                f"stopped early at step {event.step}: {event.reason}. To train on: "
+                "--set runconfig.early_stopping=null, or with a larger patience"
+            )
         case Warning():
             return f"warning: {event.text}"
         case _:
@@ -82,6 +96,13 @@ def _resources(event: StepDone) -> Iterator[str]:
         yield f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} to go"
 
 
+def _next_checkpoint(step: int, target: int, runconfig: RunConfig) -> str:
+    """Return in words when the next checkpoint is written."""
+    every = runconfig.save_checkpoints_steps
+    at = min((step // every + 1) * every, target)
+    return f"next checkpoint at step {at}" if step < target else "done"
+
+
 def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
     """Return values as a row of bars, the newest on the right; many values share a bar."""
     size = -(-len(values) // width)
@@ -93,7 +114,7 @@ def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
 
 
 @contextmanager
-def _panel(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
+def _panel(output: Output, target: int, runconfig: RunConfig) -> Iterator[Callable[[Event], None]]:
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
@@ -113,10 +134,12 @@ def _panel(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
         curve.append(f"  {max(losses):.3f} → {event.loss:.3f}", style="dim")
         done = round(_CURVE * event.step / target)
         bar = Text.assemble(("━" * done, "green"), ("━" * (_CURVE - done), "dim"))
-        return Group(Text(first), curve, bar, Text("  ".join(_resources(event)), style="dim"))
+        last = [*_resources(event), _next_checkpoint(event.step, target, runconfig)]
+        return Group(Text(first), curve, bar, Text("  ".join(last), style="dim"))
 
+    begin = Text("loading is done; the first step compiles the model", style="dim")
     # stdout is not redirected, because it may be a file.
-    with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
+    with Live(begin, console=console, auto_refresh=False, redirect_stdout=False) as live:
 
         def show(event: Event) -> None:
             match event:
@@ -129,6 +152,8 @@ def _panel(output: Output, target: int) -> Iterator[Callable[[Event], None]]:
                         console.print(printable(line), markup=False)
                     else:
                         output.data(line)
+                    if event.is_best:
+                        console.print(_best(event), markup=False)
                 case _:
                     console.print(printable(_message(event)), markup=False)
 

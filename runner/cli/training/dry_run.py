@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cli.shared.output import Output
 from runner.cli.training.parameters import accepted, config_of, params_of, target_of
+from runner.cli.training.preflight import preflight
 
 if TYPE_CHECKING:
+    from gptj_model.config import GPTJConfig
     from runner.cli.training.job import Job
     from runner.config.params import Params
     from runner.planning.training_cost import TrainingPlan
@@ -16,15 +19,30 @@ if TYPE_CHECKING:
 def plan_job(output: Output, job: Job) -> dict[str, Any]:
     """Print the costs of a run; nothing is loaded or written, except for a moment to measure
     rates."""
+    params = accepted(job, params_of(job))
+    config = config_of(job, params)
+    target = preflight(job, params).target if job.epochs is not None else None
+    return print_costs(output, job, params, config, target)
+
+
+def print_costs(
+    output: Output, job: Job, params: Params, config: GPTJConfig, target: int | None = None
+) -> dict[str, Any]:
+    """Print memory, disk and time of a run, and return them as fields of the JSON object.
+
+    Args:
+        output: where they are printed.
+        job: job of the command line.
+        params: accepted parameters.
+        config: configuration of the model.
+        target: step to train to; None takes that of the job.
+    """
     from gptj_convert.resources import machine
     from gptj_convert.resources.rates import measure
-    from runner.training.run import checkpoints
 
-    params = accepted(job, params_of(job))
-    plan = _plan(job, params)
-    here = next(p for p in (job.model_dir, *job.model_dir.resolve().parents) if p.is_dir())
+    plan, missing = _plan(job, params, config, target)
+    here = _existing(job.model_dir)
     rates = measure(here)
-    missing = plan.missing_disk(len(checkpoints.steps(job.model_dir)))
     seconds, free = plan.seconds(rates), machine.disk_free(here)
     available = machine.memory_available()
     output.data(f"execution  {plan.execution}")
@@ -49,7 +67,7 @@ def plan_job(output: Output, job: Job) -> dict[str, Any]:
     }
 
 
-def refuse_a_full_disk(job: Job, params: Params) -> None:
+def refuse_a_full_disk(job: Job, params: Params, config: GPTJConfig, target: int) -> None:
     """Refuse a run that will fill the disk, before hours of work rather than after.
 
     Raises:
@@ -57,24 +75,32 @@ def refuse_a_full_disk(job: Job, params: Params) -> None:
     """
     from gptj_convert.resources import machine
     from gptj_model.errors import FileFault
-    from runner.training.run import checkpoints
 
-    plan = _plan(job, params)
-    needed = plan.missing_disk(len(checkpoints.steps(job.model_dir)))
-    if needed > (free := machine.disk_free(job.model_dir)):
+    plan, needed = _plan(job, params, config, target)
+    if needed > (free := machine.disk_free(_existing(job.model_dir))):
+        fewer = "runconfig.keep_best=0" if params.runconfig.keep_best else ""
+        fewer = fewer or "runconfig.keep_checkpoint_max=1"
         raise FileFault(
             f"{job.model_dir}: the run needs {needed / 1e9:.2f} GB of disk for {plan.states} "
             f"checkpoints and what a step keeps, {free / 1e9:.2f} GB are free",
-            hint="name a --model-dir on another disk, or keep fewer with "
-            "`--set runconfig.keep_checkpoint_max=1`",
+            hint=f"name a --model-dir on another disk, or keep fewer with `--set {fewer}`",
         )
 
 
-def _plan(job: Job, params: Params) -> TrainingPlan:
+def _plan(
+    job: Job, params: Params, config: GPTJConfig, target: int | None
+) -> tuple[TrainingPlan, int]:
+    """Return the costs of a run, and the bytes of disk that it still needs."""
     from runner.planning.training_cost import Span, plan_training
     from runner.training.run import checkpoints
 
     steps = checkpoints.steps(job.model_dir)
     step = steps[-1] if steps else 0
-    span = Span(begin=step, end=target_of(job, params, step), existing=len(steps))
-    return plan_training(config_of(job, params), params, span)
+    end = target_of(job, params, step) if target is None else target
+    plan = plan_training(config, params, Span(begin=step, end=end, existing=len(steps)))
+    return plan, plan.missing_disk(len(steps))
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(p for p in (folder, *folder.resolve().parents) if p.is_dir())

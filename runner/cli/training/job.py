@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import rich_click as click
 
+TRAINING_MODES = ("train", "train_and_eval")
 MODES = ("train", "eval", "eval_all", "train_and_eval")
 
 
@@ -27,6 +28,8 @@ class Job:
     """Checkpoint whose weights alone the run starts from, or that is evaluated."""
     max_steps: int | None = None
     steps: int | None = None
+    epochs: float | None = None
+    """Number of passes over the training records, counted from the start of the run."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     workers: int | None = None
@@ -35,9 +38,7 @@ class Job:
     """Where to stop before the first step."""
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and self.steps is not None:
-            raise click.UsageError("--max-steps and --steps exclude each other")
-        if self.adapter and self.mode not in ("train", "train_and_eval"):
+        if self.adapter and self.mode not in TRAINING_MODES:
             raise click.UsageError(f"--adapter begins a training, and the mode is {self.mode}")
-        if self.only and self.mode not in ("train", "eval"):
+        if self.only == "compile" and self.mode not in ("train", "eval"):
             raise click.UsageError(f"mode {self.mode} cannot be compiled, expected train or eval")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import ConfigError
@@ -14,6 +14,7 @@ from runner.cli.shared.stop_signals import StopSignals
 from runner.cli.training.display import training_display
 from runner.cli.training.dry_run import refuse_a_full_disk
 from runner.cli.training.parameters import target_of, weights_to_begin_with
+from runner.cli.training.preflight import TRAIN_INPUT, Preflight, preflight, say_facts
 from runner.config.execution import Backend
 
 if TYPE_CHECKING:
@@ -27,19 +28,20 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
     """Train as far as asked for, or until a signal; return the fields of the JSON object."""
     import tensorflow as tf
 
-    from gptj_convert.files.whole_file import write_whole
+    from gptj_convert.formats.layouts.tf import read_best
     from gptj_convert.settings.params_yaml import PARAMS_FILE
-    from runner.data.reading.records import find_records
     from runner.training import train as training
+    from runner.training.run.events import StoppedEarly
     from runner.training.run.folder import locked
 
     begin = weights_to_begin_with(job, params)
-    find_records(params.train_input.data_dir)  # before the model is loaded
     stop = StopSignals()
     with ExitStack() as stack:
         if not workers.index:
             stack.enter_context(locked(job.model_dir))
-            refuse_a_full_disk(job, params)
+        facts = preflight(job, params, workers.count)
+        if not workers.index:
+            refuse_a_full_disk(job, params, facts.config, facts.target)
         stack.enter_context(stop)
         stack.enter_context(tf.device(_device(params.runconfig.device)))
         run = training.Run(
@@ -55,19 +57,46 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         stack.enter_context(run)
         if (begin or job.adapter) and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
-        target = target_of(job, params, run.step)
-        kept = job.model_dir / PARAMS_FILE
-        if not workers.index and (run.step < target or not kept.exists()):
-            write_whole(kept, params.to_yaml())
-        _announce(output, run, target, begin)
-        show = stack.enter_context(training_display(output, target))
+        target = target_of(job, params, run.step, run.place, facts.epochs[TRAIN_INPUT])
         evaluate = job.mode == "train_and_eval"
+        ended = training.is_finished(run, target, evaluate=evaluate)
+        if not workers.index and not (ended and (job.model_dir / PARAMS_FILE).exists()):
+            _keep_description(job, params, run, target)
+        if not ended:
+            _announce(output, job, run, target, facts)
+        elif run.step >= target:
+            output.note(f"step {run.step} of {target} is reached; nothing to do")
+        show = stack.enter_context(training_display(output, target, params.runconfig))
+        early = None
         for event in training.train(run, target, stopped=stop.asked, evaluate=evaluate):
             show(event)
+            early = event.reason if isinstance(event, StoppedEarly) else early
     if stop.code is not None:
-        output.note(f"stopped; step {run.step} is saved. Run the same command to resume")
-    fields = {"output": str(job.model_dir), "step": run.step}
+        what = f"step {run.step} is saved" if run.step else "nothing was trained yet"
+        output.note(f"stopped; {what}. Run the same command to resume")
+    fields: dict[str, Any] = {"output": str(job.model_dir), "step": run.step}
+    if early:
+        fields["stopped_early"] = early
+    if best := read_best(job.model_dir):
+        name, metric = next(iter(best.items()))
+        fields["best"] = {"checkpoint": str(job.model_dir / name), **metric}
     return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+
+
+def _keep_description(job: Job, params: Params, run: Run, target: int) -> None:
+    """Write what the run is trained with into its folder: parameters, records, and this start."""
+    from gptj_convert.files.whole_file import write_whole
+    from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from runner.training.run.records_file import fingerprints_of, keep_fingerprints
+    from runner.training.run.starts import record_start
+
+    if job.epochs is not None:  # so that the file alone trains the same number of steps
+        runconfig = params.runconfig.model_copy(update={"max_steps": target})
+        params = params.model_copy(update={"runconfig": runconfig})
+    write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
+    found = fingerprints_of(params, evaluates=job.mode == "train_and_eval")
+    keep_fingerprints(job.model_dir, found)
+    record_start(job.model_dir, run.step, target)
 
 
 def _device(name: str | None) -> str | None:
@@ -95,19 +124,17 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-def _announce(output: Output, run: Run, target: int, begin: Path | None) -> None:
+def _announce(output: Output, job: Job, run: Run, target: int, facts: Preflight) -> None:
     import tensorflow as tf
 
     from gptj_convert.resources import machine
 
-    if run.step >= target:
-        output.note(f"step {run.step} of {target} is reached; nothing to do")
-        return
+    say_facts(output, replace(facts, step=run.step, place=run.place, target=target))
     verb = "resuming from" if run.step else "starting at"
     output.note(f"{run.model_dir}: {verb} step {run.step}, target {target}")
     if run.executor.placement:
         output.note(run.executor.placement)
-    if not run.continued and begin is None:
+    if not run.continued and weights_to_begin_with(job, run.params) is None:
         output.note("weights are initialized at random: no checkpoint is named")
     feature = machine.HALF_PRECISION.get(run.params.dtype_policy.removeprefix("mixed_"))
     on_cpu = run.params.runconfig.backend != Backend.JAX and not tf.config.list_physical_devices(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.cli.training.job import TRAINING_MODES
+
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
     from runner.cli.training.job import Job
     from runner.config.params import Params
+    from runner.data.reading.epoch import Epoch
+    from runner.data.reading.place import Place
 
 
 def params_of(job: Job) -> Params:
@@ -60,10 +64,34 @@ def accepted(job: Job, params: Params, workers: int | None = None) -> Params:
     if job.max_steps is not None:
         effective["max_steps"] = job.max_steps
     runconfig = params.runconfig.model_copy(update=effective)
-    params = params.model_copy(update={"runconfig": runconfig})
-    if before and job.mode in ("train", "train_and_eval"):
+    # The order of the records depends on the buffer, so another batch size must not change it.
+    order = (before or params).train_input.effective_shuffle_buffer
+    section = params.train_input
+    section = section.model_copy(update={"shuffle_buffer": section.shuffle_buffer or order})
+    params = params.model_copy(update={"runconfig": runconfig, "train_input": section})
+    if before and is_training(job):
         accept_changes(params, before, job.settings)
+    if job.mode == "train":
+        _refuse_choice_without_evaluation(params)
     return params
+
+
+def _refuse_choice_without_evaluation(params: Params) -> None:
+    """Refuse settings that need evaluations in a mode that makes none.
+
+    Raises:
+        ConfigError: the parameters keep the best checkpoints, or stop early.
+    """
+    from gptj_model.errors import ConfigError
+
+    asked = {"keep_best": 0, "early_stopping": None}
+    for name, off in asked.items():
+        if getattr(params.runconfig, name):
+            raise ConfigError(
+                f"runconfig.{name} is set, and --mode train makes no evaluation to judge by",
+                hint="--mode train_and_eval, or "
+                f"--set runconfig.{name}={'null' if off is None else off}",
+            )
 
 
 def config_of(job: Job, params: Params) -> GPTJConfig:
@@ -96,10 +124,29 @@ def config_of(job: Job, params: Params) -> GPTJConfig:
         return reconcile(params, checkpoint.config, begin)
 
 
-def target_of(job: Job, params: Params, step: int) -> int:
-    """Return the step that a run which has reached `step` trains to."""
+def is_training(job: Job) -> bool:
+    """Return whether the job trains."""
+    return job.mode in TRAINING_MODES
+
+
+def target_of(
+    job: Job, params: Params, step: int, place: Place | None = None, epoch: Epoch | None = None
+) -> int:
+    """Return the step that a run trains to.
+
+    Args:
+        job: job of the command line.
+        params: parameters of the run.
+        step: step that the run has reached.
+        place: its place in the training records, for --epochs.
+        epoch: size of an epoch of them, for --epochs.
+    """
     if job.max_steps is not None:
         return job.max_steps
+    if job.epochs is not None:
+        assert place is not None, "--epochs reads the records"
+        assert epoch is not None, "--epochs reads the records"
+        return step + epoch.steps_to(job.epochs, place, params.train_input.batch_size)
     more = job.steps if job.steps is not None else params.runconfig.steps
     return params.runconfig.max_steps if more is None else step + more
 
@@ -109,3 +156,27 @@ def weights_to_begin_with(job: Job, params: Params) -> Path | None:
     has checkpoints needs none."""
     named = params.runconfig.checkpoint_path
     return job.init_from or job.checkpoint_path or (Path(named) if named else None)
+
+
+def checkpoints_to_evaluate(job: Job, params: Params) -> list[tuple[int | None, Path]]:
+    """Return step and path of each checkpoint that a job evaluates; a checkpoint outside of the
+    run's folder has no step.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from gptj_model.errors import UsageError
+    from runner.training.run import checkpoints
+
+    named = job.checkpoint_path or weights_to_begin_with(job, params)
+    steps = checkpoints.steps(job.model_dir)
+    if job.mode == "eval" and named and (job.checkpoint_path or not steps):
+        return [(None, named)]
+    if not steps:
+        raise UsageError(
+            f"{job.model_dir} holds no checkpoint to evaluate",
+            hint="name the folder of a run with --model-dir, or a checkpoint with "
+            "--checkpoint-path",
+        )
+    chosen = steps if job.mode == "eval_all" else steps[-1:]
+    return [(step, checkpoints.prefix(job.model_dir, step)) for step in chosen]

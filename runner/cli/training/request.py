@@ -8,7 +8,7 @@ import rich_click as click
 
 from runner.cli.shared.output import Output
 from runner.cli.training.job import Job
-from runner.cli.training.parameters import accepted, params_of, weights_to_begin_with
+from runner.cli.training.parameters import accepted, checkpoints_to_evaluate, params_of
 
 if TYPE_CHECKING:
     from runner.config.params import Params
@@ -69,16 +69,18 @@ def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:
 
 def _evaluate(output: Output, job: Job, params: Params) -> dict[str, Any]:
     from runner.cli.evaluation.records import evaluate_model
-    from runner.training.run import checkpoints
+    from runner.reports.evaluations import record_evaluation
 
-    begin = job.checkpoint_path or weights_to_begin_with(job, params)
-    steps = checkpoints.steps(job.model_dir)
-    if job.mode == "eval" and begin and (job.checkpoint_path or not steps):
-        return {"metrics": evaluate_model(output, begin, params)}
-    if not steps:
-        raise click.UsageError(f"{job.model_dir} holds no checkpoint to evaluate")
-    metrics = {}
-    for step in steps if job.mode == "eval_all" else steps[-1:]:
-        prefix = checkpoints.prefix(job.model_dir, step)
-        metrics = evaluate_model(output, prefix, params) | {"global_step": step}
-    return {"metrics": metrics}
+    found: list[dict[str, Any]] = []
+    for step, path in checkpoints_to_evaluate(job, params):
+        if step is None:
+            return {"metrics": evaluate_model(output, path, params)}
+        metrics = evaluate_model(output, path, params, step=step)
+        found.append({**metrics, "global_step": step})
+        if job.mode == "eval_all":
+            try:
+                record_evaluation(job.model_dir, step, metrics)
+            except OSError as e:
+                output.note(f"note: {e.filename}: {e.strerror}; `gptj runs` will not show these")
+    fields: dict[str, Any] = {"metrics": found[-1]}
+    return fields | ({"evaluations": found} if job.mode == "eval_all" else {})

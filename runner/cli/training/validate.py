@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.shared.output import Output
-from runner.cli.training.parameters import config_of
+from runner.cli.training.dry_run import print_costs, refuse_a_full_disk
+from runner.cli.training.parameters import checkpoints_to_evaluate, is_training
+from runner.cli.training.preflight import preflight, say_facts
 from runner.config.execution import Backend, Execution
 
 if TYPE_CHECKING:
@@ -24,40 +26,43 @@ def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
     """Check everything up to the first step, and return the fields of the JSON object."""
     from gptj_convert.resources import footprint
     from runner.config.trainable import trainable_rows
-    from runner.data.reading.records import check_records, find_records
-    from runner.planning.training_cost import plan_training
 
     if job.only == "compile" and params.runconfig.execution == Execution.STREAMING:
         raise click.UsageError("--compile-only compiles the step of a resident run")
-    section = params.train_input if job.mode == "train" else params.eval_input
-    if section is None:
-        raise click.UsageError("eval_input is missing, expected the records to evaluate on")
-    config = config_of(job, params)
-    paths = find_records(section.data_dir)
-    check_records(paths, length=section.max_sequence_length, vocab_size=config.vocab_size,
-                  only_first=True)  # fmt: skip
-    tokens = section.batch_size * section.max_sequence_length
-    trained = trainable_rows(config, params)
-    flops = tokens * footprint.token_flops(config, section.max_sequence_length, trained)
-    if job.mode == "eval":
-        flops = tokens * footprint.token_flops(config, section.max_sequence_length) / 3
+    trains = is_training(job)
+    if not trains:
+        checkpoints_to_evaluate(job, params)
+    facts = preflight(job, params, params.runconfig.workers)
+    config, target = facts.config, facts.target
+    say_facts(output, facts, output.data)
+    section = params.train_input if trains else params.eval_input
+    assert section, "checked"
+    length = section.max_sequence_length
+    tokens, rows = section.batch_size * length, trainable_rows(config, params)
+    flops = tokens * footprint.token_flops(config, length, rows)
+    if not trains:
+        flops = tokens * footprint.token_flops(config, length) / 3
     fields: dict[str, Any] = {
         "parameters": footprint.parameters(config),
-        "trained_parameters": sum(t.size for t in trained),
+        "trained_parameters": sum(t.size for t in rows),
         "flops_per_batch": round(flops),
+        "epochs": facts.fields,
     }
-    if _on_jax(params):
-        planned, memory = _planned_devices(params, config, trained)
-    else:
-        rss = plan_training(config, params).memory
-        planned, memory = {"planned_rss_bytes": rss}, f"{rss / 1e9:.2f} GB of memory planned"
-    fields |= planned
-    if job.only == "compile":
-        fields |= _compile(output, job, params)
     output.data(
         f"{fields['parameters']:,} parameters, {fields['trained_parameters']:,} of them trained; "
-        f"a batch of {tokens:,} tokens takes {flops / 1e12:.3g} TFLOP; {memory}"
+        f"a batch of {tokens:,} tokens takes {flops / 1e12:.3g} TFLOP"
     )
+    if _on_jax(params):
+        planned, memory = _planned_devices(params, config, rows)
+        output.data(memory)
+        fields |= planned
+    elif trains:
+        fields |= print_costs(output, job, params, config, target)
+    if trains:
+        refuse_a_full_disk(job, params, config, target)
+        fields |= {"step": facts.step, "target": target}
+    if job.only == "compile":
+        fields |= _compile(output, job, params)
     return fields
 
 

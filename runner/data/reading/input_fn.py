@@ -11,9 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from gptj_model.errors import ConfigError, DataFault
+from gptj_model.errors import DataFault
 from runner.config.params import InputParams
 from runner.data.reading.example import FEATURES, INPUT_IDS, INPUT_MASK, LABELS
+from runner.data.reading.place import Place, check_shares, place_after, whole_batches
 from runner.data.reading.records import check_records, count_records, find_records, is_compressed
 
 #: Ids int32 (B, T); mask of ignored tokens float32 (B, T), 1 where the loss does not count the
@@ -34,14 +35,14 @@ class Batches(Iterator[Batch]):
     """Iterator over batches, made by `batches`.
 
     Attributes:
-        position: number of batches returned so far, including those skipped at the beginning. It
-            is the whole state: `batches(…, skip=position)` continues with the next batch.
+        place: place of the next record. It is the whole state: `batches(…, start=place)` continues
+            with the next batch, of whatever size.
     """
 
     def __init__(
-        self, dataset: tf.data.Dataset, params: InputParams, vocab_size: int, position: int
+        self, dataset: tf.data.Dataset, params: InputParams, vocab_size: int, start: Place
     ) -> None:
-        self.position = position
+        self.place = start
         self._iterator = iter(dataset)
         self._params = params
         self._vocab_size = vocab_size
@@ -53,13 +54,14 @@ class Batches(Iterator[Batch]):
             DataFault: a record is damaged or invalid; with file, number and offset.
         """
         try:
-            batch = next(self._iterator)
+            epoch, batch = next(self._iterator)
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
             # TensorFlow does not name the record, so look for it.
             folders, length = self._params.data_dir, self._params.max_sequence_length
             check_records(find_records(folders), length=length, vocab_size=self._vocab_size)
             raise DataFault(f"{', '.join(folders)}: cannot be read: {e.message}") from None
-        self.position += 1
+        begin = self.place.record if epoch == self.place.epoch else 0
+        self.place = Place(int(epoch), begin + self._params.batch_size)
         return batch
 
 
@@ -68,7 +70,7 @@ def batches(
     *,
     vocab_size: int,
     training: bool,
-    skip: int = 0,
+    start: Place | None = None,
     worker: int = 0,
     workers: int = 1,
 ) -> Batches:
@@ -82,7 +84,7 @@ def batches(
         params: section train_input or eval_input.
         vocab_size: size of the model's vocabulary.
         training: default of shuffle and repeat.
-        skip: number of batches to skip at the beginning when a run resumes.
+        start: place to resume at; None starts after the section's `skip_steps` batches.
         worker: number of this worker, from 0.
         workers: number of workers that divide every batch among them.
 
@@ -92,44 +94,28 @@ def batches(
         DataFault: the files differ from data_params.json, hold fewer records than a batch, or
             the first record of a file is invalid.
     """
-    if params.batch_size % workers:
-        raise ConfigError(
-            f"batch_size is {params.batch_size}, expected a multiple of the number of workers, "
-            f"{workers}"
-        )
+    check_shares(params, workers)
     paths = find_records(params.data_dir)
     length = params.max_sequence_length
     check_records(paths, length=length, vocab_size=vocab_size, only_first=True)
-    epoch, within = _place(params, paths, skip + params.skip_steps)
+    whole_batches(params, count_records(paths, enough=params.batch_size))
+    start = place_after(params, params.skip_steps) if start is None else start
     repeat = training if params.repeat is None else params.repeat
     shuffle = training if params.shuffle is None else params.shuffle
-    numbers = tf.data.Dataset.range(epoch, _ENDLESS if repeat else max(epoch, 1))
+    last = _ENDLESS if repeat else max(start.epoch, 1)
+    parse = _parser(length, vocab_size)
     dataset = (
-        numbers.flat_map(_epoch(params, paths, shuffle=shuffle))
-        .skip(within)
-        .map(lambda serialized: serialized[worker::workers])
-        .map(_parser(length, vocab_size))
+        tf.data.Dataset.range(start.epoch, last)
+        .flat_map(_epoch(params, paths, start, shuffle=shuffle))
+        .map(lambda epoch, serialized: (epoch, parse(serialized[worker::workers])))
         .prefetch(tf.data.AUTOTUNE)
     )
-    return Batches(dataset, params, vocab_size, skip)
+    return Batches(dataset, params, vocab_size, start)
 
 
-def _place(params: InputParams, paths: list[Path], position: int) -> tuple[int, int]:
-    """Return the epoch of a batch and its number within the epoch."""
-    size = params.batch_size
-    # Only a resumed run needs the length of an epoch.
-    records = count_records(paths, enough=None if position else size)
-    if records < size:
-        where = ", ".join(params.data_dir)
-        raise DataFault(
-            f"{where}: holds {records} records, expected at least one batch of {size}",
-            hint="choose a smaller batch_size",
-        )
-    return divmod(position, records // size) if position else (0, 0)
-
-
-def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
-    """Return a function from the number of an epoch to its batches of serialized records."""
+def _epoch(params: InputParams, paths: list[Path], start: Place, *, shuffle: bool):
+    """Return a function from the number of an epoch to that number with each of its batches of
+    serialized records."""
     names = [str(p) for p in paths]
     kinds = ["GZIP" if is_compressed(p) else "" for p in paths]
     seed = params.effective_shuffle_seed
@@ -145,7 +131,10 @@ def _epoch(params: InputParams, paths: list[Path], *, shuffle: bool):
             buffer = params.effective_shuffle_buffer
             own: Any = seed + number * _SEED_STEP
             records = records.shuffle(buffer, seed=own, reshuffle_each_iteration=False)
-        return records.batch(params.batch_size, drop_remainder=True)
+        # The records before the start were read by an earlier process.
+        read = tf.where(number == start.epoch, tf.constant(start.record, tf.int64), 0)
+        grouped = records.skip(read).batch(params.batch_size, drop_remainder=True)
+        return grouped.map(lambda serialized: (number, serialized))
 
     return epoch
 

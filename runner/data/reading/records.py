@@ -32,7 +32,7 @@ _GZIP_LEVEL = 3
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 #: Size limit in bytes of a record whose number of tokens is unknown.
-_LARGEST = max_bytes(2**20)
+MAX_RECORD_BYTES = max_bytes(2**20)
 
 DATA_HINT = (
     "make records with `gptj data text SRC… --tokenizer DIR --max-sequence-length N --out data`"
@@ -124,7 +124,7 @@ def count_records(paths: Iterable[Path], *, enough: int | None = None) -> int:
             count += stated.examples
         else:
             left = None if enough is None else enough - count
-            count += sum(1 for _ in islice(read_records(path, max_bytes=_LARGEST), left))
+            count += sum(1 for _ in islice(read_records(path, max_bytes=MAX_RECORD_BYTES), left))
     return count
 
 
@@ -229,7 +229,7 @@ def read_examples(
         DataFault: a record is invalid; with file, number and feature.
     """
     # Feature names and varints of at most 10 bytes cannot make a larger record.
-    limit = max(max_bytes(length), 1 << 20) if length else _LARGEST
+    limit = max(max_bytes(length), 1 << 20) if length else MAX_RECORD_BYTES
     for number, offset, data in read_records(path, max_bytes=limit):
         place = f"{path}: record {number} at byte {offset}"
         try:

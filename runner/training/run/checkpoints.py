@@ -26,7 +26,13 @@ from gptj_convert.formats.containers.tensor_bundle import (
     data_path,
     index_path,
 )
-from gptj_convert.formats.layouts.tf import RUN_PREFIX, STATE_FILE, read_state, state_text
+from gptj_convert.formats.layouts.tf import (
+    RUN_PREFIX,
+    STATE_FILE,
+    read_best,
+    read_state,
+    state_text,
+)
 from gptj_model.errors import FileFault, TrainingFault
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import GLOBAL_STEP
@@ -43,6 +49,11 @@ def steps(model_dir: Path) -> list[int]:
 def prefix(model_dir: Path, step: int) -> Path:
     """Return the path prefix of the checkpoint of a step."""
     return model_dir / f"{RUN_PREFIX}-{step}"
+
+
+def step_of(name: str) -> int:
+    """Return the step of the checkpoint of this name, `model.ckpt-N`."""
+    return int(name.rpartition("-")[2])
 
 
 def save(model_dir: Path, step: int, tensors: Mapping[str, Any], *, keep: int) -> Path:
@@ -160,20 +171,25 @@ class Draft:
 
 
 def retain(model_dir: Path, *, keep: int, superseded: int | None = None) -> None:
-    """Delete the oldest checkpoints beyond `keep` (0 keeps all), and list the others in the state
-    file.
+    """Delete the oldest checkpoints beyond `keep` (0 keeps all) except the best, and list the
+    others in the state file.
 
     Args:
         model_dir: folder of the run, with at least one checkpoint.
-        keep: number of checkpoints to keep.
-        superseded: step whose checkpoint is deleted in any case.
+        keep: number of newest checkpoints to keep, beside those that best.json names.
+        superseded: step whose checkpoint is deleted unless it is among the best.
+
+    Raises:
+        FileFault: best.json is damaged; nothing is deleted.
     """
-    known = [step for step in steps(model_dir) if step != superseded]
-    kept = known[-keep:] if keep else known
-    _write_state(model_dir, kept)
+    best = set(read_best(model_dir))
+    protected = {step for step in steps(model_dir) if prefix(model_dir, step).name in best}
+    known = [step for step in steps(model_dir) if step != superseded or step in protected]
+    newest = known[-keep:] if keep else known
+    _write_state(model_dir, [s for s in known if s >= newest[0] or s in protected])
     # A run that was killed while it wrote or deleted leaves data without an index.
     for old in _numbers(model_dir, _FILE_NAME):
-        if old == superseded or (keep and old < kept[0]):
+        if (old == superseded or old < newest[0]) and old not in protected:
             _remove(prefix(model_dir, old))
 
 

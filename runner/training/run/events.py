@@ -47,6 +47,16 @@ class Evaluated:
 
     step: int
     metrics: dict[str, float]
+    is_best: bool = False
+    """Whether no earlier evaluation was better."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedEarly:
+    """The run ends before its target, as early_stopping says."""
+
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,4 +66,4 @@ class Warning:
     text: str
 
 
-Event = StepDone | Skipped | Saved | Evaluated | Warning
+Event = StepDone | Skipped | Saved | Evaluated | StoppedEarly | Warning

@@ -9,17 +9,22 @@ from typing import Any
 
 from gptj_convert.files.lock_file import try_lock
 from gptj_convert.files.whole_file import PARTIAL
+from gptj_convert.settings.params_yaml import PARAMS_FILE
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.optimizer_names import ADAMS
+from gptj_model.source import TensorSource, read_tensor
+from gptj_model.tensors import DATA_PLACE, GLOBAL_STEP, SKIPPED_STEPS
 from runner.config.params import Params
+from runner.config.params_file import load_params
+from runner.data.reading.place import Place, place_after
 
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 
 #: Parameters that a resumed run may change: how long and how often, not what is computed.
 _FREE = ("runconfig", "eval_input", "model.recompute", "optimizer.log_hists")
-#: Position in the data that a run starts at.
+#: Number of batches that a run skips at its start; when it resumes, its place in the data counts.
 _SKIPPED = "train_input.skip_steps"
 #: Parameters that bind a run: dropout masks differ from worker to worker.
 _BOUND = ("runconfig.workers",)
@@ -52,6 +57,42 @@ def kept_config(model_dir: Path, params: Params) -> GPTJConfig:
     """
     path = model_dir / CONFIG_FILE
     return GPTJConfig.from_file(path) if path.is_file() else params.config
+
+
+def stored_step(source: TensorSource) -> int:
+    """Return the global step that a checkpoint stores, or 0."""
+    return _stored_count(source, GLOBAL_STEP)
+
+
+def stored_skips(source: TensorSource) -> int:
+    """Return the number of steps without an update that a checkpoint stores, or 0."""
+    return _stored_count(source, SKIPPED_STEPS)
+
+
+def stored_place(source: TensorSource, params: Params, model_dir: Path) -> Place:
+    """Return the place in the training records that a checkpoint stores.
+
+    Checkpoints of other programs, and of older versions of this one, store only their step, which
+    is multiplied by the batch size that the run had.
+
+    Raises:
+        ConfigError: the params.yaml of the run cannot be read.
+        UsageError, DataFault: see `place_after`.
+    """
+    if DATA_PLACE in source.tensors:
+        return Place(*(int(n) for n in read_tensor(source, DATA_PLACE)))
+    kept = model_dir / PARAMS_FILE
+    if kept.is_file():
+        before = load_params(kept)
+        # The CS client states there where its last launch started.
+        params = params if before.runconfig.cs_ip else before
+    section, group = params.train_input, params.optimizer.grad_accum_steps
+    steps = stored_step(source) + stored_skips(source)
+    return place_after(section, steps * group + section.skip_steps)
+
+
+def _stored_count(source: TensorSource, name: str) -> int:
+    return int(read_tensor(source, name)) if name in source.tensors else 0
 
 
 #: Parameters without effect on a run that has checkpoints: they concern initial weights or logging,
@@ -140,6 +181,12 @@ def accept_changes(params: Params, saved: Params, settings: Mapping[str, Any]) -
     given, before = _effective(params), _effective(saved)
     if saved.runconfig.cs_ip:  # step that its last launch started at
         before[_SKIPPED] = given[_SKIPPED]
+    if given[_SKIPPED] != before[_SKIPPED]:
+        raise ConfigError(
+            f"{_SKIPPED} was {before[_SKIPPED]}, now {given[_SKIPPED]}, and it counts only at the "
+            "start of a run",
+            hint=f"leave it at {before[_SKIPPED]}: the run resumes at its place in the records",
+        )
     problems = [
         f"{key} was {before.get(key)!r}, now {given.get(key)!r}"
         for key in sorted(given.keys() | before.keys())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from runner.config.eval_metric import EvalMetric
 from runner.config.params import Params
 from runner.training.run.events import Evaluated, StepDone
 from runner.training.run.folder import METRICS_FILE
@@ -65,7 +66,7 @@ class Logs:
     def evaluation(self, event: Evaluated) -> None:
         """Log the metrics of an evaluation."""
         # The `loss` of a row is the training loss of its step; an evaluation has only eval/ keys.
-        metrics = {k if "/" in k else f"eval/{k}": v for k, v in event.metrics.items()}
+        metrics = {EvalMetric(key).row_key: value for key, value in event.metrics.items()}
         self._line({"step": event.step, **metrics})
         self._summaries(event.step, metrics)
 
