@@ -34,6 +34,10 @@ from runner.cli.training.request import run_job
 from runner.config.cs_target import Target
 
 _ON_CS = "a CS system (--cs_ip)"
+_PYTORCH = (
+    "is the device of the CS PyTorch client's run.py; this is the TensorFlow reference's: leave it "
+    "out, or run that client with `gptj train --target csx`"
+)
 _EVALUATION = (
     "--checkpoint_path", "--eval_steps", "--validate_only", "--compile_only", "--device", "--set",
 )  # fmt: skip
@@ -55,6 +59,7 @@ RULES = OptionRules(
     "python -m runner.run --mode train --params params.yaml --model_dir model_dir",
     "python -m runner.run --mode eval --params params.yaml --model_dir model_dir --eval_steps 10",
     rules=RULES,
+    strangers=dict.fromkeys(("CPU", "GPU", "CSX"), _PYTORCH),
 )
 @click.option(
     "--params",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 from typing import TextIO
 
 
@@ -26,3 +27,15 @@ def try_lock(lock: TextIO) -> str | None:
     lock.write(str(os.getpid()))
     lock.flush()
     return None
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process holds a lock file; the file is not changed."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

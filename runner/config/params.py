@@ -132,8 +132,11 @@ class Initializer(Section):
     """Named scale of variance_scaling: wang_init is 4 / layers², small_init is 2 / 5."""
     mode: Literal["fan_in", "fan_out", "fan_avg"] = "fan_in"
     """Fan of variance_scaling."""
-    distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
-    """Shape of the distribution of scaled_init_normal and variance_scaling."""
+    distribution: Literal["truncated_normal", "normal", "untruncated_normal", "uniform"] = (
+        "truncated_normal"
+    )
+    """Shape of the distribution of scaled_init_normal and variance_scaling; normal means
+    truncated_normal, as in Keras."""
 
 
 Initializers = Annotated[list[Initializer], BeforeValidator(_as_list), Field(max_length=1)]

@@ -15,6 +15,7 @@ from gptj_convert.settings.params_yaml import TRAINING_FIELDS, line_finder, read
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from runner.config import params as p
+from runner.config.other_configs import other_program
 from runner.config.params import SCHEDULES, Params
 
 #: Fields on which the YAML and the checkpoint must agree.
@@ -59,6 +60,13 @@ def load_params(path: Path, settings: Mapping[str, Any] | None = None) -> Params
         ConfigError: the file is invalid; lists every problem with its line and path in the YAML.
     """
     values = read_yaml(path)
+    if other := other_program(values):
+        program, hint = other
+        raise ConfigError(
+            f"{path}: is a configuration of {program}, expected the sections "
+            f"{', '.join(_SECTIONS)}",
+            hint=hint,
+        )
     return validate(values, settings or {}, where=str(path), line=line_finder(path))
 
 

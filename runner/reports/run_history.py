@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.formats.layouts.tf import read_best
 from gptj_convert.settings.params_yaml import PARAMS_FILE, read_yaml
 from gptj_model.errors import FileFault, UsageError
-from runner.training.run.folder import METRICS_FILE
+from runner.config.eval_metric import EVAL_PREFIX
+from runner.reports.evaluations import read_evaluations
+from runner.training.run.checkpoints import step_of
+from runner.training.run.folder import METRICS_FILE, is_locked
+from runner.training.run.starts import Start, read_starts
 
 #: Prefixes of parameters that do not affect what is learned, such as length and place of a run.
 _ASIDE = ("runconfig.", "csconfig.")
@@ -32,15 +37,41 @@ class RunHistory:
     """Rows of metrics.jsonl: those of steps have `loss`, those of evaluations `eval/…`."""
     params: Mapping[str, Any]
     """Values of params.yaml by dotted key."""
+    evaluations: Sequence[Row] = ()
+    """Evaluations of its checkpoints, by rising step: those of training, and of eval_all, which
+    count where a step has both."""
+    starts: Sequence[Start] = ()
+    """Times that it was started or resumed."""
+    best: Sequence[int] = ()
+    """Steps of the checkpoints that best.json names, the best first."""
+    is_running: bool = False
+    """Whether a process trains it now."""
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """Return step and value of each row that has the key."""
-        return [(row["step"], row[key]) for row in self.rows if key in row]
+        rows = self.evaluations if key.startswith(EVAL_PREFIX) else self.rows
+        return [(row["step"], row[key]) for row in rows if key in row]
 
     @property
     def step(self) -> int:
         """Last step that was logged."""
         return self.rows[-1]["step"]
+
+    @property
+    def resumptions(self) -> Sequence[Start]:
+        """Starts after the first."""
+        return self.starts[1:]
+
+    @property
+    def skipped_steps(self) -> int | None:
+        """Number of steps without an update, or None without a dynamic loss scale."""
+        counts = [count for _, count in self.series("skipped_steps")]
+        return int(counts[-1]) if counts else None
+
+    @property
+    def target(self) -> int | None:
+        """Step that its last start trains to, or None."""
+        return self.starts[-1].target if self.starts else None
 
     @property
     def loss(self) -> float | None:
@@ -92,7 +123,20 @@ def read_run(model_dir: Path) -> RunHistory:
         raise UsageError(f"{path}: is empty, expected at least one logged step")
     params = model_dir / PARAMS_FILE
     values = read_yaml(params) if params.is_file() else {}
-    return RunHistory(name=str(model_dir), rows=rows, params=_flat(values))
+    evaluated = {
+        int(row["step"]): row
+        for row in (*rows, *read_evaluations(model_dir))
+        if any(key.startswith(EVAL_PREFIX) for key in row)
+    }
+    return RunHistory(
+        name=str(model_dir),
+        rows=rows,
+        params=_flat(values),
+        evaluations=[evaluated[step] for step in sorted(evaluated)],
+        starts=read_starts(model_dir),
+        best=[step_of(name) for name in read_best(model_dir)],
+        is_running=is_locked(model_dir),
+    )
 
 
 def differences(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.files import html_page
+from runner.config.eval_metric import EvalMetric
 from runner.reports.run_history import RunHistory
 
 TEMPLATE_FILE = "runs.html.j2"
@@ -18,7 +19,8 @@ WIDTH, HEIGHT = 960, 300
 _POINTS = WIDTH // 2
 #: Charts: key of the curve in the metrics, title, and key of the dots or None.
 _CHARTS = (
-    ("loss", "Loss", "eval/loss"),
+    ("loss", "Loss", EvalMetric.LOSS.row_key),
+    (EvalMetric.ACCURACY.row_key, "Accuracy of the evaluations", EvalMetric.ACCURACY.row_key),
     ("learning_rate", "Learning rate", None),
     ("unclipped_grad_norm", "Norm of the gradients", None),
 )
@@ -38,6 +40,10 @@ class _Line:
     points: str
     """Points of the curve in the syntax of SVG."""
     dots: Sequence[tuple[float, float]]
+    best: tuple[float, float] | None
+    """Dot of the best checkpoint."""
+    resumptions: Sequence[float]
+    """Where the run was resumed, along the axis of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,11 @@ class _Chart:
 
 
 def write_page(
-    path: Path, runs: Sequence[RunHistory], differing: Mapping[str, Sequence[Any]]
+    path: Path,
+    runs: Sequence[RunHistory],
+    differing: Mapping[str, Sequence[Any]],
+    *,
+    reload: int | None = None,
 ) -> None:
     """Write the page; it replaces an existing file once it is complete.
 
@@ -57,6 +67,7 @@ def write_page(
         path: path of the page.
         runs: runs in the order of their colors.
         differing: parameters that differ, each with one value per run; see `differences`.
+        reload: seconds after which an open page loads itself again; None never does.
 
     Raises:
         OSError: the page cannot be written.
@@ -68,6 +79,8 @@ def write_page(
         "width": WIDTH,
         "height": HEIGHT,
         "colors": 8,
+        "reload": reload,
+        "metrics": [metric.row_key for metric in EvalMetric],
     }
     html_page.write_page(path, "runner.reports", TEMPLATE_FILE, values, figure=figure)
 
@@ -98,7 +111,9 @@ def _chart(runs: Sequence[RunHistory], key: str, title: str, dots: str | None) -
     drawn = []
     for n, (series, marked) in enumerate(zip(lines, marks, strict=True)):
         text = " ".join(f"{x},{y}" for x, y in map(place, series))
-        drawn.append(_Line(n, text, [place(p) for p in marked]))
+        best = next((p for p in marked if runs[n].best[:1] == [p[0]]), None)
+        resumed = [place((s.step, low))[0] for s in runs[n].resumptions if left <= s.step <= right]
+        drawn.append(_Line(n, text, [place(p) for p in marked], best and place(best), resumed))
     across = [_Tick(place((t, low))[0], f"{t:,.0f}") for t in _ticks(left, right)]
     up = [_Tick(place((left, t))[1], f"{t:.4g}") for t in _ticks(low, high)]
     return _Chart(title, drawn, across, up)

@@ -25,6 +25,7 @@ class Command(click.RichCommand):
     Args:
         examples: command lines that the help ends with.
         rules: which options go together.
+        strangers: words of other programs' command lines, each with what it means there.
     """
 
     def __init__(
@@ -32,11 +33,23 @@ class Command(click.RichCommand):
         *args: Any,
         examples: tuple[str, ...] = (),
         rules: OptionRules | None = None,
+        strangers: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.examples = examples
         self.rules = rules or OptionRules()
+        self.strangers = strangers or {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; a word of another program is explained.
+
+        Raises:
+            click.UsageError: the command line is wrong.
+        """
+        if args and (meaning := self.strangers.get(args[0])):
+            raise click.UsageError(f"{args[0]!r} {meaning}", ctx)
+        return super().parse_args(ctx, args)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples, one per line."""
@@ -48,7 +61,7 @@ class Command(click.RichCommand):
 
 
 def command(
-    *examples: str, rules: OptionRules | None = None
+    *examples: str, rules: OptionRules | None = None, strangers: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., Mapping[str, Any]]], Command]:
     """Return a decorator that makes a command of `(output, **options) -> fields of its JSON`.
 
@@ -57,6 +70,7 @@ def command(
     Args:
         examples: command lines that the help ends with.
         rules: which options go together; checked before the function is called.
+        strangers: words of other programs' command lines, each with what it means there.
     """
 
     def make(function: Callable[..., Mapping[str, Any]]) -> Command:
@@ -78,9 +92,13 @@ def command(
 
         run = click.option("--json", is_flag=True, help="Print one JSON object on stdout.")(run)
         run = click.option("--quiet", is_flag=True, help="Print only errors and results.")(run)
-        return click.command(cls=Command, context_settings=_HELP, examples=examples, rules=rules)(
-            run
-        )
+        return click.command(
+            cls=Command,
+            context_settings=_HELP,
+            examples=examples,
+            rules=rules,
+            strangers=strangers,
+        )(run)
 
     return make
 

@@ -78,7 +78,7 @@ def preflight(job: Job, params: Params, workers: int = 1) -> Preflight:
             as files show it.
         UsageError: the job evaluates, and the parameters name no records for that.
     """
-    from gptj_model.errors import DataFault
+    from gptj_model.errors import DataFault, UsageError
     from runner.data.reading.epoch import check_section
     from runner.data.reading.place import Place
     from runner.planning.training_cost import check_executor
@@ -86,16 +86,18 @@ def preflight(job: Job, params: Params, workers: int = 1) -> Preflight:
 
     config = config_of(job, params)
     sections = _sections(job, params)
-    exact = job.epochs is not None
-    epochs = {
-        name: check_section(
-            section,
-            vocab_size=config.vocab_size,
-            group=params.optimizer.grad_accum_steps if name == TRAIN_INPUT else 1,
-            exact=exact and name == TRAIN_INPUT,
-        )
-        for name, section in sections.items()
-    }
+    epochs: dict[str, Epoch] = {}
+    for name, section in sections.items():
+        trains = name == TRAIN_INPUT
+        try:
+            epochs[name] = check_section(
+                section,
+                vocab_size=config.vocab_size,
+                group=params.optimizer.grad_accum_steps if trains else 1,
+                exact=trains and job.epochs is not None,
+            )
+        except (UsageError, DataFault) as fault:
+            raise type(fault)(f"{name}: {fault.message}", hint=fault.hint) from None
     step, place, target, changed = 0, Place(), 0, list[str]()
     if is_training(job):
         check_executor(params, workers)

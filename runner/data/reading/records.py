@@ -20,11 +20,11 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.formats.containers.leveldb_table import masked
-from gptj_model.errors import DataFault, UsageError
+from gptj_model.errors import DataFault
 from runner.data.reading.data_params import DATA_PARAMS_FILE, RecordFileFacts, stated_files
 from runner.data.reading.example import FEATURES, INPUT_MASK, max_bytes, parse, serialize
+from runner.data.reading.other_data import DATA_HINT, PATTERN, no_records, not_a_folder
 
-PATTERN = "*.tfrecord*"
 GZIP_MAGIC = b"\x1f\x8b"
 #: Compression level; slower levels gain little on token ids.
 _GZIP_LEVEL = 3
@@ -34,12 +34,8 @@ _CRC = struct.Struct("<I")
 #: Size limit in bytes of a record whose number of tokens is unknown.
 MAX_RECORD_BYTES = max_bytes(2**20)
 
-DATA_HINT = (
-    "make records with `gptj data text SRC… --tokenizer DIR --max-sequence-length N --out data`"
-)
 
-
-def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
+def find_records(folders: Sequence[str]) -> list[Path]:
     """Return every record file of the folders, sorted and checked against data_params.json.
 
     Raises:
@@ -49,14 +45,10 @@ def find_records(folders: Sequence[str], pattern: str = PATTERN) -> list[Path]:
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise UsageError(f"{folder}: not found, expected a folder of {pattern}", hint=DATA_HINT)
-        found += (p for p in folder.glob(pattern) if p.is_file() and p.name[0] != ".")
+            raise not_a_folder(folder)
+        found += (p for p in folder.glob(PATTERN) if p.is_file() and p.name[0] != ".")
     if not found:
-        deeper = sorted({p.parent for f in folders for p in Path(f).glob(f"*/{pattern}")})
-        hint = f"set data_dir to {', '.join(map(str, deeper))}" if deeper else DATA_HINT
-        raise UsageError(
-            f"{', '.join(folders)}: holds no {pattern}, expected training records", hint=hint
-        )
+        raise no_records(folders)
     found.sort()
     for folder in map(Path, folders):
         check_files(folder, [p for p in found if p.parent == folder])
@@ -271,7 +263,11 @@ def check_example(
     """
     for name in FEATURES:
         if name not in example:
-            raise DataFault(f"{place}: has no {name}, expected {', '.join(FEATURES)}")
+            raise DataFault(
+                f"{place}: has no {name}, expected {', '.join(FEATURES)}; it has "
+                f"{', '.join(sorted(example)) or 'no features'}",
+                hint="these are records of another program; " + DATA_HINT,
+            )
         values = example[name]
         if len(values) != length:
             raise DataFault(

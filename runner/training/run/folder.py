@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.files.lock_file import try_lock
+from gptj_convert.files.lock_file import is_held, try_lock
 from gptj_convert.files.whole_file import PARTIAL
 from gptj_convert.settings.params_yaml import PARAMS_FILE
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -47,6 +47,11 @@ def locked(model_dir: Path) -> Iterator[None]:
         for left in model_dir.glob(f"{PARTIAL}*"):
             left.unlink()  # left by a process that was killed
         yield
+
+
+def is_locked(model_dir: Path) -> bool:
+    """Return whether a process trains the run now."""
+    return is_held(model_dir / LOCK_FILE)
 
 
 def kept_config(model_dir: Path, params: Params) -> GPTJConfig:

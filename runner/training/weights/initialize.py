@@ -67,13 +67,16 @@ def _initializer(spec: Initializer, params: Params, seed: int) -> keras.Initiali
         scale = spec.scale
         if scale is None:
             scale = 4 / layers**2 if spec.scale_type == "wang_init" else 2 / 5
-        kind = {"normal": "untruncated_normal"}.get(spec.distribution, spec.distribution)
+        # As Keras reads the names, so that a YAML of the reference means the same here.
+        kind = {"normal": "truncated_normal"}.get(spec.distribution, spec.distribution)
         return keras.initializers.VarianceScaling(scale, spec.mode, kind, seed)
-    deviation, distribution = spec.stddev, spec.name
+    deviation = spec.stddev
+    truncated = spec.name == "truncated_normal"
     if spec.name == "scaled_init_normal":
         vocabulary = params.config.vocab_size
         parts = {None: 1, "vocab_size": vocabulary, "num_hidden_layers": 2 * layers}[spec.key]
-        deviation, distribution = spec.sigma / math.sqrt(parts), spec.distribution
-    if distribution == "normal":
-        return keras.initializers.RandomNormal(spec.mean, deviation, seed)
-    return keras.initializers.TruncatedNormal(spec.mean, deviation, seed)
+        deviation = spec.sigma / math.sqrt(parts)
+        truncated = spec.distribution != "untruncated_normal"
+    if truncated:
+        return keras.initializers.TruncatedNormal(spec.mean, deviation, seed)
+    return keras.initializers.RandomNormal(spec.mean, deviation, seed)
