@@ -174,7 +174,7 @@ def main() -> None:
     few = texts[:: max(1, options.megabytes // 2)]
     few_size = sum(len(text.encode()) for text in few) / 1e6
     print(f"{len(texts)} documents, {size:.1f} MB; {len(os.sched_getaffinity(0))} cores.\n")
-    print("| | MB/s | ratio to the first | MB a second of a processor | ratio | memory |")
+    print("| | MB/s | ratio to the first | MB per CPU second | ratio | memory |")
     print("| --- | --- | --- | --- | --- | --- |")
     first, first_busy = next(iter(best.values()))
     for name, (seconds, busy) in best.items():

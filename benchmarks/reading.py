@@ -121,8 +121,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, make in readers.items():
             best[name] = max(best[name], rate(make(), batch))
-    print("| | tokens/s | × what a 125m consumes |\n| --- | --- | --- |")
-    print(f"| 125m in training | {model:,.0f} | 1 |")
+    print("| | tokens/s | × what the 125m model consumes |\n| --- | --- | --- |")
+    print(f"| training the 125m model | {model:,.0f} | 1 |")
     for name, found in best.items():
         print(f"| {name} | {found:,.0f} | {found / model:,.0f} |")
     begun = time.monotonic()
