@@ -134,7 +134,7 @@ def _damaged(change) -> Path:
         (lambda f: f.create_dataset("model.other", data=1.0), "'other' is not a tensor"),
         (
             lambda f: f["model.ln_f.weight"].__setitem__(0, 7.0),
-            "'ln_f.weight' is not 'transformer_decoder.norm.weight' once more",
+            "'ln_f.weight' differs from 'transformer_decoder.norm.weight'",
         ),
         (
             lambda f: f.update({"model.lm_head.bias2": h5py.SoftLink("/model.lm_head.bias")}),

@@ -330,7 +330,7 @@ def test_two_downloads_into_one_folder(hub: FakeHub, download):
 )  # fmt: skip
 def test_names_that_lead_elsewhere(name: str, hub: FakeHub, download):
     hub.listed_only = [name]
-    _refused(download("--part", "train"), 1, f"{name!r}, which leads out of a folder")
+    _refused(download("--part", "train"), 1, f"{name!r}, which points outside the folder")
     assert not hub.fetched
     assert not list(Path.cwd().iterdir())
     # Where it is not asked for it does no harm.

@@ -178,7 +178,7 @@ def test_a_config_with_two_names_of_one_field(chat: Path, gptj):
     change_config(chat, hidden_size=96)
     refused = gptj("convert", chat, "--to", "tf")
     assert refused.code == 2
-    assert "n_embd is 48 and hidden_size, another name of it, is 96" in refused.stderr
+    assert "n_embd is 48, but its alias hidden_size is 96" in refused.stderr
 
 
 @pytest.mark.parametrize("ends", ["5", [1, "2"], [[1]], 1.5, True])
