@@ -417,7 +417,7 @@ def test_a_run_trains_the_adapter_that_it_is_given_or_says_so(golden_run: Path, 
 
 
 @adamw
-def test_ours_names_its_base_and_comes_back(
+def test_our_adapter_names_its_base_and_converts_back(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
     """Written, loaded by the library, merged by both; from a folder, a conversion, a repository."""

@@ -64,7 +64,7 @@ def test_the_folder_is_complete(converted: Path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back_bit_for_bit(
+def test_the_round_trip_is_bit_for_bit(
     dtype: str, tied: bool, workdir: Path, small_pieces: None, gptj
 ):
     make_checkpoint(workdir / "hf", dtype=dtype, tie_word_embeddings=tied)
@@ -285,7 +285,9 @@ def test_values_that_are_too_large_saturate_if_asked(hf: Path, small_pieces: Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_nan_and_infinity_are_kept_and_told(dtype: str, workdir: Path, small_pieces: None, gptj):
+def test_nan_and_infinity_are_kept_and_reported(
+    dtype: str, workdir: Path, small_pieces: None, gptj
+):
     make_checkpoint(workdir / "hf", dtype="float32")
     tensors = load_tensors(workdir / "hf/model.safetensors")
     tensors["transformer.wte.weight"][0, :3] = [np.nan, np.inf, -np.inf]
@@ -332,7 +334,7 @@ def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
     assert not stale.exists()
 
 
-def test_what_others_have_written_is_named_before_it_is_replaced(converted: Path, hf: Path, gptj):
+def test_foreign_files_are_named_before_they_are_replaced(converted: Path, hf: Path, gptj):
     mine = converted / "notes" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("precious")
@@ -478,7 +480,7 @@ def test_a_disk_that_fills_midway(hf: Path):
     assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
 
 
-def test_too_little_memory_is_said_with_how_much_is_needed(workdir: Path):
+def test_too_little_memory_is_refused_with_the_need(workdir: Path):
     import resource
 
     make_checkpoint(workdir / "hf", n_embd=2048, n_head=2, vocab_size=5000, n_layer=1)

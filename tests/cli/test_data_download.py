@@ -251,7 +251,7 @@ def test_a_new_commit_replaces_what_was_downloaded(hub: FakeHub, download):
 # Faults.
 
 
-def test_a_cut_connection_goes_on_in_the_next_run(hub: FakeHub, download):
+def test_a_dropped_connection_resumes_in_the_next_run(hub: FakeHub, download):
     hub.cut[LARGE] = [1_200_000] + [0] * 5
     _refused(
         download("--part", "train/00"),
@@ -338,7 +338,7 @@ def test_names_that_lead_elsewhere(name: str, hub: FakeHub, download):
     assert {p.name for p in Path.cwd().iterdir()} == {FOLDER.name, "data"}
 
 
-def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, download):
+def test_a_users_own_file_is_never_overwritten(hub: FakeHub, download):
     (FOLDER / "train").mkdir(parents=True)
     (FOLDER / "train/01.jsonl.zst").write_bytes(b"precious")
     _refused(download(*SMALL), 2, "already exists", "as SRC")
@@ -351,7 +351,7 @@ def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, download):
 # What is refused.
 
 
-def test_parts_that_are_not_there(hub: FakeHub, download):
+def test_missing_parts(hub: FakeHub, download):
     _refused(download("--part", "dev"), 1, f"{REPOSITORY}: has no part 'dev'", "'val.jsonl.zst'")
     del hub.files["test.jsonl.zst"]
     _refused(download("--part", "test"), 1, "has no part 'test'")

@@ -104,7 +104,7 @@ def test_facts_are_lines_and_one_object(workdir: Path, gptj):
         ("pyarrow", 0, "pip install -e '.[data]'"),
     ],
 )
-def test_what_is_missing_is_said_with_its_cure(
+def test_what_is_missing_is_reported_with_its_fix(
     package: str, code: int, fix: str, workdir: Path, without, gptj
 ):
     without(package)
@@ -187,9 +187,7 @@ def test_the_same_plan_for_people(workdir: Path, has, gptj):
         (30, ["gptj download --revision float16", "gptj convert --to tf --dtype keep"]),
     ],
 )
-def test_a_small_machine_is_told_what_to_do(
-    disk: int, commands: list[str], workdir: Path, has, gptj
-):
+def test_a_small_machine_gets_advice(disk: int, commands: list[str], workdir: Path, has, gptj):
     has(memory=3, disk=disk)
     done = gptj("doctor", "--plan", "6b", "--json")
     assert done.json["commands"] == [*commands, "gptj verify --level weights"]
@@ -246,7 +244,7 @@ def test_what_is_no_model_is_refused(workdir: Path, gptj):
     assert "not found" in done.json["error"]["message"]
 
 
-def test_planned_and_measured_are_said(hf: Path, gptj):
+def test_planned_and_measured_memory_are_printed(hf: Path, gptj):
     assert "needs 0.00 GB of disk" in gptj("convert", "hf", "--to", "tf", "--dry-run").stderr
     assert "GB, planned 0." in gptj("convert", "hf", "--to", "tf").stderr
     done = gptj("verify", "--level", "weights", "--json")

@@ -58,13 +58,13 @@ def refused(done, code: int, *words: str) -> str:
 @pytest.mark.parametrize(
     "prefix", ["module.", "base_model.model.", "_orig_mod.", "module._orig_mod.", "model.", "a.b."]
 )
-def test_one_common_prefix_is_left_out_and_said(prefix: str, state: State, gptj):
+def test_one_common_prefix_is_removed_with_a_note(prefix: str, state: State, gptj):
     save({prefix + name: values for name, values in state.items()})
     said = converts(gptj, state)
     assert "removed from tensor names" in said
 
 
-def test_wrappers_around_single_blocks_are_left_out(state: State, gptj):
+def test_wrappers_around_single_blocks_are_removed(state: State, gptj):
     def wrapped(name: str) -> str:
         return name.replace(".h.1.", ".h.1._fsdp_wrapped_module._checkpoint_wrapped_module.")
 
@@ -100,7 +100,7 @@ def test_two_models_in_one_file_are_one_line(first: str, state: State, gptj):
     converts(gptj, state, "hf", "--drop", "value.*")
 
 
-def test_a_head_is_never_made_up(state: State, gptj):
+def test_a_head_is_never_invented(state: State, gptj):
     save({n.removeprefix("transformer."): v for n, v in state.items() if "lm_head" not in n})
     hint = refused(gptj("convert", "hf", "--to", "tf"), 1, "'lm_head.weight' is missing")
     assert "GPTJModel without a head" in hint
@@ -125,7 +125,7 @@ def test_an_extra_tensor_is_named_and_can_be_dropped(state: State, gptj):
     assert gptj("verify", "converted-hf", "--level", "weights").code == 0
 
 
-def test_what_is_dropped_must_be_there_and_no_weight(state: State, gptj):
+def test_what_is_dropped_must_exist_and_be_no_weight(state: State, gptj):
     save(state | {"v_head.weight": torch.ones(1)})
     done = gptj("convert", "hf", "--to", "tf", "--drop", "v_had.weight")
     refused(done, 2, "--drop v_had.weight", "no tensor of this name")
@@ -144,7 +144,7 @@ def test_what_is_dropped_must_be_there_and_no_weight(state: State, gptj):
         (lambda s: {k: v for k, v in s.items() if "ln_f" not in k} | {"x": torch.ones(1)}, None),
     ],
 )
-def test_a_hint_is_told_only_where_it_holds(
+def test_a_hint_is_given_only_where_it_holds(
     change: Callable[[State], State], words: str | None, state: State, gptj
 ):
     save(change(state))
@@ -167,7 +167,7 @@ SUFFIXES = {
 
 
 @pytest.mark.parametrize("suffixes", SUFFIXES)
-def test_what_all_of_a_file_is_takes_one_line(suffixes: str, state: State, gptj):
+def test_a_problem_of_the_whole_file_takes_one_line(suffixes: str, state: State, gptj):
     matrices = [n.removesuffix(".weight") for n in state if "_proj" in n]
     added = {name + s: torch.ones(1) for name in matrices for s in suffixes.split()}
     save({n: v for n, v in state.items() if "_proj" not in n} | added)

@@ -59,7 +59,7 @@ both = pytest.mark.parametrize("run", ["adamw", "shared_embedding"], indirect=Tr
 @both
 @pytest.mark.parametrize("way", [["cs"], ["hf"], ["cs", "hf"], ["hf", "cs"]], ids="-".join)
 @pytest.mark.parametrize("groups", ["one", "decay"])
-def test_there_and_back(run: Path, way: list[str], groups: str, small_pieces: None, gptj):
+def test_the_round_trip(run: Path, way: list[str], groups: str, small_pieces: None, gptj):
     """With bias correction, and a tied head without."""
     source = run
     for to in way:
@@ -109,7 +109,7 @@ def test_the_loss_scale_goes_along(run: Path, gptj):
     }
 
 
-def test_the_clients_schedulers_go_on_counting(run: Path, gptj):
+def test_the_clients_schedulers_keep_counting(run: Path, gptj):
     import h5py
 
     _convert(gptj, run, "cs", "client")
@@ -326,7 +326,7 @@ POWERS = st.floats(0, 1, width=32)
     powers=st.none() | st.tuples(POWERS, POWERS),
     moments=st.lists(MOMENTS, min_size=1, max_size=9),
 )
-def test_any_state_there_and_back(
+def test_any_state_survives_the_round_trip(
     tied: bool, way: list[str], step: int, powers: Any, moments: list[float], workdir: Path, gptj
 ):
     """NaN, infinities and subnormal numbers included."""

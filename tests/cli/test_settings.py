@@ -96,7 +96,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_settings_go_there_and_back(way: str, chat: Path, gptj):
+def test_settings_survive_the_round_trip(way: str, chat: Path, gptj):
     source: str | Path = chat
     for target, out in WAYS[way]:
         assert gptj("convert", source, "--to", target).code == 0
@@ -125,7 +125,7 @@ def test_settings_go_there_and_back(way: str, chat: Path, gptj):
     assert gptj("inspect", "back", "--check").code == 0
 
 
-def test_settings_in_config_json_alone_go_there_and_back(chat: Path, gptj):
+def test_settings_in_config_json_alone_survive_the_round_trip(chat: Path, gptj):
     """Without a generation_config.json, which would hide them, and none is made up."""
     (chat / "generation_config.json").unlink()
     assert gptj("convert", chat, "--to", "tf").code == 0
@@ -334,7 +334,7 @@ def test_summaries_have_the_ids_of_transformers(special: bool, workdir: Path, gp
     assert arguments["allow_special"] == special
 
 
-def test_a_note_of_the_tokenizer_is_told(chat: Path, gptj):
+def test_a_note_of_the_tokenizer_is_printed(chat: Path, gptj):
     (chat / "tokenizer_config.json").unlink()
     (chat / "added_tokens.json").write_text('{"<x>": 280}')
     Path("a.txt").write_text("hello<x>")

@@ -137,7 +137,7 @@ def test_the_order_of_preference_is_that_of_transformers(sharded: Path, hf: Path
 
 @pytest.mark.parametrize("counted", ["once", "twice", "not at all", "as a float"])
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_tied_head_counts_as_it_pleases(stored: bool, counted: str, workdir: Path, gptj):
+def test_a_tied_head_may_be_counted_once_or_twice(stored: bool, counted: str, workdir: Path, gptj):
     folder = make_checkpoint(workdir / "hf", tie_word_embeddings=True)
     state = load_file(folder / "model.safetensors")
     embedding = state[EMBEDDING.hf]

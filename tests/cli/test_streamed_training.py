@@ -242,7 +242,7 @@ def test_a_moment_that_fades_away_becomes_zero(golden_run: Path, gptj):
 
 @full
 @adamw
-def test_anybody_goes_on_with_moments_in_16_bits(
+def test_every_executor_resumes_with_moments_in_16_bits(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
     _update_in_small_pieces(monkeypatch)
@@ -261,7 +261,7 @@ def test_anybody_goes_on_with_moments_in_16_bits(
 
 
 @adamw
-def test_what_it_takes_is_said_before_and_refused_where_the_disk_is_too_small(
+def test_the_need_is_printed_first_and_a_small_disk_is_refused(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
     common = (*BEGIN, *STREAMING, *_settings("runconfig.keep_checkpoint_max=1"), "--max-steps", 1)

@@ -116,7 +116,7 @@ cstorch.save(state, again)
 """
 
 
-def test_it_goes_on_with_a_tensorflow_run(workdir: Path, gptj):
+def test_it_continues_a_tensorflow_run(workdir: Path, gptj):
     """A step there, from what was converted, is a step here."""
     import numpy as np
     import tensorflow as tf

@@ -180,7 +180,7 @@ def test_a_call_that_fails(error: str, kind: str, whole: dict[str, bytes]):
     assert _content("converted") == whole
 
 
-def test_another_job_is_not_gone_on_with(whole: dict[str, bytes]):
+def test_another_job_is_not_resumed(whole: dict[str, bytes]):
     _traced("pwrite64:signal=KILL:when=9")
     other = subprocess.run(
         [*CONVERT, "--resume", "--dtype", "float16"], capture_output=True, text=True

@@ -89,7 +89,7 @@ def test_twenty_steps(golden_run: Path, source: str, gptj):
 
 
 @one_and_both
-def test_the_references_own_checkpoint_goes_on(golden_run: Path, gptj):
+def test_the_references_own_checkpoint_resumes(golden_run: Path, gptj):
     """Its model.ckpt-20 in model_dir, and ours, give the same five further steps."""
     common = ("--params", "params.yaml", "--max-steps", 25, "--quiet")
     assert gptj("train", "--init-from", "hf", "--model-dir", "ours", *common).code == 0

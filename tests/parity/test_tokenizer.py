@@ -282,9 +282,7 @@ CONFIG = "tokenizer_config.json"
         ("merges.txt", None, "merges.txt: not found, expected the merges of vocab.json"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(
-    name: str, content: str | None, said: str, tmp_path: Path
-):
+def test_the_fault_of_a_file_is_named(name: str, content: str | None, said: str, tmp_path: Path):
     write_vocabulary(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
     (tmp_path / name).unlink(missing_ok=True)

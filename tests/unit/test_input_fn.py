@@ -106,7 +106,7 @@ def test_every_epoch_is_shuffled_otherwise_and_nothing_else_matters(reading):
 
 
 @pytest.mark.parametrize("fields", [{"shuffle": False}, {"shuffle_buffer": 7, "skip_steps": 1}])
-def test_a_position_is_where_one_goes_on(fields: dict, reading):
+def test_a_position_is_where_reading_resumes(fields: dict, reading):
     expected = _numbers(reading(**fields), 30)
     for skip, more in ((4, 1), (5, 0), (7, 9)):
         found = reading(skip=skip, **fields)
