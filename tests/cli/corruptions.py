@@ -40,11 +40,11 @@ class Corruption:
     what: str
     """Cases of one kind are one line of the documentation."""
     of: str
-    """Which of that kind."""
+    """Variant of that kind."""
     level: str
-    """That finds it."""
+    """Level of the verification that finds it."""
     named: str
-    """HF name of the tensor, or the file, that is blamed first."""
+    """HF name of the tensor, or the file, that is named first."""
     diagnosis: str | None
     damage: Callable[[Path], None]
 
@@ -57,7 +57,7 @@ def _rewritten(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
 
 
 def _each(hf: str, rule: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    """One tensor is made anew from its values, in TensorFlow's layout."""
+    """Rewrite one tensor from its values, in TensorFlow's layout."""
     tf = TENSORS[hf].tf
     return _rewritten(lambda t: t.update({tf: rule(t[tf])}))
 

@@ -19,7 +19,7 @@ from gptj_model.streaming import forward
 
 @dataclass(frozen=True)
 class Mutant:
-    """A model that is wrong in one place."""
+    """A model with a fault in one place."""
 
     what: str
     change: Callable[[pytest.MonkeyPatch], None]

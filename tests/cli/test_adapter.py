@@ -141,7 +141,7 @@ def test_an_adapter_in_16_bits_and_in_a_bin(stored: Any, file: str, workdir: Pat
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_base_in_16_bits_is_merged_in_32(dtype: str, workdir: Path, gptj):
-    """As by peft where the model is loaded in float32; kept in 16 bits it is rounded once."""
+    """The merge equals peft's with the model in float32; kept in 16 bits, it is rounded once."""
     base = make_checkpoint(workdir / "base", dtype=dtype)
     adapter = make_adapter(base, "adapter")
     expected = merged_by_peft(base, adapter)
@@ -362,7 +362,7 @@ BEGIN = ("train", "--params", "params.yaml", "--init-from", "hf", "--quiet")
 @adamw
 @pytest.mark.parametrize("execution", ["resident", "streaming"])
 def test_training_continues_an_adapter(golden_run: Path, execution: str, gptj):
-    """At a rate of 0 the run is the merged model; at another it goes on from A and B."""
+    """At a learning rate of 0 the run is the merged model; otherwise it trains A and B further."""
     adapter = make_adapter(Path("hf"), "adapter")
     own = ("--adapter", adapter, "--execution", execution, *LORA)
     still = ("--set", "optimizer.learning_rate=0", "--max-steps", 1)
@@ -420,7 +420,7 @@ def test_a_run_trains_the_adapter_that_it_is_given_or_says_so(golden_run: Path, 
 def test_our_adapter_names_its_base_and_converts_back(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
-    """Written, loaded by the library, merged by both; from a folder, a conversion, a repository."""
+    """An adapter is written, loaded by the library and merged by both, for three kinds of base."""
     rate = ("--set", "optimizer.learning_rate=0.01", "--max-steps", 2)
     assert gptj(*BEGIN, *LORA, *rate).code == 0
     done = gptj("convert", "model_dir", "--to", "peft", "--json")

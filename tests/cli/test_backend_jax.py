@@ -130,7 +130,7 @@ def test_a_run_that_was_interrupted_is_the_same_bits(runs: Path):
 def test_each_backend_resumes_from_the_others_checkpoint(
     runs: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
-    """Ten steps of one, ten of the other: the twenty of one."""
+    """Ten steps on each backend give the losses of twenty steps on one."""
     _assert_same(runs / "tf_first", runs / "whole", 20)
     monkeypatch.chdir(runs)
     Path("jax_first").mkdir()

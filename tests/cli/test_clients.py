@@ -33,7 +33,7 @@ WITHOUT_DEFAULT = {
 
 
 def _read(path: Path | str) -> dict[str, Any]:
-    """As both clients read it."""
+    """Return the YAML as both clients read it."""
     return yaml.safe_load(Path(path).read_text())
 
 
@@ -261,7 +261,7 @@ def test_the_plan_for_a_model_follows_the_converted_folder(workdir: Path, gptj):
 
 
 def test_what_the_client_decays_keeps_decaying(workdir: Path, gptj):
-    """Its groups become patterns, and patterns become groups, or a note."""
+    """The client's groups become patterns, and patterns become groups, or a note."""
     shutil.copyfile(CLIENTS / "checkpoint_20.mdl", "checkpoint_20.mdl")
     done = gptj("convert", "checkpoint_20.mdl", "--to", "tf", "--optimizer-state", *CONFIG)
     assert done.code == 0
@@ -313,7 +313,7 @@ def test_a_run_is_warned_of_a_different_decay(workdir: Path, gptj):
 
 
 def _converters_yaml() -> str:
-    """What the client's own converter writes: a section `model` without its name."""
+    """The client's own converter writes a section `model` without its name."""
     section = _read(CLIENTS / "trainer.yaml")["trainer"]["init"]["model"]
     left_out = ("name", "loss_scaling", "loss_weight")
     values = {key: value for key, value in section.items() if key not in left_out}
@@ -322,7 +322,7 @@ def _converters_yaml() -> str:
 
 @pytest.mark.parametrize("kind", ["json", "params", "trainer", "trainers", "converter"])
 def test_any_file_that_states_the_model_is_taken(kind: str, workdir: Path, gptj):
-    """Told apart by what is in it, not by what it is called."""
+    """A file's content decides what it is, not its name."""
     texts = {
         "json": (ADAMW / "hf" / "config.json").read_text(),
         "params": (ADAMW / "params.yaml").read_text(),

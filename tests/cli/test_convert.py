@@ -384,7 +384,7 @@ def test_an_output_that_is_not_apart_from_its_source(source: str, out: str, hf: 
 
 
 def test_an_output_beside_its_source(converted: Path, hf: Path, gptj):
-    """A name that begins alike, or a folder beside a file, is no part of the source."""
+    """A name with the same prefix, or a folder beside a file, is no part of the source."""
     for source, out in (("hf", "hf-2"), ("converted/tf_model.ckpt", "converted/back")):
         assert gptj("convert", source, "--to", "hf", "--out", out).code == 0
 

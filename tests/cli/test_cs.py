@@ -30,7 +30,7 @@ def _attributes(item: Any) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON whose strings may be JSON; keys of one order."""
+    """Return JSON whose strings may be JSON, with sorted keys."""
     found = json.loads(text)
     if isinstance(found, list):
         found[1] = json.loads(found[1])
@@ -83,14 +83,14 @@ def test_a_tied_head_is_there_for_the_client(workdir: Path, gptj):
 
 
 def test_the_clients_own_checkpoint_is_read(workdir: Path, small_pieces: None, gptj):
-    """In compressed chunks, with its config in trainer.yaml alone."""
+    """The client's checkpoint has compressed chunks, and its config only in trainer.yaml."""
     done = gptj("verify", THEIRS, "--against", HF, "--json")
     assert done.code == 0, done.stdout
     assert done.json["levels"]["logits"]["ok"]
 
 
 def _as_a_run(path: Path, step: int) -> None:
-    """As the client saves while it trains: names with a prefix more, and what is no weight."""
+    """Write a checkpoint of a client's run: names have a prefix, some entries are no weights."""
     with h5py.File(THEIRS / "model.mdl") as theirs, h5py.File(path, "w") as file:
         import hdf5plugin
 

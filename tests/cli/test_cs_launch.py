@@ -223,7 +223,7 @@ def test_what_is_missing_is_reported_before_anything_is_called(for_cs: Path, gpt
 
 
 def test_random_weights(client: Path, gptj):
-    """From the reference's parameters alone; the same command then goes on with the run's own."""
+    """A run starts from the reference's parameters; the same command then resumes with its own."""
     params = GOLDEN_RUNS / "adamw" / "params.yaml"
     Path("records").mkdir()
     Path("records/data-0.h5").touch()

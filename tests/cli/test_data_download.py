@@ -34,7 +34,7 @@ FOLDER = Path("small-gptj")
 
 
 def _lines(documents: int, length: int = 200) -> bytes:
-    """Documents that hardly compress."""
+    """Return documents that hardly compress."""
     words = random.Random(documents)
     texts = ({"text": words.randbytes(length // 2).hex()} for _ in range(documents))
     return zstd.compress("\n".join(map(json.dumps, texts)).encode())

@@ -19,7 +19,7 @@ GB = 10**9
 
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch):
-    """Make the machine one with so much memory and disk, in GB."""
+    """Make the machine appear to have this memory and disk, in GB."""
 
     def make(*, memory: float, disk: float) -> None:
         for name, size in (("memory_available", memory), ("memory_total", memory)):
@@ -31,7 +31,7 @@ def has(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch):
-    """Make a distribution one that is not installed."""
+    """Make a distribution appear not to be installed."""
     installed = metadata.version
 
     def make(*names: str) -> None:
@@ -253,7 +253,7 @@ def test_planned_and_measured_memory_are_printed(hf: Path, gptj):
 
 
 def test_memory_is_what_was_planned(workdir: Path):
-    """At the true width, so that strips have their true size."""
+    """The true width gives strips their true size."""
     make_checkpoint(workdir / "hf", dtype="float16", n_embd=4096, n_layer=1, n_head=16)
     for arguments in (("convert", "hf", "--to", "tf"), ("verify", "--level", "weights")):
         command = [sys.executable, "-m", "runner.cli.root", *arguments, "--json"]

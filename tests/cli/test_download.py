@@ -734,7 +734,7 @@ def test_the_variables_of_the_client_count(hub: FakeHub):
 
 
 def test_the_token_goes_to_the_hub_alone(hub: FakeHub):
-    """Files come from another host, which must not see it; nor may any output or file."""
+    """Files come from another host, which must not see the token; no output or file may have it."""
     token = "hf_" + "s3cret" * 5
     store = FakeHub(hub.files)
     with serving(store) as address:

@@ -33,7 +33,7 @@ def save(state: object, name: str = "pytorch_model.bin") -> Path:
 
 
 def converts(gptj, state: State, source: str = "hf", *options: str) -> str:
-    """What is said on stderr when a source becomes exactly these weights."""
+    """Convert a source that must become exactly these weights; return stderr."""
     done = gptj("convert", source, "--to", "hf", "--force", *options)
     assert done.code == 0, done.stderr
     found = load_file("converted-hf/model.safetensors")
@@ -43,7 +43,7 @@ def converts(gptj, state: State, source: str = "hf", *options: str) -> str:
 
 
 def refused(done, code: int, *words: str) -> str:
-    """The hint of a refusal that names these words."""
+    """Check that a refusal contains these words, and return its hint."""
     assert done.code == code, done.stderr
     assert done.stderr.count("error: ") == 1
     assert "a fault in gptj itself" not in done.stderr

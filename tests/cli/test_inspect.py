@@ -33,7 +33,7 @@ Q = "transformer.h.1.attn.q_proj.weight"
 
 
 def strict(text: str) -> dict[str, Any]:
-    """One JSON object, without the NaN and Infinity that Python's reader would let pass."""
+    """Parse one JSON object, refusing the NaN and Infinity that Python's reader accepts."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} in JSON")
@@ -292,7 +292,7 @@ def test_no_checkpoint_there(what: str, option: tuple[str, ...], workdir: Path, 
 
 
 def figures(values: np.ndarray) -> dict[str, float | int | None]:
-    """What numpy says of the whole tensor."""
+    """Return numpy's figures of the whole tensor."""
     x = values.astype(np.float64).reshape(-1)
     finite = x[np.isfinite(x)]
     some = finite.size > 0

@@ -80,7 +80,7 @@ def change_config(folder: Path, **fields: Any) -> Path:
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """What transformers reads, without what it notes of itself."""
+    """Return what transformers reads, without what it adds itself."""
     values = AutoConfig.from_pretrained(folder).to_dict()
     bookkeeping = ("dtype", "transformers_version", "_name_or_path")
     return {k: v for k, v in values.items() if k not in bookkeeping}
@@ -126,7 +126,7 @@ def test_settings_survive_the_round_trip(way: str, chat: Path, gptj):
 
 
 def test_settings_in_config_json_alone_survive_the_round_trip(chat: Path, gptj):
-    """Without a generation_config.json, which would hide them, and none is made up."""
+    """There is no generation_config.json, which would hide them, and none is written."""
     (chat / "generation_config.json").unlink()
     assert gptj("convert", chat, "--to", "tf").code == 0
     assert gptj("convert", "converted", "--to", "hf").code == 0
@@ -198,7 +198,7 @@ def test_an_end_that_is_no_token_is_refused(ends: Any, chat: Path, gptj):
 
 
 def generated(folder: Path, ids: list[int], new: int) -> list[int]:
-    """What transformers generates greedily, without the token that ended it."""
+    """Return what transformers generates greedily, without the final token."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     ends = model.generation_config.eos_token_id
     found = model.generate(

@@ -1,4 +1,4 @@
-"""`gptj train` and `gptj eval`: bad input, runs that stop, and runs that go on."""
+"""`gptj train` and `gptj eval`: bad input, runs that stop, and runs that resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEGIN = ("train", "--init-from", "hf", "--params", "params.yaml")
 
 
 def _computed(row: dict) -> dict:
-    """Of a line of metrics, what does not depend on the clock."""
+    """Return the fields of a line of metrics that do not depend on the clock."""
     return {k: v for k, v in row.items() if k not in MEASURED}
 
 

@@ -390,7 +390,7 @@ def test_keep_going_says_what_cannot_be_run(converted: Path, gptj):
 
 
 def test_products_have_all_of_float32(converted: Path, gptj):
-    """GPUs round them to 10 bits otherwise, which no tolerance would forgive."""
+    """GPUs would otherwise round products to 10 bits, which no tolerance allows."""
     rounding = tf.config.experimental
     rounding.enable_tensor_float_32_execution(True)
     try:

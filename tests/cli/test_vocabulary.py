@@ -1,4 +1,4 @@
-"""`--vocab-size`: config.json and the tensors' rows must agree, or one is chosen aloud."""
+"""`--vocab-size`: config.json and the tensors' rows must agree, or the option chooses one."""
 
 from __future__ import annotations
 

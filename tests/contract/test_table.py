@@ -122,7 +122,7 @@ def test_names_shapes_and_values_are_those_of_the_cs_client():
 
 @pytest.fixture
 def anew() -> ModuleType:
-    """The table's module, imported once more: its rows are made while it is."""
+    """Import the table's module again: its rows are made during the import."""
     spec = importlib.util.find_spec("gptj_model.tensors")
     assert spec
     assert spec.loader

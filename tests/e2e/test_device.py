@@ -1,4 +1,4 @@
-"""A device with a memory of its own: blocks go to it one after the other, all else stays.
+"""A device with its own memory: blocks are copied to it in turn, everything else stays.
 
 TensorFlow can make two devices of one processor; the second stands for a GPU.
 """

@@ -1,4 +1,4 @@
-"""On a GPU the commands find what they find on the processor; `make test-gpu` runs this."""
+"""On a GPU the commands give the results of the CPU; `make test-gpu` runs this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes, really stopped: nothing is lost, and the same command goes on."""
+"""Real processes, really stopped: nothing is lost, and the same command resumes."""
 
 from __future__ import annotations
 

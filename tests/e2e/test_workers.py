@@ -40,7 +40,7 @@ def _wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 
 
 def _assert_same(found: str, expected: str, step: int) -> None:
-    """Up to a step: losses, norms, and the weights there."""
+    """Return losses and norms up to a step, and the weights after it."""
     for row, other in zip(_rows(found)[:step], _rows(expected)[:step], strict=True):
         for key in ("step", "loss", "learning_rate", "unclipped_grad_norm"):
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)

@@ -28,7 +28,7 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 @st.composite
 def objects(draw: st.DrawFn, *, special: bool = True) -> dict[str, Any]:
-    """A token with its flags, as JSON has it."""
+    """A token with its flags, as JSON."""
     keys = (*FLAGS, "special") if special else FLAGS
     flags = {flag: draw(st.booleans()) for flag in keys if draw(st.booleans())}
     return {"content": draw(st.sampled_from(NAMES)), **flags}
