@@ -1,4 +1,4 @@
-"""Records become batches: which, in what order, on which worker, from which position."""
+"""Records into batches: which, in what order, on which worker, and from where."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _numbered() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of record files, every second one compressed."""
+    """A folder of such files, every second one compressed."""
     folder = tmp_path_factory.mktemp("records")
     mask = [1] * (LENGTH - 1) + [0]
     for n, numbers in enumerate(_numbered()):
@@ -63,7 +63,7 @@ def _numbers(found: Batches, count: int | None = None) -> list[list[int]]:
 
 
 def _interleaved(files: list[list[int]], width: int) -> list[int]:
-    """Take one record of each open file in turn; a file that has ended is replaced by another."""
+    """One record of each open file in turns; where one ended, the next turn opens another."""
     waiting = [list(f) for f in files]
     places: list[list[int] | None] = [None] * width
     found, at = [], 0
@@ -106,7 +106,7 @@ def test_every_epoch_is_shuffled_otherwise_and_nothing_else_matters(reading):
 
 
 @pytest.mark.parametrize("fields", [{"shuffle": False}, {"shuffle_buffer": 7, "skip_steps": 1}])
-def test_a_position_is_where_reading_resumes(fields: dict, reading):
+def test_a_position_is_where_one_goes_on(fields: dict, reading):
     expected = _numbers(reading(**fields), 30)
     for skip, more in ((4, 1), (5, 0), (7, 9)):
         found = reading(skip=skip, **fields)
