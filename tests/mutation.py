@@ -1,8 +1,8 @@
-"""`make mutation`: a sample of mutants of each module that pyproject.toml names, and who lives.
+"""`make mutation`: run a sample of mutants of each module in pyproject.toml, and list survivors.
 
 mutmut changes one expression at a time and runs the unit tests that reach it. It makes more
-mutants than anyone waits for: of each module so many are taken, at equal distances in the order
-of its lines. As a pytest plugin this file makes each run of the tests short, and always the same.
+mutants than anyone waits for, so this program takes a sample of each module, evenly spaced in line
+order. As a pytest plugin this file makes each test run short and deterministic.
 """
 
 from __future__ import annotations

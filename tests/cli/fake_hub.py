@@ -38,7 +38,7 @@ class FakeHub:
         self.revisions = {"main", "float16"}
         #: Listed in the repository's information without being there.
         self.listed_only: list[str] = []
-        #: Every answer is cut after so many bytes of the file, as often as stated.
+        #: Byte counts of a file after which an answer is cut, one for each answer.
         self.cut: dict[str, list[int]] = {}
         #: Statuses to answer with first: to questions about the repository, and to files.
         self.api_statuses: list[int] = []

@@ -1,4 +1,4 @@
-"""Adapters of the peft library, held against it: merged to float32 rounding, continued, written."""
+"""Adapters of the peft library, compared with it: merged within float32 rounding, and trained."""
 
 from __future__ import annotations
 

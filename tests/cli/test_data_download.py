@@ -40,7 +40,7 @@ def _lines(documents: int, length: int = 200) -> bytes:
     return zstd.compress("\n".join(map(json.dumps, texts)).encode())
 
 
-#: Larger than the client's pieces, so that a cut leaves something to go on from.
+#: Larger than the client's pieces, so that a cut leaves something to resume from.
 PILE = {
     LARGE: _lines(4, 700_000),
     "train/01.jsonl.zst": _lines(2),
@@ -208,7 +208,7 @@ def test_a_second_call_fetches_nothing(hub: FakeHub, download):
     assert not hub.served
     assert {p: p.stat().st_mtime_ns for p in FOLDER.rglob("*")} == before
     assert again.json["tokens"] == first.json["tokens"]
-    # The same command goes on where packing was interrupted, or has ended.
+    # The same command resumes where packing was interrupted, or has ended.
     assert download(*SMALL, "--resume").code == 0
     assert not hub.served
 

@@ -29,7 +29,7 @@ SMALL_FILES = {
     "merges.txt": b"#version: 0.2\n",
     "generation_config.json": b"{}",
 }
-#: Larger than the client's pieces, so that a cut leaves something to go on from.
+#: Larger than the client's pieces, so that a cut leaves something to resume from.
 WEIGHTS = bytes(range(256)) * 16 * 1024
 FOLDER = Path("small-gptj")
 WEIGHTS_FILE = FOLDER / "model.safetensors"

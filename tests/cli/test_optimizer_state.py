@@ -1,5 +1,5 @@
-"""What AdamW keeps between steps, carried between TensorFlow's, PyTorch's and the CS client's
-checkpoints: bit for bit, and so that each goes on where another has stopped."""
+"""AdamW's state, carried between TensorFlow's, PyTorch's and the CS client's checkpoints: bit for
+bit, and so that each resumes where another has stopped."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _kill_everywhere(whole: dict[str, bytes], count: int, *options: str) -> None
             assert (options and {*_content_names()} == {"old"}) or _content("converted") == whole
         resumed = subprocess.run([*CONVERT, "--resume"], capture_output=True, text=True)
         if options and {*_content_names()} == {"old"}:
-            # Killed before there was anything to go on with: the old one is not touched.
+            # Killed before there was anything to resume: the old output is untouched.
             assert resumed.returncode == 2, where
             assert "--force" in resumed.stderr
             continue

@@ -166,7 +166,7 @@ def test_any_process_killed(victim: str, whole: dict[str, bytes]):
     with subprocess.Popen(
         [*late, *PROGRAM, *PILE, "--processes", "2"], stderr=subprocess.PIPE, text=True
     ) as process:
-        # The first file that is finished; the folder itself is made anew at the beginning.
+        # The first finished file; the folder itself is created again at the start.
         while not Path("data.partial-gptj/content/records-00000.tfrecord").exists():
             assert process.poll() is None
         (first,) = _children(process.pid)
