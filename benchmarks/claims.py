@@ -1,10 +1,10 @@
-"""Every claim of speed and memory, measured again beside its peer: `make bench`.
+"""Measure every claim about speed and memory again, beside its peer: `make bench`.
 
     python benchmarks/claims.py WORK_FOLDER [--only conversion data …] [--out build/benchmarks.md]
 
-Runs the other programs of this folder one after the other, about half an hour on 2 cores and 30 GB
-of disk, and writes their tables with a description of the machine, and which claims hold on it.
-Other work on the machine makes every figure worse: let it be idle.
+Runs the other programs of this folder one after the other, which takes about half an hour on 2
+cores and 30 GB of disk, and writes their tables, a description of the machine, and which claims
+hold on it. Other work on the machine makes every figure worse: leave it idle.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a cell of a program's table is said to be."""
+    """A claim about a cell of a program's table."""
 
     program: str
     row: str
-    """How the row begins, its cells joined by a space."""
+    """Beginning of the row, its cells joined by a space."""
     column: str
-    """How the heading of the column begins, and which one of those, from 0, after a dot."""
+    """Beginning of the column's heading, and after a dot its number among those, from 0."""
     bound: float
     at_most: bool = False
-    """The bound is an upper one."""
+    """Whether the bound is an upper one."""
 
     @property
     def text(self) -> str:
-        """For a reader."""
+        """The claim in words."""
         sign = "≤" if self.at_most else "≥"
         return f"{self.program}, {self.row}: {self.column.split('.')[0]} {sign} {self.bound:g}"
 
     def holds(self, value: float) -> bool:
-        """Whether a measured value bears it out."""
+        """Return whether a measured value satisfies the claim."""
         return value <= self.bound if self.at_most else value >= self.bound
 
 
@@ -80,7 +80,7 @@ CLAIMS = (
 
 
 def run(program: str, folder: Path) -> str:
-    """What a program prints on stdout; its stderr is shown as it comes."""
+    """Run a program and return its stdout; its stderr is shown as it comes."""
     arguments = [a.format(folder / program) for a in PROGRAMS[program]]
     path = Path(__file__).with_name(f"{program}.py")
     done = subprocess.run(
@@ -90,7 +90,7 @@ def run(program: str, folder: Path) -> str:
 
 
 def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Headings and rows of each table of a text in Markdown."""
+    """Yield headings and rows of each table of a text in Markdown."""
     for lines in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
         rows = [[c.strip() for c in x.strip("| \n").split("|")] for x in lines.splitlines()]
         rows = [r for r in rows if not all(set(c) <= set("-: ") and c for c in r)]
@@ -98,7 +98,7 @@ def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
 
 
 def value(claim: Claim, text: str) -> float | None:
-    """The number that a claim is of; None: the program printed no such row."""
+    """Return the number that a claim is about; None if the program printed no such row."""
     wanted, _, number = claim.column.partition(".")
     for headings, rows in tables(text):
         width = max(map(len, (headings, *rows)))
@@ -113,7 +113,7 @@ def value(claim: Claim, text: str) -> float | None:
 
 
 def machine_line() -> str:
-    """This machine in a line."""
+    """Return a description of this machine in one line."""
     features = machine.cpu_features()
     simd = "AVX-512" if "avx512f" in features else "AVX2" if "avx2" in features else "no AVX2"
     return (
@@ -124,7 +124,7 @@ def machine_line() -> str:
 
 
 def verdicts(results: dict[str, str], claims: Sequence[Claim]) -> Iterator[str]:
-    """A row for each claim of what was run."""
+    """Return a row for each claim about the programs that ran."""
     for claim in claims:
         if claim.program in results:
             found = value(claim, results[claim.program])

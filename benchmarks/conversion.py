@@ -3,9 +3,9 @@
     python benchmarks/conversion.py WORK_FOLDER [--layers 28] [--rounds 3] [--with-transformers]
 
 Makes a random checkpoint of the 6B's width in float16 (12.1 GB at 28 layers) and needs 20 times
-that on the disk: a run's checkpoint with the optimizer's state has six times its size. The peer and
-the conversion take turns; the least of each is what counts. `cp` is followed by fsync, as the
-conversion is. Prints the table of docs/benchmarks.md.
+that on disk: a run's checkpoint with the optimizer state has six times its size. The peer and the
+conversion take turns; the fastest run of each counts. `cp` is followed by fsync, as the conversion
+is. Prints the table of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ model.save_pretrained(sys.argv[2], max_shard_size="100GB")
 
 
 def timed(*command: object) -> tuple[float, float]:
-    """Seconds and peak resident GB of a command and its children."""
+    """Return seconds and peak resident GB of a command and its children."""
     begun = time.monotonic()
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -49,7 +49,7 @@ def timed(*command: object) -> tuple[float, float]:
 
 
 def copied(folder: Path, to: Path) -> float:
-    """Seconds to copy a folder's weights with cp, and to sync them."""
+    """Return the seconds to copy a folder's weights with cp, and to sync them."""
     to.mkdir()
     weights = [p for p in folder.iterdir() if p.stat().st_size > 2**20]
     copies = [to / p.name for p in weights]
@@ -62,7 +62,7 @@ def copied(folder: Path, to: Path) -> float:
 
 
 def device_rates(path: Path, size: int) -> tuple[float, float]:
-    """GB/s of writing and reading around the page cache, one stream."""
+    """Return GB/s of writing and reading, bypassing the page cache, with one stream."""
     memory = mmap.mmap(-1, PIECE)
     rates = []
     for flags in (os.O_WRONLY | os.O_CREAT, os.O_RDONLY):
@@ -81,7 +81,7 @@ def device_rates(path: Path, size: int) -> tuple[float, float]:
 
 
 def race(source: Path, out: Path, rounds: int, *options: str) -> tuple[float, float, float, int]:
-    """Least seconds of convert and of cp, most memory in GB, and bytes of the result."""
+    """Return the least seconds of convert and of cp, peak memory in GB, and bytes of the result."""
     ours, copies, memory, size = [], [], 0.0, 0
     for _ in range(rounds):
         shutil.rmtree(out, ignore_errors=True)
@@ -96,7 +96,7 @@ def race(source: Path, out: Path, rounds: int, *options: str) -> tuple[float, fl
 
 
 def run_of(converted: Path) -> Path:
-    """A run's checkpoint as it is after a step, with the weights as their own moments."""
+    """Write a run's checkpoint after a step, with the weights as their own moments."""
     run = converted.with_name("run")
     run.mkdir()
     source = BundleSource(converted / "tf_model.ckpt")

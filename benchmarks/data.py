@@ -2,12 +2,12 @@
 
     python benchmarks/data.py WORK_FOLDER [--megabytes 40] [--rounds 3] [--document 500]
 
-The text is that of this environment's Python packages: sources and documentation. The peers:
+The text is that of this environment's Python packages: sources and documentation. The peers are
 `tokenizers.encode_batch_fast` in one call, and in batches of 256 documents, over the same texts,
-which are in memory already, on all cores, with nothing done to the result; and the GPT-2 BPE in
-plain Python, one process a file, as the reference does it. Ours reads compressed lines and ends
-with finished records. With --document, one document of so many megabytes too. Prints the table
-of docs/benchmarks.md.
+which are already in memory, on all cores, dropping the result; and the GPT-2 BPE in plain Python,
+one process per file, as in the reference. Ours reads compressed lines and ends with finished
+records. --document adds one document of this many megabytes. Prints the table of
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ for line in zstd.open(sys.argv[1]):
 
 
 def documents(size: int) -> Iterator[str]:
-    """Texts of the environment, of about so many bytes in all."""
+    """Yield texts of the environment, about `size` bytes in all."""
     found = 0
     for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*")):
         if path.suffix in (".py", ".md", ".rst", ".txt", ".pyi", ".h"):
@@ -69,7 +69,7 @@ def documents(size: int) -> Iterator[str]:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and those under it."""
+    """Return the ids of a process and those under it."""
     found = [pid]
     try:
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -89,7 +89,7 @@ def proportional_bytes(pid: int) -> int:
 
 
 def ours(source: Path, out: Path, tokenizer: Path, *options: str) -> tuple[float, float, float]:
-    """Seconds of the whole command, those of its processors, and the most GB in all processes."""
+    """Return elapsed and CPU seconds of the whole command, and the peak GB of all its processes."""
     shutil.rmtree(out, ignore_errors=True)
     command = [*GPTJ, "data", "pile", source, "--tokenizer", tokenizer, "--out", out, "--quiet"]
     begun, busy, peak = time.monotonic(), children_seconds(), 0
@@ -103,13 +103,13 @@ def ours(source: Path, out: Path, tokenizer: Path, *options: str) -> tuple[float
 
 
 def children_seconds() -> float:
-    """What processors have spent on processes that were started here and have ended."""
+    """Return the CPU seconds of child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def bare(source: Path, tokenizer: Path, call: str, together: int) -> tuple[float, float]:
-    """Seconds of the library alone, and those of its processors, in a process of its own."""
+    """Return elapsed and CPU seconds of the library alone, in a process of its own."""
     command = [sys.executable, "-c", BARE, source, tokenizer, call, together]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
@@ -120,7 +120,7 @@ def bare(source: Path, tokenizer: Path, call: str, together: int) -> tuple[float
 
 
 def plain(folder: Path, texts: list[str]) -> float:
-    """Seconds of plain Python, a process a core, each with its own file."""
+    """Return the seconds of plain Python, one process per core, each with its own file."""
     cores = len(os.sched_getaffinity(0))
     processes = []
     begun = time.monotonic()
@@ -133,7 +133,7 @@ def plain(folder: Path, texts: list[str]) -> float:
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    """Texts as compressed lines."""
+    """Write texts as compressed lines."""
     with zstd.open(path, "wb") as file:
         for text in texts:
             file.write(json.dumps({"text": text}).encode() + b"\n")
@@ -174,7 +174,7 @@ def main() -> None:
     few = texts[:: max(1, options.megabytes // 2)]
     few_size = sum(len(text.encode()) for text in few) / 1e6
     print(f"{len(texts)} documents, {size:.1f} MB; {len(os.sched_getaffinity(0))} cores.\n")
-    print("| | MB/s | ratio to the first | MB a second of a processor | ratio | memory |")
+    print("| | MB/s | ratio to the first | MB per CPU second | ratio | memory |")
     print("| --- | --- | --- | --- | --- | --- |")
     first, first_busy = next(iter(best.values()))
     for name, (seconds, busy) in best.items():

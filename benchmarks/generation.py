@@ -4,9 +4,9 @@
         [--batch 1 8]
 
 Both load the same weights (768 wide, 12 blocks, 162 million, float32) and continue the same
-prompts greedily, with a cache, by as many tokens: transformers by `generate`, ours as
-`gptj generate` does. Two processes take turns; the least times count, and the tokens must be the
-same. Prints the table of docs/benchmarks.md.
+prompts greedily, with a cache, by the same number of tokens: transformers with `generate`, ours as
+`gptj generate` does. Two processes take turns; the least times count, and the tokens must be
+equal. Prints the table of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Continue = Callable[[np.ndarray, int], list[list[int]]]
 
 
 def transformers(folder: Path) -> Continue:
-    """The peer."""
+    """Return a function that continues prompts with transformers, the peer."""
     import torch
     from transformers import GPTJForCausalLM
 
@@ -53,7 +53,7 @@ def transformers(folder: Path) -> Continue:
 
 
 def gptj(folder: Path) -> Continue:
-    """Ours."""
+    """Return a function that continues prompts with this program."""
     from runner.cli.shared import framework
 
     framework.prepare()
@@ -72,7 +72,7 @@ SIDES = {"transformers, PyTorch": transformers, "gptj": gptj}
 
 
 def serve(name: str, folder: Path) -> None:
-    """Be one side: a line in, a continuation, a line out."""
+    """Be one side: read a line, generate, print a line."""
     run = SIDES[name](folder)
     for line in sys.stdin:
         ids, tokens = json.loads(line)
@@ -107,7 +107,7 @@ def race(sides: dict[str, Side], batch: int, prompt: int, tokens: int, rounds: i
 
 
 def main() -> None:
-    """Make what both need, run the races and print the table."""
+    """Prepare both sides, run the races and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompt", type=int, default=128)

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py WORK_FOLDER [--layers 4] [--picture docs/images/memory.svg]
 
-Makes a random checkpoint of the 6B's width in float16. The peer is what one writes without this
-program, and what the reference implementation did: load the model with transformers in float32,
-make TensorFlow variables of it, save them. Both are watched every 20 ms. Prints a table, and
-writes the picture that docs/benchmarks.md shows.
+Makes a random checkpoint of the 6B's width in float16. The peer is the script one would write
+without this program, and what the reference implementation did: load the model with transformers in
+float32, make TensorFlow variables of it, save them. Both are watched every 20 ms. Prints a table,
+and writes the picture that docs/benchmarks.md shows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WIDTH, HEIGHT = 640, 280
 COLOURS = ("#c0392b", "#1f6fb2")
 
 Curve = Sequence[tuple[float, float]]
-"""Seconds from the start, and bytes that are resident then."""
+"""Seconds from the start, and resident bytes at that time."""
 
 
 def watched(*command: object) -> Curve:
@@ -75,7 +75,7 @@ def watched(*command: object) -> Curve:
 
 
 def picture(curves: dict[str, Curve]) -> str:
-    """The curves as SVG."""
+    """Return the curves as SVG."""
     longest = max(t for curve in curves.values() for t, _ in curve)
     most = max(size for curve in curves.values() for _, size in curve)
     lines: list[dict[str, Any]] = []

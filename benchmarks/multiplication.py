@@ -1,12 +1,11 @@
-"""What a training step's multiplications alone take, in three libraries: the bound of any speed.
+"""Time of a training step's matrix products alone, in three libraries: the bound of any speed.
 
     python benchmarks/multiplication.py [--tokens 512] [--layers 12] [--rounds 10]
 
-The matrices are those of the 125m shape (768 wide, vocabulary 50,400), float32. Of each kernel
-three products are taken, as a step does: forwards, for the gradient of the input, for that of the
-kernel.
-Each library is a process of its own; the least time counts. Prints the table of docs/benchmarks.md:
-GFLOP/s, and the seconds of all products of a step.
+The matrices are those of the 125m shape (768 wide, vocabulary 50,400), float32. Each kernel takes
+part in three products, as in a step: forward, for the gradient of the input, and for that of the
+kernel. Each library runs in its own process; the least time counts. Prints the table of
+docs/benchmarks.md: GFLOP/s, and the seconds of all products of a step.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Products = Callable[[Any, Any, Any], Any]
 
 
 def pytorch() -> tuple[Callable[[np.ndarray], Any], list[Products]]:
-    """Kernels as its Linear keeps them, (O, I)."""
+    """Return PyTorch's products, of kernels as its Linear keeps them, (O, I)."""
     import torch
 
     def products() -> list[Products]:
@@ -45,7 +44,7 @@ def pytorch() -> tuple[Callable[[np.ndarray], Any], list[Products]]:
 
 
 def tensorflow(compiled: bool) -> tuple[Callable[[np.ndarray], Any], list[Products]]:
-    """By its own kernels, or by XLA's."""
+    """Return TensorFlow's products, by its own kernels or by XLA's."""
     import tensorflow as tf
 
     def made(x: Any, w: Any, g: Any, n: int) -> Any:
@@ -68,7 +67,7 @@ LIBRARIES = {
 
 
 def measure(library: str, tokens: int, rounds: int) -> dict[str, float]:
-    """Least seconds of the three products of each kernel, by its shape."""
+    """Return the least seconds of the three products of each kernel, by its shape."""
     tensor, products = LIBRARIES[library]()
     random = np.random.default_rng(0)
     found = {}

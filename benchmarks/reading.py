@@ -1,10 +1,10 @@
-"""How fast records are read, beside what a 125m model consumes while it trains.
+"""Rate at which records are read, beside what a 125m model consumes while it trains.
 
     python benchmarks/reading.py WORK_FOLDER [--batch 8] [--rounds 3] [--steps 3]
 
 The records hold 2,048 random tokens each, in four files, and are in the page cache. The peer is
-the plain way: `tf.data` with each record parsed by itself, then batched. The model trains by
-`gptj train`, a sequence a step, as its metrics.jsonl says. Prints the table of
+the plain way: `tf.data` with each record parsed by itself, then batched. The model trains with
+`gptj train`, one sequence per step; its rate is that of metrics.jsonl. Prints the table of
 docs/benchmarks.md.
 """
 
@@ -40,7 +40,7 @@ GPTJ = (sys.executable, "-m", "runner.cli.root")
 
 
 def write(folder: Path, *, compress: bool = False) -> Path:
-    """Records of random tokens."""
+    """Write records of random tokens."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def write(folder: Path, *, compress: bool = False) -> Path:
 
 
 def ours(folder: Path, batch: int, *, workers: int = 1, skip: int = 0) -> Iterable:
-    """As a training run reads: one epoch, or on from a batch."""
+    """Read as a training run does: one epoch, or from a given batch on."""
     params = InputParams(
         data_dir=[str(folder)], max_sequence_length=LENGTH, batch_size=batch, repeat=skip > 0
     )
@@ -63,7 +63,7 @@ def ours(folder: Path, batch: int, *, workers: int = 1, skip: int = 0) -> Iterab
 
 
 def plain(folder: Path, batch: int) -> Iterable:
-    """The usual few lines."""
+    """Read with the usual few lines of tf.data."""
     spec = {name: tf.io.FixedLenFeature([LENGTH], tf.int64) for name in FEATURES}
     files = tf.data.Dataset.list_files(f"{folder}/*.tfrecord", shuffle=False)
     records = files.interleave(tf.data.TFRecordDataset, cycle_length=4).shuffle(10 * batch)
@@ -72,14 +72,14 @@ def plain(folder: Path, batch: int) -> Iterable:
 
 
 def rate(found: Iterable, batch: int) -> float:
-    """Tokens a second, of all batches, the time to the first one included."""
+    """Return tokens per second over all batches, including the time to the first one."""
     begun = time.monotonic()
     count = sum(1 for _ in found)
     return count * batch * LENGTH / (time.monotonic() - begun)
 
 
 def consumption(folder: Path, records: Path, steps: int) -> float:
-    """Tokens a second of a 125m that trains."""
+    """Return tokens per second of a 125m model that trains."""
     config = GPTJConfig.preset("125m")
     shutil.rmtree(folder, ignore_errors=True)
     for _ in write_random_checkpoint(config, folder / "hf", seed=1, dtype="float32"):
@@ -123,8 +123,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, make in readers.items():
             best[name] = max(best[name], rate(make(), batch))
-    print("| | tokens/s | × what a 125m consumes |\n| --- | --- | --- |")
-    print(f"| 125m in training | {model:,.0f} | 1 |")
+    print("| | tokens/s | × what the 125m model consumes |\n| --- | --- | --- |")
+    print(f"| training the 125m model | {model:,.0f} | 1 |")
     for name, found in best.items():
         print(f"| {name} | {found:,.0f} | {found / model:,.0f} |")
     begun = time.monotonic()

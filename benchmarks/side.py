@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: it is sent a line, and answers with one."""
+"""One side of a comparison in a process of its own, which answers each line with a line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Side:
         )
 
     def ask(self, line: str = "") -> Any:
-        """Send a line; what the answer is as JSON. Ends this program if the other one has ended."""
+        """Send a line and return the answer from JSON; exit if the other program has ended."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(f"{line}\n")

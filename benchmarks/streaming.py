@@ -5,17 +5,18 @@ and what the disk and the multiplications of the machine allow.
         [--length 2048] [--only streaming …]
     python benchmarks/streaming.py WORK_FOLDER --memory [--layers 4] [--tokens 8]
 
-Blocks of the true 6B's width with random weights, one sequence a step, AdamW in float32. Each way
-is a process of its own that holds its model from its first to its last step, on the same batches;
-losses must agree. They take steps in turns: who waits is stopped, with what it does in the
-background. The vocabulary is small where the resident run has to fit too, and the true one (50400)
-to measure the memory of streaming. The median of the steps after the first counts, which compiles.
+Blocks of the true 6B's width with random weights, one sequence per step, AdamW in float32. Each
+execution is a process of its own that holds its model from its first to its last step, on the same
+batches; losses must agree. They take steps in turn: a waiting process is stopped, background
+threads included. The vocabulary is small where the resident run must fit too, and the true one
+(50400) to measure the memory of streaming. The median of the steps counts, without the first, which
+compiles.
 
 The second table is the roofline: operations and bytes of a step, by --dry-run, at the best rates
-measured between the rounds, and from how many tokens a step on the bytes are hidden.
+measured between the rounds, and the number of tokens per step from which on the bytes are hidden.
 
-With --memory: `gptj generate`, streamed, with nothing, some and all of the blocks kept in memory,
-beside what reading the others allows.
+With --memory: streamed `gptj generate` with none, some and all blocks kept in memory, beside what
+reading the others allows.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ TOLERANCE = 1e-3
 
 
 def write_records(folder: Path, length: int, vocabulary: int, count: int) -> None:
-    """Sequences of random tokens as TFRecords."""
+    """Write sequences of random tokens as TFRecords."""
     import tensorflow as tf
 
     folder.mkdir()
@@ -79,7 +80,7 @@ def write_records(folder: Path, length: int, vocabulary: int, count: int) -> Non
 
 
 def prepare(folder: Path, layers: int, vocabulary: int, dtype: str = "float32") -> Path:
-    """The weights as a bundle, which streaming reads as it is."""
+    """Write the weights as a bundle, which streaming reads as it is."""
     weights = folder / f"weights-{layers}-{vocabulary}-{dtype}"
     if not weights.exists():
         hf = folder / "hf"
@@ -94,7 +95,7 @@ def prepare(folder: Path, layers: int, vocabulary: int, dtype: str = "float32") 
 
 
 def settings(records: Path, length: int, way: str) -> dict[str, Any]:
-    """What a way changes of the params.yaml beside the weights."""
+    """Return what an execution changes of the params.yaml beside the weights."""
     return {
         "train_input.data_dir": str(records),
         "train_input.max_sequence_length": length,
@@ -108,7 +109,7 @@ def settings(records: Path, length: int, way: str) -> dict[str, Any]:
 
 
 def serve(folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None:
-    """Be one way: a line after each step, and one is waited for before the next."""
+    """Be one execution: print a line after each step, and wait for one before the next."""
     from runner.cli.shared import framework
 
     framework.prepare()
@@ -131,7 +132,7 @@ def serve(folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None
 
 
 class Way:
-    """One way in a process of its own, which runs only while it is its turn."""
+    """One execution in a process of its own, which runs only during its turn."""
 
     def __init__(self, folder: Path, weights: Path, way: str, values: dict[str, Any]) -> None:
         self._model_dir = folder / f"model_dir-{list(WAYS).index(way)}"
@@ -140,7 +141,7 @@ class Way:
         self._busy = 0.0
 
     def step(self) -> dict[str, float]:
-        """Loss, seconds, seconds of the processor and peak resident GB of the next step."""
+        """Return loss, elapsed and CPU seconds and peak resident GB of the next step."""
         begun = time.perf_counter()
         if self._side is None:
             self._side = Side(__file__, "--side", *self._arguments)
@@ -160,14 +161,14 @@ class Way:
 
 
 def planned(weights: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What --dry-run says."""
+    """Return what --dry-run prints."""
     words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     command = (*GPTJ, "train", "--init-from", weights, "--dry-run", "--json", *words)
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def race(folder: Path, options: argparse.Namespace) -> None:
-    """All ways in turns; prints both tables."""
+    """Run all executions in turn and print both tables."""
     weights = prepare(folder, options.layers, options.vocabulary)
     records = folder / f"records-{options.vocabulary}-{options.length}"
     if not records.exists():
@@ -208,12 +209,12 @@ def race(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _best(rates: list[Rates]) -> Rates:
-    """Other work can only have slowed a measurement."""
+    """Return the best rates: other work can only have slowed a measurement."""
     return Rates(**{f.name: max(getattr(r, f.name) for r in rates) for f in fields(Rates)})
 
 
 def show_roofline(plans: dict[str, dict[str, Any]], rates: Rates, tokens: int) -> None:
-    """What each way has to compute and to move, and the least time of it."""
+    """Print what each execution must compute and move, and the least time of it."""
     print(
         f"\nMultiplications {rates.multiplication / 1e12:.3f} TFLOP/s, disk {rates.read / 1e9:.2f} "
         f"GB/s read and {rates.write / 1e9:.2f} GB/s written, around the page cache.\n"
@@ -232,7 +233,7 @@ def show_roofline(plans: dict[str, dict[str, Any]], rates: Rates, tokens: int) -
 
 
 def generate(folder: Path, options: argparse.Namespace) -> None:
-    """Tokens a second with nothing, half and all of the blocks kept, against reading the others."""
+    """Print tokens per second with none, half and all blocks kept, against reading the others."""
     weights = prepare(folder, options.layers, options.vocabulary, "float16")
     config = GPTJConfig.from_file(weights / "config.json")
     length = len(PROMPT) + 1 + options.tokens
@@ -271,7 +272,7 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Make what is needed, run, and print."""
+    """Prepare, run, and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=2)

@@ -2,11 +2,11 @@
 
     python benchmarks/summarization.py WORK_FOLDER [--steps 600] [--limit 100]
 
-The task is made of what every Python has: the docstrings of its standard library. The article is
+The task uses what every Python has: the docstrings of its standard library. The article is
 the body of a docstring, the summary its first line; every tenth pair is kept aside as a test set.
 A small random GPT-J (`gptj new --preset tiny`) is trained on the records that `gptj data
 summarization` makes, and `gptj eval --task summarization` scores it before and after, beside what
-takes no model: the article's own first words. Prints the table of docs/benchmarks.md.
+needs no model: the article's own first words. Prints the table of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METRICS = ("rouge1", "rouge2", "rougeL")
 
 
 def pairs() -> Iterator[dict[str, str]]:
-    """Body and first line of every docstring of the standard library that has both."""
+    """Return body and first line of every docstring of the standard library that has both."""
     seen = set()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
         if "site-packages" in path.parts or "test" in path.parts or "idle_test" in path.parts:
@@ -48,14 +48,14 @@ def pairs() -> Iterator[dict[str, str]]:
 
 
 def gptj(*arguments: object) -> dict[str, Any]:
-    """The JSON object of a command."""
+    """Run a command and return its JSON object."""
     command = [*GPTJ, *map(str, arguments), "--json", "--quiet"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def first_words(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Scores of each article's first ten words."""
+    """Return the scores of each article's first ten words."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(METRICS, use_stemmer=True)

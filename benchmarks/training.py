@@ -3,12 +3,12 @@
     python benchmarks/training.py WORK_FOLDER [--shapes 2x256 8x1024] [--rounds 3] [--bfloat16]
         [--layers 12] [--recompute]
 
-Both begin from the same weights (768 wide, 12 blocks, 162 million), take the same batches and make
-the same update: AdamW in float32 with the gradients' norm clipped to 1. Ours is the loop of
-`gptj train`, from records to metrics.jsonl; the peer is the model as `from_pretrained` gives it,
-with `torch.optim.AdamW(fused=True)`, batches in memory. Two processes take steps in turns, so that
-other work on the machine hits both; the least time of a step counts. With --bfloat16 both compute
-in that under float32 weights: `mixed_bfloat16` and `torch.autocast`. Losses of all steps must
+Both start from the same weights (768 wide, 12 blocks, 162 million), take the same batches and make
+the same update: AdamW in float32 with the gradient norm clipped to 1. Ours is the loop of `gptj
+train`, from records to metrics.jsonl; the peer is the model as `from_pretrained` gives it, with
+`torch.optim.AdamW(fused=True)`, batches in memory. Two processes take steps in turn, so that other
+work on the machine affects both; the least time of a step counts. With --bfloat16 both compute in
+bfloat16 with float32 weights: `mixed_bfloat16` and `torch.autocast`. Losses of all steps must
 agree. Prints the table of docs/benchmarks.md.
 """
 
@@ -42,7 +42,7 @@ def batch(step: int, shape: tuple[int, int]) -> np.ndarray:
 
 
 def write_records(path: Path, shape: tuple[int, int], steps: int) -> None:
-    """The batches of so many steps as TFRecords."""
+    """Write the batches of all steps as TFRecords."""
     import tensorflow as tf
 
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -57,7 +57,7 @@ def write_records(path: Path, shape: tuple[int, int], steps: int) -> None:
 
 
 def ours(folder: Path, shape: tuple[int, int], dtype: str, recompute: bool) -> Iterator[float]:
-    """Losses of steps of the loop that `gptj train` runs."""
+    """Yield the losses of steps of the loop that `gptj train` runs."""
     from runner.cli.shared import framework
 
     framework.prepare()
@@ -93,7 +93,7 @@ def ours(folder: Path, shape: tuple[int, int], dtype: str, recompute: bool) -> I
 
 
 def peer(folder: Path, shape: tuple[int, int], dtype: str, recompute: bool) -> Iterator[float]:
-    """Losses of steps of transformers' model in PyTorch."""
+    """Yield the losses of steps of transformers' model in PyTorch."""
     import torch
     from transformers import GPTJForCausalLM
 
@@ -119,7 +119,7 @@ SIDES = {"transformers": peer, "gptj": ours}
 
 
 def serve(name: str, *arguments: Any) -> None:
-    """Be one side: a line in, a step, a line out."""
+    """Be one side: read a line, make a step, print a line."""
     from gptj_convert.resources import machine
 
     steps = SIDES[name](*arguments)
@@ -169,7 +169,7 @@ def race(folder: Path, shape: tuple[int, int], options: argparse.Namespace) -> N
 
 
 def main() -> None:
-    """Make what both need, run the races and print the table."""
+    """Prepare both sides, run the races and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--shapes", nargs="+", default=["2x256", "8x1024"])

@@ -2,7 +2,7 @@
 
     python benchmarks/transposition.py
 
-What `gptj_convert.streams.strips` does must not be slower than the plain copy of a transposed view.
+`gptj_convert.streams.strips` must not be slower than the plain copy of a transposed view.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZE = 4096
 
 
 def rate(work: Callable[[], object], nbytes: int) -> float:
-    """GB/s of the best of five."""
+    """Return GB/s of the best of five."""
     best = min(_seconds(work) for _ in range(5))
     return nbytes / best / 1e9
 

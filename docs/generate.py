@@ -1,6 +1,6 @@
 """Write docs/cli.md and docs/params.md from the program, and the table of docs/verification.md.
 
-With --check, only say if they are up to date.
+With --check, only report whether they are up to date.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MEANING = {
 
 
 def main() -> int:
-    """Write or compare the pages."""
+    """Write or check the pages."""
     pages = {
         FOLDER / "cli.md": page(),
         FOLDER / "params.md": parameters(),
@@ -64,7 +64,7 @@ def _content(path: Path) -> str:
 
 
 def verification() -> str:
-    """The page on verification, its table made anew from the cases that are tested."""
+    """Return the page on verification, with its tables rewritten from the tested cases."""
     before, rest = _content(FOLDER / "verification.md").split(_BEGIN)
     lines = ["| what is done | cases | found by | diagnosis |", "| --- | --- | --- | --- |"]
     for what, group in groupby(CASES, key=lambda case: case.what):
@@ -88,7 +88,7 @@ def verification() -> str:
 
 
 def parameters() -> str:
-    """The page on params.yaml, from the classes that check it."""
+    """Return the page on params.yaml, from the classes that check it."""
     lines = [
         "# params.yaml",
         "",
@@ -97,8 +97,8 @@ def parameters() -> str:
     ]
     lines += [
         "The keys are the reference's. Numbers may be written `1e-4`. Unknown keys are errors.",
-        "`--set SECTION.KEY=VALUE` replaces one value. What was in force is saved as",
-        "`model_dir/params.yaml`, and is read again when the run goes on.",
+        "`--set SECTION.KEY=VALUE` overrides one value. The values in force are saved as",
+        "`model_dir/params.yaml`, which is read again when the run resumes.",
         "",
         "Ready files, under `runner/configs/`:",
         "",
@@ -134,7 +134,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the page on the command line, in Markdown."""
     lines = [
         "# The `gptj` command",
         "",

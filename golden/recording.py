@@ -129,7 +129,7 @@ def read_recording(folder: Path | None) -> Recording:
     except FileNotFoundError as e:
         raise FileFault(
             f"{e.filename}: not found, expected a recording",
-            hint="`gptj golden record MODEL --out DIR` makes one where PyTorch is",
+            hint="make one with `gptj golden record MODEL --out DIR`, where PyTorch is installed",
         ) from None
     except _NOT_A_RECORDING as e:
         raise FileFault(f"{path}: is not a recording of this program: {e}") from None
@@ -157,11 +157,11 @@ def _recorded(
     T = len(ids_T)
     inside = 0 <= start <= config.n_positions - T and ids_T.min() >= 0
     if not inside or ids_T.max() >= config.vocab_size or kept.max() >= T or kept.min() < 0:
-        raise ValueError(f"prompt {row['name']!r} is not one of this model's")
+        raise ValueError(f"prompt {row['name']!r} does not fit this model")
     if logits.shape != (len(kept), config.vocab_size):
-        raise ValueError(f"prompt {row['name']!r}: logits of shape {logits.shape}")
+        raise ValueError(f"prompt {row['name']!r}: logits have shape {logits.shape}")
     if hidden is not None and hidden.shape != (config.n_layer, T, config.n_embd):
-        raise ValueError(f"prompt {row['name']!r}: hidden states of shape {hidden.shape}")
+        raise ValueError(f"prompt {row['name']!r}: hidden states have shape {hidden.shape}")
     positions = np.arange(start, start + T, dtype=np.int32)[None]
     prompt = Prompt(str(row["name"]), ids_T[None], positions, np.ones((1, T), bool))
     return RecordedPrompt(prompt=prompt, kept=kept, logits=logits, hidden=hidden)

@@ -153,13 +153,13 @@ class GPTJConfig:
         if found != MODEL_TYPE:
             raise ConfigError(
                 f"{where}: model_type is {found!r}, expected {MODEL_TYPE!r}",
-                hint="only GPT-J checkpoints can be read; other GPT models compute otherwise",
+                hint="use a GPT-J checkpoint; other GPT models compute differently",
             )
         values = _without_aliases(values, where)
         needed = ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")
         missing = [name for name in needed if name not in values]
         if missing:
-            raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number each")
+            raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number for each")
         if values.get("scale_attn_weights", True) is not True:
             raise ConfigError(f"{where}: scale_attn_weights is off, which GPT-J does not implement")
         try:
@@ -229,7 +229,7 @@ _WRITTEN_FIELDS = frozenset({*_OWN_FIELDS, "model_type", "architectures", "dtype
 #: the new weights.
 NOT_CARRIED = {
     "auto_map": "it names program code, which is never run",
-    "quantization_config": "the weights are written unquantised",
+    "quantization_config": "the weights are written unquantized",
 }
 
 #: Aliases of fields in transformers, which prefers the alias where a file has both.
@@ -265,8 +265,8 @@ def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for alias, name in _ALIASES.items():
         if alias in values and found.setdefault(name, values[alias]) != values[alias]:
             raise ConfigError(
-                f"{where}: {name} is {found[name]!r} and {alias}, another name of it, is "
-                f"{values[alias]!r}, expected one value"
+                f"{where}: {name} is {found[name]!r}, but its alias {alias} is "
+                f"{values[alias]!r}, expected the same value"
             )
     return found
 
@@ -311,7 +311,7 @@ def _problems(config: GPTJConfig) -> list[str]:
     for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         value = getattr(config, name)
         if type(value) not in (int, float) or not 0 <= value < 1:
-            problems.append(f"{name} is {value!r}, expected a number from 0 to below 1")
+            problems.append(f"{name} is {value!r}, expected a number from 0 to less than 1")
     epsilon = config.layer_norm_epsilon
     if type(epsilon) not in (int, float) or not math.isfinite(epsilon) or not 0 < epsilon < 1:
         problems.append(f"layer_norm_epsilon is {epsilon!r}, expected a number between 0 and 1")

@@ -36,8 +36,8 @@ def page_buffers(count: int, size: int) -> list[np.ndarray]:
             found.append(np.frombuffer(memory, np.uint8))
     except OSError:
         raise MemoryFault(
-            f"{count * size / 1e9:.2f} GB of memory are needed at once, and the system gives less",
-            hint="end other programs, or raise the limit on this one (`ulimit -v`, cgroup)",
+            f"{count * size / 1e9:.2f} GB of memory needed at once, but the system provides less",
+            hint="close other programs, or raise the limit of this one (`ulimit -v`, cgroup)",
         ) from None
     return found
 

@@ -63,6 +63,6 @@ def check_divides(config: GPTJConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"a mesh of {mesh} devices (batch × model): {mesh.model} does not divide "
             + ", ".join(problems),
-            hint="choose another second number of runconfig.mesh; a vocabulary is given more rows "
-            "by `gptj convert --vocab-size`",
+            hint="choose another second number for runconfig.mesh, or add rows to the vocabulary "
+            "with `gptj convert --vocab-size`",
         )

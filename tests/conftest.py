@@ -43,7 +43,7 @@ GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call of the program did."""
+    """Outcome of one call of the program."""
 
     code: int
     stdout: str
@@ -95,7 +95,7 @@ def small_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hf(small_hf: Path, workdir: Path) -> Path:
-    """A small checkpoint of one's own, at ./hf."""
+    """A copy of the small checkpoint at ./hf, which a test may change."""
     return shutil.copytree(small_hf, workdir / "hf")
 
 
@@ -108,21 +108,21 @@ def converted(hf: Path, gptj: Callable[..., Outcome]) -> Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut tensors as those of the true size are cut: panels and strips far smaller than them."""
+    """Make panels and strips far smaller than tensors, as they are for the true model."""
     monkeypatch.setattr(strips, "PANEL_BYTES", 1000)
     monkeypatch.setattr(strips, "STRIP_BYTES", 5000)
 
 
 @pytest.fixture
 def golden_run(request: pytest.FixtureRequest, workdir: Path) -> Path:
-    """A recorded run's folder, by parametrised name, which is the current folder."""
+    """The folder of a recorded run, chosen by parameter; it is the current folder."""
     folder = shutil.copytree(GOLDEN_RUNS / request.param, workdir / request.param)
     os.chdir(folder)
     return folder
 
 
 def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file, by the library."""
+    """Read every tensor of a safetensors file with the library."""
     from safetensors.numpy import load_file
 
     return load_file(path)

@@ -28,18 +28,18 @@ class Block:
 
     @property
     def needs(self) -> str | None:
-        """What it takes to run them; None: a test does."""
+        """Requirements of the commands; None if a test runs them."""
         found = _NEEDS.search(self.text)
         return found and found[1]
 
     @property
     def programs(self) -> set[str]:
-        """Those whose names begin its lines."""
+        """Programs that the lines call."""
         return set(_COMMAND.findall(self.text))
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Of a page, in order. What a program printed, after `$`, is none; nor is another language."""
+    """Yield the blocks of a page in order, without program output (`$ …`) and other languages."""
     text = page.read_text(encoding="utf-8")
     for fence in _FENCE.finditer(text):
         if _COMMAND.search(fence[1]) and not fence[1].startswith("$ "):

@@ -1,8 +1,8 @@
-"""`make mutation`: a sample of mutants of each module that pyproject.toml names, and who lives.
+"""`make mutation`: run a sample of mutants of each module in pyproject.toml, and list survivors.
 
 mutmut changes one expression at a time and runs the unit tests that reach it. It makes more
-mutants than anyone waits for: of each module so many are taken, at equal distances in the order
-of its lines. As a pytest plugin this file makes each run of the tests short, and always the same.
+mutants than anyone waits for, so this program takes a sample of each module, evenly spaced in line
+order. As a pytest plugin this file makes each test run short and deterministic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAMPLE = 60
 
 
 def pytest_configure() -> None:
-    """Few examples, always the same ones; a failure is enough, whatever the smallest would be."""
+    """Use few examples, always the same ones, and do not shrink a failure."""
     hypothesis.settings.register_profile(
         "mutation",
         max_examples=15,
@@ -33,12 +33,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: every mutant is a copy of this process, and collects garbage."""
+    """Freeze imported objects: every mutant is a fork of this process, and collects garbage."""
     gc.freeze()
 
 
 def sample(module: Path) -> list[str]:
-    """Names of the mutants of a module that are run."""
+    """Return the names of a module's mutants that are run."""
     from mutmut.mutation.file_mutation import mutate_file_contents
 
     names = mutate_file_contents(str(module), module.read_text(encoding="utf-8")).mutant_names
@@ -48,7 +48,7 @@ def sample(module: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run the sample; print a line a module, then every survivor."""
+    """Run the sample; print one line per module, then every survivor."""
     from mutmut.configuration import config
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

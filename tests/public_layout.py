@@ -28,7 +28,7 @@ def public_state(hf: Path) -> dict[str, torch.Tensor]:
 
 
 def write_public_bin(hf: Path, *, shards: int = 1) -> None:
-    """Replace a folder's model.safetensors by such a file, or by shards of it."""
+    """Replace a folder's model.safetensors with such a file, or with shards of it."""
     state = public_state(hf)
     (hf / "model.safetensors").unlink()
     if shards == 1:

@@ -195,11 +195,11 @@ class PeftAdapter:
         if None in found:
             problems.append(f"adapts {_HEAD}")
         if None not in found and len(rows) != len(self.updates):
-            problems.append("adapts some blocks only")
+            problems.append("adapts only some blocks")
         if problems:
             raise ConfigError(
-                f"{self.folder}: {'; '.join(problems)}: training continues an adapter of one rank "
-                "and scale for dense layers of every block"
+                f"{self.folder}: {'; '.join(problems)}, expected one rank and "
+                "scale for dense layers of every block to continue training"
             )
         ((rank, scale),) = kinds
         targets = dict.fromkeys(name for name in map(target_of, rows) if name)
@@ -317,7 +317,7 @@ def _match(
         elif info.dtype not in FLOATS:
             problems.append(f"{name!r} holds {info.dtype}, expected one of {', '.join(FLOATS)}")
     problems += [
-        f"{name!r} is of no layer that the settings and this model have"
+        f"{name!r} belongs to no layer that the settings adapt in this model"
         for name in tensors
         if name not in wanted
     ]
@@ -441,12 +441,9 @@ def _layer_problems(settings: AdapterSettings, config: GPTJConfig) -> Iterator[s
     adapted = [name for name in modules if settings.adapts(name)]
     others = [name for name in adapted if name not in {*kernels, _HEAD}]
     if others:
-        yield (
-            f"target_modules names {', '.join(others[:3])}, expected dense layers: only these are "
-            "adapted"
-        )
+        yield (f"target_modules names {', '.join(others[:3])}, expected only dense layers")
     if not any(name in kernels for name in adapted):
-        yield f"target_modules is {settings.targets!r}, and no dense layer of GPT-J is called so"
+        yield f"target_modules is {settings.targets!r}, but no dense layer of GPT-J has such a name"
     for name in settings.saved:
         if not any(module.endswith(name) for module in modules):
             yield f"modules_to_save names {name!r}, which GPT-J does not have"
@@ -455,4 +452,4 @@ def _layer_problems(settings: AdapterSettings, config: GPTJConfig) -> Iterator[s
         if settings.adapts(_HEAD):
             shared.append(_HEAD)
         for name in dict.fromkeys(shared):
-            yield f"{name} is changed, which this model ties to another one"
+            yield f"{name} is changed, but this model ties it to another tensor"

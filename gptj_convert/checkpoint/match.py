@@ -106,7 +106,7 @@ def settle_copies(findings: Sequence[Finding], source: TensorSource) -> list[Fin
         names = (finding.name, finding.copy_of)
         if same_bits(*(Panels(source, name, Op.COPY) for name in names)):
             return finding
-        problem = f"{finding.name!r} is not {finding.copy_of!r} once more, as it must be"
+        problem = f"{finding.name!r} differs from {finding.copy_of!r}, expected an equal copy"
         return replace(finding, role=Role.UNKNOWN, problem=problem)
 
     return [settled(finding) for finding in findings]

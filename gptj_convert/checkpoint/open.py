@@ -148,7 +148,7 @@ def open_checkpoint(
         source.close()
         raise UsageError(
             f"{path}: {in_file[min(lost)]!r} is a weight of this model, which cannot be dropped",
-            hint="drop only what is beside the model",
+            hint="drop only tensors that are not part of the model",
         )
     state = location.weights.with_name(OPTIMIZER_FILE)
     optimizer = None

@@ -52,8 +52,8 @@ def no_checkpoint(path: Path) -> FileFault:
     if not path.exists():
         return FileFault(
             f"{path}: not found, expected a checkpoint",
-            hint="`gptj download` fetches GPT-J-6B to ./gpt-j-6b; "
-            "`gptj new` makes a random one for trials",
+            hint="download GPT-J-6B to ./gpt-j-6b with `gptj download`, or make a random "
+            "model with `gptj new`",
         )
     if not path.is_dir():
         found = next((f for row in FILES if (f := row.look(path))), None)
@@ -264,7 +264,7 @@ def _a_config(path: Path) -> Found | None:
 def _flax_file(path: Path) -> Found | None:
     if path.suffix != ".msgpack":
         return None
-    return Found("a file of Flax", f"name its folder to see the way: `{_quoted(path.parent)}`")
+    return Found("a file of Flax", f"name its folder for instructions: `{_quoted(path.parent)}`")
 
 
 #: Kinds of single files.

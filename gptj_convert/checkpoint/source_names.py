@@ -40,11 +40,11 @@ class SourceNames:
         """Notes on what was undone, one sentence each."""
         notes = []
         if self.wrappers:
-            notes.append(f"{', '.join(self.wrappers)} in names of tensors is left out")
+            notes.append(f"{', '.join(self.wrappers)} removed from tensor names")
         if self.prefix:
-            notes.append(f"names of tensors begin with {self.prefix!r}, which is left out")
+            notes.append(f"prefix {self.prefix!r} removed from tensor names")
         if self.without_body:
-            notes.append(f"names of tensors lack {HF_BODY!r}, which is added")
+            notes.append(f"missing prefix {HF_BODY!r} added to tensor names")
         return notes
 
 

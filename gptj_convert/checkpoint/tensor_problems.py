@@ -31,30 +31,30 @@ class Whole:
     """Regular expression that another name of such a file matches; "" for none."""
 
 
-_DEQUANTISE = (
-    "dequantise it first, where it can be loaded: model.dequantize(), then "
-    "model.save_pretrained(DIR); or take the checkpoint that it was made from"
+_DEQUANTIZE = (
+    "dequantize it first, where it can be loaded: model.dequantize(), then "
+    "model.save_pretrained(DIR); or use the checkpoint that it was made from"
 )
 
 #: Properties, the most specific first.
 WHOLES: tuple[Whole, ...] = (
     Whole(
-        "is quantised to 4 bits by bitsandbytes (NF4 or FP4)",
+        "is quantized to 4 bits by bitsandbytes (NF4 or FP4)",
         r".*\.quant_state\.bitsandbytes__\w+",
-        _DEQUANTISE,
+        _DEQUANTIZE,
     ),
     Whole(
-        "is quantised to 4 bits by bitsandbytes", r".*\.(nested_)?(absmax|quant_map)", _DEQUANTISE
+        "is quantized to 4 bits by bitsandbytes", r".*\.(nested_)?(absmax|quant_map)", _DEQUANTIZE
     ),
-    Whole("is quantised to 8 bits by bitsandbytes", r".*\.(SCB|weight_format)", _DEQUANTISE),
-    Whole("is quantised by GPTQ", r".*\.qweight", _DEQUANTISE, beside=r".*\.g_idx"),
-    Whole("is quantised by AWQ", r".*\.qweight", _DEQUANTISE, beside=r".*\.qzeros"),
-    Whole("is quantised by compressed-tensors", r".*\.weight_packed", _DEQUANTISE),
-    Whole("is quantised by HQQ", r".*\.W_q", _DEQUANTISE),
-    Whole("is quantised to FP8", r".*\.weight_scale(_inv)?", _DEQUANTISE),
-    Whole("is quantised by EETQ or Quanto", r".*\.(weight_scales|weight\._data)", _DEQUANTISE),
+    Whole("is quantized to 8 bits by bitsandbytes", r".*\.(SCB|weight_format)", _DEQUANTIZE),
+    Whole("is quantized by GPTQ", r".*\.qweight", _DEQUANTIZE, beside=r".*\.g_idx"),
+    Whole("is quantized by AWQ", r".*\.qweight", _DEQUANTIZE, beside=r".*\.qzeros"),
+    Whole("is quantized by compressed-tensors", r".*\.weight_packed", _DEQUANTIZE),
+    Whole("is quantized by HQQ", r".*\.W_q", _DEQUANTIZE),
+    Whole("is quantized to FP8", r".*\.weight_scale(_inv)?", _DEQUANTIZE),
+    Whole("is quantized by EETQ or Quanto", r".*\.(weight_scales|weight\._data)", _DEQUANTIZE),
     Whole(
-        "holds an adapter beside its weights that is not merged",
+        "holds an unmerged adapter beside its weights",
         r".*\.lora_[AB](\.\w+)?\.weight",
         "merge it where it can be loaded: model.merge_and_unload(), then "
         "model.save_pretrained(DIR)",
@@ -70,7 +70,7 @@ def whole_problem(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
         drop = " ".join(f"--drop '{p}*'" for p in prefixes[1:])
         return (
             f"holds {len(prefixes)} models, whose names of tensors begin with {shown}",
-            f"convert one of them: leave out the others, as with {drop}",
+            f"convert one of them and leave out the others, for example with {drop}",
         )
     for whole in WHOLES:
         names = [n for n in tensors if re.fullmatch(whole.name, n)]
@@ -158,27 +158,24 @@ HINTS: tuple[Hint, ...] = (
     Hint(
         _lacks_head,
         lambda s: (
-            "this is a GPTJModel without its head; save the GPTJForCausalLM that it came "
-            "from (a head is never made up)"
+            "save the GPTJForCausalLM that this GPTJModel without a head came from "
+            "(a head is never invented)"
         ),
     ),
     Hint(
         _lacks_tied_head,
-        lambda s: "the file holds a tied model: set tie_word_embeddings to true in config.json",
+        lambda s: "set tie_word_embeddings to true in config.json: the file holds a tied model",
     ),
     Hint(
         _has_other_head,
         lambda s: (
-            "config.json ties the head to the embedding, but the file holds another head: "
-            "set tie_word_embeddings to false there if the file is right"
+            "set tie_word_embeddings to false in config.json if the file is right: it holds a "
+            "head of its own"
         ),
     ),
     Hint(
         _only_more,
-        lambda s: (
-            "the model itself is whole; to leave out what is beside it, convert with "
-            + drop_options(s.unknown)
-        ),
+        lambda s: f"convert with {drop_options(s.unknown)}; the model itself is complete",
     ),
 )
 

@@ -10,7 +10,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.source import TensorInfo
 from gptj_model.tensors import Scheme, vocabulary
 
-NEVER = "rows are never made up, nor dropped"
+NEVER = "rows are never invented or dropped"
 
 
 def rows(config: GPTJConfig, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
@@ -56,7 +56,7 @@ def disagreement(config: GPTJConfig, found: Mapping[str, int]) -> str | None:
         names = ", ".join(repr(name) for name in found)
         return f"vocab_size is {config.vocab_size}, but {counts.pop()} rows are in {names}"
     each = ", ".join(f"{count} in {name!r}" for name, count in found.items())
-    return f"rows are {each}, expected as many in all; vocab_size is {config.vocab_size}"
+    return f"rows are {each}, expected the same number in each; vocab_size is {config.vocab_size}"
 
 
 def hint(found: Mapping[str, int], choice: str | None) -> str:
@@ -64,10 +64,10 @@ def hint(found: Mapping[str, int], choice: str | None) -> str:
     counts = set(found.values())
     if len(counts) > 1 or choice == FROM_CONFIG:
         return (
-            f"{NEVER}: give them the right number where the model was made, with transformers'"
-            " resize_token_embeddings"
+            "resize the embeddings where the model was made, with transformers' "
+            f"resize_token_embeddings; {NEVER}"
         )
     return (
-        f"if the tensors are right, `gptj convert --vocab-size {FROM_TENSORS}` writes "
+        f"convert with `--vocab-size {FROM_TENSORS}` if the tensors are right: it writes "
         f"{counts.pop()} into the new config.json; {NEVER}"
     )

@@ -215,8 +215,8 @@ def _check_job(
     for key in ("target", "config", "files"):
         if found.get(key) != job[key]:
             raise UsageError(
-                f"{out}: the interrupted conversion was another one: its {key} was "
-                f"{str(found.get(key))[:200]}, now {str(job[key])[:200]}",
+                f"{out}: the interrupted conversion was a different one: its {key} was "
+                f"{str(found.get(key))[:200]}, now it is {str(job[key])[:200]}",
                 hint="give the options it was started with, or start over with --force",
             )
 
@@ -319,7 +319,7 @@ def _check_unchanged(checkpoint: Checkpoint, journal: Journal[Moved]) -> None:
         raise TensorFault(
             str(checkpoint.path),
             ["its files were changed while they were read"],
-            hint="convert again, once nobody writes to them",
+            hint="convert again once no other program writes to them",
         )
 
 

@@ -69,7 +69,7 @@ def _check(manifest: Manifest) -> None:
     manifest.source.items()
     for name, stated in manifest.files.items():
         if not is_inner_path(name) or type(stated["bytes"]) is not int:
-            raise ValueError(f"{name!r} is not a file with its size")
+            raise ValueError(f"entry {name!r} is not a file with its size")
         if not re.fullmatch("[0-9a-f]{64}", stated["sha256"]):
             raise ValueError(f"SHA-256 of {name!r} is not 64 hexadecimal digits")
     for name, stated in manifest.tensors.items():

@@ -183,8 +183,7 @@ def make_plan(
     if share_embeddings and not config.tie_word_embeddings:
         if not head_is_embedding(checkpoint):
             raise UsageError(
-                f"{checkpoint.path}: its head is not its embedding, bit for bit, so they cannot "
-                "be one",
+                f"{checkpoint.path}: its head differs from its embedding, so they cannot be shared",
                 hint="leave out --share-embeddings",
             )
         config = replace(config, tie_word_embeddings=True)

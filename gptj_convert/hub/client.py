@@ -40,26 +40,26 @@ def hub_faults(where: str, progress_text: Callable[[], str] = lambda: "") -> Gen
     from httpx2 import RequestError
     from huggingface_hub import errors
 
-    again = "check the network, then run the same command again: a partial download is resumed"
+    again = "check the network, then run the same command again: a partial download resumes"
     try:
         yield
     except errors.GatedRepoError:
-        hint = "accept its terms on the hub, then `hf auth login`"
+        hint = "accept its terms on the hub, then run `hf auth login`"
         raise HubFault(f"{where}: access is gated", hint=hint) from None
     except errors.RevisionNotFoundError:
         hint = "see its branches and tags on the hub"
         raise HubFault(f"{where}: the revision does not exist", hint=hint) from None
     except errors.RepositoryNotFoundError:
-        hint = "check the name; for a private repository, `hf auth login`"
+        hint = "check the name; for a private repository, run `hf auth login`"
         raise HubFault(f"{where}: not found, or private", hint=hint) from None
     except errors.HfHubHTTPError as e:
-        answer = f"{where}: the hub answers {e.response.status_code} {e.response.reason_phrase}"
+        answer = f"{where}: the hub answered {e.response.status_code} {e.response.reason_phrase}"
         if e.response.status_code in (401, 403):
             hint = "check the token: `hf auth login`, or HF_TOKEN if it is set"
             raise HubFault(answer, hint=hint) from None
         raise Unreachable(answer + progress_text(), hint=again) from None
     except errors.OfflineModeIsEnabled:
-        why = "HF_HUB_OFFLINE is set, and the hub's cache lacks a file that is needed"
+        why = "HF_HUB_OFFLINE is set, and the hub's cache lacks a required file"
         hint = "unset HF_HUB_OFFLINE, or name a folder that holds the files"
         raise Unreachable(
             f"{where}: the hub cannot be reached: {why}{progress_text()}", hint=hint

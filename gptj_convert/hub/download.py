@@ -90,7 +90,7 @@ def list_files(
     for name in chosen:
         if not is_inner_path(name):
             hint = "name another repository, or another of its revisions"
-            message = f"{repository}: the name of a file is {name!r}, which leads out of a folder"
+            message = f"{repository}: a file is named {name!r}, which points outside the folder"
             raise HubFault(message, hint=hint)
     return listed(chosen)
 
@@ -112,7 +112,7 @@ def _ask(repository: str, revision: str | None, kind: str) -> tuple[str, dict[st
         validate_repo_id(repository)
     except HFValidationError:
         example = "EleutherAI/gpt-j-6b" if kind == MODEL else "monology/pile-uncopyrighted"
-        hint = f"expected OWNER/NAME, as in {example}"
+        hint = f"name it as OWNER/NAME, for example {example}"
         raise UsageError(f"{repository!r} is not a repository's name", hint=hint) from None
 
     def ask() -> Any:

@@ -154,8 +154,8 @@ def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
         if isinstance(opened, FileFault):
             raise opened
         raise UsageError(
-            f"{path}: nothing states what it must be; looked for {MANIFEST_FILE} and "
-            f"{RECORD_FILE} in {folder}, and for checksums in the checkpoint itself",
+            f"{path}: holds no checksums, expected {MANIFEST_FILE} or {RECORD_FILE} in "
+            f"{folder}, or checksums in the checkpoint itself",
             hint="compare it with another copy: `gptj inspect PATH --diff OTHER`",
         )
     if isinstance(opened, FileFault):
@@ -195,7 +195,7 @@ def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -
             for name, file in record.files.items()
         ]
     elif not record and (folder / RECORD_FILE).exists():
-        fault = "cannot be understood", "the record of a download"
+        fault = "cannot be read", "the record of a download"
         result.add("file", RECORD_FILE, fault, RECORD_FILE)
     if stated and path.is_dir():
         known = {

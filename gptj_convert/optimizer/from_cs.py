@@ -76,7 +76,8 @@ def _cs_settings(checkpoint: Checkpoint, source: CsSource) -> AdamSettings | Non
     lr, beta1, beta2, eps, decay, corrects = (source.number(f"{group}.{key}") for key in keys)
     if source.number(f"{group}.l2_regularization_rate"):
         refuse(
-            checkpoint, ["its optimizer adds the weights to the gradients, which none here does"]
+            checkpoint,
+            ["its optimizer adds the weights to the gradients, as none here does"],
         )
     if None in (lr, beta1, beta2, eps, decay):
         return None

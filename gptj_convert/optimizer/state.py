@@ -43,7 +43,7 @@ LOSS_SCALE = (
 BETAS = {BETA1_POWER: "beta1", BETA2_POWER: "beta2"}
 #: Hint where there is no state, or none that can be resumed.
 WITHOUT = (
-    "to take the weights alone, convert without --optimizer-state, or train with --checkpoint-path"
+    "convert without --optimizer-state, or train with --checkpoint-path, to take only the weights"
 )
 
 
@@ -93,7 +93,7 @@ def other_optimizers(names: Iterable[str], known: tuple[str, ...]) -> Iterator[s
     kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
     for kind in kinds:
         if kind not in known:
-            yield f"its optimizer keeps {kind!r}, which is not of {' or '.join(ADAMS)}"
+            yield f"its optimizer keeps {kind!r}, which {' or '.join(ADAMS)} does not have"
 
 
 def common_value(checkpoint: Checkpoint, values: Mapping[str, float | None]) -> float:

@@ -2,9 +2,10 @@
 
 Nothing here examines the machine: `gptj_convert.resources.machine` and
 `gptj_convert.resources.rates` do. What conversions take is in `gptj_convert.conversion.cost`. All
-sizes are in bytes. Constants that are called measured were measured in 2026 on 2-core machines with
-24 GiB; `benchmarks/memory.py` and `benchmarks/streaming.py` compare the formulas with what the
-commands take.
+sizes are in bytes. Constants that are called measured were measured in 2026-11 on 2-core machines
+with 24 GiB. Each command prints or returns its planned memory beside its peak;
+`benchmarks/memory.py`, `benchmarks/training.py` and `benchmarks/streaming.py` measure conversion,
+training and streaming at the 6B's width.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) 
     Adam and the gradient without the loss scale; all in float32, 20 bytes per parameter if all are
     trained. While a checkpoint is saved, its largest tensor is held twice.
 
-    Measured: 19.7 bytes per parameter, from the difference between models of 162 and 106 million.
+    Measured 2026-11 on 2 cores: 19.7 bytes per parameter, from the difference between models of 162
+    and 106 million; `benchmarks/training.py` prints the peak.
 
     Args:
         config: configuration of the model.

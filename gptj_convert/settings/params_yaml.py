@@ -205,7 +205,7 @@ def config_from_model_section(
     if vocab_size is None:
         missing.append("train_input.vocab_size")
     if missing:
-        raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number each")
+        raise ConfigError(f"{where}: {', '.join(missing)} missing, expected a number for each")
     known: dict[str, Any] = {field: values.get(key) for key, field in MODEL_KEYS.items()}
     known |= {"vocab_size": vocab_size} | default_ends(vocab_size)
     try:

@@ -142,8 +142,8 @@ def _optimizer(values: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     kind = values["optimizer_type"]
     if kind not in ADAMS:
         raise ConfigError(
-            f"optimizer.optimizer_type is {kind!r}, expected 'adamw' or 'adam': other "
-            "optimizers of the client are not those of the reference"
+            f"optimizer.optimizer_type is {kind!r}, expected 'adamw' or 'adam': the "
+            "client's other optimizers differ from the reference's"
         )
     rate, is_adam = values["learning_rate"], kind == "adam"
     return {
@@ -173,9 +173,9 @@ def _members(optimizer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     key = "disable_lr_steps_reset"
     if len(members) > 1 and any(values.get(key) for values in (optimizer, *members)):
         raise ConfigError(
-            f"optimizer.learning_rate: {key} is set, and the CS client's schedules each count "
-            "from their own beginning",
-            hint="give one schedule, or leave it out",
+            f"optimizer.learning_rate: {key} is set, but each schedule of the CS client "
+            "counts from its own start",
+            hint=f"use one schedule, or leave out {key}",
         )
     return members
 

@@ -33,7 +33,7 @@ SMALL_STRIP_BYTES = 2**20
 #: Smallest number of strip buffers: one strip is laid out while the next is read.
 STRIP_BUFFERS = 2
 #: Size of all strip buffers together, in bytes, where more than `STRIP_BUFFERS` fit: with more
-#: buffers, reading and writing wait less for each other.
+#: buffers, reading and writing wait less for each other. `benchmarks/conversion.py` measures it.
 _ALL_BUFFERS_BYTES = 64 * 2**20
 #: Number of strip buffers for the converted side of a verification, whose strips are panels.
 CONVERTED_STRIP_BUFFERS = 4

@@ -162,8 +162,8 @@ def _refuse_rounding(checkpoint: Checkpoint, recording: Recording) -> None:
             raise GptjError(
                 f"the recording is of {recording.dtype} weights, which {info.dtype} cannot hold: "
                 "the rounding would be judged, not the conversion",
-                hint=f"record the original with `--dtype {info.dtype}`; "
-                "`--level weights` compares every value as it is",
+                hint=f"record the original with `--dtype {info.dtype}`, or compare every value "
+                "as it is with `--level weights`",
             )
 
 

@@ -153,7 +153,7 @@ def _refuse_nothing_there(converted: Path) -> None:
     if not converted.exists() and not list(converted.parent.glob(f"{converted.name}.*")):
         raise FileFault(
             f"{converted}: not found, expected a converted checkpoint",
-            hint="`gptj convert --to tf` makes one",
+            hint="make one with `gptj convert --to tf`",
         )
 
 

@@ -123,7 +123,7 @@ def _backwards(layer: keras.Layer, x: np.ndarray, d_out: np.ndarray) -> list[np.
 def _tape() -> Any:
     if keras.backend.backend() != "tensorflow":
         raise UsageError(
-            f"gradients are compared on TensorFlow, and Keras runs on {keras.backend.backend()}",
+            f"Keras runs on {keras.backend.backend()}, expected TensorFlow to compare gradients",
             hint="unset KERAS_BACKEND",
         )
     import tensorflow as tf

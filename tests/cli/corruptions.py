@@ -40,11 +40,11 @@ class Corruption:
     what: str
     """Cases of one kind are one line of the documentation."""
     of: str
-    """Which of that kind."""
+    """Variant of that kind."""
     level: str
-    """That finds it."""
+    """Level of the verification that finds it."""
     named: str
-    """HF name of the tensor, or the file, that is blamed first."""
+    """HF name of the tensor, or the file, that is named first."""
     diagnosis: str | None
     damage: Callable[[Path], None]
 
@@ -57,7 +57,7 @@ def _rewritten(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
 
 
 def _each(hf: str, rule: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    """One tensor is made anew from its values, in TensorFlow's layout."""
+    """Rewrite one tensor from its values, in TensorFlow's layout."""
     tf = TENSORS[hf].tf
     return _rewritten(lambda t: t.update({tf: rule(t[tf])}))
 
@@ -320,7 +320,7 @@ CASES: list[Corruption] = [
         _each(_WTE, lambda v: np.concatenate([v[:100], 0 * v[100:]])),
     ),
     Corruption(
-        "some rows are other ones", _WTE, "weights", _WTE, "only 2 rows from 7 to 9 differ",
+        "some rows are replaced", _WTE, "weights", _WTE, "only 2 rows from 7 to 9 differ",
         _each(_WTE, lambda v: v + np.isin(np.arange(len(v)), (7, 9))[:, None].astype(v.dtype)),
     ),
     *(
@@ -372,7 +372,7 @@ CASES: list[Corruption] = [
     ),
     *(
         Corruption(
-            "config.json computes otherwise", f"{field} is {value}", "structure", "config.json",
+            "config.json changes the model", f"{field} is {value}", "structure", "config.json",
             diagnosis, _configured(**{field: value}),
         )
         for field, value, diagnosis in (
@@ -400,7 +400,7 @@ CASES: list[Corruption] = [
         _in_bytes(DATA, lambda c: c.pop()),
     ),
     Corruption(
-        "the data file has a byte more", DATA, "structure", DATA,
+        "the data file has an extra byte", DATA, "structure", DATA,
         f"it continues beyond byte {_SIZE}, where it ended when it was written",
         _in_bytes(DATA, lambda c: c.append(0)),
     ),
@@ -440,7 +440,7 @@ CASES: list[Corruption] = [
     ),
     *(
         Corruption(
-            "a digit of the manifest is another", f"of {what}", level, named, diagnosis,
+            "a digit of the manifest is changed", f"of {what}", level, named, diagnosis,
             _other_digit_after("manifest.json", after),
         )
         for what, after, level, named, diagnosis in (

@@ -25,7 +25,7 @@ LFS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ot", ".zst", ".parq
 
 
 class FakeHub:
-    """What is served, what goes wrong with it, and what was asked for."""
+    """Served files, faults of the hub, and a record of the requests."""
 
     def __init__(
         self, files: dict[str, bytes], kind: str = "model", repository: str = REPOSITORY
@@ -38,7 +38,7 @@ class FakeHub:
         self.revisions = {"main", "float16"}
         #: Listed in the repository's information without being there.
         self.listed_only: list[str] = []
-        #: Every answer is cut after so many bytes of the file, as often as stated.
+        #: Byte counts of a file after which an answer is cut, one for each answer.
         self.cut: dict[str, list[int]] = {}
         #: Statuses to answer with first: to questions about the repository, and to files.
         self.api_statuses: list[int] = []
@@ -58,11 +58,11 @@ class FakeHub:
 
     @property
     def fetched(self) -> set[str]:
-        """Names of files of which bytes were asked for."""
+        """Names of files of which bytes were requested."""
         return {p.partition(f"/resolve/{self.commit}/")[2] for _, p in self.requests} - {""}
 
     def information(self) -> dict[str, Any]:
-        """As the hub describes a repository when asked for its blobs."""
+        """Return the hub's description of a repository with its blobs."""
         siblings = [_sibling(name, data) for name, data in self.files.items()]
         siblings += [_sibling(name, b"x" * 100) for name in self.listed_only]
         return {"id": self.repository, "sha": self.commit, "siblings": siblings, "private": False}
@@ -81,7 +81,7 @@ def _git(data: bytes) -> str:
 
 
 def _etag(name: str, data: bytes) -> str:
-    """By which the hub's cache names a file: large ones by what Git LFS hashes."""
+    """Return the name of a file in the hub's cache; that of a large file is its Git LFS hash."""
     return hashlib.sha256(data).hexdigest() if name.endswith(LFS) else _git(data)
 
 
@@ -179,13 +179,13 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests; anything else is a fault of this file."""
+        """Ignore clients that hang up, as tests make them; anything else is a bug of this file."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client reads its variables when it is imported, which has long happened."""
+    """Point the client at an endpoint; it has read its variables when it was imported."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -193,7 +193,7 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def client_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The client without a token or cache of the machine's, and without long waits."""
+    """Isolate the client from the machine's token and cache, and shorten its waits."""
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
@@ -205,7 +205,7 @@ def client_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def refused_endpoint() -> str:
-    """Where nobody listens."""
+    """Return an address where nothing listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{s.getsockname()[1]}"
@@ -213,7 +213,7 @@ def refused_endpoint() -> str:
 
 @contextmanager
 def serving(hub: FakeHub) -> Iterator[str]:
-    """Serve it; gives the address for HF_ENDPOINT."""
+    """Serve the hub; yields the address for HF_ENDPOINT."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

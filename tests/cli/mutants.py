@@ -19,7 +19,7 @@ from gptj_model.streaming import forward
 
 @dataclass(frozen=True)
 class Mutant:
-    """A model that is wrong in one place."""
+    """A model with a fault in one place."""
 
     what: str
     change: Callable[[pytest.MonkeyPatch], None]
@@ -168,7 +168,7 @@ MUTANTS = [
     ),
     Mutant("no rotation", _rotates(lambda x, sin, cos: x), operation="rotary_q"),
     Mutant("angles in half precision", _angles(_half_precision), operation="rotary_q"),
-    Mutant("another base of the angles", _angles(_other_base), operation="rotary_q"),
+    Mutant("a different base of the angles", _angles(_other_base), operation="rotary_q"),
     Mutant("the exact GELU", _exact_gelu, operation="gelu"),
     Mutant("scores not scaled", _in_softmax(lambda x: x * 12**0.5), operation="softmax"),
     Mutant("scores scaled by 1 %", _in_softmax(lambda x: x * 1.01), operation="softmax"),
@@ -179,10 +179,10 @@ MUTANTS = [
     ),
     Mutant("a sequential residual", _block_call(_sequential), operation="fc_in"),
     Mutant("no residual", _block_call(_no_residual), operation="residual"),
-    Mutant("another epsilon", _norm(_other_epsilon, "ln_1"), operation="ln_1"),
+    Mutant("a different epsilon", _norm(_other_epsilon, "ln_1"), operation="ln_1"),
     Mutant("no final norm", _norm(_passes_through, "ln_f"), None, "ln_f"),
-    Mutant("a token sees the next", _context(_sees_next), operation="softmax"),
+    Mutant("a token sees the next one", _context(_sees_next), operation="softmax"),
     Mutant("a token does not see itself", _context(_not_itself), operation="softmax"),
     Mutant("padding is seen", _without_padding_mask, operation="padding"),
-    Mutant("the cache is written one late", _cache_one_late, operation="cache"),
+    Mutant("the cache is written one position late", _cache_one_late, operation="cache"),
 ]

@@ -1,4 +1,4 @@
-"""Adapters of the peft library, held against it: merged to float32 rounding, continued, written."""
+"""Adapters of the peft library, compared with it: merged within float32 rounding, and trained."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_an_adapter_in_16_bits_and_in_a_bin(stored: Any, file: str, workdir: Pat
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_base_in_16_bits_is_merged_in_32(dtype: str, workdir: Path, gptj):
-    """As by peft where the model is loaded in float32; kept in 16 bits it is rounded once."""
+    """The merge equals peft's with the model in float32; kept in 16 bits, it is rounded once."""
     base = make_checkpoint(workdir / "base", dtype=dtype)
     adapter = make_adapter(base, "adapter")
     expected = merged_by_peft(base, adapter)
@@ -243,7 +243,7 @@ def _edited(adapter: Path, **fields: Any) -> None:
         ({"r": 0, "lora_alpha": "x"}, ["r is '0'", "lora_alpha is 'x'"]),
         ({"r": True}, ["r is 'True'"]),
         ({"target_modules": None}, ["target_modules is 'None'"]),
-        ({"target_modules": ["query_key_value"]}, ["no dense layer of GPT-J is called so"]),
+        ({"target_modules": ["query_key_value"]}, ["no dense layer of GPT-J has such a name"]),
         ({"target_modules": ["wte", "q_proj"]}, ["transformer.wte", "dense layers"]),
         ({"target_modules": "("}, ["target_modules is '('"]),
         ({"rank_pattern": {"(": 3}}, ["rank_pattern"]),
@@ -265,7 +265,7 @@ def test_what_is_not_implemented_is_named(fields: dict, words: list[str], workdi
     ("fields", "words"),
     [
         ({"r": 4}, ["lora_A.weight' has shape [8, 64], expected [4, 64]", "12 problem"]),
-        ({"target_modules": ["q_proj"]}, ["v_proj.lora_A.weight' is of no layer", "6 problem"]),
+        ({"target_modules": ["q_proj"]}, ["lora_A.weight' belongs to no layer", "6 problem"]),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, ["k_proj.lora_B.weight' is missing"]),
         ({"modules_to_save": ["lm_head"]}, ["lm_head.weight' is missing"]),
     ],
@@ -285,7 +285,7 @@ def test_an_adapter_of_another_model_is_refused(workdir: Path, gptj):
     for fields, words in (
         (
             {"n_embd": 64, "n_head": 4, "n_layer": 4},
-            "h.3.attn.q_proj.lora_A.weight' is of no layer",
+            "h.3.attn.q_proj.lora_A.weight' belongs to no layer",
         ),
         ({"n_embd": 96, "n_head": 4, "n_layer": 3}, "lora_A.weight' has shape [8, 96], expected"),
     ):
@@ -325,7 +325,7 @@ def test_a_tied_head_is_not_changed_alone(workdir: Path, gptj):
     _edited(adapter, modules_to_save=["lm_head"])
     done = gptj("convert", tied, "--adapter", adapter, "--to", "tf")
     assert done.code == 2
-    assert "lm_head is changed, which this model ties" in done.stderr
+    assert "lm_head is changed, but this model ties" in done.stderr
 
 
 def test_a_folder_with_an_adapter_alone_says_what_to_do(workdir: Path, gptj):
@@ -362,7 +362,7 @@ BEGIN = ("train", "--params", "params.yaml", "--init-from", "hf", "--quiet")
 @adamw
 @pytest.mark.parametrize("execution", ["resident", "streaming"])
 def test_training_continues_an_adapter(golden_run: Path, execution: str, gptj):
-    """At a rate of 0 the run is the merged model; at another it goes on from A and B."""
+    """At a learning rate of 0 the run is the merged model; otherwise it trains A and B further."""
     adapter = make_adapter(Path("hf"), "adapter")
     own = ("--adapter", adapter, "--execution", execution, *LORA)
     still = ("--set", "optimizer.learning_rate=0", "--max-steps", 1)
@@ -410,17 +410,17 @@ def test_a_run_trains_the_adapter_that_it_is_given_or_says_so(golden_run: Path, 
     done = gptj(*BEGIN, "--adapter", head, *LORA, "--max-steps", 1)
     assert done.code == 2
     assert "replaces lm_head.weight, lm_head.bias" in done.stderr
-    assert "adapts some blocks only" in done.stderr
+    assert "adapts only some blocks" in done.stderr
     assert not Path("model_dir/model.ckpt-1.index").exists()
     alone = ("train", "--params", "params.yaml", "--adapter", adapter, *named)
     assert "--init-from" in gptj(*alone, "--max-steps", 1).stderr
 
 
 @adamw
-def test_ours_names_its_base_and_comes_back(
+def test_our_adapter_names_its_base_and_converts_back(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
-    """Written, loaded by the library, merged by both; from a folder, a conversion, a repository."""
+    """An adapter is written, loaded by the library and merged by both, for three kinds of base."""
     rate = ("--set", "optimizer.learning_rate=0.01", "--max-steps", 2)
     assert gptj(*BEGIN, *LORA, *rate).code == 0
     done = gptj("convert", "model_dir", "--to", "peft", "--json")

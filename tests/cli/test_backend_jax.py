@@ -127,10 +127,10 @@ def test_a_run_that_was_interrupted_is_the_same_bits(runs: Path):
         np.testing.assert_array_equal(read_tensor(ours, name), read_tensor(theirs, name), name)
 
 
-def test_each_backend_goes_on_from_the_others_checkpoint(
+def test_each_backend_resumes_from_the_others_checkpoint(
     runs: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
-    """Ten steps of one, ten of the other: the twenty of one."""
+    """Ten steps on each backend give the losses of twenty steps on one."""
     _assert_same(runs / "tf_first", runs / "whole", 20)
     monkeypatch.chdir(runs)
     Path("jax_first").mkdir()
@@ -166,7 +166,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_what_cannot_be_done_is_said(golden_run: Path, case: str, gptj):
+def test_what_jax_cannot_do_is_refused(golden_run: Path, case: str, gptj):
     options, expected = REFUSED[case]
     done = gptj(*BEGIN, "--backend", "jax", "--validate-only", *options)
     assert done.code == 2

@@ -33,7 +33,7 @@ WITHOUT_DEFAULT = {
 
 
 def _read(path: Path | str) -> dict[str, Any]:
-    """As both clients read it."""
+    """Return the YAML as both clients read it."""
     return yaml.safe_load(Path(path).read_text())
 
 
@@ -95,7 +95,7 @@ def test_params_yaml_has_what_the_reference_takes_without_a_default(workdir: Pat
     assert values["optimizer"]["learning_rate"][0]["end_learning_rate"] == 4.3e-5
 
 
-def test_so_has_that_of_a_run_and_of_its_state(reference_run: Path, gptj):
+def test_params_yaml_of_a_run_and_of_its_state_has_it_too(reference_run: Path, gptj):
     values = _read("params.yaml")
     for key in ("boundary_casting", "tf_summary", "mixed_precision", "filter_size"):
         del values["model"][key]
@@ -245,7 +245,7 @@ def test_disk_is_planned_for_every_checkpoint_that_is_kept(
     assert f"for {7 + passing} checkpoints" in refused.stderr
 
 
-def test_the_plan_for_a_model_takes_the_converted_folders_word(workdir: Path, gptj):
+def test_the_plan_for_a_model_follows_the_converted_folder(workdir: Path, gptj):
     assert gptj("convert", ADAMW / "hf", "--to", "tf", "--quiet").code == 0
 
     def training() -> int:
@@ -260,8 +260,8 @@ def test_the_plan_for_a_model_takes_the_converted_folders_word(workdir: Path, gp
     assert training() == 20 * state
 
 
-def test_what_the_client_decays_goes_on_decaying(workdir: Path, gptj):
-    """Its groups become patterns, and patterns become groups, or a note."""
+def test_what_the_client_decays_keeps_decaying(workdir: Path, gptj):
+    """The client's groups become patterns, and patterns become groups, or a note."""
     shutil.copyfile(CLIENTS / "checkpoint_20.mdl", "checkpoint_20.mdl")
     done = gptj("convert", "checkpoint_20.mdl", "--to", "tf", "--optimizer-state", *CONFIG)
     assert done.code == 0
@@ -275,7 +275,7 @@ def test_what_the_client_decays_goes_on_decaying(workdir: Path, gptj):
     assert "instead" not in back.stderr
 
 
-def test_what_the_client_cannot_decay_is_said(reference_run: Path, gptj):
+def test_what_the_client_cannot_decay_is_noted(reference_run: Path, gptj):
     done = gptj("convert", "model_dir", "--to", "cs", "--optimizer-state", *CONFIG)
     assert done.code == 0
     assert "weight decay 0.1 applies to matrices, ln_1.weight, ln_1.bias" in done.stderr
@@ -297,7 +297,7 @@ def test_what_the_client_cannot_decay_is_said(reference_run: Path, gptj):
         assert values["optimizer"]["exclude_from_weight_decay"] == []
 
 
-def test_a_run_is_told_that_it_decays_otherwise(workdir: Path, gptj):
+def test_a_run_is_warned_of_a_different_decay(workdir: Path, gptj):
     shutil.copyfile(CLIENTS / "checkpoint_20.mdl", "checkpoint_20.mdl")
     shutil.copyfile(ADAMW / "hf" / "config.json", "config.json")
     shutil.copyfile(ADAMW / "params.yaml", "params.yaml")
@@ -313,7 +313,7 @@ def test_a_run_is_told_that_it_decays_otherwise(workdir: Path, gptj):
 
 
 def _converters_yaml() -> str:
-    """What the client's own converter writes: a section `model` without its name."""
+    """The client's own converter writes a section `model` without its name."""
     section = _read(CLIENTS / "trainer.yaml")["trainer"]["init"]["model"]
     left_out = ("name", "loss_scaling", "loss_weight")
     values = {key: value for key, value in section.items() if key not in left_out}
@@ -322,7 +322,7 @@ def _converters_yaml() -> str:
 
 @pytest.mark.parametrize("kind", ["json", "params", "trainer", "trainers", "converter"])
 def test_any_file_that_states_the_model_is_taken(kind: str, workdir: Path, gptj):
-    """Told apart by what is in it, not by what it is called."""
+    """A file's content decides what it is, not its name."""
     texts = {
         "json": (ADAMW / "hf" / "config.json").read_text(),
         "params": (ADAMW / "params.yaml").read_text(),

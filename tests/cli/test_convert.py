@@ -64,7 +64,7 @@ def test_the_folder_is_complete(converted: Path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back_bit_for_bit(
+def test_the_round_trip_is_bit_for_bit(
     dtype: str, tied: bool, workdir: Path, small_pieces: None, gptj
 ):
     make_checkpoint(workdir / "hf", dtype=dtype, tie_word_embeddings=tied)
@@ -109,7 +109,7 @@ def test_a_tied_bin_that_repeats_the_embedding_converts(workdir: Path, gptj):
     torch.save(state, "hf/pytorch_model.bin")
     refused = gptj("convert", "hf", "--to", "tf", "--out", "other")
     assert refused.code == 1
-    assert "'lm_head.weight' is not 'transformer.wte.weight' once more" in refused.stderr
+    assert "'lm_head.weight' differs from 'transformer.wte.weight'" in refused.stderr
 
 
 @pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
@@ -231,7 +231,7 @@ def test_a_headless_model_is_never_given_a_head(hf: Path, gptj):
     tensors = load_tensors(hf / "model.safetensors")
     headless = {k.removeprefix("transformer."): v for k, v in tensors.items() if "lm_head" not in k}
     save_tensors(hf / "model.safetensors", headless)
-    _refused(gptj("convert", hf, "--to", "tf"), 1, "GPTJModel without its head")
+    _refused(gptj("convert", hf, "--to", "tf"), 1, "GPTJModel without a head")
 
 
 def test_truncated_safetensors(hf: Path, gptj):
@@ -285,7 +285,9 @@ def test_values_that_are_too_large_saturate_if_asked(hf: Path, small_pieces: Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_nan_and_infinity_are_kept_and_told(dtype: str, workdir: Path, small_pieces: None, gptj):
+def test_nan_and_infinity_are_kept_and_reported(
+    dtype: str, workdir: Path, small_pieces: None, gptj
+):
     make_checkpoint(workdir / "hf", dtype="float32")
     tensors = load_tensors(workdir / "hf/model.safetensors")
     tensors["transformer.wte.weight"][0, :3] = [np.nan, np.inf, -np.inf]
@@ -302,7 +304,7 @@ def test_nan_and_infinity_are_kept_and_told(dtype: str, workdir: Path, small_pie
 def test_a_head_that_is_the_embedding_may_be_shared(hf: Path, small_pieces: None, gptj):
     tensors = load_tensors(hf / "model.safetensors")
     share = ("--to", "tf", "--share-embeddings")
-    _refused(gptj("convert", hf, *share), 2, "is not its embedding")
+    _refused(gptj("convert", hf, *share), 2, "differs from its embedding")
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     save_tensors(hf / "model.safetensors", tensors)
     assert gptj("convert", hf, *share).code == 0
@@ -332,7 +334,7 @@ def test_an_existing_output_is_left_alone(converted: Path, hf: Path, gptj):
     assert not stale.exists()
 
 
-def test_what_others_have_written_is_named_before_it_is_replaced(converted: Path, hf: Path, gptj):
+def test_foreign_files_are_named_before_they_are_replaced(converted: Path, hf: Path, gptj):
     mine = converted / "notes" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("precious")
@@ -382,7 +384,7 @@ def test_an_output_that_is_not_apart_from_its_source(source: str, out: str, hf: 
 
 
 def test_an_output_beside_its_source(converted: Path, hf: Path, gptj):
-    """A name that begins alike, or a folder beside a file, is no part of the source."""
+    """A name with the same prefix, or a folder beside a file, is no part of the source."""
     for source, out in (("hf", "hf-2"), ("converted/tf_model.ckpt", "converted/back")):
         assert gptj("convert", source, "--to", "hf", "--out", out).code == 0
 
@@ -478,7 +480,7 @@ def test_a_disk_that_fills_midway(hf: Path):
     assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
 
 
-def test_too_little_memory_is_said_with_how_much_is_needed(workdir: Path):
+def test_too_little_memory_is_refused_with_the_need(workdir: Path):
     import resource
 
     make_checkpoint(workdir / "hf", n_embd=2048, n_head=2, vocab_size=5000, n_layer=1)
@@ -495,7 +497,7 @@ def test_too_little_memory_is_said_with_how_much_is_needed(workdir: Path):
 
     refused = limited(limit)
     assert refused.returncode == 1
-    assert "of memory are needed" in refused.stderr
+    assert "of memory needed" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert [p.name for p in Path.cwd().iterdir()] == ["hf"]
     assert limited(limit + 2**30).returncode == 0

@@ -1,4 +1,4 @@
-"""Every corruption of the matrix is found, blamed and explained; what is healthy passes."""
+"""Every corruption of the matrix is found, named and explained; healthy conversions pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
-    """One's own `converted` and `other`, the former's path."""
+    """Copies of `converted` and `other` in the test's folder; the path of the former."""
     for name in ("converted", "other"):
         shutil.copytree(whole / name, tmp_path / name)
     return tmp_path / "converted"
@@ -90,7 +90,7 @@ _ROUND_TRIPS = {
 
 
 def _passes(gptj, config: dict, seed: int, stored: str, dtype: str, layout: str, back: bool):
-    """Convert, perhaps on from there to Hugging Face's layout, and verify."""
+    """Convert, optionally on to Hugging Face's layout, and verify."""
     with TemporaryDirectory() as folder:
         source = make_checkpoint(Path(folder) / "hf", seed=seed, dtype=stored, **config)
         out = Path(folder) / "out"

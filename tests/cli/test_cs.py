@@ -30,7 +30,7 @@ def _attributes(item: Any) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON whose strings may be JSON; keys of one order."""
+    """Return JSON whose strings may be JSON, with sorted keys."""
     found = json.loads(text)
     if isinstance(found, list):
         found[1] = json.loads(found[1])
@@ -58,7 +58,7 @@ def test_what_is_written_is_what_the_client_writes(workdir: Path, gptj):
 
 @pytest.mark.parametrize("dtype", ["keep", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back(dtype: str, tied: bool, workdir: Path, small_pieces: None, gptj):
+def test_the_round_trip(dtype: str, tied: bool, workdir: Path, small_pieces: None, gptj):
     hf = make_checkpoint(workdir / "hf", tie_word_embeddings=tied)
     assert gptj("convert", hf, "--to", "cs", "--dtype", dtype).code == 0
     done = gptj("verify", "converted-cs", "--level", "weights", "--json")
@@ -83,14 +83,14 @@ def test_a_tied_head_is_there_for_the_client(workdir: Path, gptj):
 
 
 def test_the_clients_own_checkpoint_is_read(workdir: Path, small_pieces: None, gptj):
-    """In compressed chunks, with its config in trainer.yaml alone."""
+    """The client's checkpoint has compressed chunks, and its config only in trainer.yaml."""
     done = gptj("verify", THEIRS, "--against", HF, "--json")
     assert done.code == 0, done.stdout
     assert done.json["levels"]["logits"]["ok"]
 
 
 def _as_a_run(path: Path, step: int) -> None:
-    """As the client saves while it trains: names with a prefix more, and what is no weight."""
+    """Write a checkpoint of a client's run: names have a prefix, some entries are no weights."""
     with h5py.File(THEIRS / "model.mdl") as theirs, h5py.File(path, "w") as file:
         import hdf5plugin
 
@@ -104,7 +104,7 @@ def _as_a_run(path: Path, step: int) -> None:
         file.create_dataset("global_step", data=np.int64(step))
 
 
-def test_a_runs_newest_checkpoint_comes_home(workdir: Path, gptj):
+def test_a_runs_newest_checkpoint_converts_back(workdir: Path, gptj):
     shutil.copyfile(THEIRS / "trainer.yaml", "trainer.yaml")
     Path("model_dir").mkdir()
     for step in (9, 20):
@@ -134,7 +134,7 @@ def _damaged(change) -> Path:
         (lambda f: f.create_dataset("model.other", data=1.0), "'other' is not a tensor"),
         (
             lambda f: f["model.ln_f.weight"].__setitem__(0, 7.0),
-            "'ln_f.weight' is not 'transformer_decoder.norm.weight' once more",
+            "'ln_f.weight' differs from 'transformer_decoder.norm.weight'",
         ),
         (
             lambda f: f.update({"model.lm_head.bias2": h5py.SoftLink("/model.lm_head.bias")}),
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_refused(change, words: str, workdir: Path, gptj
     assert words in done.stderr
 
 
-def test_without_a_config_it_says_what_is_missing(workdir: Path, gptj):
+def test_without_a_config_the_error_names_what_is_missing(workdir: Path, gptj):
     shutil.copyfile(THEIRS / "model.mdl", "model.mdl")
     done = gptj("convert", "model.mdl", "--to", "hf")
     assert done.code == 2
@@ -228,7 +228,7 @@ def test_epsilon_in_16_bits_is_the_references():
     assert _trainer(**params)["init"]["optimizer"]["adamw"]["eps"] == 1e-5
 
 
-def test_schedules_that_do_not_begin_anew_are_refused():
+def test_schedules_that_do_not_restart_are_refused():
     from gptj_model.errors import ConfigError
 
     with pytest.raises(ConfigError, match="disable_lr_steps_reset"):

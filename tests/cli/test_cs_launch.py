@@ -139,7 +139,7 @@ def test_a_reference_yaml_becomes_the_clients(for_cs: Path, gptj):
     assert trainer["fit"]["train_dataloader"]["batch_size"] == theirs["train_input"]["batch_size"]
 
 
-def test_a_dry_run_only_tells(for_cs: Path, gptj, monkeypatch: pytest.MonkeyPatch):
+def test_a_dry_run_only_prints(for_cs: Path, gptj, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/nowhere")
     Path("data/data-0.h5").unlink()
     done = gptj("train", "--init-from", for_cs, "--cs-ip", "10.1.2.3", "--dry-run", "--json")
@@ -160,7 +160,7 @@ def test_a_dry_run_only_tells(for_cs: Path, gptj, monkeypatch: pytest.MonkeyPatc
         ("Segmentation fault", "its whole log is"),
     ],
 )
-def test_the_clients_failure_is_told(says: str, hint: str, for_cs: Path, gptj, monkeypatch):
+def test_the_clients_failure_is_reported(says: str, hint: str, for_cs: Path, gptj, monkeypatch):
     monkeypatch.setenv("STAND_IN", says)
     done = gptj("train", "--init-from", for_cs, "--cs-ip", "10.1.2.3", "--json")
     assert done.code == 1
@@ -171,7 +171,7 @@ def test_the_clients_failure_is_told(says: str, hint: str, for_cs: Path, gptj, m
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_are_handed_on(number: signal.Signals, code: int, for_cs: Path):
+def test_signals_are_forwarded(number: signal.Signals, code: int, for_cs: Path):
     command = [sys.executable, "-m", "runner.cli.root", "train", "--init-from", str(for_cs)]
     with subprocess.Popen(
         [*command, "--target", "csx"],
@@ -214,7 +214,7 @@ def test_weights_in_another_format_are_converted_first(client: Path, gptj):
     assert f"gptj convert {HF} --to cs" in done.stderr
 
 
-def test_what_is_missing_is_said_before_anything_is_called(for_cs: Path, gptj, monkeypatch):
+def test_what_is_missing_is_reported_before_anything_is_called(for_cs: Path, gptj, monkeypatch):
     Path("data/data-0.h5").unlink()
     done = gptj("train", "--init-from", for_cs, "--cs-ip", "10.1.2.3")
     assert done.code == 1
@@ -223,7 +223,7 @@ def test_what_is_missing_is_said_before_anything_is_called(for_cs: Path, gptj, m
 
 
 def test_random_weights(client: Path, gptj):
-    """From the reference's parameters alone; the same command then goes on with the run's own."""
+    """A run starts from the reference's parameters; the same command then resumes with its own."""
     params = GOLDEN_RUNS / "adamw" / "params.yaml"
     Path("records").mkdir()
     Path("records/data-0.h5").touch()
@@ -244,7 +244,7 @@ def test_random_weights(client: Path, gptj):
     assert _called() == ["validate", "model_dir/trainer.yaml"]
 
 
-def test_a_run_goes_on_with_its_last_checkpoint(for_cs: Path, gptj):
+def test_a_run_resumes_from_its_last_checkpoint(for_cs: Path, gptj):
     command = ("train", "--init-from", for_cs, "--target", "csx")
     assert gptj(*command).code == 0
     assert _trainer()["fit"]["ckpt_path"].endswith("converted-cs/model.mdl")

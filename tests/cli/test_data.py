@@ -47,7 +47,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tokens(tokenizer_folder: Path) -> Callable[[Sequence[str]], list[int]]:
-    """The stream that documents should become."""
+    """Return the stream that documents must become."""
     tokenizer = load_tokenizer(tokenizer_folder)
     return lambda texts: [i for t in texts for i in [*tokenizer.encode(t).ids, END_OF_TEXT_ID]]
 
@@ -68,7 +68,7 @@ def data(gptj, workdir: Path, tokenizer_folder: Path):
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents, pieces and chunks as small as if the texts were gigabytes."""
+    """Shrink documents, pieces and chunks, so that the texts act as if they were gigabytes."""
     monkeypatch.setattr(sources, "LONG", 200)
     monkeypatch.setattr(sources, "PIECE", 32)
     monkeypatch.setattr(long_line, "_LONG_STRING", 20)
@@ -76,7 +76,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _stream(folder: str | Path) -> list[int]:
-    """The tokens in records, read by TensorFlow."""
+    """Return the tokens in records, read by TensorFlow."""
     found: list[int] = []
     for path in sorted(Path(folder).glob("*.tfrecord*")):
         kind = "GZIP" if is_compressed(path) else ""

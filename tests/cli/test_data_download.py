@@ -34,13 +34,13 @@ FOLDER = Path("small-gptj")
 
 
 def _lines(documents: int, length: int = 200) -> bytes:
-    """Documents that hardly compress."""
+    """Return documents that hardly compress."""
     words = random.Random(documents)
     texts = ({"text": words.randbytes(length // 2).hex()} for _ in range(documents))
     return zstd.compress("\n".join(map(json.dumps, texts)).encode())
 
 
-#: Larger than the client's pieces, so that a cut leaves something to go on from.
+#: Larger than the client's pieces, so that a cut leaves something to resume from.
 PILE = {
     LARGE: _lines(4, 700_000),
     "train/01.jsonl.zst": _lines(2),
@@ -208,7 +208,7 @@ def test_a_second_call_fetches_nothing(hub: FakeHub, download):
     assert not hub.served
     assert {p: p.stat().st_mtime_ns for p in FOLDER.rglob("*")} == before
     assert again.json["tokens"] == first.json["tokens"]
-    # The same command goes on where packing was interrupted, or has ended.
+    # The same command resumes where packing was interrupted, or has ended.
     assert download(*SMALL, "--resume").code == 0
     assert not hub.served
 
@@ -251,7 +251,7 @@ def test_a_new_commit_replaces_what_was_downloaded(hub: FakeHub, download):
 # Faults.
 
 
-def test_a_cut_connection_goes_on_in_the_next_run(hub: FakeHub, download):
+def test_a_dropped_connection_resumes_in_the_next_run(hub: FakeHub, download):
     hub.cut[LARGE] = [1_200_000] + [0] * 5
     _refused(
         download("--part", "train/00"),
@@ -330,7 +330,7 @@ def test_two_downloads_into_one_folder(hub: FakeHub, download):
 )  # fmt: skip
 def test_names_that_lead_elsewhere(name: str, hub: FakeHub, download):
     hub.listed_only = [name]
-    _refused(download("--part", "train"), 1, f"{name!r}, which leads out of a folder")
+    _refused(download("--part", "train"), 1, f"{name!r}, which points outside the folder")
     assert not hub.fetched
     assert not list(Path.cwd().iterdir())
     # Where it is not asked for it does no harm.
@@ -338,7 +338,7 @@ def test_names_that_lead_elsewhere(name: str, hub: FakeHub, download):
     assert {p.name for p in Path.cwd().iterdir()} == {FOLDER.name, "data"}
 
 
-def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, download):
+def test_a_users_own_file_is_never_overwritten(hub: FakeHub, download):
     (FOLDER / "train").mkdir(parents=True)
     (FOLDER / "train/01.jsonl.zst").write_bytes(b"precious")
     _refused(download(*SMALL), 2, "already exists", "as SRC")
@@ -351,7 +351,7 @@ def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, download):
 # What is refused.
 
 
-def test_parts_that_are_not_there(hub: FakeHub, download):
+def test_missing_parts(hub: FakeHub, download):
     _refused(download("--part", "dev"), 1, f"{REPOSITORY}: has no part 'dev'", "'val.jsonl.zst'")
     del hub.files["test.jsonl.zst"]
     _refused(download("--part", "test"), 1, "has no part 'test'")

@@ -19,7 +19,7 @@ GB = 10**9
 
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch):
-    """Make the machine one with so much memory and disk, in GB."""
+    """Make the machine appear to have this memory and disk, in GB."""
 
     def make(*, memory: float, disk: float) -> None:
         for name, size in (("memory_available", memory), ("memory_total", memory)):
@@ -31,7 +31,7 @@ def has(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch):
-    """Make a distribution one that is not installed."""
+    """Make a distribution appear not to be installed."""
     installed = metadata.version
 
     def make(*names: str) -> None:
@@ -104,7 +104,7 @@ def test_facts_are_lines_and_one_object(workdir: Path, gptj):
         ("pyarrow", 0, "pip install -e '.[data]'"),
     ],
 )
-def test_what_is_missing_is_said_with_its_cure(
+def test_what_is_missing_is_reported_with_its_fix(
     package: str, code: int, fix: str, workdir: Path, without, gptj
 ):
     without(package)
@@ -187,9 +187,7 @@ def test_the_same_plan_for_people(workdir: Path, has, gptj):
         (30, ["gptj download --revision float16", "gptj convert --to tf --dtype keep"]),
     ],
 )
-def test_a_small_machine_is_told_what_to_do(
-    disk: int, commands: list[str], workdir: Path, has, gptj
-):
+def test_a_small_machine_gets_advice(disk: int, commands: list[str], workdir: Path, has, gptj):
     has(memory=3, disk=disk)
     done = gptj("doctor", "--plan", "6b", "--json")
     assert done.json["commands"] == [*commands, "gptj verify --level weights"]
@@ -246,7 +244,7 @@ def test_what_is_no_model_is_refused(workdir: Path, gptj):
     assert "not found" in done.json["error"]["message"]
 
 
-def test_planned_and_measured_are_said(hf: Path, gptj):
+def test_planned_and_measured_memory_are_printed(hf: Path, gptj):
     assert "needs 0.00 GB of disk" in gptj("convert", "hf", "--to", "tf", "--dry-run").stderr
     assert "GB, planned 0." in gptj("convert", "hf", "--to", "tf").stderr
     done = gptj("verify", "--level", "weights", "--json")
@@ -255,7 +253,7 @@ def test_planned_and_measured_are_said(hf: Path, gptj):
 
 
 def test_memory_is_what_was_planned(workdir: Path):
-    """At the true width, so that strips have their true size."""
+    """The true width gives strips their true size."""
     make_checkpoint(workdir / "hf", dtype="float16", n_embd=4096, n_layer=1, n_head=16)
     for arguments in (("convert", "hf", "--to", "tf"), ("verify", "--level", "weights")):
         command = [sys.executable, "-m", "runner.cli.root", *arguments, "--json"]

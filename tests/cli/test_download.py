@@ -29,7 +29,7 @@ SMALL_FILES = {
     "merges.txt": b"#version: 0.2\n",
     "generation_config.json": b"{}",
 }
-#: Larger than the client's pieces, so that a cut leaves something to go on from.
+#: Larger than the client's pieces, so that a cut leaves something to resume from.
 WEIGHTS = bytes(range(256)) * 16 * 1024
 FOLDER = Path("small-gptj")
 WEIGHTS_FILE = FOLDER / "model.safetensors"
@@ -149,7 +149,7 @@ def test_json_is_one_object(hub: FakeHub, gptj):
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_nothing_else_speaks(hub: FakeHub, gptj):
+def test_nothing_else_prints(hub: FakeHub, gptj):
     hub.api_statuses, hub.file_statuses = [503], [429]
     done = gptj("download", REPOSITORY)
     assert done.stderr.splitlines() == [
@@ -197,21 +197,21 @@ def test_a_busy_hub_is_asked_again(statuses: list[int], hub: FakeHub, gptj):
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
 
 
-def test_a_hub_that_stays_busy_is_given_up(hub: FakeHub, gptj):
+def test_a_hub_that_stays_busy_is_refused(hub: FakeHub, gptj):
     hub.api_statuses = [503] * 100
     _refused(gptj("download", REPOSITORY), 1, "503 Service Unavailable")
     assert len(hub.requests) == TRIES
     assert not FOLDER.exists()
 
 
-def test_a_cut_connection_goes_on_in_the_same_run(hub: FakeHub, gptj):
+def test_a_dropped_connection_resumes_in_the_same_run(hub: FakeHub, gptj):
     hub.cut["model.safetensors"] = [1_500_000] * 2
     assert gptj("download", REPOSITORY).code == 0
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
     assert hub.served["model.safetensors"] < len(WEIGHTS) + 2 * 2**20
 
 
-def test_a_cut_connection_goes_on_in_the_next_run(hub: FakeHub, gptj):
+def test_a_dropped_connection_resumes_in_the_next_run(hub: FakeHub, gptj):
     hub.cut["model.safetensors"] = [2_500_000] + [0] * 5
     _refused(gptj("download", REPOSITORY), 1, "model.safetensors", f"of {len(WEIGHTS)} bytes")
     assert not WEIGHTS_FILE.exists()
@@ -243,7 +243,7 @@ def test_a_hub_without_ranges_sends_the_file_from_its_beginning(hub: FakeHub, gp
     assert WEIGHTS_FILE.read_bytes() == WEIGHTS
 
 
-def test_a_hub_without_ranges_that_always_cuts_is_given_up(hub: FakeHub, gptj):
+def test_a_hub_without_ranges_that_always_disconnects_is_refused(hub: FakeHub, gptj):
     hub.ignores_ranges = True
     hub.cut["model.safetensors"] = [2_500_000, 1_500_000] * 50
     _refused(gptj("download", REPOSITORY), 1, "model.safetensors")
@@ -503,7 +503,7 @@ def test_too_little_space_is_known_before_the_first_byte(
     assert not FOLDER.exists()
 
 
-def test_a_disk_that_fills_midway_keeps_what_came(hub: FakeHub, gptj):
+def test_a_disk_that_fills_midway_keeps_the_partial_download(hub: FakeHub, gptj):
     import resource
     import signal
 
@@ -522,7 +522,7 @@ def test_a_disk_that_fills_midway_keeps_what_came(hub: FakeHub, gptj):
     assert hub.served["model.safetensors"] < len(WEIGHTS)
 
 
-def test_a_file_of_ones_own_is_never_overwritten(hub: FakeHub, gptj):
+def test_a_users_own_file_is_never_overwritten(hub: FakeHub, gptj):
     FOLDER.mkdir()
     WEIGHTS_FILE.write_bytes(b"precious")
     _refused(gptj("download", REPOSITORY), 2, "already exists", "--out")
@@ -595,7 +595,7 @@ def test_shards_that_were_fetched_convert(hub: FakeHub, small_hf: Path, gptj):
 
 
 @pytest.mark.parametrize("name", [INDEX, SHARDS[1]])
-def test_a_cut_shard_goes_on(name: str, sharded_hub: FakeHub, gptj):
+def test_an_interrupted_shard_resumes(name: str, sharded_hub: FakeHub, gptj):
     sharded_hub.cut[name] = [2_500_000] + [0] * 4 if name != INDEX else [10] + [0] * 4
     _refused(gptj("download", REPOSITORY), 1, name)
     sharded_hub.served.clear()
@@ -641,7 +641,7 @@ def test_shards_whose_names_lead_elsewhere(name: object, sharded_hub: FakeHub, g
     assert not list(Path.cwd().iterdir())
 
 
-def test_shards_that_are_not_there(sharded_hub: FakeHub, gptj):
+def test_missing_shards(sharded_hub: FakeHub, gptj):
     del sharded_hub.files[SHARDS[0]], sharded_hub.files[SHARDS[2]]
     words = (f"shard {SHARDS[0]} is not in the repository", f"shard {SHARDS[2]} is not")
     _refused(gptj("download", REPOSITORY), 1, "2 problem(s)", *words)
@@ -655,7 +655,7 @@ def test_an_index_that_is_none(text: bytes, sharded_hub: FakeHub, gptj):
     assert sharded_hub.fetched == {"config.json", *([INDEX] if len(text) < 2**22 else [])}
 
 
-def test_weights_that_would_be_taken_instead_of_those_to_come(sharded_hub: FakeHub, gptj):
+def test_weights_that_would_be_read_instead_of_the_download(sharded_hub: FakeHub, gptj):
     FOLDER.mkdir()
     WEIGHTS_FILE.write_bytes(b"precious")
     _refused(gptj("download", REPOSITORY), 2, "model.safetensors: already exists", INDEX, "--out")
@@ -734,7 +734,7 @@ def test_the_variables_of_the_client_count(hub: FakeHub):
 
 
 def test_the_token_goes_to_the_hub_alone(hub: FakeHub):
-    """Files come from another host, which must not see it; nor may any output or file."""
+    """Files come from another host, which must not see the token; no output or file may have it."""
     token = "hf_" + "s3cret" * 5
     store = FakeHub(hub.files)
     with serving(store) as address:

@@ -33,7 +33,7 @@ def save(state: object, name: str = "pytorch_model.bin") -> Path:
 
 
 def converts(gptj, state: State, source: str = "hf", *options: str) -> str:
-    """What is said on stderr when a source becomes exactly these weights."""
+    """Convert a source that must become exactly these weights; return stderr."""
     done = gptj("convert", source, "--to", "hf", "--force", *options)
     assert done.code == 0, done.stderr
     found = load_file("converted-hf/model.safetensors")
@@ -43,7 +43,7 @@ def converts(gptj, state: State, source: str = "hf", *options: str) -> str:
 
 
 def refused(done, code: int, *words: str) -> str:
-    """The hint of a refusal that names these words."""
+    """Check that a refusal contains these words, and return its hint."""
     assert done.code == code, done.stderr
     assert done.stderr.count("error: ") == 1
     assert "a fault in gptj itself" not in done.stderr
@@ -58,13 +58,13 @@ def refused(done, code: int, *words: str) -> str:
 @pytest.mark.parametrize(
     "prefix", ["module.", "base_model.model.", "_orig_mod.", "module._orig_mod.", "model.", "a.b."]
 )
-def test_one_common_prefix_is_left_out_and_said(prefix: str, state: State, gptj):
+def test_one_common_prefix_is_removed_with_a_note(prefix: str, state: State, gptj):
     save({prefix + name: values for name, values in state.items()})
     said = converts(gptj, state)
-    assert "left out" in said
+    assert "removed from tensor names" in said
 
 
-def test_wrappers_around_single_blocks_are_left_out(state: State, gptj):
+def test_wrappers_around_single_blocks_are_removed(state: State, gptj):
     def wrapped(name: str) -> str:
         return name.replace(".h.1.", ".h.1._fsdp_wrapped_module._checkpoint_wrapped_module.")
 
@@ -75,7 +75,7 @@ def test_wrappers_around_single_blocks_are_left_out(state: State, gptj):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_bare_body_beside_its_head_converts(prefix: str, state: State, gptj):
     save({prefix + n.removeprefix("transformer."): values for n, values in state.items()})
-    assert "names of tensors lack 'transformer.', which is added" in converts(gptj, state)
+    assert "missing prefix 'transformer.' added to tensor names" in converts(gptj, state)
 
 
 def test_every_command_reads_such_names(state: State, gptj):
@@ -100,10 +100,10 @@ def test_two_models_in_one_file_are_one_line(first: str, state: State, gptj):
     converts(gptj, state, "hf", "--drop", "value.*")
 
 
-def test_a_head_is_never_made_up(state: State, gptj):
+def test_a_head_is_never_invented(state: State, gptj):
     save({n.removeprefix("transformer."): v for n, v in state.items() if "lm_head" not in n})
     hint = refused(gptj("convert", "hf", "--to", "tf"), 1, "'lm_head.weight' is missing")
-    assert "GPTJModel without its head" in hint
+    assert "GPTJModel without a head" in hint
 
 
 # What is beside the model, and what all of a file is.
@@ -115,7 +115,7 @@ def test_an_extra_tensor_is_named_and_can_be_dropped(state: State, gptj):
     done = gptj("convert", "hf", "--to", "tf")
     hint = refused(done, 1, *(f"{name!r} is not a tensor of this model" for name in extra))
     assert "tie" not in done.stderr
-    assert hint.endswith("convert with --drop 'v_head.*'")
+    assert hint.startswith("convert with --drop 'v_head.*';")
     said = converts(
         gptj, state, "hf", "--drop", "v_head.summary.weight", "--drop", "*.summary.bias"
     )
@@ -125,7 +125,7 @@ def test_an_extra_tensor_is_named_and_can_be_dropped(state: State, gptj):
     assert gptj("verify", "converted-hf", "--level", "weights").code == 0
 
 
-def test_what_is_dropped_must_be_there_and_no_weight(state: State, gptj):
+def test_what_is_dropped_must_exist_and_be_no_weight(state: State, gptj):
     save(state | {"v_head.weight": torch.ones(1)})
     done = gptj("convert", "hf", "--to", "tf", "--drop", "v_had.weight")
     refused(done, 2, "--drop v_had.weight", "no tensor of this name")
@@ -138,13 +138,13 @@ def test_what_is_dropped_must_be_there_and_no_weight(state: State, gptj):
     ("change", "words"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "lm_head.weight"}, "holds a tied model"),
-        (lambda s: {k: v for k, v in s.items() if "lm_head" not in k}, "without its head"),
+        (lambda s: {k: v for k, v in s.items() if "lm_head" not in k}, "without a head"),
         (lambda s: {**s, "extra": torch.ones(1)}, "--drop extra"),
         (lambda s: {k: v for k, v in s.items() if "ln_f" not in k and k != "lm_head.weight"}, None),
         (lambda s: {k: v for k, v in s.items() if "ln_f" not in k} | {"x": torch.ones(1)}, None),
     ],
 )
-def test_a_hint_is_told_only_where_it_holds(
+def test_a_hint_is_given_only_where_it_holds(
     change: Callable[[State], State], words: str | None, state: State, gptj
 ):
     save(change(state))
@@ -162,12 +162,12 @@ SUFFIXES = {
     ".W_q": "HQQ",
     ".weight_scale_inv": "FP8",
     ".weight._data": "Quanto",
-    ".lora_A.default.weight": "an adapter beside its weights that is not merged",
+    ".lora_A.default.weight": "an unmerged adapter beside its weights",
 }
 
 
 @pytest.mark.parametrize("suffixes", SUFFIXES)
-def test_what_all_of_a_file_is_takes_one_line(suffixes: str, state: State, gptj):
+def test_a_problem_of_the_whole_file_takes_one_line(suffixes: str, state: State, gptj):
     matrices = [n.removesuffix(".weight") for n in state if "_proj" in n]
     added = {name + s: torch.ones(1) for name in matrices for s in suffixes.split()}
     save({n: v for n, v in state.items() if "_proj" not in n} | added)

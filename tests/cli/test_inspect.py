@@ -33,7 +33,7 @@ Q = "transformer.h.1.attn.q_proj.weight"
 
 
 def strict(text: str) -> dict[str, Any]:
-    """One JSON object, without the NaN and Infinity that Python's reader would let pass."""
+    """Parse one JSON object, refusing the NaN and Infinity that Python's reader accepts."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} in JSON")
@@ -176,7 +176,7 @@ def test_a_trained_checkpoints_state_is_no_weight(gptj, monkeypatch: pytest.Monk
     assert list(roles.values()).count("weight") == TENSORS
 
 
-def test_what_is_wrong_is_listed_and_no_error(hf: Path, gptj):
+def test_problems_are_listed_without_an_error(hf: Path, gptj):
     tensors = load_tensors(hf / "model.safetensors")
     del tensors["transformer.h.1.ln_1.bias"]
     tensors["transformer.h.0.mlp.fc_in.weight"] = tensors["transformer.h.0.mlp.fc_in.weight"].T
@@ -215,7 +215,7 @@ def test_a_model_without_its_head(hf: Path, gptj):
     save_tensors(hf / "model.safetensors", headless)
     done = gptj("inspect", hf)
     assert done.code == 0
-    assert "GPTJModel without its head" in done.stderr
+    assert "GPTJModel without a head" in done.stderr
     found = gptj("inspect", hf, "--json").json
     assert found["problems"] == [
         "'lm_head.weight' is missing, expected shape [211, 48]",
@@ -257,7 +257,7 @@ def test_without_a_config_names_are_listed_unmatched(which: str, converted: Path
     assert gptj("inspect", "bare", "--config", "nowhere.json").code == 2
 
 
-def test_a_config_of_another_model_is_said(hf: Path, gptj):
+def test_a_config_of_another_model_is_reported(hf: Path, gptj):
     (hf / "config.json").write_text('{"model_type": "gpt2"}')
     done = gptj("inspect", hf)
     assert done.code == 0
@@ -292,7 +292,7 @@ def test_no_checkpoint_there(what: str, option: tuple[str, ...], workdir: Path, 
 
 
 def figures(values: np.ndarray) -> dict[str, float | int | None]:
-    """What numpy says of the whole tensor."""
+    """Return numpy's figures of the whole tensor."""
     x = values.astype(np.float64).reshape(-1)
     finite = x[np.isfinite(x)]
     some = finite.size > 0
@@ -432,7 +432,7 @@ def test_one_bit_of_the_index(converted: Path, gptj):
 
 @pytest.mark.parametrize("name", [DATA, "tf_model.ckpt.index", "config.json"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "folder", "pipe"])
-def test_files_that_are_not_there(name: str, damage: str, converted: Path, gptj):
+def test_missing_files(name: str, damage: str, converted: Path, gptj):
     path = converted / name
     raw = path.read_bytes()
     path.unlink()

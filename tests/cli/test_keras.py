@@ -67,7 +67,7 @@ def test_it_is_what_keras_writes(hf: Path, gptj):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", ["hf", "tf"])
-def test_there_and_back_bit_for_bit(
+def test_the_round_trip_is_bit_for_bit(
     dtype: str, tied: bool, target: str, workdir: Path, small_pieces: None, gptj
 ):
     make_checkpoint(workdir / "hf", dtype=dtype, tie_word_embeddings=tied)

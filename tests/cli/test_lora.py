@@ -46,7 +46,7 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lora_run(shared_run: Path, workdir: Path) -> Path:
-    """A copy of it, which is the current folder."""
+    """A copy of the trained folder, which is the current folder."""
     folder = shutil.copytree(shared_run, workdir / "run")
     os.chdir(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Every mutant of the model, run on sound weights, is found, and where it differs is named."""
+"""Every mutant of the model, run on intact weights, is found and located."""
 
 from __future__ import annotations
 

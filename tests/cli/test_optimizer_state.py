@@ -1,5 +1,5 @@
-"""What AdamW keeps between steps, carried between TensorFlow's, PyTorch's and the CS client's
-checkpoints: bit for bit, and so that each goes on where another has stopped."""
+"""AdamW's state, carried between TensorFlow's, PyTorch's and the CS client's checkpoints: bit for
+bit, and so that each resumes where another has stopped."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ both = pytest.mark.parametrize("run", ["adamw", "shared_embedding"], indirect=Tr
 @both
 @pytest.mark.parametrize("way", [["cs"], ["hf"], ["cs", "hf"], ["hf", "cs"]], ids="-".join)
 @pytest.mark.parametrize("groups", ["one", "decay"])
-def test_there_and_back(run: Path, way: list[str], groups: str, small_pieces: None, gptj):
-    """With bias correction, and a tied head without."""
+def test_the_round_trip(run: Path, way: list[str], groups: str, small_pieces: None, gptj):
+    """One run with bias correction, and one with a tied head and without it."""
     source = run
     for to in way:
         options = ["--param-groups", groups] if to == "hf" else []
@@ -109,7 +109,7 @@ def test_the_loss_scale_goes_along(run: Path, gptj):
     }
 
 
-def test_the_clients_schedulers_go_on_counting(run: Path, gptj):
+def test_the_clients_schedulers_keep_counting(run: Path, gptj):
     import h5py
 
     _convert(gptj, run, "cs", "client")
@@ -131,7 +131,7 @@ def _set(path: Path, **optimizer: Any) -> None:
 
 
 def _loss(model: Any, records: Path) -> Any:
-    """Of the batch that follows on 20: four of 16 examples make one, so the first again."""
+    """Return the loss of the batch after step 20: 16 examples make four, so the first again."""
     import tensorflow as tf
     import torch
 
@@ -148,7 +148,7 @@ def _loss(model: Any, records: Path) -> Any:
 
 @pytest.mark.parametrize(("through", "groups"), [("tf", "one"), ("cs", "decay"), ("hf", "decay")])
 def test_one_further_step_is_pytorchs(run: Path, through: str, groups: str, gptj):
-    """Where both rules are one: epsilon is 1e-12, and PyTorch's groups decay as the run does."""
+    """Both rules agree here: epsilon is 1e-12, and PyTorch's groups decay as the run does."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -256,7 +256,7 @@ def test_an_optimizer_pt_of_another_kind_is_refused(change: Any, words: str, run
 
 
 def test_pytorchs_own_state_after_more_steps(run: Path, gptj):
-    """Powers that went along count no more once PyTorch has gone on."""
+    """Carried powers of the betas no longer count after PyTorch has made further steps."""
     _convert(gptj, run, "hf", "torch")
     _state_dict("torch", lambda d: [s["step"].add_(5) for s in d["state"].values()])
     _convert(gptj, "torch", "tf", "home")
@@ -326,10 +326,10 @@ POWERS = st.floats(0, 1, width=32)
     powers=st.none() | st.tuples(POWERS, POWERS),
     moments=st.lists(MOMENTS, min_size=1, max_size=9),
 )
-def test_any_state_there_and_back(
+def test_any_state_survives_the_round_trip(
     tied: bool, way: list[str], step: int, powers: Any, moments: list[float], workdir: Path, gptj
 ):
-    """NaN, infinities and subnormal numbers included."""
+    """The state includes NaN, infinities and subnormal numbers."""
     shutil.rmtree(workdir / "any", ignore_errors=True)
     hf = make_checkpoint(workdir / "any" / "hf", tie_word_embeddings=tied)
     assert gptj("convert", hf, "--to", "tf", "--out", "any/0", "--quiet").code == 0

@@ -114,7 +114,7 @@ def test_it_runs_as_a_file_and_as_a_module():
 
 
 @adamw
-def test_half_precision_with_overflows_goes_on_as_if_it_had_not_stopped(golden_run: Path, run_py):
+def test_half_precision_with_overflows_resumes_as_if_it_had_not_stopped(golden_run: Path, run_py):
     done = run_py(*TRAIN, "whole", "--max_steps", 7, *HALF)
     assert done.code == 0, done.stderr
     assert "gradients overflowed after step 0" in done.stderr
@@ -157,7 +157,7 @@ def test_bfloat16_and_recomputed_blocks(golden_run: Path, run_py):
 
 
 @adamw
-def test_a_run_begins_from_nothing(golden_run: Path, gptj):
+def test_a_run_starts_from_random_weights(golden_run: Path, gptj):
     settings = ("--params", "params.yaml", "--max-steps", 2, "--set", "optimizer.log_hists=true")
     done = gptj("train", *settings)
     assert done.code == 0
@@ -171,7 +171,7 @@ def test_a_run_begins_from_nothing(golden_run: Path, gptj):
     assert "transformer.wte.weight" in events.Tags()["tensors"]
 
 
-def test_first_weights_are_as_the_initializers_say():
+def test_initial_weights_follow_the_initializers():
     path = Path(reference.__file__).parent / "configs/params_gptj_tiny.yaml"
     values = load_params(path).model_dump(exclude_none=True)
     params = validate(values, {"model.hidden_size": 256, "model.num_hidden_layers": 3}, where="x")

@@ -80,7 +80,7 @@ def change_config(folder: Path, **fields: Any) -> Path:
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """What transformers reads, without what it notes of itself."""
+    """Return what transformers reads, without what it adds itself."""
     values = AutoConfig.from_pretrained(folder).to_dict()
     bookkeeping = ("dtype", "transformers_version", "_name_or_path")
     return {k: v for k, v in values.items() if k not in bookkeeping}
@@ -96,7 +96,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_settings_go_there_and_back(way: str, chat: Path, gptj):
+def test_settings_survive_the_round_trip(way: str, chat: Path, gptj):
     source: str | Path = chat
     for target, out in WAYS[way]:
         assert gptj("convert", source, "--to", target).code == 0
@@ -125,8 +125,8 @@ def test_settings_go_there_and_back(way: str, chat: Path, gptj):
     assert gptj("inspect", "back", "--check").code == 0
 
 
-def test_settings_in_config_json_alone_go_there_and_back(chat: Path, gptj):
-    """Without a generation_config.json, which would hide them, and none is made up."""
+def test_settings_in_config_json_alone_survive_the_round_trip(chat: Path, gptj):
+    """There is no generation_config.json, which would hide them, and none is written."""
     (chat / "generation_config.json").unlink()
     assert gptj("convert", chat, "--to", "tf").code == 0
     assert gptj("convert", "converted", "--to", "hf").code == 0
@@ -178,7 +178,7 @@ def test_a_config_with_two_names_of_one_field(chat: Path, gptj):
     change_config(chat, hidden_size=96)
     refused = gptj("convert", chat, "--to", "tf")
     assert refused.code == 2
-    assert "n_embd is 48 and hidden_size, another name of it, is 96" in refused.stderr
+    assert "n_embd is 48, but its alias hidden_size is 96" in refused.stderr
 
 
 @pytest.mark.parametrize("ends", ["5", [1, "2"], [[1]], 1.5, True])
@@ -198,7 +198,7 @@ def test_an_end_that_is_no_token_is_refused(ends: Any, chat: Path, gptj):
 
 
 def generated(folder: Path, ids: list[int], new: int) -> list[int]:
-    """What transformers generates greedily, without the token that ended it."""
+    """Return what transformers generates greedily, without the final token."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     ends = model.generation_config.eos_token_id
     found = model.generate(
@@ -334,7 +334,7 @@ def test_summaries_have_the_ids_of_transformers(special: bool, workdir: Path, gp
     assert arguments["allow_special"] == special
 
 
-def test_a_note_of_the_tokenizer_is_told(chat: Path, gptj):
+def test_a_note_of_the_tokenizer_is_printed(chat: Path, gptj):
     (chat / "tokenizer_config.json").unlink()
     (chat / "added_tokens.json").write_text('{"<x>": 280}')
     Path("a.txt").write_text("hello<x>")

@@ -49,12 +49,12 @@ def saved_by_transformers(small_hf: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def sharded(saved_by_transformers: Path, workdir: Path) -> Path:
-    """Six shards of one's own, at ./sharded."""
+    """A copy of six shards at ./sharded."""
     return shutil.copytree(saved_by_transformers, workdir / "sharded")
 
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder of safetensors, by the library."""
+    """Read every tensor of a folder of safetensors with the library."""
     state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found = load_file(path)
@@ -73,7 +73,7 @@ def _same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def _write_bin_shards(
     folder: Path, state: dict[str, torch.Tensor], count: int, metadata: dict[str, Any] | None
 ) -> None:
-    """Shards of pickled tensors, each name in turn in the next one."""
+    """Write shards of pickled tensors, distributing the names in turn."""
     names = [f"pytorch_model-{n + 1:05d}-of-{count:05d}.bin" for n in range(count)]
     weight_map = {name: names[n % count] for n, name in enumerate(state)}
     for shard in names:
@@ -137,7 +137,7 @@ def test_the_order_of_preference_is_that_of_transformers(sharded: Path, hf: Path
 
 @pytest.mark.parametrize("counted", ["once", "twice", "not at all", "as a float"])
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_tied_head_counts_as_it_pleases(stored: bool, counted: str, workdir: Path, gptj):
+def test_a_tied_head_may_be_counted_once_or_twice(stored: bool, counted: str, workdir: Path, gptj):
     folder = make_checkpoint(workdir / "hf", tie_word_embeddings=True)
     state = load_file(folder / "model.safetensors")
     embedding = state[EMBEDDING.hf]
@@ -237,7 +237,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_that_no_shard_has(name: Any, sharded: Path, gptj):
-    """A shard that could be read lies wherever such a name leads; none is opened."""
+    """A readable shard lies wherever such a name points; none is opened."""
     global _opened
     shard = sharded / "model-00002-of-00006.safetensors"
     (sharded / "sub").mkdir()
@@ -347,7 +347,7 @@ def test_an_index_that_is_none(text: str, words: str, sharded: Path, gptj):
 
 
 def test_2000_mutated_indexes(sharded: Path):
-    """Each is refused with a fault, or says of every tensor what the whole one says."""
+    """Each index is refused with a fault, or describes every tensor as the whole one does."""
     path = sharded / INDEX
     whole = path.read_bytes()
     expected = ShardedSource(path)
@@ -390,7 +390,7 @@ def test_one_shard_of_several(sharded: Path, gptj):
 
 
 def test_a_shard_that_is_no_file(sharded: Path, gptj):
-    """Opening a pipe would wait for ever."""
+    """Opening a pipe would block forever."""
     shard = sharded / "model-00003-of-00006.safetensors"
     shard.unlink()
     os.mkfifo(shard)
@@ -412,7 +412,7 @@ def test_what_is_written_loads_in_transformers_bit_for_bit(converted: Path, hf: 
 
 
 def test_the_index_is_that_of_transformers(sharded: Path, gptj):
-    """But for the order of the tensors, which is that of the table."""
+    """Only the order of the tensors differs: it is the table's."""
     assert gptj("convert", sharded, "--to", "hf", "--max-shard-size", LIMIT).code == 0
     ours, theirs = (Path(folder, INDEX).read_text() for folder in ("converted-hf", "sharded"))
     assert json.loads(ours)["metadata"] == json.loads(theirs)["metadata"]

@@ -42,7 +42,7 @@ def _settings(*values: str) -> list[str]:
 
 
 def _assert_same_run(found: str, expected: str, step: int) -> None:
-    """Equal but for the rounding of float32."""
+    """Check equality up to float32 rounding."""
     rows, others = _rows(found), _rows(expected)
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, other in zip(rows, others, strict=True):
@@ -86,7 +86,7 @@ def test_it_is_the_resident_run(golden_run: Path, settings, gptj):
 def test_16_bits_are_the_resident_run_to_their_own_rounding(
     golden_run: Path, dtype: str, rounding: float, gptj
 ):
-    """With a tied head, and each block updated as soon as its gradients are there."""
+    """The head is tied, and each block is updated as soon as its gradients exist."""
     mixed = _settings("model.mixed_precision=true", f"model.mixed_precision_dtype={dtype}",
                       "optimizer.loss_scaling_factor=dynamic", NOT_BY_NORM,
                       DROPOUT[0])  # fmt: skip
@@ -133,7 +133,7 @@ def test_an_adapter_of_a_model_that_is_read_only(golden_run: Path, source: str, 
 @full
 @pytest.mark.parametrize("golden_run", ["shared_embedding"], indirect=True)
 def test_either_executor_continues_the_others_run(golden_run: Path, gptj):
-    """And a bundle is begun with as it is: no first state is written."""
+    """A run starts from a bundle directly: no first state is written."""
     begin = ("train", "--init-from", "tf_model.ckpt", "--params", "params.yaml", "--quiet")
     assert gptj(*begin, "--max-steps", 3, "--model-dir", "resident").code == 0
     assert gptj(*begin, "--max-steps", 1, *STREAMING).code == 0
@@ -147,7 +147,7 @@ def test_either_executor_continues_the_others_run(golden_run: Path, gptj):
 
 @adamw
 def test_a_run_in_two_parts_is_the_run_in_one_bit_for_bit(golden_run: Path, gptj):
-    """And that is the resident run, evaluations between its steps included."""
+    """Streamed and resident runs agree, including evaluations between their steps."""
     # The masks of the second batch are not those of the first, in recomputed blocks too.
     more = _settings("train_input.shuffle=true", *DROPOUT, "runconfig.save_checkpoints_steps=2",
                      "runconfig.keep_checkpoint_max=2", "optimizer.grad_accum_steps=2",
@@ -205,7 +205,7 @@ def _update_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_moments_in_16_bits_are_as_good_and_the_same_after_an_interruption(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
-    """And whatever is updated at once."""
+    """The size of the pieces that are updated at once makes no difference."""
     refused = gptj(*BEGIN, *NARROW)
     assert (refused.code, list(Path("model_dir").glob("*ckpt*"))) == (2, [])
     assert "optimizer.moments_dtype" in refused.stderr
@@ -242,7 +242,7 @@ def test_a_moment_that_fades_away_becomes_zero(golden_run: Path, gptj):
 
 @full
 @adamw
-def test_anybody_goes_on_with_moments_in_16_bits(
+def test_every_executor_resumes_with_moments_in_16_bits(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
     _update_in_small_pieces(monkeypatch)
@@ -261,7 +261,7 @@ def test_anybody_goes_on_with_moments_in_16_bits(
 
 
 @adamw
-def test_what_it_takes_is_said_before_and_refused_where_the_disk_is_too_small(
+def test_the_need_is_printed_first_and_a_small_disk_is_refused(
     golden_run: Path, gptj, monkeypatch: pytest.MonkeyPatch
 ):
     common = (*BEGIN, *STREAMING, *_settings("runconfig.keep_checkpoint_max=1"), "--max-steps", 1)

@@ -46,7 +46,7 @@ def data(gptj, workdir: Path, tokenizer_folder: Path):
 
 @pytest.fixture
 def expected(tokenizer_folder: Path):
-    """The three lists of a pair, by the rule as it is stated."""
+    """Return the three lists of a pair, by the documented rule."""
     tokenizer = load_tokenizer(tokenizer_folder)
 
     def lists(article: str, abstract: str, cut: int | None = None) -> list[list[int]]:
@@ -152,7 +152,7 @@ def test_a_record_that_is_no_example(data):
 
 
 def test_lengths_are_compared_in_tokens_or_in_bytes(data, tokenizer_folder: Path):
-    """One emoji is several tokens, a common word of as many bytes is one."""
+    """One emoji is several tokens, a common word with as many bytes is one."""
     dense, plain = "🦜🦜", "international news"
     tokenizer = load_tokenizer(tokenizer_folder)
     assert len(tokenizer.encode(dense).ids) > len(tokenizer.encode(plain).ids)

@@ -1,4 +1,4 @@
-"""`gptj train` and `gptj eval`: bad input, runs that stop, and runs that go on."""
+"""`gptj train` and `gptj eval`: bad input, runs that stop, and runs that resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEGIN = ("train", "--init-from", "hf", "--params", "params.yaml")
 
 
 def _computed(row: dict) -> dict:
-    """Of a line of metrics, what does not depend on the clock."""
+    """Return the fields of a line of metrics that do not depend on the clock."""
     return {k: v for k, v in row.items() if k not in MEASURED}
 
 
@@ -83,7 +83,7 @@ def test_a_finished_run_changes_nothing(golden_run: Path, gptj):
 
 
 @adamw
-def test_steps_are_so_many_more(golden_run: Path, gptj):
+def test_steps_are_added_to_those_done(golden_run: Path, gptj):
     assert gptj(*BEGIN, "--steps", 2, "--quiet").code == 0
     assert gptj("train", "--steps", 3, "--json", "--quiet").json["step"] == 5
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_folder_begins_a_run_where_it_stood(golden_run: 
         *(pytest.param(d, marks=pytest.mark.full) for d in ("cut", "no data", "cut index")),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(golden_run: Path, damage: str, gptj):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(golden_run: Path, damage: str, gptj):
     settings = ("--set", "runconfig.save_checkpoints_steps=2", "--max-steps", 4)
     assert gptj(*BEGIN, *settings, "--quiet").code == 0
     newest = Path("model_dir/model.ckpt-4")
@@ -163,14 +163,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(golden_run: Path, dama
 
 
 @adamw
-def test_a_run_without_a_whole_checkpoint_never_begins_again(golden_run: Path, gptj):
+def test_a_run_without_an_intact_checkpoint_never_restarts(golden_run: Path, gptj):
     assert gptj(*BEGIN, "--max-steps", 2, "--quiet").code == 0
     data_path(Path("model_dir/model.ckpt-2")).unlink()
     _refused(gptj(*BEGIN, "--max-steps", 5), 1, "none of its checkpoints is whole")
 
 
 @adamw
-def test_a_run_cannot_become_another_in_silence(golden_run: Path, gptj):
+def test_changed_parameters_of_a_run_are_refused(golden_run: Path, gptj):
     assert gptj(*BEGIN, "--max-steps", 1, "--quiet").code == 0
     text = Path("params.yaml").read_text()
     text = text.replace("optimizer_type: adamw", "optimizer_type: sgd")
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(golden_run: Path, gptj):
 # Bad input.
 
 
-def test_no_records_in_an_empty_folder_of_ones_own(converted: Path, gptj):
+def test_no_records_in_an_empty_folder(converted: Path, gptj):
     _refused(gptj("train", "--init-from", converted), 2, "data: not found", "hint:", "gptj data")
     Path("data").mkdir()
     _refused(gptj("train", "--init-from", converted), 2, "holds no *.tfrecord*", "gptj data")
@@ -245,7 +245,7 @@ def test_fewer_records_than_a_batch(golden_run: Path, gptj):
 
 
 @adamw
-def test_an_unknown_key_and_the_nearest_known(golden_run: Path, gptj):
+def test_an_unknown_key_names_the_nearest_known_one(golden_run: Path, gptj):
     text = Path("params.yaml").read_text().replace("weight_decay_rate", "weight_decay_rat")
     Path("params.yaml").write_text(text)
     _refused(gptj(*BEGIN), 2, "optimizer.weight_decay_rat", "did you mean 'weight_decay_rate'?")
@@ -262,5 +262,5 @@ def test_a_nonsense_setting(golden_run: Path, gptj):
     _refused(gptj(*BEGIN, "--set", "nonsense"), 2, "KEY=VALUE")
 
 
-def test_nothing_to_begin_with(workdir: Path, gptj):
+def test_nothing_to_train(workdir: Path, gptj):
     _refused(gptj("train"), 2, "model_dir: holds no run", "--init-from")

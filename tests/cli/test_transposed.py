@@ -155,7 +155,7 @@ def test_an_optimizers_state_lies_as_its_weights_do(public: Path, hf: Path, gptj
 
 
 def test_views_of_one_fused_projection_convert(hf: Path, gptj):
-    """What splits a fused weight saves three views of its storage, here column by column."""
+    """Splitting a fused weight saves three views of its storage, here column by column."""
     state = public_state(hf)
     width = state["transformer.h.0.attn.q_proj.weight"].shape[0]
     for i in range(2):

@@ -194,7 +194,7 @@ def test_files_cut_or_missing(name: str, damage: str, converted: Path, gptj):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_file_that_the_manifest_knows_otherwise(name: str, converted: Path, gptj):
+def test_a_file_that_differs_from_the_manifest(name: str, converted: Path, gptj):
     path = converted / name
     path.write_text(path.read_text() + " ")
     done = gptj("verify", "--level", "weights", "--json")
@@ -224,7 +224,7 @@ def test_nothing_to_be_judged(workdir: Path, gptj):
     assert "nowhere: not found" in done.stderr
 
 
-def test_a_source_that_is_gone_cannot_judge(converted: Path, hf: Path, gptj):
+def test_a_missing_source_proves_nothing(converted: Path, hf: Path, gptj):
     (hf / "model.safetensors").unlink()
     assert gptj("verify").code == 1
 
@@ -261,7 +261,7 @@ def test_nan_weights_are_equal_bit_for_bit_but_cannot_be_judged(hf: Path, gptj):
     assert gptj("verify").code == 1
 
 
-def test_a_source_that_has_changed_cannot_judge(converted: Path, hf: Path, gptj):
+def test_a_changed_source_proves_nothing(converted: Path, hf: Path, gptj):
     tensors = load_tensors(hf / "model.safetensors")
     tensors["transformer.h.1.ln_1.weight"][2] += 1
     save_tensors(hf / "model.safetensors", tensors)
@@ -322,7 +322,7 @@ def test_what_the_source_has_too_is_no_finding(workdir: Path, gptj):
     assert done.json["levels"]["weights"]["duplicates"] == []
 
 
-def test_values_that_a_narrow_dtype_makes_zero_are_told(workdir: Path, gptj):
+def test_values_that_a_narrow_dtype_makes_zero_are_reported(workdir: Path, gptj):
     hf = make_checkpoint(workdir / "hf")
     tensors = load_tensors(hf / "model.safetensors")
     tensors["lm_head.bias"] *= 1e-9
@@ -390,7 +390,7 @@ def test_keep_going_says_what_cannot_be_run(converted: Path, gptj):
 
 
 def test_products_have_all_of_float32(converted: Path, gptj):
-    """GPUs round them to 10 bits otherwise, which no tolerance would forgive."""
+    """GPUs would otherwise round products to 10 bits, which no tolerance allows."""
     rounding = tf.config.experimental
     rounding.enable_tensor_float_32_execution(True)
     try:

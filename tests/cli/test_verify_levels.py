@@ -57,7 +57,7 @@ def test_the_noise_floor_stands_beside_the_figure(converted: Path, gptj):
     assert logits["rounding"] is None
 
 
-def test_what_rounding_changes_is_told_and_not_judged(hf: Path, gptj):
+def test_what_rounding_changes_is_reported_and_not_judged(hf: Path, gptj):
     assert gptj("convert", hf, "--to", "tf", "--dtype", "bfloat16").code == 0
     done = gptj("verify", "--json")
     assert done.code == 0
@@ -237,7 +237,7 @@ def test_names_in_the_report_are_escaped(converted: Path, gptj):
     assert "<script>alert" not in Path("report.html").read_text()
 
 
-def test_a_report_that_cannot_be_written_is_said_before_the_work(converted: Path, gptj):
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(converted: Path, gptj):
     done = gptj("verify", "--report", "nowhere/report.html", "--json")
     assert done.code == 1
     assert "levels" not in done.json

@@ -1,4 +1,4 @@
-"""`--vocab-size`: config.json and the tensors' rows must agree, or one is chosen aloud."""
+"""`--vocab-size`: config.json and the tensors' rows must agree, or the option chooses one."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_a_disagreement_names_both_numbers_and_the_way_out(
     _config(hf, vocab_size=stated)
     done = gptj("convert", hf, "--to", "tf")
     words = ("1 problem(s)", f"vocab_size is {stated}, but {ROWS} rows are in {WTE!r}")
-    _refused(done, *words, "--vocab-size from-tensors", "never made up")
+    _refused(done, *words, "--vocab-size from-tensors", "never invented")
     assert (HEAD in done.stderr) is not tied
     done = gptj("convert", hf, "--to", "tf", "--vocab-size", "from-config")
-    _refused(done, *words, "rows are never made up, nor dropped", "resize_token_embeddings")
+    _refused(done, *words, "rows are never invented or dropped", "resize_token_embeddings")
 
     assert gptj("convert", hf, "--to", "tf", "--vocab-size", "from-tensors").code == 0
     assert json.loads(Path("converted/config.json").read_text())["vocab_size"] == ROWS
@@ -82,7 +82,7 @@ def test_the_choice_does_not_excuse_another_vocabulary(hf: Path, gptj):
 def test_embedding_and_head_of_different_rows(choice: tuple[str, ...], hf: Path, gptj):
     _rows(hf, wte=200)
     done = gptj("convert", hf, "--to", "tf", *choice)
-    words = (f"200 in {WTE!r}, {ROWS} in {HEAD!r}, {ROWS} in {BIAS!r}", "expected as many in all")
+    words = (f"200 in {WTE!r}, {ROWS} in {HEAD!r}, {ROWS} in {BIAS!r}", "expected the same number")
     _refused(done, "1 problem(s)", f"vocab_size is {ROWS}", *words, "resize_token_embeddings")
     assert "from-tensors" not in done.stderr
 

@@ -116,8 +116,8 @@ cstorch.save(state, again)
 """
 
 
-def test_it_goes_on_with_a_tensorflow_run(workdir: Path, gptj):
-    """A step there, from what was converted, is a step here."""
+def test_it_continues_a_tensorflow_run(workdir: Path, gptj):
+    """A step of the client from the converted state equals a step here."""
     import numpy as np
     import tensorflow as tf
 

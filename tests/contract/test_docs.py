@@ -18,7 +18,7 @@ PROGRAMS = {"gptj": root, "runner.run": run}
 
 
 def _commands(page: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line and words of each command of ours in the fenced blocks of a page."""
+    """Yield line and words of each of our commands in the fenced blocks of a page."""
     fenced, line_number, pending = False, 0, ""
     for n, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("```"):
@@ -72,7 +72,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_a_block_says_what_it_needs_or_is_run(page: Path):
-    """What runs them, tests/e2e/test_docs_commands.py, has our program alone."""
+    """tests/e2e/test_docs_commands.py runs them, with no program but ours."""
     assert [b.text for b in blocks(page) if b.needs is None and b.programs != {"gptj"}] == []
 
 

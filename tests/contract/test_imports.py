@@ -1,4 +1,4 @@
-"""What may be loaded when: the command line stays light, converting needs no framework."""
+"""Imports: the command line stays light, and converting needs no framework."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs of the program are those that were recorded, as far as no CPU decides their bits."""
+"""Outputs of the program are the recorded ones, where they do not depend on the CPU."""
 
 from __future__ import annotations
 

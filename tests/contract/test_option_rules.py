@@ -1,4 +1,4 @@
-"""Every option of every mode is used or refused: no option is dropped in silence."""
+"""Every option of every mode is used or refused: none is ignored silently."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def test_names_shapes_and_values_are_those_of_the_cs_client():
 
 
 @pytest.fixture
-def anew() -> ModuleType:
-    """The table's module, imported once more: its rows are made while it is."""
+def fresh() -> ModuleType:
+    """Import the table's module again: its rows are made during the import."""
     spec = importlib.util.find_spec("gptj_model.tensors")
     assert spec
     assert spec.loader
@@ -132,36 +132,36 @@ def anew() -> ModuleType:
 
 
 @pytest.mark.parametrize("case", ["adamw", "shared_embedding"])
-def test_rows_are_made_as_four_sides_name_them(anew: ModuleType, case: str):
+def test_rows_are_made_as_four_sides_name_them(fresh: ModuleType, case: str):
     from gptj_convert.formats.containers.safetensors import SafetensorsSource
     from gptj_convert.formats.containers.tensor_bundle import BundleSource
 
     config = GPTJConfig.from_file(GOLDEN_RUNS / case / "hf/config.json")
-    rows = anew.table(config)
+    rows = fresh.table(config)
     files = (
         SafetensorsSource(GOLDEN_RUNS / case / "hf/model.safetensors"),
         BundleSource(GOLDEN_RUNS / case / "tf_model.ckpt"),
     )
-    hf, tf = ({n: i.shape for n, i in f.tensors.items() if n != anew.GLOBAL_STEP} for f in files)
+    hf, tf = ({n: i.shape for n, i in f.tensors.items() if n != fresh.GLOBAL_STEP} for f in files)
     assert {t.hf: t.shape for t in rows} == hf
-    assert {t.tf: t.shape_in(anew.Scheme.TF) for t in rows} == tf
+    assert {t.tf: t.shape_in(fresh.Scheme.TF) for t in rows} == tf
     keras = {v.path.removeprefix("gptj/"): tuple(v.shape) for v in GPTJ(config).weights}
-    assert {t.keras: t.shape_in(anew.Scheme.KERAS) for t in rows} == keras
+    assert {t.keras: t.shape_in(fresh.Scheme.KERAS) for t in rows} == keras
     assert [t.block for t in rows] == [None, *(i for i in range(config.n_layer) for _ in range(10)),
-                                       *[None] * len(anew.head(config))]  # fmt: skip
-    assert anew.ignored_hf(config) == {
+                                       *[None] * len(fresh.head(config))]  # fmt: skip
+    assert fresh.ignored_hf(config) == {
         f"transformer.h.{i}.attn.{name}"
         for i in range(config.n_layer)
         for name in ("bias", "masked_bias")
     }
-    assert [t.hf for t in anew.vocabulary(config)] == [
+    assert [t.hf for t in fresh.vocabulary(config)] == [
         t.hf for t in rows if t.shape[0] == config.vocab_size
     ]
     head = () if case == "adamw" else ("lm_head.weight",)
-    assert anew.embedding(config).copies(anew.Scheme.CS) == head
+    assert fresh.embedding(config).copies(fresh.Scheme.CS) == head
     if case == "adamw":
         cs = json.loads((GOLDEN_RUNS / "cs_tensors.json").read_text())
-        names = {n for t in rows for n in (t.name(anew.Scheme.CS), *t.copies(anew.Scheme.CS))}
+        names = {n for t in rows for n in (t.name(fresh.Scheme.CS), *t.copies(fresh.Scheme.CS))}
         assert names == set(cs)
 
 
@@ -203,12 +203,12 @@ COLUMNS = {
 }
 
 
-def test_roles_splits_and_heads_of_every_row(anew: ModuleType):
-    for tensor in anew.table(SMALL_CONFIG):
+def test_roles_splits_and_heads_of_every_row(fresh: ModuleType):
+    for tensor in fresh.table(SMALL_CONFIG):
         columns = (tensor.role, tensor.split, tensor.heads_axis)
         assert columns == COLUMNS[tensor.layer, tensor.hf.rpartition(".")[2]]
     kernels = {t.layer for t in table(SMALL_CONFIG) if t.role in (Role.INPUT, Role.RESIDUAL)}
-    assert kernels == set(anew.DENSE_LAYERS)
+    assert kernels == set(fresh.DENSE_LAYERS)
 
 
 #: Where a tensor's name may be spelled: the table, the layouts, the layers that are the network,

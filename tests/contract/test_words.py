@@ -66,7 +66,7 @@ def _is_command(function: ast.FunctionDef) -> bool:
 
 
 def _length(function: ast.FunctionDef) -> int:
-    """Lines of a function without its docstring."""
+    """Return the number of lines of a function without its docstring."""
     first = function.body[0]
     docstring = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(function) else 0
     return (function.end_lineno or 0) - function.lineno + 1 - docstring

@@ -1,4 +1,4 @@
-"""A device with a memory of its own: blocks go to it one after the other, all else stays.
+"""A device with its own memory: blocks are copied to it in turn, everything else stays.
 
 TensorFlow can make two devices of one processor; the second stands for a GPU.
 """
@@ -61,7 +61,7 @@ def test_blocks_are_trained_on_a_device_of_its_own(golden_run: Path, more, gptj)
 
 @pytest.mark.parametrize("device", ["/gpu:0", "/cpu:7", "nonsense"])
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_a_device_that_is_not_there_is_refused(golden_run: Path, device: str, gptj):
+def test_a_missing_device_is_refused(golden_run: Path, device: str, gptj):
     if device == "/gpu:0" and tf.config.list_physical_devices("GPU"):
         pytest.skip("there is one")
     done = gptj(*TRAIN, "--set", f"runconfig.device={device}")

@@ -25,7 +25,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and sleeps. " * 400
 
 @pytest.fixture
 def reader(workdir: Path) -> Path:
-    """A reader's folder."""
+    """The folder of a reader of the docs."""
     make_checkpoint(Path("gpt-j-6b"), vocab_size=50400, n_positions=2048, dtype="float16")
     write_tokenizer(Path("gpt-j-6b"))
     for folder in ("my-texts", "held-out", "pile", "cnn-dailymail"):

@@ -1,4 +1,4 @@
-"""On a GPU the commands find what they find on the processor; `make test-gpu` runs this."""
+"""On a GPU the commands give the results of the CPU; `make test-gpu` runs this."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_recorded_run(golden_run: Path, execution: str, gptj):
 
 
 @executions
-def test_a_prompt_goes_on(hf: Path, execution: str, gptj):
+def test_a_prompt_is_continued(hf: Path, execution: str, gptj):
     ids = ("--ids", "5,6,7", "--max-new-tokens", "4", "--json")
     done = gptj("generate", "--model", hf, "--execution", execution, *ids)
     assert done.code == 0, done.stderr

@@ -56,7 +56,7 @@ def _content(folder: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def whole(workdir: Path) -> dict[str, bytes]:
-    """The result of an unbroken run, and ./hf to get it from."""
+    """The result of an uninterrupted run, and its source ./hf."""
     make_checkpoint(workdir / "hf")
     assert _traced("").returncode == 0
     found = _content("converted")
@@ -89,7 +89,7 @@ def _kill_everywhere(whole: dict[str, bytes], count: int, *options: str) -> None
             assert (options and {*_content_names()} == {"old"}) or _content("converted") == whole
         resumed = subprocess.run([*CONVERT, "--resume"], capture_output=True, text=True)
         if options and {*_content_names()} == {"old"}:
-            # Killed before there was anything to go on with: the old one is not touched.
+            # Killed before there was anything to resume: the old output is untouched.
             assert resumed.returncode == 2, where
             assert "--force" in resumed.stderr
             continue
@@ -112,7 +112,7 @@ def test_killed_at_every_call(whole: dict[str, bytes]):
 
 
 def test_killed_while_transposed_weights_are_read(whole: dict[str, bytes]):
-    """The public model's own layout, whose weights become TensorFlow's as they lie."""
+    """The public model's own layout, whose weights are copied to TensorFlow unchanged."""
     write_public_bin(Path("hf"))
     assert _traced("").returncode == 0
     public = _content("converted")
@@ -180,13 +180,13 @@ def test_a_call_that_fails(error: str, kind: str, whole: dict[str, bytes]):
     assert _content("converted") == whole
 
 
-def test_another_job_is_not_gone_on_with(whole: dict[str, bytes]):
+def test_another_job_is_not_resumed(whole: dict[str, bytes]):
     _traced("pwrite64:signal=KILL:when=9")
     other = subprocess.run(
         [*CONVERT, "--resume", "--dtype", "float16"], capture_output=True, text=True
     )
     assert other.returncode == 2
-    assert "another one" in other.stderr
+    assert "a different one" in other.stderr
     weights = Path("hf/model.safetensors")
     weights.write_bytes(weights.read_bytes())
     changed = subprocess.run([*CONVERT, "--resume"], capture_output=True, text=True)
@@ -197,7 +197,7 @@ def test_another_job_is_not_gone_on_with(whole: dict[str, bytes]):
 
 
 def test_no_rename_before_what_it_names_is_on_the_disk(whole: dict[str, bytes]):
-    """Every file and the folder are synced before the folder gets its name, its parent after."""
+    """Every file and the folder are synced before the folder is renamed, its parent after."""
     program = [sys.executable, "-B", "-c", SMALL_PIECES, *CONVERT[4:]]
     trace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", "trace=pwrite64,write,fsync,rename"]
     assert subprocess.run([*trace, *program], capture_output=True).returncode == 0
@@ -223,7 +223,7 @@ def test_no_rename_before_what_it_names_is_on_the_disk(whole: dict[str, bytes]):
 
 
 def test_two_at_once(whole: dict[str, bytes]):
-    """The second is refused at once, and names the first."""
+    """The second conversion is refused at once, and the error names the first."""
     with subprocess.Popen(
         ["strace", "-f", "-qqq", "-o", "trace", "-e", "trace=fsync",
          "-e", "inject=fsync:delay_enter=3000000", *CONVERT],

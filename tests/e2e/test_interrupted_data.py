@@ -68,7 +68,7 @@ def _content() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ./a.jsonl, the trace of an unbroken run, and its result at ./data."""
+    """A folder with ./a.jsonl, the trace of an uninterrupted run, and its result at ./data."""
     folder = tmp_path_factory.mktemp("unbroken")
     with chdir(folder):
         Path("tokenizer").mkdir()
@@ -81,7 +81,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole(workdir: Path, unbroken: Path) -> dict[str, bytes]:
-    """The result of an unbroken run, and ./a.jsonl to get it from."""
+    """The result of an uninterrupted run, and its source ./a.jsonl."""
     shutil.copytree(unbroken, workdir, dirs_exist_ok=True)
     found = _content()
     assert len(found) > 8
@@ -166,7 +166,7 @@ def test_any_process_killed(victim: str, whole: dict[str, bytes]):
     with subprocess.Popen(
         [*late, *PROGRAM, *PILE, "--processes", "2"], stderr=subprocess.PIPE, text=True
     ) as process:
-        # The first file that is finished; the folder itself is made anew at the beginning.
+        # The first finished file; the folder itself is created again at the start.
         while not Path("data.partial-gptj/content/records-00000.tfrecord").exists():
             assert process.poll() is None
         (first,) = _children(process.pid)

@@ -53,17 +53,17 @@ def _traced(program: list[str], inject: str = "") -> subprocess.CompletedProcess
 
 
 class Call(NamedTuple):
-    """One of the system's calls."""
+    """A system call."""
 
     thread: str
     kind: str
     number: int
-    """Among those of its kind and thread: strace counts for each thread."""
+    """Number among the calls of its kind and thread: strace counts per thread."""
     text: str
 
 
 def _trace() -> list[Call]:
-    """Each call on the run's folder."""
+    """Yield each call on the run's folder."""
     seen: dict[tuple[str, str], int] = {}
     found = []
     for line in Path("trace").read_text().splitlines():
@@ -76,12 +76,12 @@ def _trace() -> list[Call]:
 
 
 def _calls() -> list[Call]:
-    """One of each kind and number."""
+    """Return one call of each kind and number."""
     return list({(call.kind, call.number): call for call in _trace()}.values())
 
 
 def _overlapped() -> list[Call]:
-    """What writes a state after a pass of the next step has kept what it gave."""
+    """Return the calls that write a state after a pass of the next step has saved its outputs."""
     found, passing = [], False
     calls = _trace()
     for call in calls:
@@ -101,7 +101,7 @@ def _content() -> dict[str, bytes]:
 
 
 def _newest() -> int:
-    """The newest checkpoint, which is whole and what was saved."""
+    """Return the step of the newest checkpoint, which must be complete and what was saved."""
     step, source = checkpoints.open_newest(Path("model_dir"), strict=True, warn=pytest.fail)
     for n in range(3):
         assert np.all(read_tensor(source, f"w{n}") == step + n)
@@ -157,7 +157,7 @@ def test_refused_at_every_call(error: str, workdir: Path):
 
 
 def _state() -> tuple[list[dict], dict[str, bytes]]:
-    """What a run has computed: its metrics and its last checkpoint."""
+    """Return the results of a run: its metrics and its last checkpoint."""
     rows = [json.loads(line) for line in Path("model_dir/metrics.jsonl").read_text().splitlines()]
     source = BundleSource(Path("model_dir/model.ckpt-4"))
     tensors = {name: read_tensor(source, name).tobytes() for name in source.tensors}
@@ -165,13 +165,13 @@ def _state() -> tuple[list[dict], dict[str, bytes]]:
 
 
 def _spread(calls: list[Call], count: int) -> list[Call]:
-    """So many of them, from the whole list."""
+    """Return `count` of the calls, evenly spread over the list."""
     assert calls
     return calls[len(calls) // (count + 1) :: max(1, len(calls) // (count + 1))][:count]
 
 
 def _logged() -> int:
-    """How many steps."""
+    """Return the number of logged steps."""
     path = Path("model_dir/metrics.jsonl")
     return len(path.read_text().splitlines()) if path.exists() else 0
 

@@ -1,4 +1,4 @@
-"""Real processes, really stopped: nothing is lost, and the same command goes on."""
+"""Real processes, really stopped: nothing is lost, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -100,5 +100,5 @@ def test_a_conversion_stopped_midway_leaves_nothing_under_its_name(
     assert "error: " in text
     assert "Traceback" not in text
     assert not Path("out").exists()
-    # What is done by then is kept, and it is said how to go on with it.
+    # Work done by then is kept, and the hint names --resume.
     assert ("--resume" in text) is bool(list(Path.cwd().glob("out*")))

@@ -40,7 +40,7 @@ def _wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 
 
 def _assert_same(found: str, expected: str, step: int) -> None:
-    """Up to a step: losses, norms, and the weights there."""
+    """Return losses and norms up to a step, and the weights after it."""
     for row, other in zip(_rows(found)[:step], _rows(expected)[:step], strict=True):
         for key in ("step", "loss", "learning_rate", "unclipped_grad_norm"):
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
@@ -63,7 +63,7 @@ def test_two_workers_are_one_with_the_whole_batch(golden_run: Path, gptj):
 
 
 @adamw
-def test_a_run_goes_on_after_a_worker_was_killed_and_after_a_signal(golden_run: Path, gptj):
+def test_a_run_resumes_after_a_killed_worker_and_after_a_signal(golden_run: Path, gptj):
     with _start("--max-steps", 10**6) as process:
         _wait_for_step(process, 11)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -97,7 +97,7 @@ def test_a_run_goes_on_after_a_worker_was_killed_and_after_a_signal(golden_run: 
         '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}',
     ],
 )
-def test_a_cluster_that_makes_no_sense(text: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_invalid_cluster(text: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(TF_CONFIG, text)
     with pytest.raises(ConfigError, match="TF_CONFIG is"):
         cluster_here()
@@ -133,7 +133,7 @@ class _Second(Alone):
 
 
 @adamw
-def test_workers_that_do_not_begin_at_the_same_place(golden_run: Path):
+def test_workers_that_start_at_different_steps(golden_run: Path):
     from runner.training.train import train
 
     params = load_params(Path("params.yaml"), {})
@@ -147,7 +147,7 @@ def test_workers_that_do_not_begin_at_the_same_place(golden_run: Path):
 
 
 @adamw
-def test_another_number_of_workers_has_to_be_asked_for(golden_run: Path, gptj):
+def test_another_number_of_workers_must_be_requested(golden_run: Path, gptj):
     more = ("--model-dir", "model_dir", "--quiet")
     assert gptj(*BEGIN, *more, "--max-steps", 2).code == 0
     result = gptj(*BEGIN, *more, "--max-steps", 4, "--workers", 2)

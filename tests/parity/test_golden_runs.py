@@ -89,8 +89,8 @@ def test_twenty_steps(golden_run: Path, source: str, gptj):
 
 
 @one_and_both
-def test_the_references_own_checkpoint_goes_on(golden_run: Path, gptj):
-    """Its model.ckpt-20 in model_dir, and ours, give the same five further steps."""
+def test_the_references_own_checkpoint_resumes(golden_run: Path, gptj):
+    """The reference's model.ckpt-20 in model_dir, and ours, give the same five further steps."""
     common = ("--params", "params.yaml", "--max-steps", 25, "--quiet")
     assert gptj("train", "--init-from", "hf", "--model-dir", "ours", *common).code == 0
     (golden_run / "ckpt").rename(golden_run / "theirs")
@@ -123,7 +123,7 @@ CLIENTS = {
 
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 def test_the_clients_run_and_its_checkpoint(golden_run: Path, gptj):
-    """Its twenty steps end on our weights and moments, and we go on from them as from our own."""
+    """The client's twenty steps end on our weights and moments, and we resume from either."""
     common = ["--params", "params.yaml", "--max-steps", 21, "--quiet"]
     for key, value in CLIENTS.items():
         common += ["--set", f"optimizer.{key}={json.dumps(value)}"]

@@ -28,7 +28,7 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 @st.composite
 def objects(draw: st.DrawFn, *, special: bool = True) -> dict[str, Any]:
-    """A token with its flags, as JSON has it."""
+    """A token with its flags, as JSON."""
     keys = (*FLAGS, "special") if special else FLAGS
     flags = {flag: draw(st.booleans()) for flag in keys if draw(st.booleans())}
     return {"content": draw(st.sampled_from(NAMES)), **flags}
@@ -282,9 +282,7 @@ CONFIG = "tokenizer_config.json"
         ("merges.txt", None, "merges.txt: not found, expected the merges of vocab.json"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(
-    name: str, content: str | None, said: str, tmp_path: Path
-):
+def test_the_fault_of_a_file_is_named(name: str, content: str | None, said: str, tmp_path: Path):
     write_vocabulary(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
     (tmp_path / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Blocks read into memory that goes around, from whatever they are stored as."""
+"""Block buffers: blocks of any stored dtype are read into the same buffers in turn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Arrays:
         buffer[:] = self._arrays[name].tobytes()[offset : offset + len(buffer)]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 STORED = [("float32",), ("float16",), ("bfloat16", "float64", "float32")]

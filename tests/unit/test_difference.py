@@ -62,7 +62,7 @@ def _compare(first: Inspection, second: Inspection) -> Comparison:
 
 
 def _one(a: np.ndarray, b: np.ndarray, **schemes: Scheme):
-    """The comparison of Q."""
+    """Return the comparison of Q."""
     first = _inspection({Q: a}, schemes.get("first", Scheme.HF))
     second = _inspection({Q: b}, schemes.get("second", Scheme.HF))
     result = _compare(first, second)

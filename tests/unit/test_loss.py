@@ -38,7 +38,7 @@ def test_in_parts(seed: int, tokens: int, vocabulary: int, part: int, scale: flo
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("logits", [1, 4 * 5, 10**9])
 def test_of_the_head_in_chunks(logits: int, devices: int, monkeypatch: pytest.MonkeyPatch):
-    """Whatever tokens a chunk has, loss and gradients are those of all tokens at once."""
+    """For any size of chunk, loss and gradients are those of all tokens at once."""
     monkeypatch.setattr(loss, "_CHUNK_LOGITS", logits)
     random = np.random.default_rng(5)
     h, kernel, bias = (random.normal(size=s).astype(np.float32) for s in ((2, 6, 3), (3, 5), 5))

@@ -39,7 +39,7 @@ def test_tf_dynamic_is_tensorflows(finite: list[bool], period: int):
 @example([True] * 8, 3, 0.0)
 def test_dynamic_is_the_references(finite: list[bool], period: int, tolerance: float):
     """Halve when overflows / steps since the last change exceed the tolerance, else double after
-    so many steps; within the bounds."""
+    `period` steps; within the bounds."""
     ours = loss_scale(
         _params(
             "dynamic",

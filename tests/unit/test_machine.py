@@ -1,4 +1,4 @@
-"""What the machine is asked for, under limits that a container sets."""
+"""What the machine reports, under limits that a container sets."""
 
 from __future__ import annotations
 

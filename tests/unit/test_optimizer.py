@@ -150,7 +150,7 @@ def test_powers_are_the_checkpoints_where_it_has_them():
     ],
 )
 def test_updates_and_slots_are_tensorflows(kind: str, theirs: Any, slots: tuple[str, ...]):
-    """TensorFlow's own optimizers round 1 - beta to float32; so must we, to 1e-6."""
+    """TensorFlow's own optimizers round 1 - beta to float32; ours must agree to 1e-6."""
     random = np.random.default_rng(5)
     tensor = next(t for t in TENSORS if "fc_in.bias" in t.hf)
     begin = random.normal(size=tensor.shape_in(Scheme.TF)).astype(np.float32)
@@ -170,7 +170,7 @@ def test_updates_and_slots_are_tensorflows(kind: str, theirs: Any, slots: tuple[
 
 
 def test_adamw_is_torchs_where_epsilon_vanishes():
-    """torch adds epsilon after the bias correction, the reference before; else they are one."""
+    """torch adds epsilon after the bias correction, the reference before; otherwise they agree."""
     import torch
 
     random = np.random.default_rng(11)

@@ -59,7 +59,7 @@ def _pack(paths: Sequence[Path], folder: Path, out: Path, length: int, **fields:
 
 
 def _tokens(examples: list[dict[str, np.ndarray]], length: int) -> list[int]:
-    """The stream that examples hold."""
+    """Return the stream that examples hold."""
     found: list[int] = []
     for e in examples:
         assert all(len(e[name]) == length for name in FEATURES)
@@ -97,7 +97,7 @@ def test_the_text_can_be_put_together_again(
 def test_shortened_sequences_lose_nothing_either(
     tokens: list[int], length: int, parts: int, seed: int
 ):
-    """However the stream arrives, and wherever a run is gone on with."""
+    """The records do not depend on how the stream arrives, or on where a run resumes."""
     stream = np.asarray(tokens, np.int32)
 
     def make(packer: Packer) -> None:
@@ -153,7 +153,7 @@ def test_the_last_sequence_may_be_left_out():
 
 
 def _sizes(length: int, count: int, **options: Any) -> list[int]:
-    """Tokens of each sequence of a shortened stream."""
+    """Return the tokens of each sequence of a shortened stream."""
     packer = Packer(length, END_OF_TEXT_ID, **options)
     packer.add(_stream(count))
     sizes = []
@@ -163,7 +163,7 @@ def _sizes(length: int, count: int, **options: Any) -> list[int]:
 
 
 def test_what_a_shortened_sequence_cuts_off_may_be_left_out():
-    """As the reference does: the next sequence begins where a whole one would have ended."""
+    """As in the reference, the next sequence begins where a whole one would have ended."""
     packer = Packer(9, END_OF_TEXT_ID, short_seq_prob=0.5, keep_all=False)
     packer.add(_stream(2000))
     begins, sizes = [], []

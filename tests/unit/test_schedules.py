@@ -100,13 +100,13 @@ def test_unless_it_does_not_reset():
     assert rate(5) == pytest.approx(0.5)
 
 
-def test_the_last_member_goes_on():
+def test_the_last_member_has_no_end():
     constant = p.Constant(scheduler="Constant", learning_rate=0.25)
     rate = learning_rate(_warm_up_then(constant))
     assert [rate(t) for t in (3, 4, 10_000)] == [0.75, 0.25, 0.25]
 
 
-def test_three_in_a_row_each_count_from_their_own_beginning():
+def test_three_in_a_row_each_count_from_their_own_start():
     end = p.Constant(scheduler="Constant", learning_rate=0.5)
     fall = p.Linear(scheduler="Linear", initial_learning_rate=1.0, end_learning_rate=0.0, steps=10)
     rate = learning_rate([*_warm_up_then(fall), end])

@@ -47,7 +47,7 @@ def test_the_mean_is_the_value(value: float):
     values = np.full(count, value, np.float32)
     found = _rounded(values, random_bits(KEY, (0, 1), 0, count)).astype(np.float64)
     step = found.max() - found.min()
-    # Five standard deviations of a mean of so many, each at most half a step.
+    # Five standard deviations of a mean of `count` values, each at most half a step.
     assert found.mean() == pytest.approx(float(values[0]), abs=2.5 * step / count**0.5)
     assert step > 0
 

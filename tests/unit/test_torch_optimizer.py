@@ -91,7 +91,7 @@ def _sparse(path: Path, infos: dict[str, TensorInfo], last: np.float32) -> None:
 
 
 def test_beyond_four_gibibytes(tmp_path: Path):
-    """From there on, a zip archive needs 8-byte fields."""
+    """Beyond this size, a zip archive needs 8-byte fields."""
     path = tmp_path / "optimizer.pt"
     infos = {
         f"optimizer.state.{n}.exp_avg": TensorInfo("float32", (2**18, 2**11)) for n in (0, 1, 2)

@@ -1,4 +1,4 @@
-"""What a verification's verdict is made of, and says."""
+"""The parts of a verdict, and its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML that is written: readers of versions 1.1 and 1.2 find the same values in it."""
+"""Written YAML: readers of versions 1.1 and 1.2 find the same values in it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VALUES = st.recursive(
 
 
 def _assert_same(found: Any, expected: Any) -> None:
-    """Equal, and of the same types: `1` is not `1.0`, and neither is "1"."""
+    """Compare values and types: `1` is not `1.0`, and neither is "1"."""
     assert type(found) is type(expected), (found, expected)
     if isinstance(expected, dict):
         assert list(found) == list(expected)

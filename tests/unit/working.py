@@ -1,4 +1,4 @@
-"""Work run to its end, with every progress that it told."""
+"""Work that is run to its end, with all progress that it reports."""
 
 from __future__ import annotations
 

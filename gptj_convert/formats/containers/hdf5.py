@@ -163,7 +163,7 @@ class Hdf5Source:
         chunked = self._in_chunks and dataset.chunks is not None
         other = dataset.external or dataset.is_virtual
         if other or (not chunked and (dataset.chunks or dataset.compression)):
-            raise FileFault(f"{where}: is not stored as one run of bytes in this file")
+            raise FileFault(f"{where}: is not stored as one contiguous range of bytes in this file")
         shape = dataset.shape
         if shape is None or math.prod(max(n, 1) for n in shape) * 8 >= 2**63:
             raise FileFault(f"{where}: has shape {shape}, expected that of a tensor")

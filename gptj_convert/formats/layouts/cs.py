@@ -161,7 +161,7 @@ class CsSource:
             self._file.close()
             raise FileFault(
                 f"{path}: is incomplete, because its attribute {_SUCCESS} is not set",
-                hint="use the checkpoint before it",
+                hint="use the previous checkpoint",
             )
         self._paths = {_name(dataset): dataset for dataset in self._file.tensors}
         self.tensors = {name: self._file.tensors[d] for name, d in self._paths.items()}
@@ -192,7 +192,7 @@ class CsSource:
                 return float(stored["scalar_value"])
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 break
-        raise FileFault(f"{self._file.path}: {path!r} is not a number, expected one")
+        raise FileFault(f"{self._file.path}: {path!r} does not hold one number")
 
     def close(self) -> None:
         """Close the file."""

@@ -40,8 +40,8 @@ class OptimizerSource(TorchCheckpointSource):
         state, self.groups = (self.more.pop(key, None) for key in ("state", "param_groups"))
         if not (_is_state(state) and _is_groups(self.groups)):
             raise FileFault(
-                f"{self._file.path}: is not an optimizer's state dict, expected `state` by the "
-                "number of the parameter, and `param_groups` with their numbers",
+                f"{self._file.path}: is not an optimizer's state dict, expected `state` keyed "
+                "by parameter number, and `param_groups` with those numbers",
                 hint="save it with torch.save(optimizer.state_dict(), 'optimizer.pt')",
             )
         named = {f"{_PREFIX}{n}.{k}": v for n, entry in state.items() for k, v in entry.items()}

@@ -42,6 +42,7 @@ def refuse_changed_source(
     if changed or any(manifest.source.get(key) != now.get(key) for key in ("files", "adapter")):
         more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
         raise FileFault(
-            f"{source.path}: has changed since it was converted, by {MANIFEST_FILE}: {what}{more}",
+            f"{source.path}: has changed since it was converted, according to "
+            f"{MANIFEST_FILE}: {what}{more}",
             hint="convert it again, or name the original with `--against SRC`",
         )

@@ -69,7 +69,7 @@ class _Sequence:
             raise GptjError(
                 f"continuing {self.name!r}: the original's logits are NaN or infinite, so nothing "
                 "can be judged",
-                hint="its weights hold NaN or infinite values; `--level weights` compares bits",
+                hint="compare bits with `--level weights`; its weights hold NaN or infinite values",
             )
         choices = self.choices[way]
         with np.errstate(invalid="ignore"):

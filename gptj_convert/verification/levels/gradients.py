@@ -167,7 +167,7 @@ def _judge(
     if not np.isfinite(reference.loss):
         raise GptjError(
             "the original's loss is NaN or infinite, so nothing can be judged",
-            hint="its weights hold NaN or infinite values; `--level weights` compares bits",
+            hint="compare bits with `--level weights`; its weights hold NaN or infinite values",
         )
     tolerance = GRADIENTS_OVER_LOGITS * verdict.tolerance
     rows = [

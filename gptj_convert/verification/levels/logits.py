@@ -282,7 +282,7 @@ def _judge(outcome: _Outcome, verdict: Verdict) -> None:
             raise GptjError(
                 f"prompt {f.prompt.name!r}: the original's logits are NaN or infinite, so nothing "
                 "can be judged",
-                hint="its weights hold NaN or infinite values; `--level weights` compares bits",
+                hint="compare bits with `--level weights`; its weights hold NaN or infinite values",
             )
         if figures.relative <= tolerance:
             continue
