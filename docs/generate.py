@@ -117,6 +117,7 @@ def parameters() -> str:
         ("optimizer", params.OptimizerParams),
         *((f"optimizer.learning_rate: {name}", s) for name, s in params.SCHEDULES.items()),
         ("runconfig", params.RunConfig),
+        ("runconfig.early_stopping", params.EarlyStopping),
     ]
     for title, section in sections:
         lines += ["", f"## {title}", "", inspect.cleandoc(section.__doc__ or ""), ""]

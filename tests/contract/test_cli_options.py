@@ -54,10 +54,10 @@ OPTIONS = {
         "--preset", "--out", "--seed", "--set", "--dtype", "--file-format", "--layout",
         "--max-shard-size", "--force",
     },
-    "runs": {"--html"},
+    "runs": {"--html", "--follow"},
     "train": {
         "--init-from", "--checkpoint-path", "--adapter", "--params", "--model-dir", "--mode",
-        "--max-steps", "--steps", "--eval-steps", "--execution", "--backend", "--set",
+        "--max-steps", "--steps", "--epochs", "--eval-steps", "--execution", "--backend", "--set",
         "--workers", "--strict", "--validate-only", "--compile-only", "--cs-ip", "--target",
         "--run-py", "--dry-run",
     },
