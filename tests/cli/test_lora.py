@@ -211,3 +211,16 @@ def test_what_has_no_adapter_is_refused(golden_run, gptj):
     assert "holds no adapter" in done.stderr
     assert gptj("convert", "hf", "--to", "peft", "--dtype", "float16").code == 2
     assert not Path("converted-peft").exists()
+
+
+@adamw
+def test_a_streamed_adapter_is_evaluated_as_its_checkpoint_is(golden_run: Path, gptj):
+    evaluated = (*LORA, "--execution", "streaming", "--mode", "train_and_eval", "--max-steps", 2,
+                 "--set", "runconfig.save_checkpoints_steps=1")  # fmt: skip
+    assert gptj(*BEGIN, *evaluated).code == 0
+    rows = map(json.loads, Path("model_dir/metrics.jsonl").read_text().splitlines())
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    for step in (1, 2):
+        done = gptj("eval", "--model", f"model_dir@{step}", "--execution", "resident", "--json")
+        assert losses[step] == pytest.approx(done.json["metrics"]["loss"], rel=1e-6)
+    assert losses[1] != losses[2]

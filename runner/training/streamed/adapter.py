@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_convert.streams.strips import Strip
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.lora import Lora
 from gptj_model.network.weights import first_a
 from gptj_model.source import TensorSource, read_rows, read_tensor
+from gptj_model.streaming.forward import StreamedModel
 from gptj_model.streaming.prefetch import prefetch_blocks
 from gptj_model.streaming.training import Draw, ReadHead, StreamedTraining
 from gptj_model.tensors import Scheme, Tensor, block, table
@@ -23,7 +26,7 @@ from gptj_model.vocabulary import read_head
 from runner.config.params import Params
 from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
-from runner.evaluation.evaluate import Evaluator
+from runner.evaluation.evaluate import Evaluator, StreamedEvaluator
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
 from runner.training.streamed.embedding_gradient import EmbeddingGradient
@@ -54,6 +57,7 @@ class StreamedAdapterExecutor(Executor):
         self._params = params
         self._model_dir = model_dir
         self._lora = params.model.lora.lora
+        self._evaluated = ExitStack()
         self.trained = trainable_rows(config, params)
         self._variables = _first_values(self._lora, config, initialization_seed(params))
         self._optimizer = Optimizer(params.optimizer, {t: self._variables[t] for t in self.trained})
@@ -126,15 +130,15 @@ class StreamedAdapterExecutor(Executor):
 
     @override
     def evaluator(self) -> Evaluator:
-        """Refuse to evaluate.
+        # An evaluation follows a save, and a checkpoint has the adapter merged.
+        return StreamedEvaluator(self._saved_model)
 
-        Raises:
-            ConfigError: always; `gptj eval` evaluates the checkpoints.
-        """
-        raise ConfigError(
-            "train_and_eval does not evaluate an adapter of a streamed model",
-            hint="`gptj eval` evaluates its checkpoints",
-        )
+    def _saved_model(self) -> StreamedModel:
+        self._evaluated.close()  # the source of the evaluation before
+        step = checkpoints.steps(self._model_dir)[-1]
+        source = BundleSource(checkpoints.prefix(self._model_dir, step))
+        self._evaluated.enter_context(closing(source))
+        return StreamedModel(self._config, source, Scheme.TF)
 
     @override
     def weights(self) -> Mapping[str, Any]:
@@ -142,6 +146,7 @@ class StreamedAdapterExecutor(Executor):
 
     @override
     def close(self) -> None:
+        self._evaluated.close()
         if self._scratch:
             self._scratch.close()
 
