@@ -50,7 +50,7 @@ def runs(
     while html and follow and any(run.is_running for run in found):
         write_page(html, found, differences(found), reload=_RELOAD)
         output.note(", ".join(f"{run.name}: step {run.step}" for run in found if run.is_running))
-        time.sleep(_RELOAD)
+        _wait(model_dirs)
         found = [read_run(folder) for folder in model_dirs]
     differing = differences(found)
     _print_runs(output, found, differing)
@@ -60,6 +60,15 @@ def runs(
     return {"runs": [_fields(run) for run in found], "differences": differing} | (
         {"html": str(html)} if html else {}
     )
+
+
+def _wait(model_dirs: Sequence[Path]) -> None:
+    """Wait for the next version of the page, or until no run trains anymore."""
+    from runner.training.run.folder import is_locked
+
+    end = time.monotonic() + _RELOAD
+    while time.monotonic() < end and any(map(is_locked, model_dirs)):
+        time.sleep(0.5)
 
 
 def _print_runs(
