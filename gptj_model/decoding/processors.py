@@ -1,7 +1,7 @@
 """What options make of the scores of the next token, as transformers' logits processors do.
 
-Scores are float32: logits, or log-probabilities in a beam search. Ties are resolved as in
-transformers.
+Scores are float32: logits, or log-probabilities in a beam search. Of equal scores as many are kept
+as in transformers, where the sort of PyTorch decides which ones; here the first ones are.
 
 Shape suffix: V vocabulary.
 """
@@ -88,7 +88,7 @@ def keep_top_k(scores_V: np.ndarray, k: int) -> np.ndarray:
 def keep_top_p(scores_V: np.ndarray, p: float, keep: int = 1) -> np.ndarray:
     """Return the scores of the fewest best tokens whose probabilities reach p, and of at least
     `keep` tokens."""
-    order = np.argsort(scores_V, kind="stable")
+    order = np.argsort(-scores_V, kind="stable")[::-1]
     mass = np.cumsum(softmax(scores_V[order]), dtype=np.float64).astype(np.float32)
     removed = mass <= 1 - p
     removed[-keep:] = False

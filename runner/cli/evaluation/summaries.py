@@ -65,15 +65,11 @@ def evaluate_summaries(
         truncate_article=truncate_article,
     )
     generator = Generator(loaded, stop_at=[end])
+    lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     for width in beams:
-        options = GenerationOptions(
-            num_beams=width,
-            early_stopping=True,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-        )
+        options = GenerationOptions(num_beams=width, early_stopping=True, **lengths)
         name = "greedy" if width == 1 else f"beam{width}"
         found = []
         with TemporaryDirectory() as spool, progress(output, name, in_bytes=False) as report:
