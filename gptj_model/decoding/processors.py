@@ -49,9 +49,11 @@ class Processors:
         if options.no_repeat_ngram_size:
             scores_V = ban_ngrams(scores_V, ids, options.no_repeat_ngram_size)
         if new < self._least:
-            scores_V[self._ends[self._ends < len(scores_V)]] = -np.inf
+            there = (self._ends >= 0) & (self._ends < len(scores_V))
+            scores_V[self._ends[there]] = -np.inf
         if options.temperature:
-            scores_V = scores_V / options.temperature
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                scores_V = scores_V / options.temperature
             if options.top_k:
                 scores_V = keep_top_k(scores_V, max(options.top_k, self._keep))
             if options.top_p < 1:
@@ -119,8 +121,9 @@ def choose(scores_V: np.ndarray, random: np.random.Generator | None) -> int:
         return int(scores_V.argmax())
     if not np.isfinite(scores_V.max()):
         raise GptjError(
-            "no token can be drawn: the options rule out every token, or the logits are not finite",
-            hint="leave out --no-repeat-ngram-size; `gptj verify` finds damaged weights",
+            "no token can be drawn: the options rule out every token, or scores are not finite",
+            hint="ask for less: a higher temperature, longer n-grams; `gptj verify` finds damaged "
+            "weights",
         )
     # The best first, so that scores that differ by rounding draw the same token.
     order = np.argsort(-scores_V, kind="stable")[: np.count_nonzero(scores_V > -np.inf)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -48,6 +49,9 @@ def choose_options(asked: Mapping[str, Any], defaults: GenerationDefaults, seed:
         ConfigError: the model's folder asks for sampling at temperature 0.
     """
     given = {name: value for name, value in asked.items() if value not in (None, ())}
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{_option(name)} is {value}, expected a number")
     stated = dict(defaults.values)
     if "temperature" in given:
         stated.pop("do_sample", None)

@@ -70,8 +70,9 @@ def begin_all(
             whole = tokenizer.encode(prompt.text or "").ids
         ids = whole[-room:] if truncate and room > 0 else whole
         if problem := options.problem(ids, config):
-            hint = "--truncate drops the beginning of a prompt; fewer --max-new-tokens leave room"
-            raise prompt.fault(f"{prompt.where}: {problem}", hint=hint if len(ids) > room else None)
+            cut = "" if truncate else "--truncate drops the beginning of a prompt; "
+            hint = f"{cut}fewer --max-new-tokens leave room" if len(ids) > room else None
+            raise prompt.fault(f"{prompt.where}: {problem}", hint=hint)
         begun.append(Begun(prompt=prompt, ids=ids, dropped=len(whole) - len(ids)))
     return begun
 

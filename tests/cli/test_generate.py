@@ -248,6 +248,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "too short": (("--min-new-tokens", 9, "--max-new-tokens", 8), "--min-new-tokens 9, expected"),
     "no JSON": (("--logprobs",), "--logprobs is part of a JSON object"),
     "no room": (("--max-new-tokens", 64), "--prompt: prompt and continuation are 2 + 64 tokens"),
+    "nan": (("--temperature", "nan"), "--temperature is nan, expected a number"),
     "no number": (("--length-penalty", "x"), "not a valid float"),
 }
 

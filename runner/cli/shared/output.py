@@ -38,7 +38,7 @@ class Output:
     def record(self, fields: Mapping[str, Any]) -> None:
         """Print a line of the result as a JSON object."""
         if not self.json:
-            _print(json_line(fields, sys.stdout.encoding))
+            _print(json_line(fields, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
     def coloured(self, pieces: Iterable[tuple[str, str]]) -> None:
         """Print a line of the result in pieces with their styles, with colors on a terminal that
