@@ -212,7 +212,7 @@ def _close(found: Any, expected: list[tuple[list[int], list[float]]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
-@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     st.fixed_dictionaries(
         {
@@ -261,6 +261,37 @@ def test_every_option_is_transformers_own(
     for prompt, own in zip(PROMPTS, found, strict=True):
         more = {"stop_strings": texts} if texts else {}
         _close(own, _expected(hf, prompt, sorted(stop_at), tokenizer, **options, **more))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_beam_search_ends_where_that_of_transformers_does(seed: int, hf, likely: list[int]):
+    """The search alone, on the logits of PyTorch, with many ends."""
+    draw = np.random.default_rng(seed)
+    beams = int(draw.integers(2, 5))
+    options: dict[str, Any] = {
+        "num_beams": beams,
+        "num_return_sequences": beams,
+        "max_new_tokens": 12,
+        "length_penalty": float(draw.choice([-1.0, 0.0, 1.0, 2.0, 4.0])),
+        "early_stopping": [False, True, "never"][seed % 3],
+    }
+    prompt = PROMPTS[int(draw.integers(3))]
+    ends = {int(i) for i in draw.choice(likely, size=int(draw.integers(1, 9)))}
+    mine = GenerationOptions(**options)
+    task = Task(
+        prompt=prompt,
+        process=ours.Processors(mine, ends),
+        most=12,
+        ends=frozenset(ends),
+        stops=lambda ids: False,
+    )
+    search, texts = BeamSearch(task, mine, None), [prompt] * beams
+    while not search.done:
+        with torch.no_grad():
+            logits_KV = hf(torch.tensor(texts)).logits[:, -1].numpy()
+        ids_K, parents_K = search.step(logits_KV)
+        texts = [[*texts[p], int(i)] for i, p in zip(ids_K, parents_K, strict=True)]
+    _close(search.found(), _expected(hf, prompt, sorted(ends), **options))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
