@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.shared.output import Output
+from runner.cli.shared.output import Output, json_line
 from runner.cli.shared.progress import progress
 from runner.cli.shared.tokenizer_notes import note_tokenizer
 from runner.data.making.file_patterns import PAIR_FILES
@@ -95,5 +94,5 @@ def _continue(generator: Generator, options: GenerationOptions, prompt: Sequence
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = [json_line(row, "utf-8") + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
