@@ -348,21 +348,20 @@ def test_text_within_any_budget_is_the_same(tied: bool, workdir: Path, gptj):
 # Prompts of a file.
 
 
-def test_prompts_of_a_file(workdir: Path, gptj):
-    hf = make_checkpoint(workdir / "hf", vocab_size=50400)
-    model = ("--model", hf, "--max-new-tokens", 9, "--temperature", 1)
+def test_prompts_of_a_file(model: Path, workdir: Path, gptj):
+    options = ("--model", model, "--max-new-tokens", 9, "--temperature", 1)
     texts = ["Once", "a longer prompt, with é and 你", "x"]
     Path("prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    many = ("generate", *model, "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
+    many = ("generate", *options, "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
     found = gptj(*many, "--json").json["continuations"]
     assert [c["prompt"] for c in found] == texts
     assert [json.loads(line) for line in gptj(*many).stdout.splitlines()] == found
     for n, (text, made) in enumerate(zip(texts, found, strict=True)):
-        alone = gptj("generate", *model, "--prompt", text, "--seed", 5 + n, "--json").json
+        alone = gptj("generate", *options, "--prompt", text, "--seed", 5 + n, "--json").json
         assert alone["ids"] == made["ids"]
         assert alone["text"] == made["text"]
         assert made["text"].startswith(text)
-        printed = gptj("generate", *model, "--prompt", text, "--seed", 5 + n).stdout
+        printed = gptj("generate", *options, "--prompt", text, "--seed", 5 + n).stdout
         assert printed == made["text"] + "\n"
     Path("prompts.txt").write_text("a\n\nb\n")
     done = gptj(*many)

@@ -212,7 +212,7 @@ def _close(found: Any, expected: list[tuple[list[int], list[float]]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     st.fixed_dictionaries(
         {
@@ -295,7 +295,7 @@ def test_a_beam_search_ends_where_that_of_transformers_does(seed: int, hf, likel
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("most", [4, 9, 20])
+@pytest.mark.parametrize("most", [4, 20])
 def test_lengths_of_the_whole_text(streamed: bool, most: int, hf, models):
     options = {"max_length": most, "min_length": most - 2, "num_beams": 2}
     prompts = [prompt for prompt in PROMPTS if len(prompt) < most]
