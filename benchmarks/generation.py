@@ -57,13 +57,15 @@ def gptj(folder: Path) -> Continue:
     from runner.cli.shared import framework
 
     framework.prepare()
-    from gptj_model.decoding.generation import Generator, Sampling
+    from gptj_model.decoding.generation import Generator
+    from gptj_model.decoding.options import GenerationOptions
     from runner.evaluation.restore import load_model
 
-    generator = Generator(load_model(folder), Sampling())
+    generator = Generator(load_model(folder))
 
     def run(ids_BT: np.ndarray, tokens: int) -> list[list[int]]:
-        return generator(ids_BT.tolist(), tokens)
+        found = generator(ids_BT.tolist(), GenerationOptions(max_new_tokens=tokens))
+        return [only.ids for (only,) in found]
 
     return run
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from runner.cli.shared.command import command
+from runner.cli.shared.errors import Terminated
 from runner.cli.shared.memory_budget import Load, MemoryBudget, execution_within, memory_option
 from runner.cli.shared.model_choice import default_model, stated_execution
 from runner.cli.shared.option_rules import OptionRules
@@ -18,26 +19,106 @@ from runner.cli.shared.options import (
     PATH,
     execution_option,
     model_option,
+    options,
 )
 from runner.cli.shared.output import Output
 from runner.cli.shared.tokenizer_notes import note_tokenizer
 from runner.config.execution import Execution
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from gptj_convert.checkpoint.open import Checkpoint
+    from gptj_convert.settings.generation_settings import GenerationDefaults
     from gptj_model.decoding.generation import Generator
+    from gptj_model.decoding.options import GenerationOptions
+    from gptj_model.decoding.search import Continuation
     from gptj_model.streaming.residency import Residency
+    from runner.generation.choices import Choices
+    from runner.generation.prompts import Begun, Prompt
 
 RULES = OptionRules(
     needs={"--batch-size": "--prompts"},
     exclusive=(("--prompt", "--ids", "--prompts"),),
 )
 
+#: Options that are named as in transformers; what is not given is as the model's folder says.
+choice_options = options(
+    click.option(
+        "--max-new-tokens",
+        type=COUNT,
+        help="Largest number of tokens to add to a prompt.  [default: 32]",
+    ),
+    click.option(
+        "--min-new-tokens",
+        type=COUNT_OR_ZERO,
+        help="Number of new tokens before which no end-of-text is chosen.  [default: 0]",
+    ),
+    click.option(
+        "--stop",
+        "stop_strings",
+        multiple=True,
+        metavar="TEXT",
+        help="Text that ends a continuation, which keeps the tokens that complete it; can be given "
+        "several times.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="Divisor of the logits before sampling; 0 takes the most likely token.  [default: 0]",
+    ),
+    click.option(
+        "--top-k",
+        type=COUNT_OR_ZERO,
+        help="Sample from the K most likely tokens; 0 means all.  [default: 0]",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        help="Sample from the most likely tokens whose probabilities add up to P.  [default: 1]",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Factor that makes tokens already in the text less likely, if above 1.  [default: 1]",
+    ),
+    click.option(
+        "--no-repeat-ngram-size",
+        type=COUNT_OR_ZERO,
+        help="Number of successive tokens that are never repeated together; 0 means none.  "
+        "[default: 0]",
+    ),
+    click.option(
+        "--num-beams",
+        type=COUNT,
+        help="Number of beams of the search for the most probable text; 1 means no search.  "
+        "[default: 1]",
+    ),
+    click.option(
+        "--length-penalty",
+        type=float,
+        help="Power of its length that the log-probability of a beam is divided by; above 0 "
+        "favors long texts.  [default: 1]",
+    ),
+    click.option(
+        "--early-stopping",
+        type=click.Choice(["false", "true", "never"]),
+        callback=lambda context, option, value: {"false": False, "true": True}.get(value, value),
+        help="End of a beam search, once as many texts as beams have ended: at once (true), when "
+        "none is likely to become better (false), or when none can (never).  [default: false]",
+    ),
+    click.option(
+        "--num-return-sequences",
+        type=COUNT,
+        help="Number of continuations of each prompt: samples, or the best beams.  [default: 1]",
+    ),
+)
+
 
 @command(
     "gptj generate --prompt 'The quick brown fox'",
-    "gptj generate --model converted/ --ids 464,3290 --max-new-tokens 8",
-    "gptj generate --prompts prompts.txt --temperature 0.8 --top-p 0.9 --seed 1",
+    "gptj generate --ids 464,3290 --num-beams 4 --num-return-sequences 2 --json",
+    "gptj generate --prompts prompts.jsonl --temperature 0.8 --top-p 0.9 --seed 1",
     rules=RULES,
 )
 @model_option
@@ -48,7 +129,8 @@ RULES = OptionRules(
     "prompts_file",
     type=PATH,
     metavar="FILE",
-    help="File of texts to continue, one per line; prints one JSON object per line.",
+    help="File of prompts to continue, one per line (LF or CRLF): texts, or JSON objects with "
+    "prompt or ids, and an id that is repeated; prints one JSON object per prompt.",
 )
 @click.option(
     "--batch-size",
@@ -58,44 +140,23 @@ RULES = OptionRules(
     help="Number of prompts of a file that are continued together.",
 )
 @click.option(
-    "--max-new-tokens",
-    type=COUNT,
-    default=32,
-    show_default=True,
-    help="Largest number of tokens to add to a prompt.",
+    "--truncate",
+    is_flag=True,
+    help="Drop the beginning of a prompt that is too long, instead of refusing it.",
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Divisor of the logits before sampling; 0 takes the most likely token.",
-)
-@click.option(
-    "--top-k",
-    type=COUNT_OR_ZERO,
-    default=0,
-    help="Sample from the K most likely tokens; 0 means all.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
-    help="Sample from the most likely tokens whose probabilities add up to P.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Factor that makes tokens already in the text less likely, if above 1.",
-)
+@choice_options
 @click.option(
     "--seed",
     type=COUNT_OR_ZERO,
     default=0,
     show_default=True,
-    help="Seed of the sampling; each further prompt of a file takes the next seed.",
+    help="Seed of the sampling; each further continuation takes the next seed.",
+)
+@click.option(
+    "--logprobs",
+    is_flag=True,
+    help="Add the log-probability of every new token to the JSON object, by the logits before any "
+    "option alters them.",
 )
 @execution_option
 @memory_option
@@ -106,128 +167,230 @@ def generate(
     ids: str | None,
     prompts_file: Path | None,
     batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
+    truncate: bool,
     seed: int,
+    logprobs: bool,
     execution: str | None,
     memory: int | None,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Continue a prompt, given as text or as token ids, or every line of a file."""
-    if prompt is None and ids is None and prompts_file is None:
-        raise click.UsageError("nothing to continue: give --prompt, --ids or --prompts")
-    texts = _read_lines(prompts_file) if prompts_file else None
-    from runner.cli.shared import framework
+    """Continue a prompt, given as text or as token ids, or every prompt of a file.
 
-    framework.prepare()
+    Options that are not given are as the model's generation_config.json says.
+    """
+    prompts = _prompts(prompt, ids, prompts_file, asked["stop_strings"])
+    if logprobs and not (output.json or prompts_file):
+        raise click.UsageError("--logprobs is part of a JSON object: give --json or --prompts")
+    from gptj_convert.checkpoint.open import open_checkpoint
     from gptj_convert.resources.footprint import cache_bytes
-    from gptj_convert.settings.generation_settings import stop_tokens, unapplied
-    from gptj_model.decoding.generation import Generator, Sampling
-    from runner.evaluation.restore import opened_model
+    from gptj_convert.settings.generation_settings import generation_defaults, stop_tokens
+    from runner.generation.choices import choose_options
+    from runner.generation.prompts import begin_all
 
     path = model or default_model()
     folder = path if path.is_dir() else path.parent
-    tokenizer = (_tokenizer if ids is None else _tokenizer_if_any)(output, folder)
-    if texts is not None:
-        prompts = [tokenizer.encode(text).ids for text in texts]
-    else:
-        prompts = [_parse_ids(ids) if ids is not None else tokenizer.encode(prompt).ids]
-    sampling = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
     budget = MemoryBudget(output, memory)
-
-    def keep(checkpoint: Checkpoint) -> Residency:
-        batch = min(batch_size, len(prompts))
-        length = max(map(len, prompts)) + max_new_tokens
-        states = cache_bytes(checkpoint.config, batch, length)
-        return budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
-
     way = execution_within(memory, execution, lambda: stated_execution(folder))
-    with opened_model(path, keep=keep if way == Execution.STREAMING else None) as loaded:
-        if asked := unapplied(folder, loaded.config):
-            output.note(f"note: {asked}, of which nothing is applied: only the options count")
-        generator = Generator(loaded, sampling, stop_at=stop_tokens(folder, loaded.config))
-        if texts is None:
-            made = _continue(output, generator, tokenizer, prompts[0], max_new_tokens)
-            return made | budget.fields
-        found = []
-        for at in range(0, len(texts), batch_size):
-            group = slice(at, at + batch_size)
-            new = generator(prompts[group], max_new_tokens, first=at)
-            for text, begun, more in zip(texts[group], prompts[group], new, strict=True):
-                every = [*begun, *more]
-                made = tokenizer.decode(every, skip_special_tokens=False)
-                found.append({"prompt": text, "text": made, "ids": every})
-                output.data(json.dumps(found[-1], ensure_ascii=False))
-        return {"continuations": found, **budget.fields}
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        defaults = generation_defaults(folder, config)
+        choices = choose_options(asked, defaults, seed)
+        _note_choices(output, choices, defaults)
+        tokenizer = _tokenizer(output, folder, prompts, choices)
+        begun = begin_all(prompts, tokenizer, choices.options, config, truncate=truncate)
+        _note_dropped(output, begun)
+
+        def keep(checkpoint: Checkpoint) -> Residency:
+            batch = min(batch_size, len(begun)) * choices.options.rows
+            length = max(len(b.ids) + choices.options.most(len(b.ids), config) for b in begun)
+            states = cache_bytes(config, batch, length)
+            return budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
+
+        generator = _generator(
+            checkpoint,
+            keep if way == Execution.STREAMING else None,
+            stop_tokens(folder, config),
+            choices,
+            tokenizer,
+        )
+        printed = Printed(output, tokenizer, choices.options, logprobs=logprobs)
+        if prompts_file is None:
+            return printed.one(generator, begun[0].ids) | budget.fields
+        return {"continuations": printed.many(generator, begun, batch_size), **budget.fields}
 
 
-def _continue(
-    output: Output, generator: Generator, tokenizer: Any, begun: list[int], max_new_tokens: int
-) -> dict[str, Any]:
-    """Print a text as it is generated, or the ids at the end where there is no tokenizer."""
-    ids, shown = list(begun), ""
-    for (token,) in generator.stream([begun], max_new_tokens):
-        assert token is not None, "the stream ends instead"
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else ""
-        # The bytes of a character may come in several tokens.
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            output.part(text[len(shown) :])
-            shown = text
-    text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else None
-    if text is None:
-        output.data(" ".join(map(str, ids)))
-    else:
-        output.data(text.removeprefix(shown))
-    return {"ids": ids, "text": text}
+def _prompts(
+    prompt: str | None, ids: str | None, file: Path | None, stops: Sequence[str]
+) -> list[Prompt]:
+    from runner.generation.prompts import checked_argument, prompt_of_argument, read_prompts
+
+    for stop in stops:
+        checked_argument("--stop", stop)
+    if file is not None:
+        return read_prompts(file)
+    if prompt is None and ids is None:
+        raise click.UsageError("nothing to continue: give --prompt, --ids or --prompts")
+    return [prompt_of_argument(prompt, ids)]
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Return the prompts of a file, one per line.
+def _note_choices(output: Output, choices: Choices, defaults: GenerationDefaults) -> None:
+    from runner.generation.choices import in_words
+
+    name = defaults.file.name
+    if choices.taken:
+        output.note(f"note: {name} sets {in_words(choices.taken)}")
+    if defaults.unapplied:
+        output.note(f"note: {name} sets {in_words(defaults.unapplied)}, which is not applied")
+
+
+def _note_dropped(output: Output, begun: Sequence[Begun]) -> None:
+    dropped = [b for b in begun if b.dropped]
+    if len(dropped) == 1:
+        (b,) = dropped
+        output.note(
+            f"note: {b.prompt.where}: the first {b.dropped:,} tokens of the prompt are dropped, "
+            f"{len(b.ids):,} stay"
+        )
+    elif dropped:
+        total = sum(b.dropped for b in dropped)
+        output.note(
+            f"note: {len(dropped):,} prompts lose their beginning, {total:,} tokens in all, the "
+            f"first at {dropped[0].prompt.where}"
+        )
+
+
+def _tokenizer(
+    output: Output, folder: Path, prompts: Sequence[Prompt], choices: Choices
+) -> Tokenizer | None:
+    """Return the model's tokenizer; a special token's name in a prompt is read as that token.
+
+    Returns:
+        The tokenizer, or None if there is none and ids alone are given.
 
     Raises:
-        DataFault: the file is empty, a line is empty, or the file is not UTF-8; with the line.
+        GptjError: there is none, and a text is given or a stop string.
     """
-    from gptj_model.errors import DataFault
-
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1
-        raise DataFault(f"{path}:{line}: is not UTF-8") from None
-    if "" in lines:
-        raise DataFault(f"{path}:{lines.index('') + 1}: is empty, expected a prompt on every line")
-    return lines
-
-
-def _tokenizer(output: Output, folder: Path) -> Any:
-    """Return the model's tokenizer; a special token's name in a prompt is read as that token."""
+    from gptj_model.errors import FileFault, UsageError
     from runner.data.making.tokenizer import load_tokenizer
 
-    note_tokenizer(output, folder)
-    return load_tokenizer(folder, allow_special=None)
-
-
-def _tokenizer_if_any(output: Output, folder: Path) -> Any:
-    from gptj_model.errors import FileFault
-
     try:
-        return _tokenizer(output, folder)
+        note_tokenizer(output, folder)
+        return load_tokenizer(folder, allow_special=None)
     except FileFault as fault:
+        if any(prompt.text is not None for prompt in prompts):
+            raise
+        if choices.stop_strings:
+            raise UsageError(
+                f"a stop string needs the model's tokenizer, and {fault.message}"
+            ) from None
         output.note(f"note: {fault.message}; ids are printed instead of text")
         return None
 
 
-def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--ids takes numbers separated by commas, found {text!r}") from None
+def _generator(
+    checkpoint: Checkpoint,
+    keep: Callable[[Checkpoint], Residency] | None,
+    ends: Collection[int],
+    choices: Choices,
+    tokenizer: Tokenizer | None,
+) -> Generator:
+    from runner.cli.shared import framework
+
+    framework.prepare()
+    from gptj_model.decoding.generation import Generator
+    from runner.evaluation.restore import model_of
+    from runner.generation.stop_strings import StopStrings
+
+    model = model_of(checkpoint, keep=keep)
+    if tokenizer is None or not choices.stop_strings:
+        return Generator(model, stop_at=ends)
+    return Generator(model, stop_at=ends, stops=StopStrings(tokenizer, choices.stop_strings))
+
+
+class Printed:
+    """Continuations, printed as they are made.
+
+    Args:
+        output: sink of the texts.
+        tokenizer: tokenizer of the model; None prints ids.
+        options: options of generation.
+        logprobs: whether JSON objects hold the log-probabilities of new tokens.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        tokenizer: Tokenizer | None,
+        options: GenerationOptions,
+        *,
+        logprobs: bool,
+    ) -> None:
+        self._output = output
+        self._tokenizer = tokenizer
+        self._options = options
+        self._logprobs = logprobs
+
+    def one(self, generator: Generator, begun: Sequence[int]) -> dict[str, Any]:
+        """Print the continuations of one prompt, a single one as it is generated, and return their
+        fields of the JSON object."""
+        if self._options.rows == 1:
+            return self._streamed(generator, begun)
+        (found,) = generator([begun], self._options)
+        fields = self._fields(begun, found)
+        for sequence in fields.get("sequences", [fields]):
+            self._output.data(_shown(sequence))
+        return fields
+
+    def many(
+        self, generator: Generator, begun: Sequence[Begun], batch_size: int
+    ) -> list[dict[str, Any]]:
+        """Print a JSON object for each prompt of a file, and return all of them."""
+        made: list[dict[str, Any]] = []
+        for at in range(0, len(begun), batch_size):
+            group = begun[at : at + batch_size]
+            found = generator([b.ids for b in group], self._options, first=at)
+            for b, continuations in zip(group, found, strict=True):
+                fields = self._fields(b.ids, continuations)
+                made.append({**b.prompt.carried, "prompt": b.prompt.text, **fields})
+                self._output.record(made[-1])
+        return made
+
+    def _streamed(self, generator: Generator, begun: Sequence[int]) -> dict[str, Any]:
+        shown, fields = "", None
+        try:
+            for continuation in generator.stream(begun, self._options):
+                fields = self._fields(begun, [continuation])
+                text = fields["text"]
+                # The bytes of a character may come in several tokens.
+                if text and text.startswith(shown) and not text.endswith("\ufffd"):
+                    self._output.part(text[len(shown) :])
+                    shown = text
+        except (KeyboardInterrupt, Terminated):
+            if fields:
+                self._output.data(_shown(fields).removeprefix(shown))
+            raise
+        assert fields is not None, "there is room for a token"
+        self._output.data(_shown(fields).removeprefix(shown))
+        return fields
+
+    def _fields(
+        self, begun: Sequence[int], continuations: Sequence[Continuation]
+    ) -> dict[str, Any]:
+        """Return text, ids and log-probabilities of the best continuation, and of each if several
+        were asked for."""
+        each = [self._sequence(begun, continuation) for continuation in continuations]
+        several = {"sequences": each} if self._options.num_return_sequences > 1 else {}
+        return {**each[0], **several}
+
+    def _sequence(self, begun: Sequence[int], continuation: Continuation) -> dict[str, Any]:
+        ids = [*begun, *continuation.ids]
+        decode = self._tokenizer and self._tokenizer.decode
+        text = decode(ids, skip_special_tokens=False) if decode else None
+        logprobs = {"logprobs": continuation.logprobs} if self._logprobs else {}
+        return {"text": text, "ids": ids, **logprobs}
+
+
+def _shown(sequence: Mapping[str, Any]) -> str:
+    """Return a text, or its ids where there is no tokenizer."""
+    text = sequence["text"]
+    return " ".join(map(str, sequence["ids"])) if text is None else text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
@@ -35,34 +34,32 @@ def load_model(
         GptjError: see `open_checkpoint` and `match`.
     """
     with open_checkpoint(path, config_file=config_file) as checkpoint:
-        match(checkpoint)
-        model = GPTJ(adapt(checkpoint.config), seed=seed)
-        load_weights(model, checkpoint.source, checkpoint.scheme)
-    return model
+        return _loaded(checkpoint, adapt, seed)
 
 
-@contextmanager
-def opened_model(
-    path: Path, *, keep: Callable[[Checkpoint], Residency] | None
-) -> Iterator[GPTJ | StreamedModel]:
-    """Open a checkpoint as a model that is loaded, or that is read block by block.
+def model_of(
+    checkpoint: Checkpoint, *, keep: Callable[[Checkpoint], Residency] | None
+) -> GPTJ | StreamedModel:
+    """Return the model of an open checkpoint, loaded, or read block by block while it is open.
 
     Args:
-        path: see `load_model`.
+        checkpoint: the checkpoint.
         keep: function that chooses which blocks of a streamed model stay in memory; None loads
             the whole model.
 
     Raises:
-        GptjError: see `open_checkpoint` and `match`.
+        GptjError: see `match`.
     """
     if keep is None:
-        yield load_model(path)
-        return
-    with open_checkpoint(path) as checkpoint:
-        match(checkpoint)
-        yield StreamedModel(
-            checkpoint.config,
-            checkpoint.source,
-            checkpoint.scheme,
-            kept=keep(checkpoint),
-        )
+        return _loaded(checkpoint, lambda config: config, 0)
+    match(checkpoint)
+    return StreamedModel(
+        checkpoint.config, checkpoint.source, checkpoint.scheme, kept=keep(checkpoint)
+    )
+
+
+def _loaded(checkpoint: Checkpoint, adapt: Callable[[GPTJConfig], GPTJConfig], seed: int) -> GPTJ:
+    match(checkpoint)
+    model = GPTJ(adapt(checkpoint.config), seed=seed)
+    load_weights(model, checkpoint.source, checkpoint.scheme)
+    return model

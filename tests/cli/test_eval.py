@@ -1,8 +1,7 @@
-"""`gptj eval` and `generate`: the whole model in memory, and one block at a time, are one."""
+"""`gptj eval`: the whole model in memory, and one block at a time, are one."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import pytest
 import torch
 from transformers import GPTJForCausalLM
 
-from gptj_convert.resources.footprint import cache_bytes, streamed_memory
+from gptj_convert.resources.footprint import streamed_memory
 from gptj_model.config import GPTJConfig
 from gptj_model.streaming.residency import Residency
-from runner.cli.shared.output import printable
 from runner.config.params_file import load_params
 from runner.data.making.tokenizer import load_tokenizer
 from runner.evaluation import evaluate
@@ -46,53 +44,6 @@ def test_a_number_of_batches(golden_run: Path, gptj):
     assert streamed == pytest.approx(resident, rel=1e-6)
 
 
-@pytest.mark.parametrize("sampling", [(), ("--temperature", 1, "--top-k", 40, "--seed", 3)])
-def test_streamed_text_is_the_resident_one(sampling: tuple, small_hf: Path, gptj):
-    made = [
-        gptj("generate", "--model", small_hf, "--ids", "5,7,1,9", "--max-new-tokens", 12,
-             "--json", "--execution", way, *sampling).json["ids"]
-        for way in ("resident", "streaming")
-    ]  # fmt: skip
-    assert made[0] == made[1]
-    assert len(made[0]) > 4
-
-
-KEPT = [
-    Residency(),
-    Residency(head=True),
-    Residency(blocks=2, head=True),
-    Residency(blocks=3, head=True),
-]
-
-
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_text_within_any_budget_is_the_same(tied: bool, workdir: Path, gptj):
-    hf = make_checkpoint(workdir / "hf", vocab_size=50400, tie_word_embeddings=tied)
-    config = GPTJConfig.from_file(hf / "config.json")
-    many = ("generate", "--model", hf, "--prompts", "prompts.txt", "--max-new-tokens", 5, "--json")
-    Path("prompts.txt").write_text("abcdef\n\u00e9\n")
-    expected = gptj(*many).json["continuations"]
-    batch, length = 2, len(expected[0]["ids"])
-    needs: dict[str, Any] = {
-        "stored": "float32",
-        "batch": batch,
-        "length": length,
-        "states": cache_bytes(config, batch, length),
-    }
-    for kept in KEPT:
-        budget = streamed_memory(config, **needs, kept=kept)
-        done = gptj(*many, "--memory", budget)
-        assert done.json["continuations"] == expected
-        assert (done.json["kept_blocks"], done.json["kept_head"]) == (kept.blocks, kept.head)
-        assert done.json["planned_rss_bytes"] == budget
-        assert f"{kept.blocks} of 3 blocks" in done.stderr
-    refused = gptj(*many, "--memory", streamed_memory(config, **needs) - 1)
-    assert refused.code == 2
-    assert "one block at a time" in refused.stdout
-    contrary = gptj(*many, "--memory", "8GB", "--execution", "resident")
-    assert contrary.code == 2
-
-
 @pytest.mark.parametrize("golden_run", ["adamw", "shared_embedding"], indirect=True)
 def test_metrics_within_any_budget_are_the_same(golden_run: Path, gptj):
     common = ("eval", "--model", "tf_model.ckpt", "--params", "params.yaml", "--json")
@@ -114,37 +65,6 @@ def test_metrics_within_any_budget_are_the_same(golden_run: Path, gptj):
         assert done.json["kept_blocks"] == blocks
         assert done.json["metrics"] == expected
     assert gptj(*common, "--memory", "1GB", "--task", "summarization").code == 2
-
-
-def test_prompts_of_a_file(workdir: Path, gptj):
-    hf = make_checkpoint(workdir / "hf", vocab_size=50400)
-    model = ("--model", hf, "--max-new-tokens", 9, "--temperature", 1)
-    texts = ["Once", "a longer prompt, with é and 你", "x"]
-    Path("prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    many = ("generate", *model, "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
-    found = gptj(*many, "--json").json["continuations"]
-    assert [c["prompt"] for c in found] == texts
-    assert [json.loads(line) for line in gptj(*many).stdout.splitlines()] == found
-    for n, (text, made) in enumerate(zip(texts, found, strict=True)):
-        alone = gptj("generate", *model, "--prompt", text, "--seed", 5 + n, "--json").json
-        assert alone["ids"] == made["ids"]
-        assert alone["text"] == made["text"]
-        assert made["text"].startswith(text)
-        printed = gptj("generate", *model, "--prompt", text, "--seed", 5 + n).stdout
-        assert printed == printable(made["text"]) + "\n"
-    Path("prompts.txt").write_text("a\n\nb\n")
-    done = gptj(*many)
-    assert done.code == 1
-    assert "prompts.txt:2: is empty" in done.stderr
-
-
-def test_a_penalty_for_repetition(small_hf: Path, gptj):
-    model = ("--model", small_hf, "--ids", "5,7", "--max-new-tokens", 60, "--json")
-    plain, penalised = (
-        gptj("generate", *model, *more).json["ids"] for more in ((), ("--repetition-penalty", 50))
-    )
-    assert len(set(penalised)) == len(penalised)
-    assert len(set(plain)) < len(plain)
 
 
 TEXT = "Once upon a time, in a caf\u00e9, \u4f60 said: read on. " * 9

@@ -257,17 +257,6 @@ def test_a_chat_prompt_is_read_as_transformers_reads_it(chat: Path, gptj):
     assert one[0]["ids"][:2] == [263, 259]
 
 
-def test_settings_of_generation_that_are_not_applied_are_named(chat: Path, gptj):
-    call = ("generate", "--model", chat, "--prompt", "hello", "--max-new-tokens", 1)
-    assert "note: generation_config.json asks for temperature 0.5, of which" in gptj(*call).stderr
-    (chat / "generation_config.json").unlink()
-    said = "note: config.json asks for do_sample True, temperature 0.7, top_p 0.9, of which"
-    assert said in gptj(*call).stderr
-    for key in ("do_sample", "temperature", "top_p"):
-        change_config(chat, **{key: None})
-    assert "asks for" not in gptj(*call).stderr
-
-
 # What `gptj data` makes of them.
 
 DOCUMENT = "<|im_start|>hello  wow<|endoftext|>"

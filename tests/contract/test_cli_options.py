@@ -44,8 +44,10 @@ OPTIONS = {
         "--summaries",
     },
     "generate": {
-        "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--max-new-tokens",
-        "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed", "--execution",
+        "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--truncate",
+        "--max-new-tokens", "--min-new-tokens", "--stop", "--temperature", "--top-k", "--top-p",
+        "--repetition-penalty", "--no-repeat-ngram-size", "--num-beams", "--length-penalty",
+        "--early-stopping", "--num-return-sequences", "--seed", "--logprobs", "--execution",
         "--memory",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},

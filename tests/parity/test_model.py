@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import tensorflow as tf
 import torch
 import transformers
 
-from gptj_model.decoding.beam_search import Beam, BeamSearch
-from gptj_model.decoding.generation import Generator, Sampling
+from gptj_model.decoding.generation import Generator
+from gptj_model.decoding.options import GenerationOptions
 from gptj_model.network.loss import token_loss
+from gptj_model.network.model import GPTJ
 from gptj_model.network.weights import variables
 from gptj_model.tensors import Scheme, table
 from runner.evaluation.restore import load_model
@@ -46,6 +49,14 @@ def _hf_logits(model, ids: np.ndarray, **kwargs: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         tensors = {k: torch.from_numpy(v) for k, v in kwargs.items()}
         return model(torch.from_numpy(ids), **tensors).logits.numpy()
+
+
+def _continued(
+    model: GPTJ, prompts: list[list[int]], stop_at: Sequence[int] = (), **options: Any
+) -> list[list[int]]:
+    """The new tokens of each prompt."""
+    found = Generator(model, stop_at=stop_at)(prompts, GenerationOptions(**options))
+    return [only.ids for (only,) in found]
 
 
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
@@ -130,17 +141,16 @@ def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Pa
             eos_token_id=None,
             pad_token_id=0,
         )
-    (found,) = Generator(load_model(small_hf), Sampling())([prompt], 40)
+    (found,) = _continued(load_model(small_hf), [prompt], max_new_tokens=40)
     assert prompt + found == expected[0].tolist()
 
 
 def test_prompts_of_several_lengths_do_not_see_one_another(small_hf: Path):
     prompts = [[5], list(range(40, 57)), [9, 8, 7]]
-    model, sampling = load_model(small_hf), Sampling(temperature=0.8, seed=3)
-    together = Generator(model, sampling)(prompts, 30)
+    model, how = load_model(small_hf), {"temperature": 0.8, "max_new_tokens": 30}
+    together = _continued(model, prompts, seed=3, **how)
     for n, prompt in enumerate(prompts):
-        alone = Generator(model, Sampling(temperature=0.8, seed=3 + n))
-        assert alone([prompt], 30) == [together[n]]
+        assert _continued(model, [prompt], seed=3 + n, **how) == [together[n]]
 
 
 def test_a_penalty_for_repetition_is_transformers_own(small_hf: Path):
@@ -152,17 +162,18 @@ def test_a_penalty_for_repetition_is_transformers_own(small_hf: Path):
             pad_token_id=0,
         )  # fmt: skip
     model = load_model(small_hf)
-    (found,) = Generator(model, Sampling(repetition_penalty=1.3))([prompt], 30)
+    (found,) = _continued(model, [prompt], repetition_penalty=1.3, max_new_tokens=30)
     assert prompt + found == expected[0].tolist()
-    assert found != Generator(model, Sampling())([prompt], 30)[0]
+    assert found != _continued(model, [prompt], max_new_tokens=30)[0]
 
 
 def test_a_text_that_has_ended_does_not_end_the_others(small_hf: Path):
     model, prompts = load_model(small_hf), [[5], [9, 8, 7]]
-    whole = Generator(model, Sampling())(prompts, 20)
+    whole = _continued(model, prompts, max_new_tokens=20)
     end = next(i for i in whole[0][3:] if i not in whole[1])
     at = whole[0].index(end)
-    assert Generator(model, Sampling(), stop_at=[end])(prompts, 20) == [whole[0][:at], whole[1]]
+    ended = _continued(model, prompts, stop_at=[end], max_new_tokens=20)
+    assert ended == [whole[0][:at], whole[1]]
 
 
 @pytest.mark.parametrize(("width", "least"), [(1, 0), (4, 0), (4, 6)])
@@ -170,13 +181,14 @@ def test_beam_search_is_transformers_own(width: int, least: int, small_hf: Path)
     prompt, model, hf = [5, 17, 3, 99], load_model(small_hf), _hf(small_hf)
     how = {"max_new_tokens": 16, "min_new_tokens": least}
     # Tokens that the search meets, so that texts do end.
-    for end in BeamSearch(model, Beam(width=width, end=0, **how))(prompt)[2:14:4]:
+    ours = {"num_beams": width, "early_stopping": width > 1, **how}
+    for end in _continued(model, [prompt], stop_at=[0], **ours)[0][2:14:4]:
         with torch.no_grad():
             expected = hf.generate(
                 torch.tensor([prompt]), num_beams=width, do_sample=False, eos_token_id=end,
                 early_stopping=width > 1, pad_token_id=end, **how,
             )  # fmt: skip
-        found = BeamSearch(model, Beam(width=width, end=end, **how))(prompt)
+        (found,) = _continued(model, [prompt], stop_at=[end], **ours)
         assert found == [i for i in expected[0, len(prompt) :].tolist() if i != end]
 
 
@@ -194,11 +206,10 @@ def test_cached_decoding_equals_the_full_pass(small_hf: Path):
 
 def test_a_seed_repeats_what_it_sampled(small_hf: Path):
     model = load_model(small_hf)
-    sampling = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=4)
-    first = Generator(model, sampling)([[1, 2, 3]], 30)
-    assert first == Generator(model, sampling)([[1, 2, 3]], 30)
-    other = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=5)
-    assert first != Generator(model, other)([[1, 2, 3]], 30)
+    how = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "max_new_tokens": 30}
+    first = _continued(model, [[1, 2, 3]], seed=4, **how)
+    assert first == _continued(model, [[1, 2, 3]], seed=4, **how)
+    assert first != _continued(model, [[1, 2, 3]], seed=5, **how)
 
 
 def test_dropout_is_the_steps_alone(tmp_path: Path):

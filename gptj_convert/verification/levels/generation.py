@@ -25,15 +25,16 @@ from gptj_convert.resources.footprint import logits_memory
 from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.verification.evidence.verdict import Difference, LevelResult, Verdict
 from gptj_convert.verification.levels.logits import common_dtype
-from gptj_model.decoding.generation import Sampling, choose
+from gptj_model.decoding.options import GenerationOptions
+from gptj_model.decoding.processors import Processors, choose
 from gptj_model.errors import GptjError
 
 LEVEL = "generation"
 
 #: Number of tokens to generate, as many as were published.
 _NEW_TOKENS = len(published().continuation)
-_GREEDY = Sampling()
-_SAMPLED = Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=0)
+_GREEDY = GenerationOptions()
+_SAMPLED = GenerationOptions(temperature=1.0, top_k=50, top_p=0.95, seed=0)
 
 
 #: The two ways of choosing a continuation.
@@ -53,15 +54,21 @@ class _Choices:
 class _Sequence:
     """One continuation on both sides."""
 
-    def __init__(self, name: str, prompt: list[int], sampling: Sampling) -> None:
+    def __init__(self, name: str, prompt: list[int], options: GenerationOptions) -> None:
         self.name = name
         self.prompt = prompt
-        self.sampling = sampling
+        self.options = options
         self.tokens: list[int] = []
         """Tokens that the reference chose with a cache."""
         self.choices = {_CACHED: _Choices(), _AT_ONCE: _Choices()}
-        self._random = {way: np.random.default_rng(sampling.seed) for way in self.choices}
-        self._reference_random = np.random.default_rng(sampling.seed)
+        self._process = Processors(options)
+        self._random = {way: self._source() for way in self.choices}
+        self._reference_random = self._source()
+
+    def _source(self) -> np.random.Generator | None:
+        """Return a source of draws, each of which draws the same; None for the most likely
+        token."""
+        return np.random.default_rng(self.options.seed) if self.options.temperature else None
 
     def choose(self, way: str, ours_V: np.ndarray, theirs_V: np.ndarray) -> None:
         """Add a token from the logits of both sides."""
@@ -75,10 +82,13 @@ class _Sequence:
         with np.errstate(invalid="ignore"):
             choices.relative.append(relative_difference(ours_V, theirs_V))
         finite = np.isfinite(ours_V).all()
-        token = choose(ours_V, self.sampling, self._random[way]) if finite else -1
+        token = self._chosen(ours_V, self._random[way]) if finite else -1
         choices.tokens.append(token)
         if way == _CACHED:
-            self.tokens.append(choose(theirs_V, self.sampling, self._reference_random))
+            self.tokens.append(self._chosen(theirs_V, self._reference_random))
+
+    def _chosen(self, logits_V: np.ndarray, random: np.random.Generator | None) -> int:
+        return choose(self._process(logits_V, (), 0), random)
 
     def unlike(self, way: str) -> list[int]:
         """Return the indices of our tokens that differ from the reference's."""
@@ -116,8 +126,8 @@ def compare_generation(checkpoint: Checkpoint, source: Checkpoint, verdict: Verd
     )
     groups = [
         [
-            _Sequence(f"{prompt.name}, {word}", prompt.ids[0].tolist(), sampling)
-            for word, sampling in (("greedy", _GREEDY), ("sampled", _SAMPLED))
+            _Sequence(f"{prompt.name}, {word}", prompt.ids[0].tolist(), options)
+            for word, options in (("greedy", _GREEDY), ("sampled", _SAMPLED))
         ]
         for prompt in continued(config, _NEW_TOKENS)
     ]
@@ -231,7 +241,7 @@ def _published(source: Checkpoint, sequences: Sequence[_Sequence]) -> dict[str, 
     if not downloaded <= record.files.keys():
         return None
     for s in sequences:
-        if tuple(s.prompt) == facts.prompt and s.sampling is _GREEDY:
+        if tuple(s.prompt) == facts.prompt and s.options is _GREEDY:
             return {
                 "ok": tuple(s.choices[_CACHED].tokens) == facts.continuation,
                 "prompt": s.name,

@@ -10,7 +10,7 @@ import rich_click as click
 
 from runner.cli.shared.command import command
 from runner.cli.shared.options import COUNT_OR_ZERO, PATH, html_option, tokenizer_option
-from runner.cli.shared.output import Output, printable
+from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
@@ -109,11 +109,7 @@ def _show(
 
 
 def _show_sample(output: Output, sample: Any, decode: Callable[[Sequence[int]], str]) -> None:
-    from rich.text import Text
-
     from runner.data.inspection_page import pieces
 
-    text = Text()
-    for counts, piece in pieces(sample, decode, limit=_PIECE):
-        text.append(printable(piece), style="green" if counts else "dim")
-    output.coloured(text)
+    shown = pieces(sample, decode, limit=_PIECE)
+    output.coloured((piece, "green" if counts else "dim") for counts, piece in shown)

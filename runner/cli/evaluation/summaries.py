@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from runner.cli.shared.output import Output
+from runner.cli.shared.output import Output, json_line
 from runner.cli.shared.progress import progress
 from runner.cli.shared.tokenizer_notes import note_tokenizer
 from runner.data.making.file_patterns import PAIR_FILES
+
+if TYPE_CHECKING:
+    from gptj_model.decoding.generation import Generator
+    from gptj_model.decoding.options import GenerationOptions
 
 
 def evaluate_summaries(
@@ -37,7 +41,8 @@ def evaluate_summaries(
     """
     if not sources:
         raise click.UsageError("--task summarization needs a test set: --data FILE")
-    from gptj_model.decoding.beam_search import Beam, BeamSearch
+    from gptj_model.decoding.generation import Generator
+    from gptj_model.decoding.options import GenerationOptions
     from gptj_model.errors import DataFault
     from runner.data.making.sources import find_source_files
     from runner.data.making.summarization import SEPARATOR_ID
@@ -58,17 +63,17 @@ def evaluate_summaries(
         longest=loaded.config.n_positions - max_new_tokens,
         truncate_article=truncate_article,
     )
+    generator = Generator(loaded, stop_at=[end])
+    lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     for width in beams:
-        beam = Beam(
-            width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, end=end
-        )
+        options = GenerationOptions(num_beams=width, early_stopping=True, **lengths)
         name = "greedy" if width == 1 else f"beam{width}"
         found = []
         with TemporaryDirectory() as spool, progress(output, name, in_bytes=False) as report:
             pairs = islice(read_pairs(paths, Path(spool)), limit or None)
-            for summary in summarize(pairs, prompting, BeamSearch(loaded, beam)):
+            for summary in summarize(pairs, prompting, partial(_continue, generator, options)):
                 found.append(summary)
                 report(len(found), limit or len(found), "summaries")
         if not found:
@@ -83,6 +88,11 @@ def evaluate_summaries(
     return {"metrics": metrics, "summaries": len(rows) // len(beams)}
 
 
+def _continue(generator: Generator, options: GenerationOptions, prompt: Sequence[int]) -> list[int]:
+    ((found,),) = generator([prompt], options)
+    return found.ids
+
+
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = [json_line(row, "utf-8") + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Cached decoding of several sequences at once, by a model in memory or by a streamed one.
+
+Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+from keras import ops
+
+from gptj_model.network.array_type import Tensor
+from gptj_model.network.layers import Cache
+from gptj_model.network.model import GPTJ
+from gptj_model.streaming.forward import StreamedModel
+
+
+class Decoder(Protocol):
+    """A model that has read some tokens, and takes more."""
+
+    def __call__(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
+    ) -> np.ndarray:
+        """Read further tokens.
+
+        Args:
+            ids_BT: int32 token ids.
+            positions_BT: int32 position of each of these tokens.
+            visible_BS: False at tokens that none may attend to, S being the cache's length.
+
+        Returns:
+            Logits (B, V) of the next tokens.
+        """
+        ...
+
+    def reorder(self, parents: np.ndarray) -> None:
+        """Continue each sequence `n` from what sequence `parents[n]` has read; there may be more or
+        fewer sequences than before."""
+        ...
+
+
+class ResidentDecoder:
+    """Decoder of a model in memory.
+
+    Args:
+        step: the compiled decoding step of the model.
+        caches: empty caches, one per block.
+    """
+
+    def __init__(self, step: Any, caches: list[Cache]) -> None:
+        self._step = step
+        self._caches = caches
+        self._start = 0
+
+    def __call__(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
+    ) -> np.ndarray:
+        """Implement `Decoder`."""
+        start = ops.convert_to_tensor(self._start, dtype="int32")
+        given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
+        logits_BV, self._caches = self._step(*given, self._caches, start)
+        self._start += ids_BT.shape[1]
+        return np.asarray(logits_BV)
+
+    def reorder(self, parents: np.ndarray) -> None:
+        """Implement `Decoder`."""
+        _reorder(self._caches, parents)
+
+
+class StreamedDecoder:
+    """Decoder of a model that is read block by block, once per token; only the caches stay in
+    memory.
+
+    Args:
+        model: the streamed model.
+        batch: number of prompts.
+        length: largest number of tokens per prompt, read and written.
+    """
+
+    def __init__(self, model: StreamedModel, batch: int, length: int) -> None:
+        self._model = model
+        self._caches = [model.empty_cache(batch, length) for _ in range(model.config.n_layer)]
+        self._start = 0
+
+    def __call__(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
+    ) -> np.ndarray:
+        """Implement `Decoder`."""
+        x_BTD = self._model.embed(ids_BT)
+        for block in self._model.blocks():
+            i = block.number
+            x_BTD, self._caches[i] = block.run_cached(
+                x_BTD, positions_BT, self._caches[i], self._start, visible_BS
+            )
+        self._start += ids_BT.shape[1]
+        head = self._model.head()
+        (logits_BTV,) = head.logits(head.normed([x_BTD[:, -1:]]))
+        return logits_BTV[:, 0]
+
+    def reorder(self, parents: np.ndarray) -> None:
+        """Implement `Decoder`."""
+        _reorder(self._caches, parents)
+
+
+def _reorder(caches: list[Cache], parents: np.ndarray) -> None:
+    """Replace the caches one by one, so that one of them exists twice at a time."""
+    rows = ops.convert_to_tensor(parents, dtype="int32")
+    for i, (keys, values) in enumerate(caches):
+        caches[i] = ops.take(keys, rows, axis=0), ops.take(values, rows, axis=0)
+
+
+def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
+    """Return one decoding step, compiled on TensorFlow: logits (B, V) of the last token, and
+    caches."""
+
+    def step(
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        visible_BS: Tensor,
+        caches: list[Cache],
+        start: Tensor,
+    ) -> tuple[Tensor, list[Cache]]:
+        logits_BTV, caches = model.call_cached(
+            ids_BT, caches, start, positions_BT, visible_BS, last=True
+        )
+        return logits_BTV[:, 0], caches
+
+    if keras.backend.backend() != "tensorflow":
+        return step
+    import tensorflow as tf
+
+    plain = tf.function(step, reduce_retracing=True)
+    # For a single token, launching the operations one by one takes a third of the time.
+    of_one = tf.function(step, jit_compile=True)
+
+    def compiled(ids_BT: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
+        return (of_one if ids_BT.shape == (1, 1) else plain)(ids_BT, *rest)
+
+    return compiled

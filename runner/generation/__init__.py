@@ -1,0 +1,1 @@
+"""What `gptj generate` makes of prompts, settings and stop strings before a model computes."""
