@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.checkpoint.open import Checkpoint
-from gptj_convert.conversion.journal import JOURNAL_FILE, Journal, Moved, read_journal
 from gptj_convert.conversion.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -28,12 +26,8 @@ from gptj_convert.conversion.manifest import (
     describe_target,
 )
 from gptj_convert.conversion.plan import Move, Plan
-from gptj_convert.files.output_folder import (
-    has_partial_content,
-    output_folder,
-    partial_path,
-    remove_partial,
-)
+from gptj_convert.files.journal import Journal
+from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_folder
 from gptj_convert.formats.containers.sharded import is_index
 from gptj_convert.formats.layouts.hf import GENERATION_FILE, settings_files
 from gptj_convert.formats.layouts.keras import write_model
@@ -58,6 +52,20 @@ from gptj_model.tensors import Scheme
 _EDITED = (PARAMS_FILE, TRAINER_FILE)
 #: Upper bound of the small files beside the weights, in bytes.
 _SMALL_FILES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A tensor that is written."""
+
+    name: str
+    """Name in the target."""
+    source_crc32c: int
+    crc32c: int
+    nonfinite: int = 0
+    """Number of NaN and infinite values of the source, which are kept."""
+    saturated: int = 0
+    """Number of values replaced by the largest value of the target's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,37 +111,25 @@ def execute(
         OSError: writing fails.
     """
     job = _job(plan, checkpoint)
-    journal_path = partial_path(out) / JOURNAL_FILE
-    found = read_journal(journal_path, Moved)
-    if resume and not has_partial_content(out) and _is_complete(out, job):
-        remove_partial(out)
+    if is_kept(out, resume=resume, is_complete=lambda: _is_complete(out, job)):
         return Result((), plan.layout.total)
-    replaces = force or bool(resume and found and found.job["force"])
-    with output_folder(out, force=replaces, fresh=False) as staging:
-        found = None if force else read_journal(journal_path, Moved)
+    check = partial(_check_job, job=job, out=out)
+    with resumable_folder(out, job, Moved, resume=resume, force=force, check=check) as (
+        folder,
+        journal,
+    ):
+        check_space(plan.disk_bytes, out, there=folder.content)
+        reserve(plan.layout, folder.content, existing=True)
         try:
-            if found:
-                staging.resumable = True
-                _check_job(found.job, job, out, resume=resume)
-            else:
-                staging.clear()
-            check_space(plan.disk_bytes, out, there=staging.content)
-            reserve(plan.layout, staging.content, existing=True)
-            job = found.job if found else job | {"force": force}
-            journal = Journal(journal_path, job, found.parts if found else ())
-            with closing(journal):
-                try:
-                    return (yield from _write(plan, checkpoint, staging.content, journal))
-                finally:
-                    staging.resumable = bool(journal.parts)
+            return (yield from _write(plan, checkpoint, folder.content, journal))
         except TensorFault:
-            staging.resumable = False  # resuming would end the same way
+            journal.parts.clear()  # resuming would end the same way
             raise
 
 
 def is_resumable(out: Path) -> bool:
     """Return whether an interrupted conversion to `out` can be resumed."""
-    return read_journal(partial_path(out) / JOURNAL_FILE, Moved) is not None
+    return has_journal(out, Moved)
 
 
 def states_no_end(checkpoint: Checkpoint) -> bool:
@@ -197,27 +193,20 @@ def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _check_job(
-    found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, resume: bool
-) -> None:
-    if not resume:
-        raise UsageError(
-            f"{out}: an interrupted conversion exists ({partial_path(out)})",
-            hint="resume it with --resume, or start over with --force",
-        )
+def _check_job(found: Mapping[str, Any], *, job: Mapping[str, Any], out: Path) -> None:
     for key in ("source", "changed"):
         if found.get(key) != job[key]:
             raise FileFault(
                 f"{job['source']['path']}: has changed since the conversion was interrupted: "
                 f"was {found.get(key)}, is {job[key]}",
-                hint="start over with --force",
+                hint="start from scratch with --force",
             )
     for key in ("target", "config", "files"):
         if found.get(key) != job[key]:
             raise UsageError(
                 f"{out}: the interrupted conversion was a different one: its {key} was "
                 f"{str(found.get(key))[:200]}, now it is {str(job[key])[:200]}",
-                hint="give the options it was started with, or start over with --force",
+                hint="give the options it was started with, or start from scratch with --force",
             )
 
 

@@ -8,7 +8,7 @@ that is not such a link is ignored, because its digest is unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from gptj_convert.files.digest import GIT, SHA256
@@ -75,13 +75,15 @@ def cached_blob(repository: str, kind: str, remote: RemoteFile) -> Path | None:
         return None
 
 
-def copy_blob(blob: Path, part: Path, tell: Callable[[int], None]) -> None:
+def copy_blob(blob: Path, part: Path) -> Iterator[int]:
     """Copy a file of the cache, resuming an interrupted copy.
 
     Args:
         blob: file to copy.
         part: path of the partial copy.
-        tell: function that is called with the number of bytes copied so far.
+
+    Yields:
+        The number of bytes copied so far.
 
     Raises:
         FileFault: reading or writing fails.
@@ -91,7 +93,7 @@ def copy_blob(blob: Path, part: Path, tell: Callable[[int], None]) -> None:
             source.seek(copy.tell())
             while piece := source.read(_PIECE):
                 copy.write(piece)
-                tell(copy.tell())
+                yield copy.tell()
     except OSError as e:
         hint = "free some space and run the same command again to resume"
         raise FileFault(f"{part}: cannot be written: {e.strerror}", hint=hint) from None

@@ -7,12 +7,14 @@ zero after an interruption and compares only sizes, hence `transfer`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from gptj_model.errors import FileFault, HubFault
+
+T = TypeVar("T")
 
 #: Number of failures in a row without a new byte after which a request is given up, and seconds
 #: before the second attempt, which double with each further one.
@@ -71,49 +73,78 @@ def hub_faults(where: str, progress_text: Callable[[], str] = lambda: "") -> Gen
         ) from None
 
 
-def retry(
-    attempt: Callable[[], Any],
-    reached: Callable[[], int] = lambda: 0,
-    at_once: tuple[type[Exception], ...] = (),
-) -> Any:
-    """Call a function, again while another attempt may succeed.
+class _Attempts:
+    """Counts failed attempts, and waits before the next one.
+
+    Args:
+        reached: function that returns the number of bytes downloaded so far.
+        at_once: exceptions that are raised without another attempt.
+    """
+
+    def __init__(
+        self, reached: Callable[[], int], at_once: tuple[type[Exception], ...] = ()
+    ) -> None:
+        self._reached = reached
+        self._at_once = at_once
+        self._failures, self._furthest = 0, reached()
+
+    def fail(self, error: Exception) -> None:
+        """Wait before another attempt, or raise the error if none may succeed."""
+        reached = self._reached()
+        self._failures = 1 if reached > self._furthest else self._failures + 1
+        self._furthest = max(self._furthest, reached)
+        last = self._failures == TRIES
+        if last or not _may_pass(error) or isinstance(error, self._at_once):
+            raise error
+        time.sleep(WAIT * 2 ** (self._failures - 1))
+
+
+def retry(attempt: Callable[[], T], at_once: tuple[type[Exception], ...] = ()) -> T:
+    """Return the result of a function, called again while another attempt may succeed.
 
     Args:
         attempt: function that sends the request.
-        reached: function that returns the number of bytes downloaded so far.
         at_once: exceptions that are raised without another attempt.
-
-    Returns:
-        The result of `attempt`.
     """
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures, furthest = 0, reached()
+    attempts = _Attempts(lambda: 0, at_once)
     while True:
         try:
             return attempt()
         except (TransportError, HfHubHTTPError) as e:
-            failures = 1 if reached() > furthest else failures + 1
-            furthest = max(furthest, reached())
-            if failures == TRIES or not _may_pass(e) or isinstance(e, at_once):
-                raise
-        time.sleep(WAIT * 2 ** (failures - 1))
+            attempts.fail(e)
 
 
-def transfer(url: str, part: Path, size: int, tell: Callable[[int], None]) -> None:
-    """Download a file with one request, resuming at the end of its part.
+def transfer(url: str, part: Path, size: int) -> Iterator[int]:
+    """Download a file, resuming at the end of its part while another attempt may succeed.
 
     Args:
         url: address of the file.
         part: path of the partial file.
         size: size of the whole file, in bytes.
-        tell: function that is called with the number of bytes downloaded so far.
+
+    Yields:
+        The number of bytes downloaded so far.
 
     Raises:
         WrongContent: the answer has another size.
         FileFault: writing fails.
     """
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    attempts = _Attempts(lambda: file_size(part) or 0)
+    while True:
+        try:
+            yield from _transfer_once(url, part, size)
+            return
+        except (TransportError, HfHubHTTPError) as e:
+            attempts.fail(e)
+
+
+def _transfer_once(url: str, part: Path, size: int) -> Iterator[int]:
     from httpx2 import RemoteProtocolError
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -143,7 +174,7 @@ def transfer(url: str, part: Path, size: int, tell: Callable[[int], None]) -> No
                     have += len(chunk)
                     if have > size:
                         raise WrongContent(f"has more than {size} bytes")
-                    tell(have)
+                    yield have
         except OSError as e:
             hint = "check the disk, then run the same command again to resume"
             raise FileFault(f"{part}: cannot be written: {e.strerror}", hint=hint) from None

@@ -8,10 +8,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from glob import escape
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -37,7 +36,7 @@ from gptj_convert.hub.listing import (
     RemoteFile,
     stated_file,
 )
-from gptj_convert.streams.progress import Progress
+from gptj_convert.streams.progress import Progress, Work
 from gptj_model.errors import FileFault, HubFault, UsageError
 
 _log = logging.getLogger(__name__)
@@ -137,14 +136,8 @@ def _ask(repository: str, revision: str | None, kind: str) -> tuple[str, dict[st
     return info.sha, stated
 
 
-def fetch(
-    listing: Listing,
-    folder: Path,
-    report: Callable[[Progress], None],
-    *,
-    named_by: str = "with --out",
-) -> int:
-    """Download the listed files that a folder lacks.
+def fetch(listing: Listing, folder: Path, *, named_by: str = "with --out") -> Work[int]:
+    """Download the listed files that a folder lacks; progress is in bytes of all files.
 
     Each file is a part under another name until it is complete; the next run resumes the part.
 
@@ -152,7 +145,6 @@ def fetch(
         listing: files to download.
         folder: folder for the files, which is created if necessary. Its record keeps other files of
             the same commit.
-        report: function that is called with the progress.
         named_by: way to choose another folder, for hints.
 
     Returns:
@@ -167,7 +159,7 @@ def fetch(
     if listing.offline:
         return 0
     record = read_record(folder)
-    missing = _find_missing(listing, folder, record, report, named_by)
+    missing = yield from _find_missing(listing, folder, record, named_by)
     needed = sum(f.size - (file_size(_part(folder, n, f)) or 0) for n, f in missing.items())
     _check_space(folder, needed, named_by)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,8 +168,8 @@ def fetch(
         whole = {name: f for name, f in listing.files.items() if name not in missing}
         # Small files first, so that a wrong repository shows before the long transfer.
         for name in sorted(missing, key=lambda name: missing[name].size):
-            tell = partial(_tell, report, listing.total, name, done)
-            _fetch_one(listing, name, folder, tell)
+            for reached in _fetch_one(listing, name, folder):
+                yield Progress(done + reached, listing.total, name)
             done += missing[name].size
             whole[name] = missing[name]
             # The record of another commit stays until all of its files have been replaced.
@@ -187,17 +179,13 @@ def fetch(
             sync(folder / inner)
         _note(folder, record, listing, whole)
         os.fsync(handle)
-    report(Progress(listing.total, listing.total, "done"))
+    yield Progress(listing.total, listing.total, "done")
     return needed
 
 
 def _find_missing(
-    listing: Listing,
-    folder: Path,
-    record: Listing | None,
-    report: Callable[[Progress], None],
-    named_by: str,
-) -> dict[str, RemoteFile]:
+    listing: Listing, folder: Path, record: Listing | None, named_by: str
+) -> Work[dict[str, RemoteFile]]:
     """Return the listed files that a folder lacks or has with other content.
 
     Raises:
@@ -206,7 +194,7 @@ def _find_missing(
     known = record.files if record else {}
     missing: dict[str, RemoteFile] = {}
     for name, remote in listing.files.items():
-        report(Progress(0, listing.total, f"checking {name}"))
+        yield Progress(0, listing.total, f"checking {name}")
         if file_size(folder / name) != remote.size or (
             known.get(name) != remote and _digest(folder / name, remote) != remote.digest
         ):
@@ -295,8 +283,9 @@ def _finished(folder: Path, asked: tuple[str, str | None, str], choose: Choose) 
     return replace(record, files={name: record.files[name] for name in chosen})
 
 
-def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], None]) -> None:
-    """Download one file, or copy it from the hub's cache, and verify its digest."""
+def _fetch_one(listing: Listing, name: str, folder: Path) -> Iterator[int]:
+    """Download one file, or copy it from the hub's cache, and verify its digest; yield the number
+    of its bytes that are there."""
     from huggingface_hub import hf_hub_url
 
     remote = listing.files[name]
@@ -308,14 +297,14 @@ def _fetch_one(listing: Listing, name: str, folder: Path, tell: Callable[[int], 
         return f"; {file_size(part) or 0} of {remote.size} bytes have been downloaded"
 
     if blob := cached_blob(listing.repository, listing.kind, remote):
-        copy_blob(blob, part, tell)
+        yield from copy_blob(blob, part)
         if _digest(part, remote) != remote.digest:
             part.unlink()
             _log.warning("%s: the copy in the hub's cache is damaged (%s)", name, blob)
     for last_try in (False, True):
         try:
             with hub_faults(f"{listing.repository}: {name}", progress_text):
-                retry(lambda: transfer(url, part, remote.size, tell), lambda: file_size(part) or 0)
+                yield from transfer(url, part, remote.size)
             if (found := _digest(part, remote)) != remote.digest:
                 raise WrongContent(f"is {found}, the hub states {remote.digest}")
             part.replace(folder / name)
@@ -339,7 +328,8 @@ def _read(listing: Listing, name: str, folder: Path, most: int) -> bytes:
     if file_size(path) == remote.size and _digest(path, remote) == remote.digest:
         return path.read_bytes()
     with TemporaryDirectory() as temporary:
-        _fetch_one(listing, name, Path(temporary), lambda _: None)
+        for _ in _fetch_one(listing, name, Path(temporary)):
+            pass  # small, so nobody waits for it
         return (Path(temporary) / name).read_bytes()
 
 
@@ -356,10 +346,6 @@ def _remote_file(sibling: Any, repository: str) -> RemoteFile:
         return stated_file(sibling.size, f"git:{sibling.blob_id}")
     except ValueError:
         raise _not_a_hub(repository) from None
-
-
-def _tell(report: Callable[[Progress], None], total: int, name: str, before: int, now: int) -> None:
-    report(Progress(before + now, total, name))
 
 
 def _part(folder: Path, name: str, remote: RemoteFile) -> Path:

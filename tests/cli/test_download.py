@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -161,7 +161,11 @@ def test_nothing_else_prints(hub: FakeHub, gptj):
 def test_progress_carries_bytes(hub: FakeHub):
     listing = list_model(REPOSITORY, None, FOLDER)
     events: list[Progress] = []
-    assert download.fetch(listing, FOLDER, events.append) == listing.total
+
+    def collect() -> Generator[Progress, None, None]:
+        assert (yield from download.fetch(listing, FOLDER)) == listing.total
+
+    events.extend(collect())
     done = [e.done for e in events]
     assert done == sorted(done)
     assert done[-1] == listing.total == sum(map(len, hub.files.values()))

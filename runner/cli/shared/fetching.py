@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptj_convert.options import DEFAULT_SOURCE
 from runner.cli.shared.output import Output
-from runner.cli.shared.progress import progress
+from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
     from gptj_convert.hub.listing import Listing
@@ -58,13 +58,7 @@ def fetch_listed(
         output.note("the hub cannot be reached; the folder is complete, and stays as it is")
     if listing.cached:
         output.note("the hub cannot be reached; its cache on this machine holds the files")
-    with progress(output, "downloading") as report:
-        fetched = fetch(
-            listing,
-            out,
-            lambda event: report(event.done, event.total, event.what),
-            named_by=named_by,
-        )
+    fetched = follow(output, "downloading", fetch(listing, out, named_by=named_by))
     return {
         "output": str(out),
         "commit": listing.commit,

@@ -35,12 +35,11 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
     from runner.training.run.folder import locked
 
     begin = weights_to_begin_with(job, params)
+    facts = preflight(job, params, workers.count)
     stop = StopSignals()
     with ExitStack() as stack:
         if not workers.index:
             stack.enter_context(locked(job.model_dir))
-        facts = preflight(job, params, workers.count)
-        if not workers.index:
             refuse_a_full_disk(job, params, facts.config, facts.target)
         stack.enter_context(stop)
         stack.enter_context(tf.device(_device(params.runconfig.device)))

@@ -11,25 +11,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from gptj_convert.conversion.journal import JOURNAL_FILE, Journal, read_journal
 from gptj_convert.files.digest import digest
+from gptj_convert.files.journal import Journal
 from gptj_convert.files.output_file import FULL
-from gptj_convert.files.output_folder import (
-    PartialFolder,
-    has_partial_content,
-    output_folder,
-    partial_path,
-    remove_partial,
-    sync,
-)
+from gptj_convert.files.output_folder import PartialFolder, sync
+from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_folder
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.making.encoding import Encoded, Encoder, Encoding, chunks
@@ -213,38 +208,27 @@ def build(
         OSError: reading or writing fails.
     """
     job = _job(parts, recipe, options)
-    path = partial_path(out) / JOURNAL_FILE
-    found = read_journal(path, RecordFile)
-    if resume and not has_partial_content(out) and (complete := _complete(out, job)):
-        remove_partial(out)
+    complete: dict[str, Counts] = {}
+    if is_kept(out, resume=resume, is_complete=lambda: _is_complete(out, job, complete)):
         yield BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
         return
-    replaces = force or bool(resume and found and found.job["force"])
-    with output_folder(out, force=replaces, fresh=False) as staging:
-        found = None if force else read_journal(path, RecordFile)
-        if found:
-            staging.resumable = True
-            _check_job(found.job, job, out, resume=resume)
-            job, good = found.job, _good(staging, found.parts)
-        else:
-            staging.clear()
-            job, good = job | {"force": force}, []
-        with closing(Journal(path, job, good)) as journal:
-            _remove_others(staging, good)
-            counts: dict[str, Counts] = {}
-            try:
-                yield from _write(parts, recipe, options, staging, journal, processes, counts)
-            except DataFault:
-                journal.parts.clear()  # a resumed run would fail in the same way
-                raise
-            finally:
-                staging.resumable = bool(journal.parts)
-    yield BuildResult(counts, kept_files=len(good))
+    check = partial(_check_job, job=job, out=out)
+    with resumable_folder(
+        out, job, RecordFile, resume=resume, force=force, check=check, keep=_keep_good
+    ) as (staging, journal):
+        kept = len(journal.parts)
+        counts: dict[str, Counts] = {}
+        try:
+            yield from _write(parts, recipe, options, staging, journal, processes, counts)
+        except DataFault:
+            journal.parts.clear()  # a resumed run would fail in the same way
+            raise
+    yield BuildResult(counts, kept_files=kept)
 
 
 def is_resumable(out: Path) -> bool:
     """Return whether an interrupted run exists that can be resumed."""
-    return read_journal(partial_path(out) / JOURNAL_FILE, RecordFile) is not None
+    return has_journal(out, RecordFile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,12 +416,7 @@ def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, A
     return {"arguments": {**recipe.arguments, **how}, "sources": sources}
 
 
-def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, resume: bool):
-    if not resume:
-        raise UsageError(
-            f"{out}: an interrupted run exists",
-            hint="resume it with --resume, or start from scratch with --force",
-        )
+def _check_job(found: Mapping[str, Any], *, job: Mapping[str, Any], out: Path) -> None:
     if found["arguments"] != job["arguments"] or {
         folder: list(files) for folder, files in found["sources"].items()
     } != {folder: list(files) for folder, files in job["sources"].items()}:
@@ -454,20 +433,20 @@ def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, r
                 )
 
 
-def _complete(out: Path, job: Mapping[str, Any]) -> dict[str, Counts] | None:
-    """Return the counts by folder if `out` is the complete result of `job`, else None."""
-    counts = {}
+def _is_complete(out: Path, job: Mapping[str, Any], counts: dict[str, Counts]) -> bool:
+    """Return whether `out` is the complete result of `job`; add the counts of each folder."""
     for folder, files in job["sources"].items():
         params = read_params(out / folder)
         sizes = {path: size for path, (size, _) in files.items()}
         if not params or (params["arguments"], params["sources"]) != (job["arguments"], sizes):
-            return None
+            return False
         counts[folder] = Counts(**params["counts"])
-    return counts
+    return True
 
 
-def _good(staging: PartialFolder, written: Iterable[RecordFile]) -> list[RecordFile]:
-    """Return the entries of the journal up to the first whose file is missing or differs."""
+def _keep_good(staging: PartialFolder, written: Iterable[RecordFile]) -> list[RecordFile]:
+    """Return the entries of the journal up to the first whose file is missing or differs, and
+    delete all other files."""
     good: list[RecordFile] = []
     for entry in written:
         path = staging.content / entry.folder / entry.name
@@ -476,14 +455,11 @@ def _good(staging: PartialFolder, written: Iterable[RecordFile]) -> list[RecordF
         if digest(path) != entry.sha256:
             break
         good.append(entry)
-    return good
-
-
-def _remove_others(staging: PartialFolder, good: Iterable[RecordFile]) -> None:
     kept = {staging.content / e.folder / e.name for e in good}
     for path in staging.content.rglob("*"):
         if path.is_file() and path not in kept:
             path.unlink()
+    return good
 
 
 def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _PartWriter) -> None:

@@ -16,22 +16,6 @@ if TYPE_CHECKING:
 else:
     Part = TypeVar("Part")
 
-JOURNAL_FILE = "journal.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """A tensor that is written."""
-
-    name: str
-    """Name in the target."""
-    source_crc32c: int
-    crc32c: int
-    nonfinite: int = 0
-    """Number of NaN and infinite values of the source, which are kept."""
-    saturated: int = 0
-    """Number of values replaced by the largest value of the target's dtype."""
-
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[Part]):
