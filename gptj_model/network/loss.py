@@ -134,7 +134,7 @@ def _chunk_loss(
 ) -> tuple[Tensor, ...]:
     """Return the sums of losses and of hits; in training also the contributions to the gradients of
     kernel and bias, and the gradient of h in float32."""
-    logits_CV = ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V
+    logits_CV = head_logits(h_CD, kernel_DV, bias_V)
     top_C1 = ops.max(logits_CV, axis=-1, keepdims=True)
     exp_CV = ops.exp(logits_CV - top_C1)
     sum_C1 = ops.sum(exp_CV, axis=-1, keepdims=True)
@@ -145,13 +145,55 @@ def _chunk_loss(
     sums = (ops.sum(losses_C * counted_C), ops.sum(ops.cast(hits_C, "float32") * counted_C))
     if not training:
         return sums
+    d_h_CD, d_kernel_DV, d_bias_V = head_gradients(
+        h_CD, exp_CV / sum_C1, labels_C, counted_C, kernel_DV
+    )
+    return *sums, d_kernel_DV, d_bias_V, d_h_CD
+
+
+def head_logits(h_CD: Tensor, kernel_DV: Tensor, bias_V: Tensor) -> Tensor:
+    """Return float32 logits (C, V) of the head, or of a part of the vocabulary.
+
+    Args:
+        h_CD: normed hidden states.
+        kernel_DV: kernel of the head, in their dtype.
+        bias_V: bias of the head, float32.
+    """
+    return ops.cast(ops.matmul(h_CD, kernel_DV), "float32") + bias_V
+
+
+def head_gradients(
+    h_CD: Tensor,
+    probability_CV: Tensor,
+    labels_C: Tensor,
+    counted_C: Tensor,
+    kernel_DV: Tensor,
+    *,
+    of_head: bool = True,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the summed loss, of all of the vocabulary or of a part of it.
+
+    Args:
+        h_CD: normed hidden states.
+        probability_CV: probability of every token of the (part of the) vocabulary, float32.
+        labels_C: int32 index of the label in it; an index beyond it is a label of another part.
+        counted_C: 1 on tokens that count, 0 elsewhere.
+        kernel_DV: kernel of the (part of the) head, in the dtype of `h_CD`.
+        of_head: whether the head is trained.
+
+    Returns:
+        Float32 gradients: of `h_CD`, and if `of_head` of the kernel (D, V) and the bias (V,).
+    """
+    is_label_CV = labels_C[:, None] == ops.arange(probability_CV.shape[1], dtype="int32")[None]
     # The values lie between -1 and 1, so half precision holds them whatever the loss scale and the
     # count.
-    d_CV = (exp_CV / sum_C1 - ops.cast(is_label_CV, "float32")) * counted_C[:, None]
+    d_CV = (probability_CV - ops.cast(is_label_CV, "float32")) * counted_C[:, None]
     narrow_CV = ops.cast(d_CV, h_CD.dtype)
-    d_kernel_DV = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CV), "float32")
     d_h_CD = ops.cast(ops.matmul(narrow_CV, ops.transpose(kernel_DV)), "float32")
-    return *sums, d_kernel_DV, ops.sum(d_CV, axis=0), d_h_CD
+    if not of_head:
+        return (d_h_CD,)
+    d_kernel_DV = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CV), "float32")
+    return d_h_CD, d_kernel_DV, ops.sum(d_CV, axis=0)
 
 
 def _chunks(tokens: int, width: int) -> int:

@@ -24,7 +24,7 @@ from keras import ops
 from gptj_model.config import GPTJConfig
 from gptj_model.lora import Lora
 from gptj_model.network.layers import Block, Context, Dropout, layer_norm
-from gptj_model.network.loss import RunningLoss
+from gptj_model.network.loss import RunningLoss, head_gradients, head_logits
 from gptj_model.network.model import make_context
 from gptj_model.network.weights import adapted_layer, assigned_variables
 from gptj_model.streaming.shared_tensor import shared_tensor
@@ -276,7 +276,7 @@ class StreamedTraining:
 
     def _run_logits(self, h_CD: Any, weight: Any, bias_P: Any) -> Any:
         weight, bias_P = (ops.cast(x, "float32") for x in (weight, bias_P))
-        return ops.cast(ops.matmul(h_CD, self._kernel(weight)), "float32") + bias_P
+        return head_logits(h_CD, self._kernel(weight), bias_P)
 
     def _run_logits_back(
         self,
@@ -291,19 +291,16 @@ class StreamedTraining:
     ) -> tuple[Any, ...]:
         """Return the gradients of the summed loss: that of h by a part of the head, and `factor`
         times those of that part."""
-        is_label_CP = labels_C[:, None] == ops.arange(logits_CP.shape[1], dtype="int32")[None]
-        share_CP = ops.exp(logits_CP - log_sum_C[:, None])
-        # The values lie between -1 and 1, so half precision holds them whatever the loss scale and
-        # the count.
-        d_CP = (share_CP - ops.cast(is_label_CP, "float32")) * counted_C[:, None]
-        narrow_CP = ops.cast(d_CP, self._dtype)
-        kernel_PD = ops.transpose(self._kernel(ops.cast(weight, "float32")))
-        d_h_CD = ops.cast(ops.matmul(narrow_CP, kernel_PD), "float32")
-        if not of_head:
+        kernel_DP = self._kernel(ops.cast(weight, "float32"))
+        probability_CP = ops.exp(logits_CP - log_sum_C[:, None])
+        d_h_CD, *of_kernel = head_gradients(
+            h_CD, probability_CP, labels_C, counted_C, kernel_DP, of_head=of_head
+        )
+        if not of_kernel:
             return (d_h_CD,)
-        d_kernel_DP = ops.cast(ops.matmul(ops.transpose(h_CD), narrow_CP), "float32")
+        d_kernel_DP, d_bias_P = of_kernel
         d_weight = ops.transpose(d_kernel_DP) if self._head_rows else d_kernel_DP
-        return d_h_CD, d_weight * factor, ops.sum(d_CP, axis=0) * factor
+        return d_h_CD, d_weight * factor, d_bias_P * factor
 
 
 def _adapted(layers: Block, lora: Lora, config: GPTJConfig) -> Iterator[Any]:
