@@ -311,8 +311,6 @@ STEPS_SINCE_RESCALE = "steps_since_rescale"
 OVERFLOWS_SINCE_RESCALE = "overflows_since_rescale"
 #: Number of groups of batches that gave no update; the data is that many groups ahead of the step.
 SKIPPED_STEPS = "skipped_steps"
-#: Place in the training records: the epoch, and how many of its records were read; int64 (2,).
-DATA_PLACE = "data_place"
 
 #: State of a run with LoRA beside its merged kernels: the base kernel, the two factors, and once
 #: for the run alpha, the scale of the update times the rank.
@@ -330,7 +328,6 @@ _TRAINING_SCALARS = (
     STEPS_SINCE_RESCALE,
     OVERFLOWS_SINCE_RESCALE,
     SKIPPED_STEPS,
-    DATA_PLACE,
     "accum_step_counter",
     LORA_ALPHA,
 )

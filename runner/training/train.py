@@ -27,7 +27,7 @@ from gptj_convert.settings.generation_settings import generation_text
 from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.source import TensorSource
-from gptj_model.tensors import DATA_PLACE, SKIPPED_STEPS, Scheme
+from gptj_model.tensors import SKIPPED_STEPS, Scheme
 from runner.config.execution import Backend, Execution
 from runner.config.params import Params
 from runner.config.params_file import reconcile
@@ -49,7 +49,7 @@ from runner.training.run.events import (
     StoppedEarly,
     Warning,
 )
-from runner.training.run.folder import kept_config, stored_place, stored_skips, stored_step
+from runner.training.run.folder import kept_config, place_of, stored_skips, stored_step
 from runner.training.run.logs import Logs, NoLogs
 from runner.training.run.meter import Meter
 from runner.training.run.selection import Selection
@@ -102,6 +102,7 @@ class Run:
         """Place in the training records after `step`."""
         self._warn = warn
         self._files = ExitStack()
+        self._begun_from: Path | None = None
         model = params.model
         self.seed = model.dropout_seed or params.runconfig.tf_random_seed or 0
         refuse_cs_system(params)
@@ -132,7 +133,7 @@ class Run:
         Raises:
             OSError: as `Executor.save` raises it.
         """
-        state = self.scale.tensors() | {DATA_PLACE: np.asarray(self.place, np.int64)}
+        state = self.scale.tensors()
         if self.scale.is_dynamic:
             state |= {SKIPPED_STEPS: np.asarray(self.skipped, np.int64)}
         return Saved(self.step, self.executor.save(self.step, state, stays=stays))
@@ -178,6 +179,7 @@ class Run:
         if found_adapter:
             self.executor.load_adapter(found_adapter)
         if state:
+            self._begun_from = checkpoint.folder
             self._load_state(state, stored_step(state))
 
     def _state_in(self, checkpoint: Checkpoint) -> TensorSource | None:
@@ -232,7 +234,8 @@ class Run:
         self.scale.load(source)
         self.step = step
         self.skipped = stored_skips(source)
-        self.place = stored_place(source, self.params, self.model_dir)
+        folder = self.model_dir if self.continued else self._begun_from
+        self.place = place_of(source, self.params, folder, continued=self.continued)
 
 
 #: Difference between the seeds of the dropout masks of one worker and the next.

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptj_convert.formats.containers.tensor_bundle import BundleSource
-from gptj_model.source import read_tensor
 from runner.config.params import RunConfig
 from runner.data.reading.records import read_records
 from runner.training.run.selection import Selection
+from runner.training.run.starts import read_starts
 from tests.cli.test_train import BEGIN, _computed, _refused, _rows
 from tests.conftest import write_records
 
@@ -36,8 +35,10 @@ def _best() -> list[int]:
     return [int(entry["checkpoint"].rpartition("-")[2]) for entry in stated["checkpoints"]]
 
 
-def _place(prefix: str) -> list[int]:
-    return read_tensor(BundleSource(Path(prefix)), "data_place").tolist()
+def _start() -> tuple[int, int]:
+    """Return epoch and record that the newest process of the run started at."""
+    start = read_starts(Path("model_dir"))[-1]
+    return start.epoch, start.record
 
 
 @adamw
@@ -188,7 +189,8 @@ def test_epochs(golden_run: Path, gptj):
     assert gptj("train", "--json").json["step"] == 6, "params.yaml has the number of steps"
     more = gptj("train", "--epochs", 2, "--set", "train_input.batch_size=2", "--json").json
     assert more["step"] == 6 + 4
-    assert _place("model_dir/model.ckpt-10") == [1, 16]
+    assert gptj("train", "--max-steps", 11, "--quiet").code == 0
+    assert _start() == (1, 16)
     for options in (("--epochs", 0), ("--epochs", 1, "--steps", 1), ("--epochs", "some")):
         _refused(gptj(*BEGIN, *options), 2, "--epochs")
 
@@ -216,7 +218,8 @@ def test_another_batch_size_reads_on_where_the_run_stood(golden_run: Path, gptj)
     found = [row["loss"] for row in _rows()]
     groups = [losses[:4], losses[4:7], losses[7:10], losses[10:12], losses[12:]]
     assert found == pytest.approx([np.mean(group) for group in groups], rel=1e-5)
-    assert _place("model_dir/model.ckpt-5") == [0, 16]
+    assert gptj("train", "--max-steps", 6, "--quiet").code == 0
+    assert _start() == (0, 16)
 
 
 @adamw
@@ -224,7 +227,11 @@ def test_a_checkpoint_without_a_place_counts_the_steps_that_it_had(golden_run: P
     """Those of other programs and of older versions."""
     assert gptj("train", "--init-from", "ckpt/model.ckpt-20", "--params", "params.yaml",
                 "--max-steps", 21, "--quiet").code == 0  # fmt: skip
-    assert _place("model_dir/model.ckpt-21") == [5, 4]
+    assert _start() == (4, 16)
+    Path("model_dir/starts.jsonl").unlink()
+    more = ("--set", "train_input.batch_size=2", "--max-steps", 22, "--quiet")
+    assert gptj("train", *more).code == 0
+    assert _start() == (5, 4)
 
 
 @adamw

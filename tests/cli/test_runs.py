@@ -13,7 +13,7 @@ import pytest
 from gptj_convert.formats.layouts.tf import best_text
 from runner.reports.evaluations import record_evaluation
 from runner.training.run.folder import locked
-from runner.training.run.starts import record_start
+from runner.training.run.starts import Start, record_start
 
 PARAMS = (
     "train_input:\n  batch_size: {batch}\noptimizer:\n  learning_rate: [{{scheduler: {name}}}]\n"
@@ -99,8 +99,11 @@ def test_a_page_follows_a_run_until_it_ends(workdir: Path):
 
 def test_resumptions_skipped_steps_and_evaluations_of_every_checkpoint(workdir: Path, gptj):
     folder = _run("a", 5)
-    record_start(folder, 0, 4)
-    record_start(folder, 3, 9)
+    for step, target in ((0, 4), (3, 9)):
+        place = {"epoch": 0, "record": 2 * step, "records": 9, "batch_size": 2}
+        record_start(
+            folder, Start(step=step, target=target, skipped=0, grad_accum_steps=1, **place)
+        )
     record_evaluation(folder, 2, {"loss": 3.0, "eval/accuracy": 0.1})
     record_evaluation(folder, 5, {"loss": 2.0, "eval/accuracy": 0.2})
     (folder / "best.json").write_text(best_text("eval/loss", {"model.ckpt-5": 2.0}))

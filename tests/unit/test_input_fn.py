@@ -149,6 +149,7 @@ def test_a_place_holds_for_another_batch_size(
                 epoch, at = epoch + 1, 0
             assert numbers == order[22 * epoch + at : 22 * epoch + at + size]
             at += size
+        assert place.after(count, size=size, records=22) == found.place
         place = found.place
         assert place == (epoch, at)
 

@@ -60,7 +60,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         evaluate = job.mode == "train_and_eval"
         ended = training.is_finished(run, target, evaluate=evaluate)
         if not workers.index and not (ended and (job.model_dir / PARAMS_FILE).exists()):
-            _keep_description(job, params, run, target)
+            _keep_description(job, params, run, target, facts)
         if not ended:
             _announce(output, job, run, target, facts)
         elif run.step >= target:
@@ -82,12 +82,12 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
     return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
 
 
-def _keep_description(job: Job, params: Params, run: Run, target: int) -> None:
+def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Preflight) -> None:
     """Write what the run is trained with into its folder: parameters, records, and this start."""
     from gptj_convert.files.whole_file import write_whole
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from runner.training.run.records_file import fingerprints_of, keep_fingerprints
-    from runner.training.run.starts import record_start
+    from runner.training.run.starts import Start, record_start
 
     if job.epochs is not None:  # so that the file alone trains the same number of steps
         runconfig = params.runconfig.model_copy(update={"max_steps": target})
@@ -95,7 +95,20 @@ def _keep_description(job: Job, params: Params, run: Run, target: int) -> None:
     write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
     found = fingerprints_of(params, evaluates=job.mode == "train_and_eval")
     keep_fingerprints(job.model_dir, found)
-    record_start(job.model_dir, run.step, target)
+    epoch = facts.epochs[TRAIN_INPUT]
+    record_start(
+        job.model_dir,
+        Start(
+            step=run.step,
+            target=target,
+            skipped=run.skipped,
+            epoch=run.place.epoch,
+            record=run.place.record,
+            records=epoch.records if epoch.exact else None,
+            batch_size=params.train_input.batch_size,
+            grad_accum_steps=params.optimizer.grad_accum_steps,
+        ),
+    )
 
 
 def _device(name: str | None) -> str | None:

@@ -124,7 +124,7 @@ def _position(job: Job, params: Params) -> tuple[int, Place]:
     from gptj_model.errors import FileFault
     from runner.data.reading.place import place_after
     from runner.training.run import checkpoints
-    from runner.training.run.folder import stored_place
+    from runner.training.run.folder import place_of
 
     for step in reversed(checkpoints.steps(job.model_dir)):
         try:
@@ -132,7 +132,7 @@ def _position(job: Job, params: Params) -> tuple[int, Place]:
         except FileFault:
             continue
         with closing(source):
-            return step, stored_place(source, params, job.model_dir)
+            return step, place_of(source, params, job.model_dir, continued=True)
     return 0, place_after(params.train_input, params.train_input.skip_steps)
 
 

@@ -20,6 +20,20 @@ class Place(NamedTuple):
     record: int = 0
     """Number of records of this epoch that were read, in the order of the epoch's shuffle."""
 
+    def after(self, batches: int, *, size: int, records: int) -> Place:
+        """Return the place after further batches.
+
+        Args:
+            batches: number of batches.
+            size: records per batch.
+            records: records per epoch, at least one batch; the incomplete last batch is skipped.
+        """
+        left = max(records - self.record, 0) // size
+        if batches <= left:
+            return Place(self.epoch, self.record + batches * size)
+        epoch, within = divmod(batches - left - 1, records // size)
+        return Place(self.epoch + 1 + epoch, (within + 1) * size)
+
 
 def check_shares(params: InputParams, workers: int) -> None:
     """Check that workers can divide every batch among them.
@@ -47,19 +61,9 @@ def place_after(params: InputParams, batches: int) -> Place:
     """
     if not batches:
         return Place()  # without counting the records
-    size = params.batch_size
-    epoch, within = divmod(batches, batches_an_epoch(params))
-    return Place(epoch, within * size)
-
-
-def batches_an_epoch(params: InputParams) -> int:
-    """Return the number of batches in an epoch; the incomplete last batch does not count.
-
-    Raises:
-        UsageError: there are no records.
-        DataFault: the files differ from data_params.json, or hold fewer records than a batch.
-    """
-    return whole_batches(params, count_records(find_records(params.data_dir)))
+    records = count_records(find_records(params.data_dir))
+    whole_batches(params, records)
+    return Place().after(batches, size=params.batch_size, records=records)
 
 
 def whole_batches(params: InputParams, records: int) -> int:

@@ -14,10 +14,12 @@ from gptj_model.config import CONFIG_FILE, GPTJConfig
 from gptj_model.errors import ConfigError, TrainingFault
 from gptj_model.optimizer_names import ADAMS
 from gptj_model.source import TensorSource, read_tensor
-from gptj_model.tensors import DATA_PLACE, GLOBAL_STEP, SKIPPED_STEPS
+from gptj_model.tensors import GLOBAL_STEP, SKIPPED_STEPS
 from runner.config.params import Params
 from runner.config.params_file import load_params
 from runner.data.reading.place import Place, place_after
+from runner.data.reading.records import count_records, find_records
+from runner.training.run.starts import read_starts
 
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
@@ -74,25 +76,38 @@ def stored_skips(source: TensorSource) -> int:
     return _stored_count(source, SKIPPED_STEPS)
 
 
-def stored_place(source: TensorSource, params: Params, model_dir: Path) -> Place:
-    """Return the place in the training records that a checkpoint stores.
+def place_of(
+    source: TensorSource, params: Params, folder: Path | None, *, continued: bool
+) -> Place:
+    """Return the place in the training records after the step of a checkpoint.
 
-    Checkpoints of other programs, and of older versions of this one, store only their step, which
-    is multiplied by the batch size that the run had.
+    It follows from the start of the process that made the checkpoint, and from the number of
+    batches since. Runs of other programs, and of older versions of this one, have no such starts:
+    their steps are multiplied by the batch size that the run had.
+
+    Args:
+        source: checkpoint.
+        params: parameters that the run resumes with.
+        folder: folder of the run that made the checkpoint; None if it is not known.
+        continued: whether this run made it, so that its params.yaml has the batch size.
 
     Raises:
         ConfigError: the params.yaml of the run cannot be read.
         UsageError, DataFault: see `place_after`.
     """
-    if DATA_PLACE in source.tensors:
-        return Place(*(int(n) for n in read_tensor(source, DATA_PLACE)))
-    kept = model_dir / PARAMS_FILE
-    if kept.is_file():
+    steps = stored_step(source) + stored_skips(source)
+    starts = read_starts(folder) if folder else []
+    for start in reversed(starts):
+        if start.step <= stored_step(source):
+            records = start.records or count_records(find_records(params.train_input.data_dir))
+            batches = (steps - start.step - start.skipped) * start.grad_accum_steps
+            return start.place.after(batches, size=start.batch_size, records=records)
+    kept = folder / PARAMS_FILE if folder and continued else None
+    if kept and kept.is_file():
         before = load_params(kept)
         # The CS client states there where its last launch started.
         params = params if before.runconfig.cs_ip else before
     section, group = params.train_input, params.optimizer.grad_accum_steps
-    steps = stored_step(source) + stored_skips(source)
     return place_after(section, steps * group + section.skip_steps)
 
 

@@ -1,42 +1,62 @@
-"""starts.jsonl: each time that a run was started or resumed."""
+"""starts.jsonl: each time that a run was started or resumed, and where in its records.
+
+The checkpoints themselves hold what the reference's hold, so that either program reads them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+
+from gptj_convert.files.output_folder import sync
+from runner.data.reading.place import Place
 
 STARTS_FILE = "starts.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """One process of a run."""
+    """One process of a run, and where in the training records it started."""
 
     step: int
     """Step that it resumed from, 0 at the start."""
     target: int
     """Step that it trained to, unless it was stopped."""
-    time: str
+    skipped: int
+    """Number of steps without an update before it."""
+    epoch: int
+    """Number of whole passes over the records before it."""
+    record: int
+    """Number of records of that epoch that were read."""
+    records: int | None
+    """Records per epoch, if they were counted."""
+    batch_size: int
+    grad_accum_steps: int
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """Date and time of the start, in UTC by ISO 8601."""
 
+    @property
+    def place(self) -> Place:
+        """Place in the training records."""
+        return Place(self.epoch, self.record)
 
-def record_start(model_dir: Path, step: int, target: int) -> None:
-    """Append a start to the file of a run.
+
+def record_start(model_dir: Path, start: Start) -> None:
+    """Append a start to the file of a run, durably: the place of later checkpoints depends on it.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    line = json.dumps({"step": step, "target": target, "time": time}) + "\n"
     path = model_dir / STARTS_FILE
     cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
     with path.open("a", encoding="utf-8") as f:
-        f.write("\n" * cut + line)
+        f.write("\n" * cut + json.dumps(asdict(start)) + "\n")
         f.flush()
         os.fsync(f.fileno())
+    sync(model_dir)
 
 
 def read_starts(model_dir: Path) -> list[Start]:
@@ -45,8 +65,7 @@ def read_starts(model_dir: Path) -> list[Start]:
     found: list[Start] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
-            found.append(Start(int(row["step"]), int(row["target"]), str(row["time"])))
-        except (ValueError, KeyError, TypeError):
+            found.append(Start(**json.loads(line)))
+        except (ValueError, TypeError):
             continue
     return found
