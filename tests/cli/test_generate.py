@@ -555,6 +555,12 @@ def test_what_a_terminal_shows_has_no_control_characters(text: str):
     assert visible(printable(text)) == printable(text)
 
 
+def test_the_json_object_is_json_for_every_number(capfd: pytest.CaptureFixture[str]):
+    Output(json=True).finish({"a": [float("inf"), {"b": float("nan")}], "c": 1.5, "d": 2})
+    found = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": ["inf", {"b": "nan"}], "c": 1.5, "d": 2}
+
+
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"])))
 def test_letters_stay_as_they_are(text: str):
     assert visible(text) == text

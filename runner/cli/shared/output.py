@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from gptj_convert.inspection.json_numbers import json_number
 from gptj_model.errors import FileFault, GptjError
 
 
@@ -62,9 +63,9 @@ class Output:
             print(printable(text), file=sys.stderr, flush=True)
 
     def finish(self, fields: Mapping[str, Any]) -> None:
-        """Print the JSON object, if one was asked for."""
+        """Print the JSON object, if one was asked for; NaN and infinities become words."""
         if self.json:
-            print(json.dumps(fields, allow_nan=False, default=str), flush=True)
+            print(json.dumps(_with_json_numbers(fields), default=str), flush=True)
 
     def fail(self, fault: GptjError, fields: Mapping[str, Any]) -> None:
         """Print a fault and its hint, also in the JSON object if one was asked for."""
@@ -86,6 +87,15 @@ class Output:
     def live(self) -> bool:
         """Whether progress bars may be drawn."""
         return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _with_json_numbers(value: Any) -> Any:
+    """Return JSON values in which every number can be written."""
+    if isinstance(value, Mapping):
+        return {key: _with_json_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_json_numbers(inner) for inner in value]
+    return json_number(value) if isinstance(value, float) else value
 
 
 class _Notes(logging.Handler):
