@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from gptj_model.errors import DataFault, UsageError
+from runner.data.making.documents.document import Form, Problem, Raw, Reading, pick
 from runner.data.making.encoding import Chunk, Encoded, Encoder, parse_object, problem
 from runner.data.making.long_line import Damaged, json_kind
-from runner.data.making.sources import TEST, Form, Problem, Raw, Reading, pick
-from runner.data.making.tokenizer import end_of_text, facts, loaded
+from runner.data.making.sources import TEST
+from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded
 from runner.data.reading.example import parse_bytes
 
 #: Separator between article and abstract: an id of GPT-J's vocabulary that no text uses.
@@ -134,6 +135,7 @@ class PairEncoder:
         self._options = options
         self._tokenizer = loaded(options.tokenizer, options.allow_special)
         self._end = end_of_text(options.tokenizer)
+        self._names = SpecialNames(self._tokenizer)
         if (size := self._tokenizer.get_vocab_size()) <= SEPARATOR_ID:
             raise UsageError(
                 f"{options.tokenizer}: has {size} tokens, expected GPT-J's 50400: "
@@ -165,6 +167,7 @@ class PairEncoder:
             found.documents += 1
             sizes = len(article.encode()), len(abstract.encode())
             found.bytes += sum(sizes)
+            found.special_names += self._names.count(article) + self._names.count(abstract)
             made = self._example(item, next(ids), next(ids), sizes, found)
             if made is not None:
                 examples.append(made)
