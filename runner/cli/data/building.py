@@ -100,6 +100,8 @@ def build_records(
         output.note(f"reused {result.kept_files} record files of the interrupted run")
     for name, counts in result.counts.items():
         output.note(_summary(name, counts, recipe.length))
+        for shape, number in counts.shapes.items():
+            output.note(f"{name + ': ' if name else ''}{number:,} documents of the shape {shape}")
         if counts.special_names:
             output.note(
                 f"note: {name + ': ' if name else ''}the texts hold {counts.special_names:,} names "
@@ -171,10 +173,11 @@ def _summary(name: str, counts: Counts, length: int) -> str:
 
 def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
     """Return the counts of all parts added up, for the JSON object."""
-    total: dict[str, Any] = {"left_out": {}}
+    total: dict[str, Any] = {"left_out": {}, "shapes": {}}
     for counts in map(asdict, parts):
-        for rule, count in counts.pop("left_out").items():
-            total["left_out"][rule] = total["left_out"].get(rule, 0) + count
+        for name in ("left_out", "shapes"):
+            for rule, count in counts.pop(name).items():
+                total[name][rule] = total[name].get(rule, 0) + count
         counts.pop("places")
         for name, value in counts.items():
             total[name] = total.get(name, 0) + value

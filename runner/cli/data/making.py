@@ -10,6 +10,7 @@ import rich_click as click
 from runner.cli.data.building import build_records, find_or_fetch, named_sources
 from runner.cli.data.download import PILE, SUMMARIES, downloading_options
 from runner.cli.data.inspect import inspect
+from runner.cli.data.instruct import instruct
 from runner.cli.data.options import building_options, packing_options, rules
 from runner.cli.shared.command import command
 from runner.cli.shared.output import Output
@@ -80,6 +81,11 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
     "instead of more tokens.",
 )
 @click.option(
+    "--allow-longer-abstracts",
+    is_flag=True,
+    help="Keep a pair whose abstract is longer than its article, instead of leaving the pair out.",
+)
+@click.option(
     "--test-set",
     is_flag=True,
     help="Take every pair unshortened, as is always done with files called test.",
@@ -91,6 +97,7 @@ def summarization(
     summary_column: str | None,
     truncate_article: bool,
     compare_bytes: bool,
+    allow_longer_abstracts: bool,
     test_set: bool,
     **options: Any,
 ) -> dict:
@@ -114,6 +121,7 @@ def summarization(
             abstract=summary_column or ABSTRACT,
             truncate_article=truncate_article,
             compare_bytes=compare_bytes,
+            allow_longer=allow_longer_abstracts,
             test=test_set,
         )
     )
@@ -168,5 +176,5 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
     )
 
 
-for _command in (pile, summarization, text, inspect):
+for _command in (pile, summarization, text, instruct, inspect):
     data.add_command(_command)

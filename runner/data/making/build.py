@@ -120,6 +120,8 @@ class Counts:
     """Number of documents that were cut to the length of an example."""
     special_names: int = 0
     """Number of names of special tokens in the texts that were read as text."""
+    shapes: dict[str, int] = field(default_factory=dict)
+    """Number of documents by their shape, where documents have one."""
     bytes: int = 0
     """Size of the text in UTF-8."""
     tokens: int = 0
@@ -134,6 +136,8 @@ class Counts:
         self.documents += encoded.documents
         self.skipped += sum(not problem.reason for problem in encoded.problems)
         self.cut += encoded.cut
+        for shape, count in encoded.shapes.items():
+            self.shapes[shape] = self.shapes.get(shape, 0) + count
         self.special_names += encoded.special_names
         self.bytes += encoded.bytes
         self.tokens += encoded.tokens

@@ -50,6 +50,8 @@ class Encoded:
     """Number of documents that were cut to the length of an example."""
     special_names: int = 0
     """Number of names of special tokens in the texts that were read as text."""
+    shapes: dict[str, int] = field(default_factory=dict)
+    """Number of documents by their shape, where documents have one."""
 
 
 class Encoder(Protocol):

@@ -112,6 +112,8 @@ class PairOptions:
     """Shorten the article of a pair that is too long instead of leaving the pair out."""
     compare_bytes: bool = False
     """Compare abstract and article by bytes, as the reference does, instead of by tokens."""
+    allow_longer: bool = False
+    """Keep a pair whose abstract is longer than its article."""
     test: bool = False
     """Treat the pairs as a test set: use every pair, and use it whole."""
 
@@ -206,7 +208,7 @@ class PairEncoder:
             return EMPTY
         ours = len(article), len(abstract)
         of_article, of_abstract = sizes if self._options.compare_bytes else ours
-        if of_abstract > of_article:
+        if of_abstract > of_article and not self._options.allow_longer:
             return LONGER
         # A shortened article keeps at least one token.
         least = article[:1] if self._options.truncate_article else article
@@ -261,6 +263,7 @@ class SummarizationRecipe:
             "abstract": self.options.abstract,
             "truncate_article": self.options.truncate_article,
             "compare_bytes": self.options.compare_bytes,
+            "allow_longer_abstracts": self.options.allow_longer,
             "test": self.options.test,
         }
 

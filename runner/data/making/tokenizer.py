@@ -100,6 +100,15 @@ def notes(folder: Path) -> tuple[str, ...]:
     return _read(folder).notes
 
 
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Return the names of special tokens by their keys, such as `eos_token`.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    return dict(_read(folder).named)
+
+
 def facts(folder: Path) -> dict[str, Any]:
     """Return the properties of a tokenizer that records depend on, as JSON values.
 
