@@ -52,6 +52,8 @@ SHAPES = (
     Shape(CHAT, ("messages",)),
     Shape(CHAT, ("conversations",)),
 )
+#: End of the name of a shape whose texts are lists of messages.
+AS_MESSAGES = "as messages"
 _EXPECTED = "; ".join(map(str, SHAPES))
 _COLUMNS_HINT = "name them, as in `--columns prompt=question,completion=answer`"
 
@@ -180,7 +182,7 @@ def _prompted_chat(shape: str, prompt: Any, completion: Any, record: Mapping[str
         raise Damaged("'completion' has no assistant turn", reason=NO_ANSWER)
     messages, counts = [*before, *after], [False] * len(before) + counts
     _check_content(messages, counts)
-    return _sample(f"{shape} as messages", messages, counts, record)
+    return _sample(f"{shape} {AS_MESSAGES}", messages, counts, record)
 
 
 def _sample(
