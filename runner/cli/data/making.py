@@ -35,14 +35,15 @@ def data() -> None:
     "--text-key",
     default="text",
     show_default=True,
-    help="Key of the text in each JSON line, or column of a .parquet file.",
+    help="Key of the text in each object, or column of a table.",
 )
 def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: Any) -> dict:
-    """Pack documents into records; a document is a JSON line, a row or a whole .txt file.
+    """Pack documents into records; a document is an object, a row or a whole .txt file.
 
-    SRC are files or folders of .jsonl, .txt (also .gz, .zst) and .parquet. Parts called train,
-    val and test become folders of these names in the output. With --download, SRC is the folder
-    that raw files are fetched into, and only the chosen parts of it are read.
+    SRC are files or folders of .jsonl, .json, .csv, .tsv, .txt (also compressed), .parquet and
+    .arrow. Parts called train, val and test become folders of these names in the output. With
+    --download, SRC is the folder that raw files are fetched into, and only the chosen parts of it
+    are read.
     """
     from runner.data.making.sources import by_split
 
@@ -55,7 +56,11 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
 @command(
     "gptj data summarization train.jsonl --tokenizer gpt-j-6b",
     "gptj data summarization --download --part train --tokenizer gpt-j-6b --truncate-article",
-    rules=rules(packing=False, downloading=True),
+    rules=rules(
+        packing=False,
+        downloading=True,
+        exclusive=(("--compare-bytes", "--allow-longer-abstracts"),),
+    ),
 )
 @downloading_options(SUMMARIES)
 @building_options
@@ -103,10 +108,11 @@ def summarization(
 ) -> dict:
     """Make one example of each article with its summary.
 
-    SRC are files or folders of .bin (the reference's), .jsonl (also .gz, .zst) and .parquet. A
-    pair is left out, and counted, if a side is empty, if the abstract is longer than the article,
-    or if the pair is too long. Test sets are taken whole or refused. With --download, SRC is the
-    folder that raw files are fetched into, and only the chosen parts of it are read.
+    SRC are files or folders of .bin (the reference's), .jsonl, .json, .csv, .tsv (also
+    compressed), .parquet and .arrow. A pair is left out, and counted, if a side is empty, if the
+    abstract is longer than the article, or if the pair is too long. Test sets are taken whole or
+    refused. With --download, SRC is the folder that raw files are fetched into, and only the
+    chosen parts of it are read.
     """
     from runner.data.making.sources import by_split
     from runner.data.making.summarization import ABSTRACT, PairOptions, SummarizationRecipe

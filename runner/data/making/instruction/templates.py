@@ -35,6 +35,8 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _OPEN, _CLOSE, SPLIT = "\ufdd1", "\ufdd2", "\ufdd0"
 _MARK = re.compile(f"[{_OPEN}{_CLOSE}]")
 
+#: Name of the template that adds nothing.
+_PLAIN = "plain"
 _ALPACA_BEGIN = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
 #: Names of the templates that are part of this program, and their text.
@@ -52,7 +54,7 @@ BUILT_IN = {
         "{% if input %}Input:\n{{ input }}\n\n{% endif %}"
         "### Response:\n{{ output }}\n\n### End"
     ),
-    "plain": "{{ prompt }}{{ completion }}",
+    _PLAIN: "{{ prompt }}{{ completion }}",
     "plain-chat": (
         "{% for message in messages %}"
         "{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -274,6 +276,11 @@ class Renderer:
             raise Damaged(
                 f"holds messages, and the template {self._name!r} takes none",
                 hint="choose a template that takes messages, such as `--template plain-chat`",
+            )
+        if sample.kind == INSTRUCTION and self._name == _PLAIN:
+            raise Damaged(
+                "holds an instruction, and the template 'plain' joins a prompt and its completion",
+                hint="choose a template for instructions, such as `--template alpaca`",
             )
         if sample.kind == INSTRUCTION:
             values["prompt"] = _request(values)
