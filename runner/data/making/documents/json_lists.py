@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -72,6 +73,7 @@ class Elements:
             self._skip(at)
         block = next(self._blocks, b"")
         if not block:
+            self._skip(len(self._window))
             raise Damaged("the list has no end", line=self.line - 1)
         moved, self._start = self._start, 0
         self._window = self._window[moved:] + block
@@ -91,6 +93,9 @@ class Elements:
         self._start = at
 
     def _check_end(self, at: int) -> None:
-        for rest in (self._window[at:], *self._blocks):
-            if rest.strip(_SPACE):
+        self._skip(at)
+        for rest in itertools.chain([self._window[at:]], self._blocks):
+            space = len(rest) - len(rest.lstrip(_SPACE))
+            self.line += rest.count(b"\n", 0, space)
+            if space < len(rest):
                 raise Damaged("something follows the list", line=self.line - 1)
