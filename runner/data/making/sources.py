@@ -68,8 +68,9 @@ def find_source_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[
         else:
             raise DataFault(f"{source}: not found, expected a file or a folder")
     if not found:
+        shown = ", ".join(p for p in patterns if not p.endswith(tuple(COMPRESSED)))
         raise DataFault(
-            f"{', '.join(map(str, sources))}: holds no file that matches {', '.join(patterns)}",
+            f"{', '.join(map(str, sources))}: holds no file that matches {shown or patterns[0]}",
             hint="name the files, or see `gptj data --help` for the formats that can be read",
         )
     return list(found.items())

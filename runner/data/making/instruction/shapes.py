@@ -210,10 +210,12 @@ def _messages(turns: Any, key: str) -> tuple[list[dict[str, Any]], list[bool]]:
         role = message.pop("from", role)
         content = message.pop("value", content)
         if not isinstance(role, str) or role.lower() not in _ROLES:
-            raise Damaged(f"{where} has the role {role!r}, expected one of {', '.join(_ROLES)}")
+            found = names([role]) if isinstance(role, str) else json_kind(role)
+            raise Damaged(f"{where} has the role {found}, expected one of {', '.join(_ROLES)}")
         weight = message.pop("weight", 1)
-        if weight not in (0, 1):
-            raise Damaged(f"{where} has the weight {weight!r}, expected 0 or 1")
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            found = json_kind(weight) if not isinstance(weight, int | float) else weight
+            raise Damaged(f"{where} has the weight {found}, expected 0 or 1")
         weights.append(bool(weight))
         text = _content(content, where, has_calls=bool(message.get("tool_calls")))
         messages.append({"role": _ROLES[role.lower()], "content": text, **message})

@@ -287,13 +287,14 @@ class Renderer:
             values["completion"] = values["output"]
         else:
             values |= {"instruction": values["prompt"], "input": "", "output": values["completion"]}
-        for key in ("output", "completion"):
-            values[key] = f"{_OPEN}{values[key]}{_CLOSE}"
-        text, spans = _unmarked(self._render(values))
-        if not spans:
+        text, _ = _unmarked(self._render(values))
+        # A second rendering shows where the completion begins, whatever filters cut off its end.
+        marked = {key: f"{_OPEN}{values[key]}{_CLOSE}" for key in ("output", "completion")}
+        before, mark, _ = self._render(values | marked).partition(_OPEN)
+        if not mark or not text.startswith(before):
             raise Damaged(f"the template {self._name!r} does not show the completion")
         # What follows the completion is written by the model as well.
-        return Rendered(text, ((spans[0][0], len(text)),), ends_counted=True)
+        return Rendered(text, ((len(before), len(text)),), ends_counted=True)
 
     def _chat(self, sample: Sample) -> Rendered:
         messages = sample.values["messages"]
