@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,7 @@ def split_of(relative: Path) -> str:
 
 def read(
     paths: Iterable[Path], reading: Reading, tell: Callable[[int], None] = lambda n: None
-) -> Iterator[Raw | Problem]:
+) -> Generator[Raw | Problem, None, None]:
     """Yield every document of the files, in order.
 
     Args:

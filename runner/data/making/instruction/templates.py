@@ -231,8 +231,8 @@ def _environment(date: datetime | None = None) -> jinja2.Environment:
         return (date or datetime.now()).strftime(form)
 
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
+    functions: dict[str, Any] = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals.update(functions)
     return environment
 
 
