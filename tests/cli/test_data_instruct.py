@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -419,6 +420,23 @@ def test_a_template_that_changes_earlier_turns(instruct, tokenizer_folder: Path)
         FORGETS.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     )
     _refused(instruct([{"messages": CHAT}], "--template", "own.jinja"), 1, "marks 5 generations")
+
+
+def test_the_template_in_the_tokenizers_settings(instruct, decode, tokenizer_folder: Path):
+    shutil.copytree(tokenizer_folder, "own")
+    file = Path("own/tokenizer_config.json")
+    config = json.loads(file.read_text())
+    for n, value in enumerate((ZEPHYR, [{"name": "default", "template": ZEPHYR}])):
+        file.write_text(json.dumps(config | {"chat_template": value}))
+        done = instruct([{"messages": CHAT[1:]}], "--tokenizer", "own", "--out", f"out{n}")
+        assert done.code == 0, done.stderr
+        text = _shown(_examples(f"out{n}")[0], decode)
+        assert text.startswith("<|user|>\nhello<|endoftext|>\n<|assistant|>\n{hello world")
+    file.write_text(json.dumps(config | {"chat_template": [{"name": "rag", "template": "x"}]}))
+    done = instruct([{"messages": CHAT}], "--tokenizer", "own")
+    _refused(
+        done, 2, "own/tokenizer_config.json: has several chat templates and none called default"
+    )
 
 
 def test_templates_in_files(instruct, decode, tokenizer_folder: Path):

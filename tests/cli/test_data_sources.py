@@ -222,6 +222,7 @@ BAD = {
         (b'[\n{"answer": "a"},\n{"answer": \n5}\n]', "a.json:3: 'answer' is a number"),
         (b'[\n{"answer": "a"},\n{"answer": \nno}\n]', "a.json:4: is not JSON"),
         (b'[\n{"answer": "a"},\n]', "a.json:3: is not JSON"),
+        (b'{\n "data": []\n}', "a.json:1: holds one object over several lines"),
         (b'[\n{"answer": "a"}\n', "a.json:3: the list has no end"),
         (b'[{"answer": "a"}]\n[]', "a.json:2: something follows the list"),
         (b'[{"answer": "a"},\n["' + b'x", "' * 200 + b'"]]', "a.json:2: has more than 300 bytes"),

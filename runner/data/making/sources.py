@@ -222,6 +222,8 @@ def _json(
                 return
             while line := stream.file.readline(document.LONG):
                 number += 1
+                if may_be_list and number == 1 and line.strip() == b"{":
+                    raise Damaged("holds one object over several lines, expected a list of objects")
                 if len(line) >= document.LONG and not line.endswith(b"\n"):
                     for item in _long_line(stream.file, line, number, path, reading):
                         yield item, stream.tell()
