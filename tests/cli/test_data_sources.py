@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,15 @@ def test_bad_documents_have_their_place(name: str, content: bytes, words: str, d
     assert done.stderr.count("hint: ") == (" twice" not in words)
     if "has no 'answer'" in words:
         assert "--text-key" in done.stderr
+
+
+def test_columns_that_are_no_text_are_ignored_or_null(data):
+    rows = [{**row, "image": b"\xff", "when": datetime(2026, 1, 1), "n": None} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
+    assert data("instruct", "a.parquet").json["documents"] == len(ROWS)
+    done = data("instruct", "a.parquet", "--columns", "prompt=question,completion=image",
+                "--out", "no")  # fmt: skip
+    assert "a.parquet:0: 'completion' is null, expected a string" in done.stderr
 
 
 def test_names_of_special_tokens_are_counted(data):

@@ -178,6 +178,14 @@ def test_longer_abstracts_are_counted_or_kept(data):
     assert done.code == 2
 
 
+def test_missing_keys_are_named(data):
+    Path("a.jsonl").write_text('{"text": "a", "summary": "b"}\n')
+    done = data("a.jsonl")
+    assert done.code == 1
+    assert "a.jsonl:1: has no article, found 'text', 'summary'" in done.stderr
+    assert "hint: name the keys with --article-column" in done.stderr
+
+
 def _ids(folder: str) -> list[list[int]]:
     spec = {FEATURES[0]: tf.io.VarLenFeature(tf.int64)}
     paths = [str(p) for p in Path(folder).glob("*.tfrecord")]

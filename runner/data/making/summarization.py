@@ -20,7 +20,7 @@ import numpy as np
 from gptj_model.errors import DataFault, UsageError
 from runner.data.making.documents.document import Form, Problem, Raw, Reading, pick
 from runner.data.making.encoding import Chunk, Encoded, Encoder, parse_object, problem
-from runner.data.making.long_line import Damaged, json_kind
+from runner.data.making.long_line import Damaged, json_kind, names
 from runner.data.making.sources import TEST
 from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded
 from runner.data.reading.example import parse_bytes
@@ -78,7 +78,10 @@ def _text(values: dict[str, Any], group: str) -> str:
     try:
         text = pick(values, group)
     except KeyError as e:
-        raise Damaged(f"has no {e.args[0]}") from None
+        raise Damaged(
+            f"has no {e.args[0]}, found {names(values)}",
+            hint="name the keys with --article-column and --summary-column",
+        ) from None
     if not isinstance(text, str):
         name = group.replace("|", " or ")
         raise Damaged(f"{name} is {json_kind(text)}, expected a string")

@@ -142,10 +142,15 @@ def _object(
     if nulls and not reading.rows:
         return _null(path, nulls[0], number)
     row = {name: column[n].as_py() for name, column in columns.items()}
-    data = orjson.dumps(row, default=str, option=orjson.OPT_NON_STR_KEYS)
+    data = orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
     if len(data) > document.LONG and reading.rows:
         return too_long(path, number)
     return Raw(data, Form.JSON, str(path), number)
+
+
+def _plain(value: Any) -> str | None:
+    """Return a value that JSON lacks as text, or null: bytes, such as images, are no text."""
+    return None if isinstance(value, bytes) else str(value)
 
 
 def _null(path: Path, name: str, number: int) -> Problem:
