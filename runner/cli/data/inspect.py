@@ -45,12 +45,12 @@ def inspect(
 ) -> dict[str, Any]:
     """Check every record of DIR, and print counts, lengths, frequent tokens and samples.
 
-    DIR holds TFRecords (also gzip-compressed) or HDF5 files, or folders of them. Checksums,
-    lengths, ids, masks and data_params.json are checked; the first damaged record ends the
-    command with its file, number and offset. In samples, the tokens that the loss counts are
-    green, or between ⟦ and ⟧ where there are no colors, and special tokens are bold, or between
-    ‹ and ›. DIR may also be an .index that lists
-    record files. Records of GPT-J's original trainer, with the feature `text`, are read too.
+    DIR holds TFRecords (also gzip-compressed) or HDF5 files, or folders of them; it may also be an
+    .index that lists record files. Records of GPT-J's original trainer, with the feature `text`,
+    are read too. Checksums, lengths, ids, masks and data_params.json are checked; the first damaged
+    record ends the command with its file, number and offset. In samples, the tokens that the loss
+    counts are green and special tokens are bold; without colors, they are between ⟦ and ⟧, and
+    between ‹ and ›.
     """
     from runner.data import inspection
     from runner.data.inspection_page import write_page
