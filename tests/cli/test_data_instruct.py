@@ -305,6 +305,7 @@ def test_examples_that_are_too_long(packing: str, instruct, decode):
     done = instruct(rows[3:], packing, "--out", "none", length=10)
     assert done.code == 1
     assert "every document was left out: 2 too long" in done.stderr
+    assert "hint: choose a larger --max-sequence-length" in done.stderr
 
 
 CHATML = (

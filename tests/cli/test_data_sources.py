@@ -216,6 +216,7 @@ BAD = {
         (b'question,answer\na,b\n"a,b\n', "a.csv:3: is not CSV: unexpected end of data"),
         (b"question,answer\na,\xff\n", "a.csv:2: is not UTF-8"),
         (b"answer,answer\na,b\n", "a.csv:1: names 'answer' twice"),
+        (b"question;answer\na;b\n", "a.csv:1: has ';' between its fields, expected ','"),
         (b"question,reply\na,b\n", "a.csv:2: has no 'answer', found 'question', 'reply'"),
         (b"question,answer\na," + b"x" * 400 + b"\n", "a.csv:2: a line has more than 300 bytes"),
     ],

@@ -33,7 +33,7 @@ from gptj_convert.files.output_folder import (
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.making.documents.document import Problem, Reading
-from runner.data.making.encoding import Encoded, Encoder, Encoding, chunks
+from runner.data.making.encoding import TOO_LONG, Encoded, Encoder, Encoding, chunks
 from runner.data.making.sources import Part, read
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
 from runner.data.reading.hdf5 import Hdf5Writer
@@ -357,7 +357,8 @@ class _PartWriter:
         )
         if reasons:
             why = ", ".join(f"{count:,} {rule}" for rule, count in sorted(reasons.items()))
-            return DataFault(f"{where}: every document was left out: {why}")
+            hint = "choose a larger --max-sequence-length" if TOO_LONG in reasons else None
+            return DataFault(f"{where}: every document was left out: {why}", hint=hint)
         return DataFault(
             f"{where}: too little text for one example of {self._recipe.length} tokens",
             hint="name more files, or choose a smaller --max-sequence-length",

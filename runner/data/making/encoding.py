@@ -29,6 +29,9 @@ from runner.data.making.long_line import Damaged
 CHUNK_BYTES = 2**19
 CHUNK_DOCUMENTS = 4096
 
+#: Reason for leaving out a document that is longer than an example.
+TOO_LONG = "too long"
+
 Chunk = list[Raw | Problem]
 
 

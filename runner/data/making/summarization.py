@@ -19,7 +19,14 @@ import numpy as np
 
 from gptj_model.errors import DataFault, UsageError
 from runner.data.making.documents.document import Form, Problem, Raw, Reading, pick
-from runner.data.making.encoding import Chunk, Encoded, Encoder, parse_object, problem
+from runner.data.making.encoding import (
+    TOO_LONG,
+    Chunk,
+    Encoded,
+    Encoder,
+    parse_object,
+    problem,
+)
 from runner.data.making.long_line import Damaged, json_kind, names
 from runner.data.making.sources import TEST
 from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded
@@ -34,7 +41,6 @@ ABSTRACT = "abstract|highlights|summary"
 # Reasons for leaving a pair out, as the counts name them.
 EMPTY = "with an empty side"
 LONGER = "with an abstract longer than the article"
-TOO_LONG = "too long"
 
 
 def example(

@@ -17,6 +17,8 @@ from runner.data.making.long_line import Damaged, names
 
 #: First bytes of an Arrow file with an index; without them, it is a stream.
 _ARROW_FILE = b"ARROW1"
+#: Signs between the fields of tables whose names say otherwise.
+_DELIMITERS = ";\t,|"
 #: Number of rows that are read together.
 _TOGETHER = 64
 
@@ -178,7 +180,7 @@ def read_csv(path: Path, *, delimiter: str) -> Documents:
             # Bytes that are not UTF-8 become surrogates, which orjson refuses row by row.
             lines = (raw.decode("utf-8", "surrogateescape") for raw in _bounded(stream))
             table = csv.reader(lines, delimiter=delimiter, strict=True)
-            header = _header(path, table)
+            header = _header(path, table, delimiter)
             while header:
                 line = table.line_num + 1
                 try:
@@ -210,7 +212,7 @@ def _bounded(stream: Stream) -> Iterator[bytes]:
         yield line
 
 
-def _header(path: Path, table: Any) -> list[str]:
+def _header(path: Path, table: Any, delimiter: str) -> list[str]:
     try:
         header: list[str] = next(table, [])
     except csv.Error as e:
@@ -218,6 +220,12 @@ def _header(path: Path, table: Any) -> list[str]:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataFault(f"{path}:1: names {names(twice)} twice, expected a header of column names")
+    other = next((sign for sign in _DELIMITERS if len(header) == 1 and sign in header[0]), None)
+    if other:
+        raise DataFault(
+            f"{path}:1: has {other!r} between its fields, expected {delimiter!r}",
+            hint="save the table with commas as .csv, or with tabs as .tsv",
+        )
     return header
 
 

@@ -20,7 +20,14 @@ from tokenizers import processors
 
 from gptj_model.errors import DataFault
 from runner.data.making.documents.document import Form, Problem, Raw, Reading
-from runner.data.making.encoding import Chunk, Encoded, Encoder, parse_object, problem
+from runner.data.making.encoding import (
+    TOO_LONG,
+    Chunk,
+    Encoded,
+    Encoder,
+    parse_object,
+    problem,
+)
 from runner.data.making.instruction.packing import ExamplePacker, sequence, units
 from runner.data.making.instruction.shapes import Columns, Sample, recognized, sample
 from runner.data.making.instruction.templates import (
@@ -32,7 +39,7 @@ from runner.data.making.instruction.templates import (
 )
 from runner.data.making.long_line import Damaged
 from runner.data.making.sources import read
-from runner.data.making.summarization import TOO_LONG, Pairs
+from runner.data.making.summarization import Pairs
 from runner.data.making.tokenizer import (
     SpecialNames,
     end_of_text,
