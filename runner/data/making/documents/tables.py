@@ -51,20 +51,21 @@ def read_arrow(path: Path, reading: Reading) -> Documents:
     """
     import pyarrow as pa
 
-    with _faults(path, "Arrow"), path.open("rb") as raw:
+    with path.open("rb") as raw:
         has_index = raw.read(len(_ARROW_FILE)) == _ARROW_FILE
-        raw.seek(0)
-        number = 0
-        with pa.PythonFile(raw, "r") as source:
-            table = pa.ipc.open_file(source) if has_index else pa.ipc.open_stream(source)
-            wanted = _wanted(path, table.schema, reading)
-            for whole in _batches(table):
-                for start in range(0, len(whole), _TOGETHER):
-                    batch = whole.slice(start, _TOGETHER)
-                    done = raw.tell()
-                    for item in _rows(path, batch, wanted, number, reading):
-                        yield item, done
-                    number += len(batch)
+    number = 0
+    # A file of Arrow's own: damage that asks for too much memory is then one of Arrow's errors.
+    with _faults(path, "Arrow"), pa.OSFile(str(path)) as source:
+        table = pa.ipc.open_file(source) if has_index else pa.ipc.open_stream(source)
+        wanted = _wanted(path, table.schema, reading)
+        for whole in _batches(table):
+            # Arrow trusts the offsets in a file: damaged ones would end the process.
+            whole.validate(full=True)
+            for start in range(0, len(whole), _TOGETHER):
+                batch = whole.slice(start, _TOGETHER)
+                for item in _rows(path, batch, wanted, number, reading):
+                    yield item, source.tell()
+                number += len(batch)
 
 
 def _batches(table: Any) -> Iterator[Any]:
@@ -95,8 +96,11 @@ def _wanted(path: Path, schema: Any, reading: Reading) -> list[str]:
     """
     import pyarrow as pa
 
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     if reading.rows:
-        return list(schema.names)
+        # Dates, images and the like are no texts, and not all of them have a form in JSON.
+        other = (pa.types.is_temporal, pa.types.is_decimal, *binary)
+        return [f.name for f in schema if not any(is_other(f.type) for is_other in other)]
     wanted = [_column(group, schema.names, path) for group in reading.columns]
     for name in wanted:
         kind = schema.field(name).type
@@ -143,8 +147,11 @@ def _object(
     nulls = [name for name, column in columns.items() if not column[n].is_valid]
     if nulls and not reading.rows:
         return _null(path, nulls[0], number)
-    row = {name: column[n].as_py() for name, column in columns.items()}
-    data = orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+    try:
+        row = {name: column[n].as_py() for name, column in columns.items()}
+        data = orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+    except (ValueError, OverflowError, TypeError, LookupError) as e:
+        return Problem(f"{path}:{number}", f"holds a value that cannot be read: {e}")
     if len(data) > document.LONG and reading.rows:
         return too_long(path, number)
     return Raw(data, Form.JSON, str(path), number)
