@@ -198,6 +198,21 @@ PAIRS = [
 ]
 
 
+TASKS = [
+    {"instruction": f"Add {n} and {n}.", "input": "x" * (n % 2), "output": f"{2 * n} 🦜"}
+    for n in range(20)
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Say {n}. <|endoftext|>"},
+            {"role": "assistant", "content": f"It is {n}." * (n % 3)},
+        ]
+    }
+    for n in range(12)
+]
+
+
 def _raw_texts(folder: Path) -> None:
     import gzip
 
@@ -209,6 +224,8 @@ def _raw_texts(folder: Path) -> None:
         (folder / f"texts/{n}.txt").write_text(document)
     pairs = "".join(json.dumps({"article": a, "abstract": s}) + "\n" for a, s in PAIRS)
     (folder / "pairs.jsonl").write_text(pairs)
+    (folder / "tasks.json").write_text(json.dumps(TASKS, indent=1))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in CHATS))
     (folder / "bad.jsonl").write_text('{"text": "good"}\n{"text": 5}\n{"text": "after"}\n')
 
 
@@ -390,6 +407,12 @@ def _data() -> Group:
     group.add("summarization truncated", "data summarization pairs.jsonl --truncate-article"
               " --compare-bytes --out s-2 --tokenizer tokenizer --max-sequence-length 32"
               " --processes 1")  # fmt: skip
+    group.add("instructions", "data instruct tasks.json --out i-1 --tokenizer tokenizer"
+              " --max-sequence-length 128 --processes 1")  # fmt: skip
+    group.add("chats", "data instruct chats.jsonl --out i-2 --tokenizer tokenizer --no-packing"
+              " --max-sequence-length 32 --on-error skip --processes 2")  # fmt: skip
+    group.add("an empty answer", f"data instruct chats.jsonl --out z {tail} 1")
+    group.add("inspect i", "data inspect i-1")
     group.add("inspect as text", "data inspect p-tfrecord --tokenizer tokenizer --samples 1 --html"
               " page.html")  # fmt: skip
     group.add("out exists", f"data pile a.jsonl --out p-tfrecord {tail} 1")

@@ -17,11 +17,19 @@ from gptj_convert.files.digest import digest
 from gptj_convert.streams.progress import Progress
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault, UsageError
+from runner.data.making.instruction.shapes import AS_MESSAGES, CHAT, SHAPES
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params, stated_files
 from runner.data.reading.example import FEATURES
 from runner.data.reading.hdf5 import PATTERN as HDF5_PATTERN
 from runner.data.reading.hdf5 import read_checked
-from runner.data.reading.records import DATA_HINT, PATTERN, check_files, read_examples
+from runner.data.reading.records import (
+    DATA_HINT,
+    PATTERN,
+    check_files,
+    is_index,
+    listed_records,
+    read_examples,
+)
 
 #: Number of examples whose figures are computed together.
 _TOGETHER = 64
@@ -52,6 +60,8 @@ class RecordsSummary:
     """Examples drawn uniformly from all, int32 of shape (3, length)."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the command that made the records, if data_params.json states them."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Counts of that command: documents, skipped, left_out by reason, and others."""
 
     @property
     def examples(self) -> int:
@@ -62,6 +72,23 @@ class RecordsSummary:
     def tokens(self) -> int:
         """Number of tokens in all examples, including padding."""
         return self.examples * self.length
+
+    def left_out(self) -> list[tuple[str, int]]:
+        """Return what the command left out or altered, by reason, with the number of documents."""
+        reasons: dict[str, int] = dict(self.counts.get("left_out") or {})
+        for name, words in (("skipped", "malformed"), ("cut", "cut to the length")):
+            if self.counts.get(name):
+                reasons[words] = self.counts[name]
+        return sorted(reasons.items())
+
+    def templates(self) -> dict[str, str]:
+        """Return the text of each template that wrote the records, by its name."""
+        shapes = self.counts.get("shapes") or {}
+        kinds = {shape.kind for shape in SHAPES if any(n.startswith(str(shape)) for n in shapes)}
+        if any(name.endswith(AS_MESSAGES) for name in shapes):
+            kinds.add(CHAT)
+        stated = self.arguments.get("templates") or {}
+        return {t["name"]: t["text"] for kind, t in stated.items() if kind in kinds}
 
     def most_frequent(self, count: int) -> list[tuple[int, int]]:
         """Return the `count` most frequent ids with their numbers of occurrences, in order."""
@@ -94,6 +121,7 @@ class RecordsSummary:
             "most_frequent": [{"id": i, "count": n} for i, n in self.most_frequent(20)],
             "lengths": [{"from": a, "to": b, "examples": n} for a, b, n in self.bars()],
             "arguments": self.arguments,
+            "counts": {k: v for k, v in self.counts.items() if k != "places"},
         }
 
 
@@ -103,7 +131,7 @@ def find_sets(folder: Path) -> dict[str, Path]:
     Raises:
         UsageError: none of these folders holds records.
     """
-    if _record_files(folder):
+    if is_index(folder) or _record_files(folder):
         return {"": folder}
     inside = [p for p in sorted(folder.glob("*")) if p.is_dir() and _record_files(p)]
     if not inside:
@@ -129,9 +157,13 @@ def summarize_records(
         DataFault: a file or record is invalid; with file, record and offset.
     """
     paths = _record_files(folder)
-    check_files(folder, paths)
+    if not is_index(folder):
+        check_files(folder, paths)
     stated = stated_files(folder) or {}
-    found = RecordsSummary(folder, arguments=(read_params(folder) or {}).get("arguments", {}))
+    params = read_params(folder) or {}
+    found = RecordsSummary(
+        folder, arguments=params.get("arguments", {}), counts=params.get("counts", {})
+    )
     found.length = found.arguments.get("max_sequence_length", 0)
     found.bytes = sum(p.stat().st_size for p in paths)
     rows = vocab_size or int(found.arguments.get("vocab_size", VOCAB_SIZE))
@@ -195,5 +227,7 @@ def _blocks(path: Path, length: int | None, vocab_size: int) -> Iterator[np.ndar
 
 
 def _record_files(folder: Path) -> list[Path]:
+    if is_index(folder):
+        return listed_records(folder)
     found = {*folder.glob(PATTERN), *folder.glob(HDF5_PATTERN)}
     return sorted(p for p in found if p.is_file() and p.name[0] != ".")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,28 +26,50 @@ _PIECE = 600
 Decode = Callable[[Sequence[int]], str]
 
 
+class Piece(NamedTuple):
+    """Successive tokens of a sample."""
+
+    counts: bool
+    """Whether the loss counts them."""
+    special: bool
+    """Whether they are special tokens."""
+    text: str
+
+
 def pieces(
-    sample: np.ndarray, decode: Decode, *, limit: int = _PIECE
-) -> Iterator[tuple[bool, str]]:
-    """Yield a sample's labels up to the padding in pieces: whether the loss counts them, and text.
+    sample: np.ndarray, decode: Decode, special: Collection[int] = (), *, limit: int = _PIECE
+) -> Iterator[Piece]:
+    """Yield a sample's labels up to the padding in pieces.
+
+    Where ids and labels are one sequence, its first token comes before them.
 
     Args:
         sample: one example, int32 of shape (3, length).
         decode: function from ids to text.
+        special: ids of special tokens.
         limit: largest number of characters of a piece; a longer piece loses its middle.
     """
-    _, mask, labels = sample[:, : max(np.flatnonzero(sample[1]), default=-1) + 1]
-    pairs = zip(mask.tolist(), labels.tolist(), strict=True)
-    for counts, group in groupby(pairs, key=lambda pair: bool(pair[0])):
+    ids, mask, labels = sample[:, : max(np.flatnonzero(sample[1]), default=-1) + 1]
+    pairs = list(zip(mask.tolist(), labels.tolist(), strict=True))
+    if len(ids) and np.array_equal(ids[1:], labels[:-1]):
+        pairs.insert(0, (0, int(ids[0])))
+    for (counts, is_special), group in groupby(
+        pairs, key=lambda pair: (bool(pair[0]), pair[1] in special)
+    ):
         text = decode([label for _, label in group])
         if len(text) > limit:
             half = limit // 2
             text = f"{text[:half]} … {text[-half:]}"
-        yield counts, text
+        yield Piece(counts, is_special, text)
 
 
 def write_page(
-    path: Path, summaries: Mapping[str, RecordsSummary], decode: Decode, *, decoded: bool
+    path: Path,
+    summaries: Mapping[str, RecordsSummary],
+    decode: Decode,
+    *,
+    decoded: bool,
+    special: Collection[int] = (),
 ) -> None:
     """Write the page; it appears under its name once it is complete.
 
@@ -56,12 +78,13 @@ def write_page(
         summaries: summaries by the names of their folders.
         decode: function from ids to text.
         decoded: whether `decode` returns the tokens' text rather than their ids.
+        special: ids of special tokens.
 
     Raises:
         OSError: the page cannot be written.
     """
     values = {
-        "sets": [_set(name, found, decode) for name, found in summaries.items()],
+        "sets": [_set(name, found, decode, special) for name, found in summaries.items()],
         "decoded": decoded,
         "width": _WIDTH,
         "height": _HEIGHT,
@@ -69,7 +92,9 @@ def write_page(
     html_page.write_page(path, "runner.data", TEMPLATE_FILE, values)
 
 
-def _set(name: str, found: RecordsSummary, decode: Decode) -> dict[str, Any]:
+def _set(
+    name: str, found: RecordsSummary, decode: Decode, special: Collection[int]
+) -> dict[str, Any]:
     bars, most = found.bars(), found.most_frequent(_MOST)
     highest = max((n for *_, n in bars), default=0) or 1
     total = int(found.frequencies.sum()) or 1
@@ -80,7 +105,7 @@ def _set(name: str, found: RecordsSummary, decode: Decode) -> dict[str, Any]:
         "bars": [(first, last, n, n / highest) for first, last, n in bars],
         "curve": _curve(found.frequencies),
         "most": [(i, decode([i]), n, n / total, n / most[0][1]) for i, n in most],
-        "samples": [list(pieces(sample, decode)) for sample in found.samples],
+        "samples": [list(pieces(sample, decode, special)) for sample in found.samples],
     }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gptj_model.errors import DataFault
+from runner.data.making.documents.document import Reading
 from runner.data.making.long_line import Damaged
-from runner.data.making.sources import Reading, read
+from runner.data.making.sources import read
 from runner.data.making.summarization import ABSTRACT, ARTICLE, SEPARATOR_ID, pair
 
 METRICS = ("rouge1", "rouge2", "rougeL")

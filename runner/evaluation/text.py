@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from gptj_model.errors import DataFault
-from runner.data.making.sources import Form, Raw
+from runner.data.making.documents.document import Form, Raw
 from runner.data.making.text import TextOptions
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, add_up

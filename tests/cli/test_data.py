@@ -22,7 +22,8 @@ from backports import zstd
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.config import END_OF_TEXT_ID
 from runner.cli.shared import progress
-from runner.data.making import encoding, long_line, sources
+from runner.data.making import encoding, long_line
+from runner.data.making.documents import document
 from runner.data.making.tokenizer import load_tokenizer
 from runner.data.reading.example import FEATURES
 from runner.data.reading.records import is_compressed
@@ -69,8 +70,8 @@ def data(gptj, workdir: Path, tokenizer_folder: Path):
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink documents, pieces and chunks, so that the texts act as if they were gigabytes."""
-    monkeypatch.setattr(sources, "LONG", 200)
-    monkeypatch.setattr(sources, "PIECE", 32)
+    monkeypatch.setattr(document, "LONG", 200)
+    monkeypatch.setattr(document, "PIECE", 32)
     monkeypatch.setattr(long_line, "_LONG_STRING", 20)
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 100)
 
@@ -254,7 +255,7 @@ def test_a_bad_line_stops_or_is_counted(case: str, padding: int, data, tokens, s
     if padding:
         line = line[:-1] + b" " * padding + line[-1:]
     Path("a.jsonl").write_bytes(_lines(["one"]) + line + b"\n" + _lines(["two"]))
-    _refused(data("pile", "a.jsonl"), 1, f"a.jsonl:2: {words}", "hint: fix the document")
+    _refused(data("pile", "a.jsonl"), 1, f"a.jsonl:2: {words}", "hint: ")
     done = data("pile", "a.jsonl", "--on-error", "skip")
     assert done.code == 0, done.stderr
     assert f"skipped: a.jsonl:2: {words}" in done.stderr

@@ -14,6 +14,7 @@ from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from runner.data.making.tokenizer import load_tokenizer
 from runner.data.reading.records import read_records
 from tests.conftest import write_records
+from tests.unit.test_input_fn import write_text_records
 
 LENGTH, END, SEPARATOR = 48, 50256, 50257
 PAIRS = [(f"Town {n} met <b>today</b> and decided much. " * 2, f"Town {n}.") for n in range(9)]
@@ -80,6 +81,18 @@ def test_folders_of_records(made, gptj):
     done = gptj("data", "inspect", "empty")
     assert done.code == 2
     assert "empty: holds neither *.tfrecord* nor *.h5" in done.stderr
+
+
+def test_records_of_the_original_trainer(workdir: Path, gptj):
+    (workdir / "set").mkdir()
+    write_text_records(workdir / "set/a.tfrecords", [[1, 2, 3], [4, 5, 6]])
+    (workdir / "set.index").write_text("set/a.tfrecords\n")
+    for place in ("set", "set.index"):
+        done = gptj("data", "inspect", place, "--json")
+        assert done.code == 0, done.stderr
+        assert (done.json["examples"], done.json["max_sequence_length"]) == (2, 2)
+        assert done.json["counted_share"] == 1
+    assert "⟦5 6⟧" in gptj("data", "inspect", "set.index").stdout
 
 
 def _flip(path: Path, at: int) -> None:

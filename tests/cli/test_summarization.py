@@ -167,6 +167,25 @@ def test_lengths_are_compared_in_tokens_or_in_bytes(data, tokenizer_folder: Path
     assert second[0][1] == tokenizer.encode(plain).ids[0]
 
 
+def test_longer_abstracts_are_counted_or_kept(data):
+    Path("pairs.bin").write_bytes(_binary([("one", "two three four"), ("one two", "three")]))
+    done = data("pairs.bin", "--out", "a")
+    assert done.json["left_out"] == {"with an abstract longer than the article": 1}
+    assert "1 with an abstract longer than the article" in done.stderr
+    done = data("pairs.bin", "--out", "b", "--allow-longer-abstracts")
+    assert (done.json["left_out"], len(_ids("b"))) == ({}, 2)
+    done = data("pairs.bin", "--out", "c", "--allow-longer-abstracts", "--compare-bytes")
+    assert done.code == 2
+
+
+def test_missing_keys_are_named(data):
+    Path("a.jsonl").write_text('{"text": "a", "summary": "b"}\n')
+    done = data("a.jsonl")
+    assert done.code == 1
+    assert "a.jsonl:1: has no article, found 'text', 'summary'" in done.stderr
+    assert "hint: name the keys with --article-column" in done.stderr
+
+
 def _ids(folder: str) -> list[list[int]]:
     spec = {FEATURES[0]: tf.io.VarLenFeature(tf.int64)}
     paths = [str(p) for p in Path(folder).glob("*.tfrecord")]

@@ -29,10 +29,13 @@ OPTIONS = {
         "--dry-run", "--saturate", "--resume", "--force",
     },
     "data inspect": {"--tokenizer", "--samples", "--html"},
+    "data instruct": BUILDING | {
+        "--template", "--columns", "--train-on-prompt", "--packing", "--too-long",
+    },
     "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},
     "data summarization": BUILDING | DOWNLOADING | {
         "--article-column", "--summary-column", "--truncate-article", "--compare-bytes",
-        "--test-set",
+        "--allow-longer-abstracts", "--test-set",
     },
     "data text": BUILDING | PACKING | {"--glob"},
     "doctor": {"--plan"},

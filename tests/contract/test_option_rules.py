@@ -21,6 +21,7 @@ CHOOSES = {
 #: What a command cannot do without.
 REQUIRED = {
     "convert": ("--to", "tf"),
+    "data instruct": ("--tokenizer", "t"),
     "data pile": ("--tokenizer", "t"),
     "data summarization": ("--tokenizer", "t"),
     "data text": ("--tokenizer", "t"),

@@ -36,6 +36,9 @@ def reader(workdir: Path) -> Path:
     pair = {"article": TEXT[:900], "highlights": "a fox jumps"}
     for path in ("cnn-dailymail/train.jsonl", "my-pairs.jsonl"):
         Path(path).write_text(json.dumps(pair) + "\n")
+    task = {"instruction": "Name three colors.", "input": "", "output": "Red, green, blue."}
+    Path("alpaca_data.json").write_text(json.dumps([task] * 60, indent=4))
+    Path("faq.csv").write_text("question,answer\n" + "What is it?,A fox.\n" * 20)
     return workdir
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
-from gptj_model.errors import ConfigError, DataFault
+from gptj_model.errors import ConfigError, DataFault, UsageError
 from runner.config.params import InputParams
 from runner.data.making.build import Options, build
 from runner.data.making.sources import Part
@@ -97,6 +97,54 @@ def test_what_the_model_gets(reading):
     assert ids.shape == ignored.shape == labels.shape == (4, LENGTH)
     assert np.array_equal(ignored, [[0, 0, 0, 1]] * 4)
     assert np.array_equal(labels, ids + 1)
+
+
+def write_text_records(path: Path, rows: list[list[int]]) -> None:
+    """Write records as `create_finetune_tfrecords.py` of mesh-transformer-jax does."""
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for row in rows:
+            values = tf.train.Feature(int64_list=tf.train.Int64List(value=row))
+            features = tf.train.Features(feature={"text": values})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+
+
+def test_records_of_the_original_trainer(tmp_path: Path, reading, monkeypatch):
+    rows = [[10 * n + k for k in range(LENGTH + 1)] for n in range(6)]
+    (tmp_path / "set").mkdir()
+    write_text_records(tmp_path / "set/a_6.tfrecords", rows)
+    index = tmp_path / "set.train.index"
+    index.write_text("set/a_6.tfrecords\n\n")
+    for place in (tmp_path / "set", index):
+        found = reading(data_dir=[str(place)], batch_size=2, shuffle=False, repeat=False)
+        batches = list(found)
+        assert np.array_equal(np.concatenate([b[0] for b in batches]), [r[:-1] for r in rows])
+        assert np.array_equal(np.concatenate([b[2] for b in batches]), [r[1:] for r in rows])
+        assert not np.any([b[1] for b in batches])
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")  # then the folder of the index counts
+    assert len(_numbers(reading(data_dir=[str(index)], shuffle=False, repeat=False))) == 1
+    with pytest.raises(DataFault, match="input_ids has 4 tokens, expected max_sequence_length"):
+        reading(data_dir=[str(index)], max_sequence_length=5)
+    write_records(tmp_path / "set/b.tfrecords", [[[1] * LENGTH] * 3])
+    with pytest.raises(DataFault, match=r"a_6.tfrecords holds records of text, .*b.tfrecords of"):
+        reading(data_dir=[str(tmp_path / "set")])
+    write_text_records(tmp_path / "set/b.tfrecords", [[1, 2, 3, 4, VOCAB]])
+    with pytest.raises(DataFault, match=r"b\.tfrecords: record 0 at byte 0: labels holds 50400"):
+        reading(data_dir=[str(tmp_path / "set")])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("gs://bucket/a.tfrecords\n", "lists gs://bucket/a.tfrecords, which is not a file here"),
+        ("a.tfrecords", "lists a.tfrecords, which is not a file here"),
+        ("\n", "lists no file"),
+    ],
+)
+def test_an_index_without_its_files(content: str, words: str, tmp_path: Path, reading):
+    (tmp_path / "a.index").write_text(content)
+    with pytest.raises((UsageError, DataFault), match=words):
+        reading(data_dir=[str(tmp_path / "a.index")])
 
 
 def test_every_epoch_is_shuffled_otherwise_and_nothing_else_matters(reading):

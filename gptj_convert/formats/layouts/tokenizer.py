@@ -92,6 +92,8 @@ class LoadedTokenizer:
     """Whether the name of a special token in a text is treated as text, according to its files."""
     notes: tuple[str, ...]
     """Notes for the user about parts that are read differently from how they are written."""
+    named: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Names of special tokens by their keys, such as `eos_token`."""
 
 
 def read_tokenizer(path: Path) -> LoadedTokenizer:
@@ -169,6 +171,7 @@ class _Reading:
             tokenizer.token_to_id(name),
             bool(self._config.get("split_special_tokens", False)),
             tuple(self._notes),
+            {key: str(_content(named[key])) for key in _NAMED if named.get(key) is not None},
         )
 
     def _read(self, name: str) -> dict[str, Any] | None:

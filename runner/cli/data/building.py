@@ -85,6 +85,7 @@ def build_records(
     check_processes(processes)
     for file in (f for part in parts for f in part.files):
         refuse_overlap(out, file, [file])
+    _note_compression(output, [f for part in parts for f in part.files])
     options = Options(
         format=file_format,
         compress=compress,
@@ -99,12 +100,31 @@ def build_records(
         output.note(f"reused {result.kept_files} record files of the interrupted run")
     for name, counts in result.counts.items():
         output.note(_summary(name, counts, recipe.length))
+        for shape, number in counts.shapes.items():
+            output.note(f"{name + ': ' if name else ''}{number:,} documents of the shape {shape}")
+        if counts.special_names:
+            output.note(
+                f"note: {name + ': ' if name else ''}the texts hold {counts.special_names:,} names "
+                f"of special tokens, such as <|endoftext|>, which are read as text; "
+                "--allow-special reads them as tokens"
+            )
     output.data(str(out))
     return {"output": str(out), **_fields(result.counts.values())} | (
         {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
         if any(result.counts)
         else {}
     )
+
+
+def _note_compression(output: Output, files: Sequence[Path]) -> None:
+    """Note which files are compressed in another way than their names say."""
+    from runner.data.making.sources import misnamed_files
+
+    notes = misnamed_files(files)
+    for note in notes[:_NAMED]:
+        output.note(f"note: {note}")
+    if len(notes) > _NAMED:
+        output.note(f"note: … and {len(notes) - _NAMED} more files with such names")
 
 
 def _progress(
@@ -143,6 +163,7 @@ def _rates(event: Packing) -> str:
 
 def _summary(name: str, counts: Counts, length: int) -> str:
     left_out = "".join(f", {count:,} {rule}" for rule, count in sorted(counts.left_out.items()))
+    left_out += f", {counts.cut:,} cut" if counts.cut else ""
     return (
         f"{name + ': ' if name else ''}{counts.documents:,} documents ({counts.skipped} skipped"
         f"{left_out}), {counts.bytes / 1e6:.1f} MB → {counts.tokens:,} tokens in "
@@ -152,10 +173,11 @@ def _summary(name: str, counts: Counts, length: int) -> str:
 
 def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
     """Return the counts of all parts added up, for the JSON object."""
-    total: dict[str, Any] = {"left_out": {}}
+    total: dict[str, Any] = {"left_out": {}, "shapes": {}}
     for counts in map(asdict, parts):
-        for rule, count in counts.pop("left_out").items():
-            total["left_out"][rule] = total["left_out"].get(rule, 0) + count
+        for name in ("left_out", "shapes"):
+            for rule, count in counts.pop(name).items():
+                total[name][rule] = total[name].get(rule, 0) + count
         counts.pop("places")
         for name, value in counts.items():
             total[name] = total.get(name, 0) + value

@@ -10,6 +10,7 @@ import rich_click as click
 from runner.cli.data.building import build_records, find_or_fetch, named_sources
 from runner.cli.data.download import PILE, SUMMARIES, downloading_options
 from runner.cli.data.inspect import inspect
+from runner.cli.data.instruct import instruct
 from runner.cli.data.options import building_options, packing_options, rules
 from runner.cli.shared.command import command
 from runner.cli.shared.output import Output
@@ -34,14 +35,15 @@ def data() -> None:
     "--text-key",
     default="text",
     show_default=True,
-    help="Key of the text in each JSON line, or column of a .parquet file.",
+    help="Key of the text in each object, or column of a table.",
 )
 def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: Any) -> dict:
-    """Pack documents into records; a document is a JSON line, a row or a whole .txt file.
+    """Pack documents into records; a document is an object, a row or a whole .txt file.
 
-    SRC are files or folders of .jsonl, .txt (also .gz, .zst) and .parquet. Parts called train,
-    val and test become folders of these names in the output. With --download, SRC is the folder
-    that raw files are fetched into, and only the chosen parts of it are read.
+    SRC are files or folders of .jsonl, .json, .csv, .tsv, .txt (also compressed), .parquet and
+    .arrow. Parts called train, val and test become folders of these names in the output. With
+    --download, SRC is the folder that raw files are fetched into, and only the chosen parts of it
+    are read.
     """
     from runner.data.making.sources import by_split
 
@@ -54,7 +56,11 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
 @command(
     "gptj data summarization train.jsonl --tokenizer gpt-j-6b",
     "gptj data summarization --download --part train --tokenizer gpt-j-6b --truncate-article",
-    rules=rules(packing=False, downloading=True),
+    rules=rules(
+        packing=False,
+        downloading=True,
+        exclusive=(("--compare-bytes", "--allow-longer-abstracts"),),
+    ),
 )
 @downloading_options(SUMMARIES)
 @building_options
@@ -80,6 +86,11 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
     "instead of more tokens.",
 )
 @click.option(
+    "--allow-longer-abstracts",
+    is_flag=True,
+    help="Keep a pair whose abstract is longer than its article, instead of leaving the pair out.",
+)
+@click.option(
     "--test-set",
     is_flag=True,
     help="Take every pair unshortened, as is always done with files called test.",
@@ -91,15 +102,17 @@ def summarization(
     summary_column: str | None,
     truncate_article: bool,
     compare_bytes: bool,
+    allow_longer_abstracts: bool,
     test_set: bool,
     **options: Any,
 ) -> dict:
     """Make one example of each article with its summary.
 
-    SRC are files or folders of .bin (the reference's), .jsonl (also .gz, .zst) and .parquet. A
-    pair is left out, and counted, if a side is empty, if the abstract is longer than the article,
-    or if the pair is too long. Test sets are taken whole or refused. With --download, SRC is the
-    folder that raw files are fetched into, and only the chosen parts of it are read.
+    SRC are files or folders of .bin (the reference's), .jsonl, .json, .csv, .tsv (also
+    compressed), .parquet and .arrow. A pair is left out, and counted, if a side is empty, if the
+    abstract is longer than the article, or if the pair is too long. Test sets are taken whole or
+    refused. With --download, SRC is the folder that raw files are fetched into, and only the
+    chosen parts of it are read.
     """
     from runner.data.making.sources import by_split
     from runner.data.making.summarization import ABSTRACT, PairOptions, SummarizationRecipe
@@ -114,6 +127,7 @@ def summarization(
             abstract=summary_column or ABSTRACT,
             truncate_article=truncate_article,
             compare_bytes=compare_bytes,
+            allow_longer=allow_longer_abstracts,
             test=test_set,
         )
     )
@@ -168,5 +182,5 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
     )
 
 
-for _command in (pile, summarization, text, inspect):
+for _command in (pile, summarization, text, instruct, inspect):
     data.add_command(_command)

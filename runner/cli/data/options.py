@@ -108,12 +108,15 @@ packing_options = options(
 )
 
 
-def rules(*, packing: bool, downloading: bool) -> OptionRules:
+def rules(
+    *, packing: bool, downloading: bool, exclusive: tuple[tuple[str, ...], ...] = ()
+) -> OptionRules:
     """Return the rules of a command that makes records.
 
     Args:
         packing: whether it has `packing_options`.
         downloading: whether it has the options of `runner.cli.data.download`.
+        exclusive: groups of its own options of which one at most may be given.
     """
     needs: dict[str, str] = {}
     if packing:
@@ -124,5 +127,5 @@ def rules(*, packing: bool, downloading: bool) -> OptionRules:
         mode=lambda values: f"--format {values['file_format']}",
         takes={"--format tfrecord": ("--gzip",), "--format hdf5": ()},
         needs=needs,
-        exclusive=(("--resume", "--force"),),
+        exclusive=(("--resume", "--force"), *exclusive),
     )

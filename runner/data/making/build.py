@@ -27,8 +27,9 @@ from gptj_convert.files.output_folder import PartialFolder, sync
 from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_folder
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
-from runner.data.making.encoding import Encoded, Encoder, Encoding, chunks
-from runner.data.making.sources import Part, Problem, Reading, read
+from runner.data.making.documents.document import Problem, Reading
+from runner.data.making.encoding import TOO_LONG, Encoded, Encoder, Encoding, chunks
+from runner.data.making.sources import Part, read
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
@@ -37,6 +38,7 @@ TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
 #: Largest number of malformed documents whose places are recorded.
 _PLACES = 100
+_SKIP_HINT = "fix the document, or skip it with `--on-error skip`"
 
 
 class Assembler(Protocol):
@@ -109,6 +111,12 @@ class Counts:
     """Number of malformed documents that were skipped."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Number of documents that a rule left out, by the name of the rule."""
+    cut: int = 0
+    """Number of documents that were cut to the length of an example."""
+    special_names: int = 0
+    """Number of names of special tokens in the texts that were read as text."""
+    shapes: dict[str, int] = field(default_factory=dict)
+    """Number of documents by their shape, where documents have one."""
     bytes: int = 0
     """Size of the text in UTF-8."""
     tokens: int = 0
@@ -121,10 +129,15 @@ class Counts:
     def add(self, encoded: Encoded) -> None:
         """Add the counts of a chunk."""
         self.documents += encoded.documents
-        self.skipped += len(encoded.problems)
+        self.skipped += sum(not problem.reason for problem in encoded.problems)
+        self.cut += encoded.cut
+        for shape, count in encoded.shapes.items():
+            self.shapes[shape] = self.shapes.get(shape, 0) + count
+        self.special_names += encoded.special_names
         self.bytes += encoded.bytes
         self.tokens += encoded.tokens
-        for rule, count in encoded.left_out.items():
+        rules = [problem.reason for problem in encoded.problems if problem.reason]
+        for rule, count in [*encoded.left_out.items(), *((rule, 1) for rule in rules)]:
             self.left_out[rule] = self.left_out.get(rule, 0) + count
         room = _PLACES - len(self.places)
         self.places += map(str, encoded.problems[: max(room, 0)])
@@ -319,11 +332,21 @@ class _PartWriter:
                     self._partial(self._path).unlink(missing_ok=True)
         self.counts.examples, self.counts.files = self._made, len(self.written)
         if not self._made:
-            raise DataFault(
-                f"{', '.join(map(str, self._part.files[:3]))}: too little text for one example of "
-                f"{self._recipe.length} tokens",
-                hint="name more files, or choose a smaller --max-sequence-length",
-            )
+            raise self._nothing()
+
+    def _nothing(self) -> DataFault:
+        where = ", ".join(map(str, self._part.files[:3]))
+        reasons = self.counts.left_out | (
+            {"malformed": self.counts.skipped} if self.counts.skipped else {}
+        )
+        if reasons:
+            why = ", ".join(f"{count:,} {rule}" for rule, count in sorted(reasons.items()))
+            hint = "choose a larger --max-sequence-length" if TOO_LONG in reasons else None
+            return DataFault(f"{where}: every document was left out: {why}", hint=hint)
+        return DataFault(
+            f"{where}: too little text for one example of {self._recipe.length} tokens",
+            hint="name more files, or choose a smaller --max-sequence-length",
+        )
 
     def _write(self, processes: int) -> Iterator[_Done | SkippedDocument]:
         done = 0
@@ -341,9 +364,7 @@ class _PartWriter:
                 end = number + 1
                 for problem in encoded.problems:
                     if not self._options.skip_bad:
-                        raise DataFault(
-                            str(problem), hint="fix the document, or skip it with `--on-error skip`"
-                        )
+                        raise DataFault(str(problem), hint=problem.hint or _SKIP_HINT)
                     yield SkippedDocument(problem)
                 before = asdict(self.counts)
                 self.counts.add(encoded)

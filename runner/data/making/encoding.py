@@ -22,12 +22,15 @@ import numpy as np
 import orjson
 
 from gptj_model.errors import MemoryFault, UsageError
+from runner.data.making.documents.document import Problem, Raw, not_utf8
 from runner.data.making.long_line import Damaged
-from runner.data.making.sources import Problem, Raw, not_utf8
 
 #: Number of bytes, and number of documents, that complete a chunk.
 CHUNK_BYTES = 2**19
 CHUNK_DOCUMENTS = 4096
+
+#: Reason for leaving out a document that is longer than an example.
+TOO_LONG = "too long"
 
 Chunk = list[Raw | Problem]
 
@@ -46,6 +49,12 @@ class Encoded:
     """Documents that could not be read."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Number of documents that a rule left out, by the name of the rule."""
+    cut: int = 0
+    """Number of documents that were cut to the length of an example."""
+    special_names: int = 0
+    """Number of names of special tokens in the texts that were read as text."""
+    shapes: dict[str, int] = field(default_factory=dict)
+    """Number of documents by their shape, where documents have one."""
 
 
 class Encoder(Protocol):
@@ -171,14 +180,19 @@ def parse_object(line: bytes) -> object:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as e:
-        raise Damaged(f"is not JSON: {e.msg} (column {e.colno})") from None
+        # The parser may name the end of the data, which is past the last line.
+        lines = line.rstrip().count(b"\n")
+        raise Damaged(
+            f"is not JSON: {e.msg} (column {e.colno})", line=min(e.lineno - 1, lines)
+        ) from None
 
 
 def problem(item: Raw | Problem, damaged: Damaged) -> Problem:
     """Return the damage of a document as a problem with its place."""
     if isinstance(item, Problem):
         return item
-    return Problem(f"{item.path}:{item.place + damaged.line}", str(damaged))
+    where = f"{item.path}:{item.place + damaged.line}"
+    return Problem(where, str(damaged), damaged.hint, damaged.reason)
 
 
 def decode(item: Raw) -> str:

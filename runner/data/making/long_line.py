@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,9 @@ _MAX_REST = 8 * 2**20
 #: Largest number of bytes that encode one character: two escaped surrogates.
 _LONGEST_CHARACTER = 12
 
+#: Largest number of keys that an error names, and characters of one.
+_NAMES, _LONGEST_NAME = 12, 40
+
 #: The inside of a string, up to its end or the end of the buffer.
 _INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
@@ -31,11 +34,17 @@ class Damaged(Exception):
 
     Attributes:
         line: line of the damage, counted from 0 at the first line of the document.
+        hint: command or option that helps, if one is known.
+        reason: name of the rule that a sound document breaks; None for a malformed document.
     """
 
-    def __init__(self, text: str, *, line: int = 0) -> None:
+    def __init__(
+        self, text: str, *, line: int = 0, hint: str | None = None, reason: str | None = None
+    ) -> None:
         super().__init__(text)
         self.line = line
+        self.hint = hint
+        self.reason = reason
 
 
 class LongLine:
@@ -159,11 +168,18 @@ def string_of(values: Any, key: str) -> str:
     if not isinstance(values, dict):
         raise Damaged(f"holds {json_kind(values)}, expected an object")
     if key not in values:
-        raise Damaged(f"has no {key!r}")
+        raise Damaged(f"has no {key!r}, found {names(values)}")
     text = values[key]
     if not isinstance(text, str):
         raise Damaged(f"{key!r} is {json_kind(text)}, expected a string")
     return text
+
+
+def names(keys: Iterable[str]) -> str:
+    """Return the keys of an object, or the columns of a table, for an error message."""
+    shown = [repr(key if len(key) <= _LONGEST_NAME else f"{key[:_LONGEST_NAME]}…") for key in keys]
+    more = ", …" if len(shown) > _NAMES else ""
+    return ", ".join(shown[:_NAMES]) + more if shown else "no key"
 
 
 def json_kind(value: Any) -> str:

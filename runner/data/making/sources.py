@@ -6,86 +6,45 @@ pieces, and it is read twice, so that nothing of a damaged document is used.
 
 from __future__ import annotations
 
-import codecs
-import gzip
+import json
 import re
 import struct
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from gptj_model.errors import DataFault
+from runner.data.making.documents import document
+from runner.data.making.documents.document import Form, Problem, Raw, Reading, damage, too_long
+from runner.data.making.documents.json_lists import Elements, begins_list
+from runner.data.making.documents.streams import COMPRESSED, Stream, damages, in_words, misnamed
+from runner.data.making.documents.tables import read_arrow, read_csv, read_parquet
+from runner.data.making.documents.texts import in_pieces, read_whole
 from runner.data.making.long_line import Damaged, LongLine
-from runner.data.making.pieces import pieces
 
-#: Size in bytes from which a document is read in pieces, and the size of a piece.
-LONG = 8 * 2**20
-PIECE = 2**19
-#: Largest window of a zstandard frame in bytes, as a power of 2.
-_ZSTD_WINDOW_LOG = 27
-
-JSON_LINES = (".jsonl", ".json")
+JSON = ".json"
+JSON_LINES = (".jsonl", JSON)
 TEXTS = (".txt",)
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet",)
+ARROW = (".arrow",)
 BINARY = (".bin",)
-COMPRESSED = (".gz", ".zst", ".zstd")
+
+#: Names of files that describe a data set, and are not part of it.
+_DESCRIPTIONS = (
+    "data_params.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+)
+#: The description of a folder that `datasets.save_to_disk` has written.
+_STATE_FILE = "state.json"
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 _SPLIT = re.compile(r"(?:(train)|(val|valid|validation|dev)|(test))(?![a-z])", re.IGNORECASE)
-
-
-class Form(Enum):
-    """Encoding of a document's bytes."""
-
-    JSON = "an object"
-    TEXT = "UTF-8"
-    EXAMPLE = "a tf.train.Example"
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A document, or a piece of one."""
-
-    data: bytes
-    form: Form
-    path: str
-    place: int
-    """Line of the document, from 1; or number of its record or row, from 0."""
-    more: bool = False
-    """Whether the document continues in the next item."""
-
-    @property
-    def where(self) -> str:
-        """Place of the document, as error messages show it."""
-        return f"{self.path}:{self.place}"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A malformed document."""
-
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """How documents are read from files."""
-
-    columns: tuple[str, ...] = ("text",)
-    """Columns to read from a JSON object or a row of a table. Each entry may list alternatives
-    separated by `|`, as in `highlights|summary`, of which the first that exists is read."""
-    whole_files: bool = False
-    """Read every file as one document; only compression is inferred from its name."""
-    spool: Path
-    """Folder for documents that are too long for memory."""
 
 
 def find_source_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[tuple[Path, Path]]:
@@ -103,16 +62,68 @@ def find_source_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[
             found.setdefault(source, Path(source.name))
         elif source.is_dir():
             inside = {p for pattern in patterns for p in source.rglob(pattern) if p.is_file()}
-            for path in sorted(inside):
+            rows = any(pattern.endswith(ARROW) for pattern in patterns)
+            for path in sorted(_of_data_sets(inside) if rows else inside):
                 found.setdefault(path, path.relative_to(source))
         else:
             raise DataFault(f"{source}: not found, expected a file or a folder")
     if not found:
+        shown = ", ".join(p for p in patterns if not p.endswith(tuple(COMPRESSED)))
         raise DataFault(
-            f"{', '.join(map(str, sources))}: holds no file that matches {', '.join(patterns)}",
+            f"{', '.join(map(str, sources))}: holds no file that matches {shown or patterns[0]}",
             hint="name the files, or see `gptj data --help` for the formats that can be read",
         )
     return list(found.items())
+
+
+def _of_data_sets(paths: set[Path]) -> set[Path]:
+    """Return the paths without descriptions of data sets and Arrow files that these leave out.
+
+    Raises:
+        DataFault: a file that a description lists is missing, or the description is damaged.
+    """
+    kept = {p for p in paths if p.name not in _DESCRIPTIONS and p.name[0] != "."}
+    for folder in {p.parent for p in kept if p.suffix in ARROW}:
+        if (state := folder / _STATE_FILE).is_file():
+            listed = _listed(state)
+            for path in listed:
+                if not path.is_file():
+                    raise DataFault(f"{path}: not found, but {state} lists it")
+            # A cache of `datasets` may lie beside the files of the set.
+            kept -= {p for p in kept if p.parent == folder and p.suffix in ARROW}
+            kept |= listed
+    return kept
+
+
+def _listed(state: Path) -> set[Path]:
+    try:
+        values = json.loads(state.read_bytes())
+        indices = values.get("_indices_files") or values.get("_indices_data_files")
+        listed = {state.parent / Path(file["filename"]).name for file in values["_data_files"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataFault(
+            f"{state}: lists no files, expected the description of `datasets.save_to_disk`"
+        ) from None
+    if indices:
+        raise DataFault(
+            f"{state}: the data set is a selection of its rows, which only `datasets` can read",
+            hint="save it again after `flatten_indices()`",
+        )
+    return listed
+
+
+def misnamed_files(paths: Iterable[Path]) -> list[str]:
+    """Return a note on each file of text that is compressed in another way than its name says.
+
+    Raises:
+        DataFault: a file cannot be read.
+    """
+    tables = (*PARQUET, *ARROW, *BINARY)
+    try:
+        found = [misnamed(path) for path in paths if path.suffix.lower() not in tables]
+    except OSError as e:
+        raise DataFault(f"{e.filename}: cannot be read: {e.strerror}") from None
+    return [note for note in found if note]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +166,7 @@ def split_of(relative: Path) -> str:
 
 def read(
     paths: Iterable[Path], reading: Reading, tell: Callable[[int], None] = lambda n: None
-) -> Iterator[Raw | Problem]:
+) -> Generator[Raw | Problem, None, None]:
     """Yield every document of the files, in order.
 
     Args:
@@ -181,83 +192,68 @@ def _reader(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSED]
     kind = suffixes[-1] if suffixes else ""
     if reading.whole_files or kind in TEXTS:
-        return _whole(path)
+        return read_whole(path)
     if kind in JSON_LINES:
-        return _lines(path, reading)
+        return _json(path, reading, may_be_list=kind == JSON)
+    if kind in DELIMITERS:
+        return read_csv(path, delimiter=DELIMITERS[kind])
     if kind in PARQUET:
-        return _rows(path, reading)
+        return read_parquet(path, reading)
+    if kind in ARROW:
+        return read_arrow(path, reading)
     if kind in BINARY:
         return _binary(path)
-    known = ", ".join((*JSON_LINES, *TEXTS, *PARQUET, *BINARY))
+    known = ", ".join((*JSON_LINES, *TEXTS, *DELIMITERS, *PARQUET, *ARROW, *BINARY))
     raise DataFault(
         f"{path}: unknown format, expected a name that ends in one of {known}, "
-        f"optionally followed by one of {', '.join(COMPRESSED)} for JSON lines and text"
+        f"optionally followed by one of {', '.join(COMPRESSED)} for text"
     )
 
 
-class _Stream:
-    """A file, decompressed as it is read, with the position in the compressed file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._raw = path.open("rb")
-        suffix = path.suffix.lower()
-        if suffix == ".gz":
-            self.file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw, mode="rb"))
-        elif suffix in (".zst", ".zstd"):
-            from backports.zstd import DecompressionParameter, ZstdFile
-
-            options = {int(DecompressionParameter.window_log_max): _ZSTD_WINDOW_LOG}
-            self.file = cast(BinaryIO, ZstdFile(self._raw, options=options))
-        else:
-            self.file = self._raw
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def close(self) -> None:
-        self.file.close()
-        self._raw.close()
-
-
-def _damages() -> tuple[type[Exception], ...]:
-    """Return what decompressors raise at damaged data; other exceptions come from the disk."""
-    from backports.zstd import ZstdError
-
-    return (EOFError, zlib.error, gzip.BadGzipFile, ZstdError)
-
-
-def _lines(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]:
+def _json(
+    path: Path, reading: Reading, *, may_be_list: bool
+) -> Iterator[tuple[Raw | Problem, int]]:
     number = 0
-    with closing(_Stream(path)) as stream:
+    with closing(Stream(path)) as stream:
         try:
-            while line := stream.file.readline(LONG):
+            head = stream.begin()
+            if may_be_list and begins_list(head):
+                yield from _list(path, stream)
+                return
+            while line := stream.file.readline(document.LONG):
                 number += 1
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if len(line) >= LONG and not line.endswith(b"\n"):
+                if may_be_list and number == 1 and line.strip() == b"{":
+                    raise Damaged("holds one object over several lines, expected a list of objects")
+                if len(line) >= document.LONG and not line.endswith(b"\n"):
                     for item in _long_line(stream.file, line, number, path, reading):
                         yield item, stream.tell()
                 elif not line.isspace():
                     yield Raw(line, Form.JSON, str(path), number), stream.tell()
-        except _damages() as e:
-            what = f"{_damage(e)}; the last good line is {number}"
+        except Damaged as e:
+            yield damage(path, e), stream.tell()
+        except damages() as e:
+            what = f"{in_words(e)}; the last good line is {number}"
             yield Problem(f"{path}:{number + 1}", what), stream.tell()
 
 
-def _damage(error: Exception) -> str:
-    if isinstance(error, EOFError):
-        return "the compressed file is cut: it ends inside a frame"
-    return f"the compressed file is damaged here: {error}"
+def _list(path: Path, stream: Stream) -> Iterator[tuple[Raw | Problem, int]]:
+    blocks = iter(lambda: stream.file.read(document.PIECE), b"")
+    elements = Elements(blocks, document.LONG)
+    try:
+        for line, data in elements:
+            item = too_long(path, line) if data is None else Raw(data, Form.JSON, str(path), line)
+            yield item, stream.tell()
+    except damages() as e:
+        yield Problem(f"{path}:{elements.line}", in_words(e)), stream.tell()
 
 
 def _long_line(
     file: BinaryIO, begun: bytes, number: int, path: Path, reading: Reading
 ) -> Iterator[Raw | Problem]:
-    with closing(LongLine(file, begun, reading.spool, PIECE)) as line:
+    with closing(LongLine(file, begun, reading.spool, document.PIECE)) as line:
         key, *others = reading.columns
-        if others:
-            yield Problem(f"{path}:{number}", f"has more than {LONG} bytes")
+        if others or reading.rows:
+            yield too_long(path, number)
             return
         try:
             texts = line.strings(key)
@@ -266,129 +262,7 @@ def _long_line(
         except Damaged as e:
             yield Problem(f"{path}:{number}", str(e))
             return
-        yield from _in_pieces(texts(), str(path), number)
-
-
-def _in_pieces(texts: Iterable[str], path: str, place: int) -> Iterator[Raw]:
-    last: str | None = None
-    for text in pieces(texts, PIECE):
-        if last is not None:
-            yield Raw(last.encode(), Form.TEXT, path, place, more=True)
-        last = text
-    yield Raw((last or "").encode(), Form.TEXT, path, place)
-
-
-def _whole(path: Path) -> Iterator[tuple[Raw | Problem, int]]:
-    with closing(_Stream(path)) as stream:
-        try:
-            data = stream.file.read(LONG)
-            if len(data) < LONG:
-                yield Raw(data, Form.TEXT, str(path), 1), stream.tell()
-                return
-        except _damages() as e:
-            yield Problem(f"{path}:1", _damage(e)), stream.tell()
-            return
-    for item in _long_text(path, 1, lambda: _blocks(path)):
-        yield item, 0
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with closing(_Stream(path)) as stream:
-        while block := stream.file.read(PIECE):
-            yield block
-
-
-def _long_text(
-    path: Path, place: int, blocks: Callable[[], Iterable[bytes]], *, in_lines: bool = True
-) -> Iterator[Raw | Problem]:
-    line = place
-    try:
-        for text in _decoded(blocks()):
-            line += text.count("\n") if in_lines else 0
-    except UnicodeDecodeError as e:
-        line += bytes(e.object[: e.start]).count(b"\n") if in_lines else 0
-        yield Problem(f"{path}:{line}", not_utf8(e))
-        return
-    except _damages() as e:
-        yield Problem(f"{path}:{line}", _damage(e))
-        return
-    yield from _in_pieces(_decoded(blocks()), str(path), place)
-
-
-def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for block in blocks:
-        yield decoder.decode(block)
-    yield decoder.decode(b"", final=True)
-
-
-def not_utf8(error: UnicodeDecodeError) -> str:
-    """Describe the byte that is not UTF-8."""
-    return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
-
-
-def _rows(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]:
-    import orjson
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    size = path.stat().st_size
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [_column(group, file.schema_arrow.names, path) for group in reading.columns]
-            for name in names:
-                kind = file.schema_arrow.field(name).type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise DataFault(f"{path}: column {name!r} is of type {kind}, expected strings")
-            number, total = 0, max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=64, columns=names):
-                columns = [batch.column(name) for name in names]
-                for n in range(len(batch)):
-                    done = size * number // total
-                    # An empty string has no buffer, just as null has none.
-                    buffers = [c[n].as_buffer() or b"" for c in columns]
-                    nulls = [x for x, c in zip(names, columns, strict=True) if not c[n].is_valid]
-                    if nulls:
-                        what = f"{nulls[0]!r} is null, expected a string"
-                        yield Problem(f"{path}:{number}", what), done
-                    elif len(names) > 1:
-                        row = dict(zip(names, (c[n].as_py() for c in columns), strict=True))
-                        yield Raw(orjson.dumps(row), Form.JSON, str(path), number), done
-                    elif len(buffers[0]) < LONG:
-                        yield Raw(bytes(buffers[0]), Form.TEXT, str(path), number), done
-                    else:
-                        blocks = _slicing(memoryview(buffers[0]))
-                        for item in _long_text(path, number, blocks, in_lines=False):
-                            yield item, done
-                    number += 1
-    except (pa.ArrowException, UnicodeDecodeError) as e:
-        raise DataFault(f"{path}: cannot be read as parquet: {e}") from None
-
-
-def _slicing(data: memoryview) -> Callable[[], Iterator[bytes]]:
-    return lambda: (bytes(data[at : at + PIECE]) for at in range(0, len(data), PIECE))
-
-
-def _column(group: str, names: Sequence[str], path: Path) -> str:
-    for name in group.split("|"):
-        if name in names:
-            return name
-    raise DataFault(
-        f"{path}: has no column {group.replace('|', ' or ')}, found {', '.join(map(repr, names))}",
-        hint="name the columns with the options of the command; see its --help",
-    )
-
-
-def pick(values: Mapping[str, Any], group: str) -> Any:
-    """Return the value of the first name of a group that exists.
-
-    Raises:
-        KeyError: none of the names exists; its argument lists them for people.
-    """
-    for name in group.split("|"):
-        if name in values:
-            return values[name]
-    raise KeyError(group.replace("|", " or "))
+        yield from in_pieces(texts(), str(path), number)
 
 
 def _binary(path: Path) -> Iterator[tuple[Raw | Problem, int]]:
@@ -401,8 +275,8 @@ def _binary(path: Path) -> Iterator[tuple[Raw | Problem, int]]:
                 yield Problem(where, "the file ends inside its length"), offset
                 return
             (length,) = struct.unpack("<q", head)
-            if not 0 <= length < LONG:
-                what = f"claims {length} bytes, expected 0 to {LONG - 1}"
+            if not 0 <= length < document.LONG:
+                what = f"claims {length} bytes, expected 0 to {document.LONG - 1}"
                 yield Problem(where, what), offset
                 return
             data = file.read(length)

@@ -18,10 +18,18 @@ from typing import Any
 import numpy as np
 
 from gptj_model.errors import DataFault, UsageError
-from runner.data.making.encoding import Chunk, Encoded, Encoder, parse_object, problem
-from runner.data.making.long_line import Damaged, json_kind
-from runner.data.making.sources import TEST, Form, Problem, Raw, Reading, pick
-from runner.data.making.tokenizer import end_of_text, facts, loaded
+from runner.data.making.documents.document import Form, Problem, Raw, Reading, pick
+from runner.data.making.encoding import (
+    TOO_LONG,
+    Chunk,
+    Encoded,
+    Encoder,
+    parse_object,
+    problem,
+)
+from runner.data.making.long_line import Damaged, json_kind, names
+from runner.data.making.sources import TEST
+from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded
 from runner.data.reading.example import parse_bytes
 
 #: Separator between article and abstract: an id of GPT-J's vocabulary that no text uses.
@@ -33,7 +41,6 @@ ABSTRACT = "abstract|highlights|summary"
 # Reasons for leaving a pair out, as the counts name them.
 EMPTY = "with an empty side"
 LONGER = "with an abstract longer than the article"
-TOO_LONG = "too long"
 
 
 def example(
@@ -77,7 +84,10 @@ def _text(values: dict[str, Any], group: str) -> str:
     try:
         text = pick(values, group)
     except KeyError as e:
-        raise Damaged(f"has no {e.args[0]}") from None
+        raise Damaged(
+            f"has no {e.args[0]}, found {names(values)}",
+            hint="name the keys with --article-column and --summary-column",
+        ) from None
     if not isinstance(text, str):
         name = group.replace("|", " or ")
         raise Damaged(f"{name} is {json_kind(text)}, expected a string")
@@ -111,6 +121,8 @@ class PairOptions:
     """Shorten the article of a pair that is too long instead of leaving the pair out."""
     compare_bytes: bool = False
     """Compare abstract and article by bytes, as the reference does, instead of by tokens."""
+    allow_longer: bool = False
+    """Keep a pair whose abstract is longer than its article."""
     test: bool = False
     """Treat the pairs as a test set: use every pair, and use it whole."""
 
@@ -134,6 +146,7 @@ class PairEncoder:
         self._options = options
         self._tokenizer = loaded(options.tokenizer, options.allow_special)
         self._end = end_of_text(options.tokenizer)
+        self._names = SpecialNames(self._tokenizer)
         if (size := self._tokenizer.get_vocab_size()) <= SEPARATOR_ID:
             raise UsageError(
                 f"{options.tokenizer}: has {size} tokens, expected GPT-J's 50400: "
@@ -165,6 +178,7 @@ class PairEncoder:
             found.documents += 1
             sizes = len(article.encode()), len(abstract.encode())
             found.bytes += sum(sizes)
+            found.special_names += self._names.count(article) + self._names.count(abstract)
             made = self._example(item, next(ids), next(ids), sizes, found)
             if made is not None:
                 examples.append(made)
@@ -203,7 +217,7 @@ class PairEncoder:
             return EMPTY
         ours = len(article), len(abstract)
         of_article, of_abstract = sizes if self._options.compare_bytes else ours
-        if of_abstract > of_article:
+        if of_abstract > of_article and not self._options.allow_longer:
             return LONGER
         # A shortened article keeps at least one token.
         least = article[:1] if self._options.truncate_article else article
@@ -258,6 +272,7 @@ class SummarizationRecipe:
             "abstract": self.options.abstract,
             "truncate_article": self.options.truncate_article,
             "compare_bytes": self.options.compare_bytes,
+            "allow_longer_abstracts": self.options.allow_longer,
             "test": self.options.test,
         }
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from gptj_model.errors import DataFault
 from runner.data.making import pieces
+from runner.data.making.documents.document import Form, Problem, Raw, Reading
 from runner.data.making.encoding import Chunk, Encoded, Encoder, decode, parse_object, problem
-from runner.data.making.long_line import Damaged, string_of
+from runner.data.making.long_line import Damaged, names, string_of
 from runner.data.making.packing import Packer
-from runner.data.making.sources import Form, Problem, Raw, Reading
-from runner.data.making.tokenizer import end_of_text, facts, loaded, may_cut
+from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded, may_cut
 
 #: Number of characters tokenized in one call: until its id is read, a token takes 100 bytes.
 _TOGETHER = 2**18
@@ -57,6 +57,7 @@ class TextEncoder:
         self._tokenizer = loaded(options.tokenizer, options.allow_special)
         self._end = end_of_text(options.tokenizer)
         self._may_cut = may_cut(self._tokenizer)
+        self._names = SpecialNames(self._tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Return the tokens of a chunk, int32."""
@@ -85,6 +86,7 @@ class TextEncoder:
                 if ends:
                     ids.append(self._end)
                 found.bytes += len(text.encode())
+                found.special_names += self._names.count(text)
         found.units = np.array(ids, np.int32)
         found.tokens = len(ids)
         return found
@@ -93,7 +95,7 @@ class TextEncoder:
         if isinstance(item, Problem):
             raise Damaged(item.what)
         if item.form is Form.JSON:
-            text = string_of(parse_object(item.data), self._options.key)
+            text = self._value(parse_object(item.data))
         elif item.form is Form.TEXT:
             text = decode(item)
         else:
@@ -107,6 +109,15 @@ class TextEncoder:
         if self._options.ftfy:
             text = _repaired(text, self._options.ftfy)
         return wikitext_detokenized(text) if self._options.wikitext_detokenize else text
+
+    def _value(self, values: object) -> str:
+        key = self._options.key
+        if isinstance(values, dict) and key not in values and values:
+            raise Damaged(
+                f"has no {key!r}, found {names(values)}",
+                hint="name the key of the text with `--text-key`",
+            )
+        return string_of(values, key)
 
 
 def _groups(texts: list[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

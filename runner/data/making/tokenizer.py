@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -64,6 +65,32 @@ def _set(found: LoadedTokenizer, allow_special: bool | None) -> Tokenizer:
     return found.backend
 
 
+class SpecialNames:
+    """The names of a tokenizer's special tokens, where they are read as text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.all = {
+            token.content: number
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content
+        }
+        self._begin = os.path.commonprefix(list(self.all))  # noqa: RUF071
+        # Of two names that begin alike, the longer one is found, as tokenizers do.
+        longest = sorted(self.all, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest)))
+        self._are_text = tokenizer.encode_special_tokens
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Return where each name in a text begins and ends."""
+        if not self.all or self._begin not in text:
+            return []
+        return [found.span() for found in self._pattern.finditer(text)]
+
+    def count(self, text: str) -> int:
+        """Return how many names in a text the tokenizer reads as text."""
+        return len(self.find(text)) if self._are_text else 0
+
+
 def notes(folder: Path) -> tuple[str, ...]:
     """Return notes for people on the tokenizer of a folder.
 
@@ -71,6 +98,15 @@ def notes(folder: Path) -> tuple[str, ...]:
         FileFault: see `read_tokenizer`.
     """
     return _read(folder).notes
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Return the names of special tokens by their keys, such as `eos_token`.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    return dict(_read(folder).named)
 
 
 def facts(folder: Path) -> dict[str, Any]:

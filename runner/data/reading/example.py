@@ -26,6 +26,8 @@ INPUT_MASK = "input_mask"
 """On disk 1 on real tokens; the input function passes the inverse to the model."""
 LABELS = "labels"
 FEATURES = (INPUT_IDS, INPUT_MASK, LABELS)
+TEXT = "text"
+"""The only feature of GPT-J's original trainer: max_sequence_length + 1 ids, all of them text."""
 
 #: Number of examples serialized in one pass.
 _TOGETHER = 64
@@ -75,6 +77,14 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
                 np.concatenate(values) if values else np.empty(0, np.int64)
             )
     return found
+
+
+def of_text(example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return an example with the three features, also where it has `TEXT` in their place."""
+    if TEXT not in example or INPUT_IDS in example:
+        return example
+    ids = example[TEXT]
+    return {INPUT_IDS: ids[:-1], INPUT_MASK: np.ones_like(ids[1:]), LABELS: ids[1:]}
 
 
 def parse_bytes(data: bytes) -> dict[str, bytes]:

@@ -13,9 +13,15 @@ import tensorflow as tf
 
 from gptj_model.errors import DataFault
 from runner.config.params import InputParams
-from runner.data.reading.example import FEATURES, INPUT_IDS, INPUT_MASK, LABELS
+from runner.data.reading.example import FEATURES, INPUT_IDS, INPUT_MASK, LABELS, TEXT
 from runner.data.reading.place import Place, check_shares, place_after, whole_batches
-from runner.data.reading.records import check_records, count_records, find_records, is_compressed
+from runner.data.reading.records import (
+    check_records,
+    count_records,
+    find_records,
+    hold_text,
+    is_compressed,
+)
 
 #: Ids int32 (B, T); mask of ignored tokens float32 (B, T), 1 where the loss does not count the
 #: label; labels int32 (B, T).
@@ -103,7 +109,7 @@ def batches(
     repeat = training if params.repeat is None else params.repeat
     shuffle = training if params.shuffle is None else params.shuffle
     last = _ENDLESS if repeat else max(start.epoch, 1)
-    parse = _parser(length, vocab_size)
+    parse = _parser(length, vocab_size, is_text=hold_text(paths))
     dataset = (
         tf.data.Dataset.range(start.epoch, last)
         .flat_map(_epoch(params, paths, start, shuffle=shuffle))
@@ -139,11 +145,17 @@ def _epoch(params: InputParams, paths: list[Path], start: Place, *, shuffle: boo
     return epoch
 
 
-def _parser(length: int, vocab_size: int):
+def _parser(length: int, vocab_size: int, *, is_text: bool):
     features = {name: tf.io.FixedLenFeature([length], tf.int64) for name in FEATURES}
+    if is_text:
+        features = {TEXT: tf.io.FixedLenFeature([length + 1], tf.int64)}
 
     def parse(serialized: tf.Tensor) -> Batch:
         example: dict[str, Any] = tf.io.parse_example(serialized, features)
+        if is_text:
+            ids = example[TEXT]
+            example = {INPUT_IDS: ids[:, :-1], INPUT_MASK: tf.ones_like(ids[:, 1:])}
+            example[LABELS] = ids[:, 1:]
         # Compiled code would silently clamp an id that is out of range.
         for name in (INPUT_IDS, LABELS):
             ids = tf.cast(example[name], tf.uint64)  # a negative id becomes huge

@@ -9,6 +9,8 @@ from pathlib import Path
 from gptj_model.errors import UsageError
 
 PATTERN = "*.tfrecord*"
+#: Suffix of a file that lists record files.
+INDEX_SUFFIX = ".index"
 DATA_HINT = (
     "make records with `gptj data text SRC… --tokenizer DIR --max-sequence-length N --out data`"
 )
@@ -25,7 +27,6 @@ def not_a_folder(path: Path) -> UsageError:
     kind = _kind(path)
     hint = {
         "a record file": f"set data_dir to {path.parent}, whose {PATTERN} are all read",
-        "a list of record files": "set data_dir to the folder that holds the files of the list",
     }.get(kind)
     return UsageError(f"{path}: is {kind}, {expected}", hint=hint or _hint([path]) or DATA_HINT)
 
@@ -47,16 +48,9 @@ def no_records(folders: Iterable[str]) -> UsageError:
 def _kind(path: Path) -> str:
     if path.match(PATTERN):
         return "a record file"
-    if path.suffix == ".index" and _begins_with_names(path):
-        return "a list of record files"
     if path.suffix in _HDF5:
         return "an HDF5 file"
     return "a file"
-
-
-def _begins_with_names(path: Path) -> bool:
-    with path.open("rb") as f:
-        return b".tfrecord" in f.read(4096)
 
 
 def _hint(files: Iterable[Path]) -> str | None:

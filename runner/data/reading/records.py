@@ -20,10 +20,24 @@ import numpy as np
 from crc32c import crc32c
 
 from gptj_convert.formats.containers.leveldb_table import masked
-from gptj_model.errors import DataFault
+from gptj_model.errors import DataFault, UsageError
 from runner.data.reading.data_params import DATA_PARAMS_FILE, RecordFileFacts, stated_files
-from runner.data.reading.example import FEATURES, INPUT_MASK, max_bytes, parse, serialize
-from runner.data.reading.other_data import DATA_HINT, PATTERN, no_records, not_a_folder
+from runner.data.reading.example import (
+    FEATURES,
+    INPUT_MASK,
+    TEXT,
+    max_bytes,
+    of_text,
+    parse,
+    serialize,
+)
+from runner.data.reading.other_data import (
+    DATA_HINT,
+    INDEX_SUFFIX,
+    PATTERN,
+    no_records,
+    not_a_folder,
+)
 
 GZIP_MAGIC = b"\x1f\x8b"
 #: Compression level; slower levels gain little on token ids.
@@ -38,12 +52,17 @@ MAX_RECORD_BYTES = max_bytes(2**20)
 def find_records(folders: Sequence[str]) -> list[Path]:
     """Return every record file of the folders, sorted and checked against data_params.json.
 
+    A folder may also be an index: a file that lists record files.
+
     Raises:
         UsageError: a folder does not exist, or there is no record file at all.
         DataFault: a file is empty, or the files differ from data_params.json.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
+        if is_index(folder):
+            found += listed_records(folder)
+            continue
         if not folder.is_dir():
             raise not_a_folder(folder)
         found += (p for p in folder.glob(PATTERN) if p.is_file() and p.name[0] != ".")
@@ -51,8 +70,61 @@ def find_records(folders: Sequence[str]) -> list[Path]:
         raise no_records(folders)
     found.sort()
     for folder in map(Path, folders):
-        check_files(folder, [p for p in found if p.parent == folder])
+        if not is_index(folder):
+            check_files(folder, [p for p in found if p.parent == folder])
     return found
+
+
+def is_index(path: Path) -> bool:
+    """Return whether a path is an index, as GPT-J's original trainer reads."""
+    return path.suffix == INDEX_SUFFIX and path.is_file()
+
+
+def listed_records(index: Path) -> list[Path]:
+    """Return the record files that an index lists, one in each line.
+
+    A path is relative to the current folder or, if no file is there, to the folder of the index.
+
+    Raises:
+        UsageError: a file does not exist, or is not on this machine.
+        DataFault: a file is empty, or the index lists none.
+    """
+    found: list[Path] = []
+    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not (name := line.strip()):
+            continue
+        places = [Path(name), index.parent / name, index.parent / Path(name).name]
+        path = next((p for p in places if p.is_file()), None)
+        if path is None:
+            raise UsageError(
+                f"{index}: lists {name}, which is not a file here",
+                hint=f"copy the file to {index.parent}, beside the index",
+            )
+        if not path.stat().st_size:
+            raise DataFault(f"{path}: is empty, expected records")
+        found.append(path)
+    if not found:
+        raise DataFault(f"{index}: lists no file, expected paths of {PATTERN}")
+    return found
+
+
+def hold_text(paths: Sequence[Path]) -> bool:
+    """Return whether the records of the files are those of GPT-J's original trainer.
+
+    Raises:
+        DataFault: those of some files are, and those of others are not.
+    """
+    kinds: dict[bool, Path] = {}
+    for path in paths:
+        for _, offset, data in read_records(path, max_bytes=MAX_RECORD_BYTES):
+            kinds.setdefault(TEXT in _parsed(data, f"{path}: record 0 at byte {offset}"), path)
+            break
+    if len(kinds) > 1:
+        raise DataFault(
+            f"{kinds[True]} holds records of {TEXT}, {kinds[False]} of {', '.join(FEATURES)}; "
+            "expected one kind in all files of a section"
+        )
+    return True in kinds
 
 
 def check_files(folder: Path, paths: Sequence[Path]) -> None:
@@ -224,13 +296,17 @@ def read_examples(
     limit = max(max_bytes(length), 1 << 20) if length else MAX_RECORD_BYTES
     for number, offset, data in read_records(path, max_bytes=limit):
         place = f"{path}: record {number} at byte {offset}"
-        try:
-            example = parse(data)
-        except ValueError as e:
-            raise DataFault(f"{place}: is not a tf.train.Example: {e}") from None
+        example = of_text(_parsed(data, place))
         length = length or len(example.get(FEATURES[0], ())) or None
         check_example(example, length or 1, vocab_size, place)
         yield number, example
+
+
+def _parsed(data: bytes, place: str) -> dict[str, np.ndarray]:
+    try:
+        return parse(data)
+    except ValueError as e:
+        raise DataFault(f"{place}: is not a tf.train.Example: {e}") from None
 
 
 def check_records(

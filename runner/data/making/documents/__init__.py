@@ -1,0 +1,1 @@
+"""Documents of source files, by format: streams, lists of JSON and tables."""

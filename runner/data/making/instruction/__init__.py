@@ -1,0 +1,1 @@
+"""Instruction data: shapes of its records, templates, and the loss on completions."""
