@@ -303,8 +303,8 @@ def test_eval_all_gives_every_step(golden_run: Path, gptj):
         (lambda: _folder("raw", "a.jsonl"), ("it holds 1 .jsonl", "gptj data text raw")),
         (lambda: _folder("tokens", "a.npy"), ("it holds 1 .npy", "of other programs")),
         (lambda: _folder("empty"), ("it holds no files",)),
-        (lambda: _listing(), ("is a list of record files",)),
-        (lambda: _foreign(), ("has no input_ids", "it has image, text", "another program")),
+        (lambda: _listing(), ("lists gs://bucket/a.tfrecords, which is not a file here",)),
+        (lambda: _foreign(), ("has no input_ids", "it has image, tokens", "another program")),
     ],
     ids=["file", "hdf5", "texts", "tokens", "empty", "index", "other records"],
 )
@@ -331,7 +331,7 @@ def _foreign() -> str:
 
     Path("foreign").mkdir()
     features = {
-        "text": tf.train.Feature(int64_list=tf.train.Int64List(value=range(9))),
+        "tokens": tf.train.Feature(int64_list=tf.train.Int64List(value=range(9))),
         "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"png"])),
     }
     example = tf.train.Example(features=tf.train.Features(feature=features))
