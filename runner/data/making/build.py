@@ -190,7 +190,7 @@ def build(
     out: Path,
     options: Options,
     *,
-    processes: int = 1,
+    processes: int | None = 1,
     resume: bool = False,
     force: bool = False,
 ) -> Generator[Packing | SkippedDocument | BuildResult, None, None]:
@@ -201,7 +201,8 @@ def build(
         recipe: kind of data to make.
         out: folder to create.
         options: format of the record files and policy for malformed documents.
-        processes: number of processes that encode; the records do not depend on it.
+        processes: number of processes that encode; the records do not depend on it. None leaves
+            it to the recipe's encoder; see `Encoding`.
         resume: resume an interrupted run; a complete `out` of the same job is left as it is.
         force: replace an existing `out`, and discard an interrupted run.
 
@@ -261,7 +262,7 @@ def _write(
     options: Options,
     staging: PartialFolder,
     journal: Journal[RecordFile],
-    processes: int,
+    processes: int | None,
     counts: dict[str, Counts],
 ) -> Iterator[Packing | SkippedDocument]:
     clock = _Clock(sum(_size(part.files) for part in parts))
@@ -324,7 +325,7 @@ class _PartWriter:
         self._writer: RecordWriter | Hdf5Writer | None = None
         self._in_file = 0
 
-    def run(self, processes: int) -> Iterator[_Done | SkippedDocument]:
+    def run(self, processes: int | None) -> Iterator[_Done | SkippedDocument]:
         if not self._complete:
             self._folder.mkdir(exist_ok=True)
             try:
@@ -341,7 +342,7 @@ class _PartWriter:
                 hint="name more files, or choose a smaller --max-sequence-length",
             )
 
-    def _write(self, processes: int) -> Iterator[_Done | SkippedDocument]:
+    def _write(self, processes: int | None) -> Iterator[_Done | SkippedDocument]:
         done = 0
 
         def tell(bytes_read: int) -> None:

@@ -19,7 +19,7 @@ from runner.data.making.long_line import Damaged, string_of
 from runner.data.making.packing import Packer
 from runner.data.making.sources import Form, Problem, Raw, Reading
 from runner.data.making.tokenizer import end_of_text, facts, loaded, may_cut
-from runner.data.tokenizing.backend import Backend, TextTokenizer, TokensDiffer, choose
+from runner.data.tokenizing.backend import GIGATOKEN, Backend, TextTokenizer, TokensDiffer, choose
 
 #: Number of characters from which a text is tokenized in pieces.
 _LONG_TEXT = 2**18
@@ -68,11 +68,13 @@ class TextEncoder:
         tokenizer = loaded(options.tokenizer, options.allow_special)
         self._backend = backend
         self._tokens = TextTokenizer(tokenizer, backend)
+        # Half the bytes to send from process to process.
+        self._type = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
         self._end = np.array([end_of_text(options.tokenizer)], np.int32)
         self._may_cut = may_cut(tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Return the tokens of a chunk, int32.
+        """Return the tokens of a chunk, int32 or uint16.
 
         Raises:
             DataFault: the backend gives other tokens than `tokenizers` for a document.
@@ -100,9 +102,16 @@ class TextEncoder:
         for text, ids, (_, ends) in zip(texts, tokens, whose, strict=True):
             parts += (ids, self._end) if ends else (ids,)
             found.bytes += len(text) if text.isascii() else len(text.encode())
-        found.units = np.concatenate(parts)
+        found.units = np.concatenate(parts, dtype=self._type, casting="unsafe")
         found.tokens = len(found.units)
         return found
+
+    @property
+    def needs_no_process(self) -> bool:
+        """See `ThreadedEncoder`."""
+        options = self._options
+        rewrites = options.ftfy or options.wikitext_detokenize
+        return self._backend.name == GIGATOKEN and not rewrites
 
     def _differ(self, item: Raw) -> DataFault:
         return DataFault(

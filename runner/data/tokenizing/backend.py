@@ -141,14 +141,12 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         is_fast = backend.name == GIGATOKEN
         self._settings = _bare(json.loads(tokenizer.to_str())) if is_fast else ""
-        self._differing = guard.characters(backend.differing)
+        self._differing = guard.Characters(backend.differing)
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         self._added = added
         self._prefix = os.path.commonprefix(added)  # noqa: RUF071 - a prefix of texts is meant
         self._fast: guard.Encode | None = None
         self._seen = self._looked = 0
-        if self._settings:
-            self._begin()
 
     def _begin(self) -> None:
         self._fast = None  # frees the cache before the next one grows
@@ -161,8 +159,10 @@ class TextTokenizer:
         Raises:
             TokensDiffer: the libraries give different ids for a text.
         """
-        if self._fast is None:
+        if not self._settings:
             return self._plain(texts)
+        if self._fast is None:
+            self._begin()
         left = [n for n, text in enumerate(texts) if self._leaves(text)]
         plain = dict(zip(left, self._plain([texts[n] for n in left]), strict=True))
         return [plain[n] if n in plain else self._encode(text, n) for n, text in enumerate(texts)]
@@ -171,9 +171,7 @@ class TextTokenizer:
         """Return whether a text is left to `tokenizers`."""
         if self._added and self._prefix in text and any(word in text for word in self._added):
             return True
-        return bool(
-            self._differing and not text.isascii() and self._differing.search(text) is not None
-        )
+        return not text.isascii() and self._differing.occur_in(text)
 
     def _encode(self, text: str, number: int) -> np.ndarray:
         assert self._fast

@@ -10,7 +10,6 @@ beside it only where both are in one word. So they do not depend on the vocabula
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -134,12 +133,18 @@ def covers_bytes(vocabulary: Iterable[str]) -> bool:
     return set(_signs().values()) <= set(vocabulary)
 
 
-def characters(ranges: Ranges) -> re.Pattern[str] | None:
-    """Return a pattern that finds a character of the ranges, or None without any."""
-    if not ranges:
-        return None
-    inside = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
-    return re.compile(f"[{inside}]")
+class Characters:
+    """Characters of some ranges, found in texts."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        self._are = np.zeros(_LAST + 1, bool)
+        for first, last in ranges:
+            self._are[first : last + 1] = True
+
+    def occur_in(self, text: str) -> bool:
+        """Return whether a text has one of the characters."""
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return bool(self._are.take(points).any())
 
 
 def _signs() -> dict[int, str]:
