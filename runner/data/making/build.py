@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tokenizers import __version__ as tokenizers_version
 
 from gptj_convert.conversion.journal import JOURNAL_FILE, Journal, read_journal
 from gptj_convert.files.digest import digest
@@ -32,11 +34,12 @@ from gptj_convert.files.output_folder import (
 )
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
-from runner.data.making.encoding import Encoded, Encoder, Encoding, chunks
+from runner.data.making.encoding import Chunk, Encoded, Encoder, Encoding, chunks
 from runner.data.making.sources import Part, Problem, Reading, read
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
+from runner.data.tokenizing.backend import Backend, backend_of
 
 TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
@@ -273,7 +276,8 @@ def _write(
             yield clock.progress(part.folder, before, event) if isinstance(event, _Done) else event
         before += _size(part.files)
         counts[part.folder] = work.counts
-        _write_params(staging.content / part.folder, journal.job, part, work)
+        folder = staging.content / part.folder
+        _write_params(folder, journal.job, part, work, backend_of(recipe))
 
 
 class _Clock:
@@ -349,9 +353,16 @@ class _PartWriter:
             nonlocal done
             done = bytes_read
 
+        places: deque[int] = deque()  # bytes read at the end of each chunk that is being encoded
+
+        def noted(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+            for chunk in chunks:
+                places.append(done)
+                yield chunk
+
         assembler = self._recipe.assembler(self._made)
         items = read(self._part.files, self._recipe.reading(self._staging.root), tell)
-        todo = islice(chunks(items), self._first, None)
+        todo = noted(islice(chunks(items), self._first, None))
         skip, end = self._skip, self._first
         with Encoding(self._recipe.encoder(self._part.split), processes) as encoding:
             for number, encoded in enumerate(encoding.map(todo), start=self._first):
@@ -370,7 +381,7 @@ class _PartWriter:
                     self._append(block)
                     if not self._room:
                         self._close(number, len(encoded.units) - assembler.left, before)
-                yield _Done(done, encoded)
+                yield _Done(places.popleft(), encoded)
         if len(block := assembler.finish()):
             self._append(block)
         if self._writer and self._options.write_remainder:
@@ -430,7 +441,8 @@ def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, A
     except OSError as e:
         raise FileFault(f"{e.filename}: cannot be read: {e.strerror}") from None
     how = asdict(options)
-    return {"arguments": {**recipe.arguments, **how}, "sources": sources}
+    arguments = {**recipe.arguments, **how}
+    return {"arguments": arguments, "sources": sources, "tokenizers": tokenizers_version}
 
 
 def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, resume: bool):
@@ -445,6 +457,13 @@ def _check_job(found: Mapping[str, Any], job: Mapping[str, Any], out: Path, *, r
         raise UsageError(
             f"{out}: the interrupted run has other sources or options",
             hint="repeat its arguments, or start from scratch with --force",
+        )
+    # Its edition of Unicode determines the words that a text is split into.
+    if (before := found.get("tokenizers", tokenizers_version)) != tokenizers_version:
+        raise UsageError(
+            f"{out}: the interrupted run has tokens of tokenizers {before}, found version "
+            f"{tokenizers_version}",
+            hint=f"run `pip install tokenizers=={before}`, or start from scratch with --force",
         )
     for folder, files in job["sources"].items():
         for path, state in files.items():
@@ -487,7 +506,9 @@ def _remove_others(staging: PartialFolder, good: Iterable[RecordFile]) -> None:
             path.unlink()
 
 
-def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _PartWriter) -> None:
+def _write_params(
+    folder: Path, job: Mapping[str, Any], part: Part, done: _PartWriter, backend: Backend
+) -> None:
     """Write data_params.json beside the records, and sync the file and its folder."""
     values = {
         "arguments": job["arguments"],
@@ -498,6 +519,8 @@ def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _PartW
             for w in done.written
         },
         "tool": {"name": "gptj", "version": __version__},
+        "tokenizer_backend": {"name": backend.name, "version": backend.version},
+        "tokenizers": tokenizers_version,
     }
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
     (folder / DATA_PARAMS_FILE).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -45,6 +45,21 @@ class Backend:
     """Code points whose texts are left to `tokenizers`."""
     why: str = ""
     """Reason why gigatoken is not used."""
+
+
+@runtime_checkable
+class HasBackend(Protocol):
+    """What chooses a backend; anything else uses `tokenizers`."""
+
+    @property
+    def backend(self) -> Backend:
+        """Library that turns its texts into ids."""
+        ...
+
+
+def backend_of(user: object) -> Backend:
+    """Return the backend that an object uses."""
+    return user.backend if isinstance(user, HasBackend) else _plain("")
 
 
 class TokensDiffer(Exception):
