@@ -22,7 +22,7 @@ from tokenizers import __version__ as tokenizers_version
 
 from runner.data.tokenizing import guard
 
-TOKENIZERS, GIGATOKEN = "tokenizers", "gigatoken"
+NAMES = TOKENIZERS, GIGATOKEN = "tokenizers", "gigatoken"
 
 #: Number of characters given to `tokenizers` in one call: until its id is read, a token takes 100
 #: bytes.
