@@ -53,7 +53,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def same(ours: TextTokenizer, tokenizer: Tokenizer, texts: list[str]) -> None:
     expected = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     for text, ids, encoding in zip(texts, ours.encode(texts), expected, strict=True):
-        assert ids.dtype == np.int32
+        assert ids.dtype == np.uint16
         assert ids.tolist() == encoding.ids, ascii(text)
 
 
@@ -273,6 +273,18 @@ def test_other_kinds_are_left(change: Callable[[Tokenizer], None], why: str):
     assert why in chosen.why
     if change is not _with_dropout:
         same(TextTokenizer(tokenizer, chosen), tokenizer, ["hello", " he", ""])
+
+
+@pytest.mark.parametrize(("last", "dtype"), [(2**16 - 1, np.uint16), (2**16, np.int32)])
+def test_large_ids(last: int, dtype: type):
+    vocabulary = {sign: n for n, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = _small()
+    tokenizer.model = BPE(vocabulary | {"he": last}, [("h", "e")])
+    chosen = choose(tokenizer)
+    ids = TextTokenizer(tokenizer, chosen).encode(["he", "\U000323b0"])
+    assert {i.dtype for i in ids} == {np.dtype(dtype)}
+    assert [i.tolist() for i in ids] == [tokenizer.encode(t).ids for t in ("he", "\U000323b0")]
+    assert ids[0].tolist() == [last]
 
 
 @pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}])

@@ -29,8 +29,8 @@ from runner.data.making.sources import Problem, Raw, not_utf8
 #: Number of bytes, and number of documents, that complete a chunk.
 CHUNK_BYTES = 2**19
 CHUNK_DOCUMENTS = 4096
-#: Number of chunks that wait between two threads; one may hold a document of 8 MiB.
-_AHEAD = 4
+#: Number of encoded chunks that wait for the caller; one may hold a document of 8 MiB.
+_AHEAD = 3
 
 Chunk = list[Raw | Problem]
 
@@ -125,10 +125,8 @@ class Encoding:
             MemoryFault: one of the processes was killed.
         """
         if self._pool is None:
-            # Read, encode and write at the same time.
-            with Pipeline() as pipeline:
-                read = pipeline.prefetch(chunks, depth=_AHEAD)
-                yield from pipeline.prefetch(map(self._encoder, read), depth=_AHEAD)
+            with Pipeline() as pipeline:  # reads and encodes while the caller writes
+                yield from pipeline.prefetch(map(self._encoder, chunks), depth=_AHEAD)
             return
         waiting: deque[Future[Encoded]] = deque()
         try:

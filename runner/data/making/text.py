@@ -68,9 +68,7 @@ class TextEncoder:
         tokenizer = loaded(options.tokenizer, options.allow_special)
         self._backend = backend
         self._tokens = TextTokenizer(tokenizer, backend)
-        # Half the bytes to send from process to process.
-        self._type = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
-        self._end = np.array([end_of_text(options.tokenizer)], np.int32)
+        self._end = np.array([end_of_text(options.tokenizer)], self._tokens.dtype)
         self._may_cut = may_cut(tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:
@@ -79,7 +77,7 @@ class TextEncoder:
         Raises:
             DataFault: the backend gives other tokens than `tokenizers` for a document.
         """
-        found = Encoded(np.empty(0, np.int32))
+        found = Encoded(np.empty(0, self._tokens.dtype))
         texts: list[str] = []
         whose: list[tuple[Raw, bool]] = []  # each text's document, and whether it ends there
         for item in chunk:
@@ -102,7 +100,7 @@ class TextEncoder:
         for text, ids, (_, ends) in zip(texts, tokens, whose, strict=True):
             parts += (ids, self._end) if ends else (ids,)
             found.bytes += len(text) if text.isascii() else len(text.encode())
-        found.units = np.concatenate(parts, dtype=self._type, casting="unsafe")
+        found.units = np.concatenate(parts)
         found.tokens = len(found.units)
         return found
 

@@ -30,7 +30,7 @@ _TOGETHER = 2**18
 #: One text of this many is encoded by both libraries and compared.
 _CHECKED = 1000
 #: Growth of a process in bytes at which gigatoken, whose cache has no bound, begins again.
-_MOST_GROWTH = 48 * 2**20
+_MOST_GROWTH = 32 * 2**20
 #: Number of characters between two looks at the memory.
 _LOOK = 2**20
 
@@ -150,10 +150,15 @@ class TextTokenizer:
     Args:
         tokenizer: the tokenizer that says what the ids are.
         backend: library to use where it gives the same ids; see `choose`.
+
+    Attributes:
+        dtype: type of the ids: uint16 if it suffices, to send half the bytes between processes.
     """
 
     def __init__(self, tokenizer: Tokenizer, backend: Backend) -> None:
         self._tokenizer = tokenizer
+        last = max(tokenizer.get_vocab().values(), default=0)
+        self.dtype = np.dtype(np.uint16 if last < 2**16 else np.int32)
         is_fast = backend.name == GIGATOKEN
         self._settings = _bare(json.loads(tokenizer.to_str())) if is_fast else ""
         self._differing = guard.Characters(backend.differing)
@@ -169,7 +174,7 @@ class TextTokenizer:
         self._before = _resident()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, int32.
+        """Return the ids of each text, of the type `dtype`.
 
         Raises:
             TokensDiffer: the libraries give different ids for a text.
@@ -194,7 +199,7 @@ class TextTokenizer:
             self._looked = 0
             if _resident() - self._before > _MOST_GROWTH:
                 self._begin()
-        ids = self._fast(text).view(np.int32)
+        ids = self._fast(text).astype(self.dtype)
         if self._seen % _CHECKED == 0 and not np.array_equal(ids, self._plain([text])[0]):
             raise TokensDiffer(number)
         self._seen += 1
@@ -203,7 +208,7 @@ class TextTokenizer:
 
     def _plain(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [
-            np.array(encoding.ids, np.int32)
+            np.array(encoding.ids, self.dtype)
             for group in _groups(texts)
             for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False)
         ]
