@@ -100,7 +100,7 @@ def unequal(ours: Tokenizer, theirs: Encode, texts: Sequence[str]) -> list[int]:
 
 def vocabulary_sample(tokenizer: Tokenizer) -> list[str]:
     """Return texts of many of a vocabulary's tokens, to compare how two libraries merge."""
-    to_bytes = {sign: byte for byte, sign in _signs().items()}
+    to_bytes = {sign: byte for byte, sign in signs().items()}
     names = sorted(tokenizer.get_vocab(with_added_tokens=False))[::_EVERY]
     tokens = [bytes(to_bytes[c] for c in name) for name in names if set(name) <= to_bytes.keys()]
     return [
@@ -112,11 +112,11 @@ def vocabulary_sample(tokenizer: Tokenizer) -> list[str]:
 
 def marking_tokenizer() -> Tokenizer:
     """Return a tokenizer whose ids show with which of `a`, `1` and `!` a character is a word."""
-    signs = _signs()
-    vocabulary = {sign: byte for byte, sign in signs.items()}
+    alphabet = signs()
+    vocabulary = {sign: byte for byte, sign in alphabet.items()}
     merges: list[tuple[str, str]] = []
     for mark in "a1!":
-        for byte, sign in signs.items():
+        for byte, sign in alphabet.items():
             if byte >= 0x80 or not chr(byte).isalnum():
                 pairs = [(mark, sign), (sign, mark)] if sign != mark else [(mark, sign)]
                 for left, right in pairs:
@@ -130,7 +130,7 @@ def marking_tokenizer() -> Tokenizer:
 
 def covers_bytes(vocabulary: Iterable[str]) -> bool:
     """Return whether a byte-level vocabulary has a token for every byte."""
-    return set(_signs().values()) <= set(vocabulary)
+    return set(signs().values()) <= set(vocabulary)
 
 
 class Characters:
@@ -147,7 +147,7 @@ class Characters:
         return bool(self._are.take(points).any())
 
 
-def _signs() -> dict[int, str]:
+def signs() -> dict[int, str]:
     """Return the character that stands for each byte in a byte-level vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in shown)
