@@ -151,8 +151,8 @@ def signs() -> dict[int, str]:
     """Return the character that stands for each byte in a byte-level vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in shown)
-    signs = {byte: chr(byte) for byte in shown}
-    return signs | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    found = {byte: chr(byte) for byte in shown}
+    return found | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def _ranges(points: Iterable[int]) -> Ranges:
