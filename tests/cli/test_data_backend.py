@@ -66,6 +66,8 @@ def test_the_same_records_without_it(gptj, pile: Path, monkeypatch: pytest.Monke
     assert len(_records("slow")) > 3
     assert _records("slow") == _records("fast") == _records("two")
     slow, fast = _params("slow"), _params("fast")
+    why = slow["tokenizer_backend"].pop("why")
+    assert why == "gigatoken is not used: it is not installed"
     versions = [{"name": name, "version": metadata.version(name)} for name in backend.NAMES]
     assert [slow.pop("tokenizer_backend"), fast.pop("tokenizer_backend")] == versions
     assert slow == fast

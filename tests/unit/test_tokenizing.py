@@ -134,12 +134,31 @@ def test_very_long_words(tokenizer: Tokenizer):
 
 def test_the_known_differences_are_all():
     (known,) = guard.KNOWN.values()
-    assert backend._differing("0.10.0") == known
-    assert guard.differing(backend._open) == known
-    points = sum(last - first + 1 for first, last in known)
-    assert points == 4657
-    assert guard.Characters(known).occur_in(f"x{NEW_LETTER}")
-    assert not guard.Characters(known).occur_in("Straße \U0001f600 你好")
+    differing = guard.differing(backend._open)
+    assert differing == known.differing
+    assert sum(last - first + 1 for first, last in differing) == 4657
+    assert guard.Characters(differing).occur_in(f"x{NEW_LETTER}")
+    assert not guard.Characters(differing).occur_in("Straße \U0001f600 你好")
+    tokenizer = guard.marking_tokenizer()
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text).ids)
+
+    assert guard.digest(encode, differing) == known.digest
+
+
+def test_the_known_differences_are_not_trusted_blindly(monkeypatch: pytest.MonkeyPatch):
+    (known,) = guard.KNOWN.values()
+    measured: list[Opened] = []
+    monkeypatch.setattr(guard, "differing", lambda opened: measured.append(opened) or ())
+    backend._differing.cache_clear()
+    assert backend._differing("0.10.0") == known.differing
+    backend._differing.cache_clear()
+    monkeypatch.setattr(backend, "_open", _mistaken(backend._open, "\U0001f600", "A"))
+    assert backend._differing("0.10.0") == ()
+    assert backend._differing("0.11.0") == ()
+    backend._differing.cache_clear()
+    assert len(measured) == 2
 
 
 def _mistaken(real: Opened, character: str, for_: str) -> Opened:

@@ -39,7 +39,7 @@ from runner.data.making.sources import Part, Problem, Reading, read
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
-from runner.data.tokenizing.backend import Backend, backend_of
+from runner.data.tokenizing.backend import GIGATOKEN, Backend, backend_of
 
 TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
@@ -519,7 +519,8 @@ def _write_params(
             for w in done.written
         },
         "tool": {"name": "gptj", "version": __version__},
-        "tokenizer_backend": {"name": backend.name, "version": backend.version},
+        "tokenizer_backend": {"name": backend.name, "version": backend.version}
+        | ({"why": f"{GIGATOKEN} is not used: {backend.why}"} if backend.why else {}),
         "tokenizers": tokenizers_version,
     }
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
