@@ -49,7 +49,8 @@ def read_text(paths: Sequence[Path], tokenizer: Path) -> tuple[np.ndarray, int]:
             raise DataFault(str(encoded.problems[0]), hint="fix the file: a text is used whole")
         if not encoded.bytes:
             raise DataFault(f"{path}: is empty, expected a text")
-        found.append(np.roll(encoded.units, 1))  # moves the end-of-text to the front
+        # Moves the end-of-text to the front.
+        found.append(np.roll(encoded.units.astype(np.int32), 1))
         size += encoded.bytes
     return np.concatenate(found), size
 

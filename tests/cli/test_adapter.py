@@ -97,7 +97,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_gives_the_weights_of_the_library(kind: str, workdir: Path, small_pieces: None, gptj):
+def test_merging_gives_the_weights_of_the_library(
+    kind: str, workdir: Path, small_pieces: None, gptj
+):
     adapter = make_adapter(HF, "adapter", **KINDS[kind])
     expected = merged_by_peft(HF, adapter)
     done = gptj("convert", HF, "--adapter", adapter, "--to", "hf", "--json")

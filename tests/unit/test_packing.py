@@ -205,6 +205,7 @@ BLOCKS = st.integers(1, 9).flatmap(
 @given(BLOCKS)
 @example([([5, 300], [1, 0], [300, 70000]), ([300, 7], [1, 1], [7, 2])])  # as packed text
 @example([([0], [127], [128]), ([16383], [16384], [2**31 - 1])])
+@example([([0, 127], [128, 16383], [16384, 65535]), ([2**14, 2], [1, 0], [2, 2**16 - 1])])
 def test_examples_are_the_bytes_that_protobuf_writes(rows: list[tuple[list[int], ...]]):
     def expected(row: tuple[list[int], ...]) -> bytes:
         lists = zip(FEATURES, (tf.train.Int64List(value=v) for v in row), strict=True)

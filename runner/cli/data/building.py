@@ -79,10 +79,10 @@ def build_records(
     """
     from gptj_convert.files.output_folder import refuse_overlap
     from runner.data.making.build import Options, build, is_resumable
-    from runner.data.making.encoding import check_processes, default_processes
+    from runner.data.making.encoding import check_processes
 
-    processes = processes or default_processes()
-    check_processes(processes)
+    if processes:
+        check_processes(processes)
     for file in (f for part in parts for f in part.files):
         refuse_overlap(out, file, [file])
     _note_compression(output, [f for part in parts for f in part.files])

@@ -63,7 +63,7 @@ building_options = options(
         "--processes",
         type=COUNT,
         help="Number of tokenizer processes. Does not change the output.  "
-        "[default: the number of cores]",
+        "[default: the number of cores, or 1 where threads are faster]",
     ),
     click.option(
         "--on-error",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tokenizers import __version__ as tokenizers_version
 
 from gptj_convert.files.digest import digest
 from gptj_convert.files.journal import Journal
@@ -28,11 +30,12 @@ from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.making.documents.document import Problem, Reading
-from runner.data.making.encoding import TOO_LONG, Encoded, Encoder, Encoding, chunks
+from runner.data.making.encoding import TOO_LONG, Chunk, Encoded, Encoder, Encoding, chunks
 from runner.data.making.sources import Part, read
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
+from runner.data.tokenizing.backend import GIGATOKEN, Backend, backend_of
 
 TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
@@ -198,7 +201,7 @@ def build(
     out: Path,
     options: Options,
     *,
-    processes: int = 1,
+    processes: int | None = 1,
     resume: bool = False,
     force: bool = False,
 ) -> Generator[Packing | SkippedDocument | BuildResult, None, None]:
@@ -209,7 +212,8 @@ def build(
         recipe: kind of data to make.
         out: folder to create.
         options: format of the record files and policy for malformed documents.
-        processes: number of processes that encode; the records do not depend on it.
+        processes: number of processes that encode; the records do not depend on it. None leaves
+            it to the recipe's encoder; see `Encoding`.
         resume: resume an interrupted run; a complete `out` of the same job is left as it is.
         force: replace an existing `out`, and discard an interrupted run.
 
@@ -258,7 +262,7 @@ def _write(
     options: Options,
     staging: PartialFolder,
     journal: Journal[RecordFile],
-    processes: int,
+    processes: int | None,
     counts: dict[str, Counts],
 ) -> Iterator[Packing | SkippedDocument]:
     clock = _Clock(sum(_size(part.files) for part in parts))
@@ -269,7 +273,8 @@ def _write(
             yield clock.progress(part.folder, before, event) if isinstance(event, _Done) else event
         before += _size(part.files)
         counts[part.folder] = work.counts
-        _write_params(staging.content / part.folder, journal.job, part, work)
+        folder = staging.content / part.folder
+        _write_params(folder, journal.job, part, work, backend_of(recipe))
 
 
 class _Clock:
@@ -321,7 +326,7 @@ class _PartWriter:
         self._writer: RecordWriter | Hdf5Writer | None = None
         self._in_file = 0
 
-    def run(self, processes: int) -> Iterator[_Done | SkippedDocument]:
+    def run(self, processes: int | None) -> Iterator[_Done | SkippedDocument]:
         if not self._complete:
             self._folder.mkdir(exist_ok=True)
             try:
@@ -348,16 +353,23 @@ class _PartWriter:
             hint="name more files, or choose a smaller --max-sequence-length",
         )
 
-    def _write(self, processes: int) -> Iterator[_Done | SkippedDocument]:
+    def _write(self, processes: int | None) -> Iterator[_Done | SkippedDocument]:
         done = 0
 
         def tell(bytes_read: int) -> None:
             nonlocal done
             done = bytes_read
 
+        places: deque[int] = deque()  # bytes read at the end of each chunk that is being encoded
+
+        def noted(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+            for chunk in chunks:
+                places.append(done)
+                yield chunk
+
         assembler = self._recipe.assembler(self._made)
         items = read(self._part.files, self._recipe.reading(self._staging.root), tell)
-        todo = islice(chunks(items), self._first, None)
+        todo = noted(islice(chunks(items), self._first, None))
         skip, end = self._skip, self._first
         with Encoding(self._recipe.encoder(self._part.split), processes) as encoding:
             for number, encoded in enumerate(encoding.map(todo), start=self._first):
@@ -374,7 +386,7 @@ class _PartWriter:
                     self._append(block)
                     if not self._room:
                         self._close(number, len(encoded.units) - assembler.left, before)
-                yield _Done(done, encoded)
+                yield _Done(places.popleft(), encoded)
         if len(block := assembler.finish()):
             self._append(block)
         if self._writer and self._options.write_remainder:
@@ -434,7 +446,8 @@ def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, A
     except OSError as e:
         raise FileFault(f"{e.filename}: cannot be read: {e.strerror}") from None
     how = asdict(options)
-    return {"arguments": {**recipe.arguments, **how}, "sources": sources}
+    arguments = {**recipe.arguments, **how}
+    return {"arguments": arguments, "sources": sources, "tokenizers": tokenizers_version}
 
 
 def _check_job(found: Mapping[str, Any], *, job: Mapping[str, Any], out: Path) -> None:
@@ -444,6 +457,13 @@ def _check_job(found: Mapping[str, Any], *, job: Mapping[str, Any], out: Path) -
         raise UsageError(
             f"{out}: the interrupted run has other sources or options",
             hint="repeat its arguments, or start from scratch with --force",
+        )
+    # Its edition of Unicode determines the words that a text is split into.
+    if (before := found.get("tokenizers", tokenizers_version)) != tokenizers_version:
+        raise UsageError(
+            f"{out}: the interrupted run has tokens of tokenizers {before}, found version "
+            f"{tokenizers_version}",
+            hint=f"run `pip install tokenizers=={before}`, or start from scratch with --force",
         )
     for folder, files in job["sources"].items():
         for path, state in files.items():
@@ -483,7 +503,9 @@ def _keep_good(staging: PartialFolder, written: Iterable[RecordFile]) -> list[Re
     return good
 
 
-def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _PartWriter) -> None:
+def _write_params(
+    folder: Path, job: Mapping[str, Any], part: Part, done: _PartWriter, backend: Backend
+) -> None:
     """Write data_params.json beside the records, and sync the file and its folder."""
     values = {
         "arguments": job["arguments"],
@@ -494,6 +516,9 @@ def _write_params(folder: Path, job: Mapping[str, Any], part: Part, done: _PartW
             for w in done.written
         },
         "tool": {"name": "gptj", "version": __version__},
+        "tokenizer_backend": {"name": backend.name, "version": backend.version}
+        | ({"why": f"{GIGATOKEN} is not used: {backend.why}"} if backend.why else {}),
+        "tokenizers": tokenizers_version,
     }
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
     (folder / DATA_PARAMS_FILE).write_text(text, encoding="utf-8")

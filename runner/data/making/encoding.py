@@ -16,11 +16,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import orjson
 
+from gptj_convert.streams.pipeline import Pipeline
 from gptj_model.errors import MemoryFault, UsageError
 from runner.data.making.documents.document import Problem, Raw, not_utf8
 from runner.data.making.long_line import Damaged
@@ -28,6 +29,8 @@ from runner.data.making.long_line import Damaged
 #: Number of bytes, and number of documents, that complete a chunk.
 CHUNK_BYTES = 2**19
 CHUNK_DOCUMENTS = 4096
+#: Number of encoded chunks that wait for the caller; one may hold a document of 8 MiB.
+_AHEAD = 3
 
 #: Reason for leaving out a document that is longer than an example.
 TOO_LONG = "too long"
@@ -40,7 +43,8 @@ class Encoded:
     """Result of encoding a chunk."""
 
     units: np.ndarray
-    """Units that examples are built from, such as tokens, along the first axis; int32."""
+    """Units that examples are built from, such as tokens, along the first axis; int32 or
+    uint16."""
     documents: int = 0
     bytes: int = 0
     """Size of the text in UTF-8."""
@@ -65,6 +69,16 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class ThreadedEncoder(Encoder, Protocol):
+    """An encoder that may do its work without the interpreter lock."""
+
+    @property
+    def needs_no_process(self) -> bool:
+        """Whether sending a chunk to another process takes longer than encoding it."""
+        ...
+
+
 def chunks(items: Iterable[Raw | Problem]) -> Iterator[Chunk]:
     """Yield the documents in chunks that depend on the documents alone."""
     chunk: Chunk = []
@@ -80,18 +94,22 @@ def chunks(items: Iterable[Raw | Problem]) -> Iterator[Chunk]:
 
 
 class Encoding:
-    """Runs an encoder in this process or in several others.
+    """Runs an encoder in threads of this process, or in several others.
 
     Args:
         open_encoder: factory of the encoder; it is pickled and called in every process.
-        processes: number of processes; 1 means this process alone.
+        processes: number of processes; 1 means this process alone, None leaves it to the encoder:
+            this process alone if it needs no other, else one for each core.
 
     Raises:
         FileFault: a file that the encoder needs does not exist.
     """
 
-    def __init__(self, open_encoder: Callable[[], Encoder], processes: int) -> None:
+    def __init__(self, open_encoder: Callable[[], Encoder], processes: int | None) -> None:
         self._encoder = open_encoder()  # a fault shows here, before other processes start
+        if processes is None:
+            threads = isinstance(self._encoder, ThreadedEncoder) and self._encoder.needs_no_process
+            processes = 1 if threads else default_processes()
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
@@ -116,7 +134,8 @@ class Encoding:
             MemoryFault: one of the processes was killed.
         """
         if self._pool is None:
-            yield from map(self._encoder, chunks)
+            with Pipeline() as pipeline:  # reads and encodes while the caller writes
+                yield from pipeline.prefetch(map(self._encoder, chunks), depth=_AHEAD)
             return
         waiting: deque[Future[Encoded]] = deque()
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from runner.data.making.encoding import Chunk, Encoded, Encoder, decode, parse_o
 from runner.data.making.long_line import Damaged, names, string_of
 from runner.data.making.packing import Packer
 from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded, may_cut
+from runner.data.tokenizing.backend import GIGATOKEN, Backend, TextTokenizer, TokensDiffer, choose
 
-#: Number of characters tokenized in one call: until its id is read, a token takes 100 bytes.
-_TOGETHER = 2**18
+#: Number of characters from which a text is tokenized in pieces.
+_LONG_TEXT = 2**18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,30 +41,46 @@ class TextOptions:
 
     def open(self) -> Encoder:
         """Return an encoder with these options."""
-        return TextEncoder(self)
+        return TextEncoder(self, self.backend)
+
+    @property
+    def backend(self) -> Backend:
+        """Library that turns texts into tokens."""
+        return choose(loaded(self.tokenizer, self.allow_special))
 
 
 class TextEncoder:
     """Turns documents into tokens, each document followed by one end-of-text.
 
+    Args:
+        options: how text becomes tokens.
+        backend: library that turns texts into tokens; it does not change them.
+
     Raises:
         FileFault: the tokenizer does not exist or cannot be read.
     """
 
-    def __init__(self, options: TextOptions) -> None:
+    def __init__(self, options: TextOptions, backend: Backend) -> None:
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false"
         )  # the encoder runs in several processes instead
         self._options = options
-        self._tokenizer = loaded(options.tokenizer, options.allow_special)
-        self._end = end_of_text(options.tokenizer)
-        self._may_cut = may_cut(self._tokenizer)
-        self._names = SpecialNames(self._tokenizer)
+        tokenizer = loaded(options.tokenizer, options.allow_special)
+        self._backend = backend
+        self._tokens = TextTokenizer(tokenizer, backend)
+        self._end = np.array([end_of_text(options.tokenizer)], self._tokens.dtype)
+        self._may_cut = may_cut(tokenizer)
+        self._names = SpecialNames(tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Return the tokens of a chunk, int32."""
-        found = Encoded(np.empty(0, np.int32))
-        texts: list[tuple[str, bool]] = []
+        """Return the tokens of a chunk, int32 or uint16.
+
+        Raises:
+            DataFault: the backend gives other tokens than `tokenizers` for a document.
+        """
+        found = Encoded(np.empty(0, self._tokens.dtype))
+        texts: list[str] = []
+        whose: list[tuple[Raw, bool]] = []  # each text's document, and whether it ends there
         for item in chunk:
             try:
                 text = self._text(item)
@@ -71,25 +89,36 @@ class TextEncoder:
                 continue
             assert isinstance(item, Raw)
             found.documents += not item.more
-            if self._may_cut:
-                texts += ((piece, False) for piece in pieces.cut(text, _TOGETHER))
-            else:
-                texts.append((text, False))
-            texts[-1] = (texts[-1][0], not item.more)
-        ids: list[int] = []
-        for group in _groups(texts):
-            encodings = self._tokenizer.encode_batch_fast(
-                [text for text, _ in group], add_special_tokens=False
-            )
-            for encoding, (text, ends) in zip(encodings, group, strict=True):
-                ids += encoding.ids
-                if ends:
-                    ids.append(self._end)
-                found.bytes += len(text.encode())
-                found.special_names += self._names.count(text)
-        found.units = np.array(ids, np.int32)
-        found.tokens = len(ids)
+            cut = pieces.cut(text, _LONG_TEXT) if self._may_cut else (text,)
+            texts += cut
+            whose += [(item, False)] * (len(texts) - len(whose))
+            whose[-1] = (item, not item.more)
+        try:
+            tokens = self._tokens.encode(texts)
+        except TokensDiffer as e:
+            raise self._differ(whose[e.number][0]) from None
+        parts: list[np.ndarray] = [found.units]
+        for text, ids, (_, ends) in zip(texts, tokens, whose, strict=True):
+            parts += (ids, self._end) if ends else (ids,)
+            found.bytes += len(text) if text.isascii() else len(text.encode())
+            found.special_names += self._names.count(text)
+        found.units = np.concatenate(parts)
+        found.tokens = len(found.units)
         return found
+
+    @property
+    def needs_no_process(self) -> bool:
+        """See `ThreadedEncoder`."""
+        options = self._options
+        rewrites = options.ftfy or options.wikitext_detokenize
+        return self._backend.name == GIGATOKEN and not rewrites
+
+    def _differ(self, item: Raw) -> DataFault:
+        return DataFault(
+            f"{item.where}: {self._backend.name} {self._backend.version} gives other tokens than "
+            "tokenizers, expected the same",
+            hint=f"run `pip uninstall {self._backend.name}`; the command works without it",
+        )
 
     def _text(self, item: Raw | Problem) -> str:
         if isinstance(item, Problem):
@@ -118,19 +147,6 @@ class TextEncoder:
                 hint="name the key of the text with `--text-key`",
             )
         return string_of(values, key)
-
-
-def _groups(texts: list[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    group: list[tuple[str, bool]] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text[0])
-        if size >= _TOGETHER:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _repaired(text: str, form: str) -> str:
@@ -203,7 +219,13 @@ class TextRecipe:
 
     def encoder(self, split: str) -> Callable[[], Encoder]:
         """See `Recipe`."""
-        return self.options.open
+        # The backend is chosen here, once for all processes.
+        return partial(TextEncoder, self.options, self.options.backend)
+
+    @property
+    def backend(self) -> Backend:
+        """Library that turns texts into tokens."""
+        return self.options.backend
 
     def assembler(self, made: int) -> Packer:
         """See `Recipe`."""

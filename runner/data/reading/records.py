@@ -213,11 +213,12 @@ class RecordWriter:
 
     def write(self, block: np.ndarray) -> None:
         """Append a block of examples, int32 of shape (examples, 3, tokens)."""
+        parts: list[bytes] = []
         for data in serialize(block):
             head = len(data).to_bytes(8, "little")
-            self._file.write(head + _CRC.pack(masked(crc32c(head))))
-            self._file.write(data)
-            self._file.write(_CRC.pack(masked(crc32c(data))))
+            parts += (head, _CRC.pack(masked(crc32c(head))))
+            parts += (data, _CRC.pack(masked(crc32c(data))))
+        self._file.write(b"".join(parts))
 
     def close(self) -> None:
         """Close the file and sync it to the disk."""
