@@ -14,10 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import EXTRA_TOKENS, write_tokenizer
+from gptj_convert.streams.progress import finish
 from gptj_model.config import END_OF_TEXT_ID, VOCAB_SIZE
 from gptj_model.errors import DataFault
 from runner.data.making import pieces
-from runner.data.making.build import BuildResult, Counts, Options, build
+from runner.data.making.build import Counts, Options, build
 from runner.data.making.packing import Packer
 from runner.data.making.sources import Part
 from runner.data.making.text import TextOptions, TextRecipe
@@ -53,9 +54,7 @@ def _examples(folder: Path) -> list[dict[str, np.ndarray]]:
 def _pack(paths: Sequence[Path], folder: Path, out: Path, length: int, **fields: Any) -> Counts:
     options = TextOptions(tokenizer=folder)
     recipe = TextRecipe(options=options, length=length, whole_files=True, **fields)
-    *_, result = build([Part(files=tuple(paths))], recipe, out, Options())
-    assert isinstance(result, BuildResult)
-    return result.counts[""]
+    return finish(build([Part(files=tuple(paths))], recipe, out, Options())).counts[""]
 
 
 def _tokens(examples: list[dict[str, np.ndarray]], length: int) -> list[int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,7 @@ from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
-    from gptj_convert.streams.progress import Work
-    from runner.data.making.build import BuildResult, Counts, Packing, Recipe, SkippedDocument
+    from runner.data.making.build import Counts, Recipe
     from runner.data.making.sources import Part
 
 #: Largest number of skipped documents that are named one by one.
@@ -93,12 +91,12 @@ def build_records(
         write_remainder=write_remainder,
         skip_bad=on_error == "skip",
     )
-    events = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
-    work = _progress(output, events)
+    work = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
     result = follow(output, "packing", work, resumable=lambda: is_resumable(out))
     if result.kept_files:
         output.note(f"reused {result.kept_files} record files of the interrupted run")
     for name, counts in result.counts.items():
+        _note_skipped(output, counts)
         output.note(_summary(name, counts, recipe.length))
         for shape, number in counts.shapes.items():
             output.note(f"{name + ': ' if name else ''}{number:,} documents of the shape {shape}")
@@ -127,38 +125,13 @@ def _note_compression(output: Output, files: Sequence[Path]) -> None:
         output.note(f"note: … and {len(notes) - _NAMED} more files with such names")
 
 
-def _progress(
-    output: Output, events: Generator[Packing | SkippedDocument | BuildResult, None, None]
-) -> Work[BuildResult]:
-    """Turn the events of a build into progress and its result, and note skipped documents."""
-    from gptj_convert.streams.progress import Progress
-    from runner.data.making.build import Packing, SkippedDocument
-
-    skipped = 0
-    result: BuildResult | None = None
-    with closing(events):
-        for event in events:
-            if isinstance(event, Packing):
-                yield Progress(event.done, event.total, _rates(event))
-            elif isinstance(event, SkippedDocument):
-                skipped += 1
-                if skipped <= _NAMED:
-                    output.note(f"skipped: {event.problem}")
-            else:
-                result = event
-    assert result, "the last event"
-    if skipped > _NAMED:
-        output.note(f"skipped: … and {skipped - _NAMED} more")
-    return result
-
-
-def _rates(event: Packing) -> str:
-    seconds = max(event.seconds, 1e-3)
-    return (
-        f"{event.part + ': ' if event.part else ''}"
-        f"{event.documents / seconds:,.0f} documents/s, {event.tokens / seconds:,.0f} tokens/s, "
-        f"{event.bytes / seconds / 1e6:.1f} MB/s"
-    )
+def _note_skipped(output: Output, counts: Counts) -> None:
+    """Note the first of the malformed documents that were skipped."""
+    shown = counts.places[:_NAMED]
+    for place in shown:
+        output.note(f"skipped: {place}")
+    if counts.skipped > len(shown):
+        output.note(f"skipped: … and {counts.skipped - len(shown)} more")
 
 
 def _summary(name: str, counts: Counts, length: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,9 +27,10 @@ from gptj_convert.files.journal import Journal
 from gptj_convert.files.output_file import FULL
 from gptj_convert.files.output_folder import PartialFolder, sync
 from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_folder
+from gptj_convert.streams.progress import Progress, Work
 from gptj_model import __version__
 from gptj_model.errors import DataFault, FileFault, UsageError
-from runner.data.making.documents.document import Problem, Reading
+from runner.data.making.documents.document import Reading
 from runner.data.making.encoding import TOO_LONG, Chunk, Encoded, Encoder, Encoding, chunks
 from runner.data.making.sources import Part, read
 from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
@@ -166,27 +167,6 @@ class RecordFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """Progress of this run: bytes read of the bytes in total, and the tokens made from them."""
-
-    part: str
-    """Folder of the part that is being written."""
-    done: int
-    total: int
-    documents: int
-    tokens: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedDocument:
-    """A malformed document that was skipped."""
-
-    problem: Problem
-
-
-@dataclass(frozen=True, slots=True)
 class BuildResult:
     """Counts by folder of the output; the empty name stands for the output folder itself."""
 
@@ -204,8 +184,8 @@ def build(
     processes: int | None = 1,
     resume: bool = False,
     force: bool = False,
-) -> Generator[Packing | SkippedDocument | BuildResult, None, None]:
-    """Write records to a new folder `out`, yielding progress and finally the result.
+) -> Work[BuildResult]:
+    """Write records to a new folder `out`; progress is in bytes of the sources.
 
     Args:
         parts: source files, each part with the folder of `out` that its records go to.
@@ -227,20 +207,18 @@ def build(
     job = _job(parts, recipe, options)
     complete: dict[str, Counts] = {}
     if is_kept(out, resume=resume, is_complete=lambda: _is_complete(out, job, complete)):
-        yield BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
-        return
+        return BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
     check = partial(_check_job, job=job, out=out)
     with resumable_folder(
         out, job, RecordFile, resume=resume, force=force, check=check, keep=_keep_good
     ) as (staging, journal):
         kept = len(journal.parts)
-        counts: dict[str, Counts] = {}
         try:
-            yield from _write(parts, recipe, options, staging, journal, processes, counts)
+            counts = yield from _write(parts, recipe, options, staging, journal, processes)
         except DataFault:
             journal.parts.clear()  # a resumed run would fail in the same way
             raise
-    yield BuildResult(counts, kept_files=kept)
+    return BuildResult(counts, kept_files=kept)
 
 
 def is_resumable(out: Path) -> bool:
@@ -263,40 +241,39 @@ def _write(
     staging: PartialFolder,
     journal: Journal[RecordFile],
     processes: int | None,
-    counts: dict[str, Counts],
-) -> Iterator[Packing | SkippedDocument]:
+) -> Work[dict[str, Counts]]:
     clock = _Clock(sum(_size(part.files) for part in parts))
+    counts: dict[str, Counts] = {}
     before = 0
     for part in parts:
         work = _PartWriter(part, recipe, options, staging, journal)
-        for event in work.run(processes):
-            yield clock.progress(part.folder, before, event) if isinstance(event, _Done) else event
+        for done in work.run(processes):
+            yield clock.progress(part.folder, before, done)
         before += _size(part.files)
         counts[part.folder] = work.counts
         folder = staging.content / part.folder
         _write_params(folder, journal.job, part, work, backend_of(recipe))
+    return counts
 
 
 class _Clock:
+    """Turns what was encoded into progress, with the rates of this run."""
+
     def __init__(self, total: int) -> None:
         self._total = total
         self._begun = time.monotonic()
         self._documents = self._tokens = self._bytes = 0
 
-    def progress(self, part: str, before: int, done: _Done) -> Packing:
+    def progress(self, part: str, before: int, done: _Done) -> Progress:
         self._documents += done.encoded.documents
         self._tokens += done.encoded.tokens
         self._bytes += done.encoded.bytes
-        seconds = time.monotonic() - self._begun
-        return Packing(
-            part,
-            before + done.bytes,
-            self._total,
-            self._documents,
-            self._tokens,
-            self._bytes,
-            seconds,
-        )
+        seconds = max(time.monotonic() - self._begun, 1e-3)
+        documents, tokens = self._documents / seconds, self._tokens / seconds
+        rates = f"{documents:,.0f} documents/s, {tokens:,.0f} tokens/s, "
+        rates += f"{self._bytes / seconds / 1e6:.1f} MB/s"
+        what = f"{part}: {rates}" if part else rates
+        return Progress(before + done.bytes, self._total, what)
 
 
 class _PartWriter:
@@ -326,7 +303,7 @@ class _PartWriter:
         self._writer: RecordWriter | Hdf5Writer | None = None
         self._in_file = 0
 
-    def run(self, processes: int | None) -> Iterator[_Done | SkippedDocument]:
+    def run(self, processes: int | None) -> Iterator[_Done]:
         if not self._complete:
             self._folder.mkdir(exist_ok=True)
             try:
@@ -346,6 +323,7 @@ class _PartWriter:
         )
         if reasons:
             why = ", ".join(f"{count:,} {rule}" for rule, count in sorted(reasons.items()))
+            why += f", such as {self.counts.places[0]}" if self.counts.places else ""
             hint = "choose a larger --max-sequence-length" if TOO_LONG in reasons else None
             return DataFault(f"{where}: every document was left out: {why}", hint=hint)
         return DataFault(
@@ -353,7 +331,7 @@ class _PartWriter:
             hint="name more files, or choose a smaller --max-sequence-length",
         )
 
-    def _write(self, processes: int | None) -> Iterator[_Done | SkippedDocument]:
+    def _write(self, processes: int | None) -> Iterator[_Done]:
         done = 0
 
         def tell(bytes_read: int) -> None:
@@ -377,7 +355,6 @@ class _PartWriter:
                 for problem in encoded.problems:
                     if not self._options.skip_bad:
                         raise DataFault(str(problem), hint=problem.hint or _SKIP_HINT)
-                    yield SkippedDocument(problem)
                 before = asdict(self.counts)
                 self.counts.add(encoded)
                 assembler.add(encoded.units[skip:])
