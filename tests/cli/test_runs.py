@@ -120,3 +120,11 @@ def test_resumptions_skipped_steps_and_evaluations_of_every_checkpoint(workdir: 
     assert page.count('class="best') == 2
     assert page.count('class="resumed') == 4
     assert "refresh" not in page
+
+
+def test_an_evaluation_after_a_line_that_a_kill_has_cut(workdir: Path, gptj):
+    folder = _run("a", 3)
+    (folder / "evaluations.jsonl").write_text('{"step": 1, "ev')
+    record_evaluation(folder, 2, {"loss": 3.0})
+    found = gptj("runs", "a", "--json").json["runs"][0]
+    assert [row["step"] for row in found["evaluations"]] == [2, 3]

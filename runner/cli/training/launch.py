@@ -86,15 +86,14 @@ def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Pr
     """Write what the run is trained with into its folder: parameters, records, and this start."""
     from gptj_convert.files.whole_file import write_whole
     from gptj_convert.settings.params_yaml import PARAMS_FILE
-    from runner.training.run.records_file import fingerprints_of, keep_fingerprints
+    from runner.training.run.records_file import keep_fingerprints
     from runner.training.run.starts import Start, record_start
 
     if job.epochs is not None:  # so that the file alone trains the same number of steps
         runconfig = params.runconfig.model_copy(update={"max_steps": target})
         params = params.model_copy(update={"runconfig": runconfig})
     write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
-    found = fingerprints_of(params, evaluates=job.mode == "train_and_eval")
-    keep_fingerprints(job.model_dir, found)
+    keep_fingerprints(job.model_dir, facts.fingerprints)
     epoch = facts.epochs[TRAIN_INPUT]
     record_start(
         job.model_dir,

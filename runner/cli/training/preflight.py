@@ -39,6 +39,8 @@ class Preflight:
     """Step that the job trains to."""
     changed: list[str]
     """What has changed in the records since the run read them, in words."""
+    fingerprints: dict[str, dict[str, str]]
+    """Fingerprint of each record file, by section; none unless the job trains."""
 
     @property
     def lines(self) -> Iterator[str]:
@@ -99,10 +101,11 @@ def preflight(job: Job, params: Params, workers: int = 1) -> Preflight:
         except (UsageError, DataFault) as fault:
             raise type(fault)(f"{name}: {fault.message}", hint=fault.hint) from None
     step, place, target, changed = 0, Place(), 0, list[str]()
+    found: dict[str, dict[str, str]] = {}
     if is_training(job):
         check_executor(params, workers)
         step, place = _position(job, params)
-        found = fingerprints_of(params, evaluates=job.mode == "train_and_eval")
+        found = fingerprints_of(sections)
         if step:
             changed = list(changed_records(job.model_dir, found))
         if changed and job.strict:
@@ -113,7 +116,13 @@ def preflight(job: Job, params: Params, workers: int = 1) -> Preflight:
             )
         target = target_of(job, params, step, place, epochs[TRAIN_INPUT])
     return Preflight(
-        config=config, epochs=epochs, step=step, place=place, target=target, changed=changed
+        config=config,
+        epochs=epochs,
+        step=step,
+        place=place,
+        target=target,
+        changed=changed,
+        fingerprints=found,
     )
 
 

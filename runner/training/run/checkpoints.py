@@ -183,8 +183,9 @@ def retain(model_dir: Path, *, keep: int, superseded: int | None = None) -> None
         FileFault: best.json is damaged; nothing is deleted.
     """
     best = set(read_best(model_dir))
-    protected = {step for step in steps(model_dir) if prefix(model_dir, step).name in best}
-    known = [step for step in steps(model_dir) if step != superseded or step in protected]
+    existing = steps(model_dir)
+    protected = {step for step in existing if prefix(model_dir, step).name in best}
+    known = [step for step in existing if step != superseded or step in protected]
     newest = known[-keep:] if keep else known
     _write_state(model_dir, [s for s in known if s >= newest[0] or s in protected])
     # A run that was killed while it wrote or deleted leaves data without an index.

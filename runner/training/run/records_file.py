@@ -9,7 +9,7 @@ from pathlib import Path
 from gptj_convert.files.whole_file import write_whole
 from gptj_convert.formats.layouts.tf import RECORDS_FILE
 from gptj_model.errors import FileFault
-from runner.config.params import Params
+from runner.config.params import InputParams
 from runner.data.reading.fingerprint import changes, fingerprints
 from runner.data.reading.records import find_records
 
@@ -17,15 +17,12 @@ from runner.data.reading.records import find_records
 Fingerprints = Mapping[str, Mapping[str, str]]
 
 
-def fingerprints_of(params: Params, *, evaluates: bool) -> dict[str, dict[str, str]]:
-    """Return the fingerprints of the records that a run trains and evaluates on.
+def fingerprints_of(sections: Mapping[str, InputParams]) -> dict[str, dict[str, str]]:
+    """Return the fingerprints of the records of each section.
 
     Raises:
         UsageError, DataFault: see `find_records`.
     """
-    sections = {"train_input": params.train_input}
-    if evaluates and params.eval_input:
-        sections["eval_input"] = params.eval_input
     return {
         name: fingerprints(find_records(section.data_dir)) for name, section in sections.items()
     }

@@ -5,12 +5,11 @@ The checkpoints themselves hold what the reference's hold, so that either progra
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gptj_convert.files.json_lines import append_line, read_lines
 from gptj_convert.files.output_folder import sync
 from runner.data.reading.place import Place
 
@@ -50,22 +49,16 @@ def record_start(model_dir: Path, start: Start) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    path = model_dir / STARTS_FILE
-    cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a kill
-    with path.open("a", encoding="utf-8") as f:
-        f.write("\n" * cut + json.dumps(asdict(start)) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
+    append_line(model_dir / STARTS_FILE, asdict(start))
     sync(model_dir)
 
 
 def read_starts(model_dir: Path) -> list[Start]:
     """Return the starts of a run, the first one first; lines that a kill has cut are left out."""
-    path = model_dir / STARTS_FILE
     found: list[Start] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for values in read_lines(model_dir / STARTS_FILE):
         try:
-            found.append(Start(**json.loads(line)))
-        except (ValueError, TypeError):
+            found.append(Start(**values))
+        except TypeError:
             continue
     return found
