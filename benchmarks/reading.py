@@ -2,9 +2,9 @@
 
     python benchmarks/reading.py WORK_FOLDER [--batch 8] [--rounds 3] [--steps 3]
 
-The records hold 2,048 random tokens each, in four files, and are in the page cache. The peer is
-the plain way: `tf.data` with each record parsed by itself, then batched. The model trains with
-`gptj train`, one sequence per step; its rate is that of metrics.jsonl. Prints the table of
+The records hold 2,048 tokens of random text each, in four files, and are in the page cache. The
+peer is the plain way: `tf.data` with each record parsed by itself, then batched. The model trains
+with `gptj train`, one sequence per step; its rate is that of metrics.jsonl. Prints the table of
 docs/benchmarks.md.
 """
 
@@ -45,8 +45,8 @@ def write(folder: Path, *, compress: bool = False) -> Path:
     folder.mkdir()
     random = np.random.default_rng(0)
     for n in range(FILES):
-        block = random.integers(0, 50257, (EXAMPLES, 3, LENGTH), np.int32)
-        block[:, 1] = 1
+        text = random.integers(0, 50257, (EXAMPLES, LENGTH + 1), np.int32)
+        block = np.stack([text[:, :-1], np.ones((EXAMPLES, LENGTH), np.int32), text[:, 1:]], axis=1)
         writer = RecordWriter(folder / f"{n}.tfrecord", compress=compress)
         writer.write(block)
         writer.close()

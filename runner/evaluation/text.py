@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from gptj_model.errors import DataFault
 from runner.data.making.documents.document import Form, Raw
@@ -94,4 +93,4 @@ def _batches(ids_N: np.ndarray, window: Window) -> Iterator[Batch]:
     rows += [nothing] * (-len(rows) % B)
     for at in range(0, len(rows), B):
         ids_BT, ignored_BT, labels_BT = map(np.stack, zip(*rows[at : at + B], strict=True))
-        yield tf.constant(ids_BT), tf.constant(ignored_BT), tf.constant(labels_BT)
+        yield ids_BT, ignored_BT, labels_BT

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
 from gptj_convert.conversion.origin import ORIGIN_KEY, origin
@@ -393,7 +392,7 @@ class _Training:
         run = self._run
         if run.workers.count == 1:
             return
-        sums = [float(tf.reduce_sum(v)) for v in run.executor.weights().values()]
+        sums = [float(np.sum(v)) for v in run.executor.weights().values()]
         if not check_same(run.workers, [run.step, run.skipped, *run.place, *sums]):
             raise TrainingFault(
                 f"worker {run.workers.index} begins at step {run.step}, and not all have the same "

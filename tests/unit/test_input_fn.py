@@ -15,13 +15,16 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gptj_convert.formats.containers.protobuf import encode_field
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from gptj_model.errors import ConfigError, DataFault, UsageError
 from runner.config.params import InputParams
 from runner.data.making.build import Options, build
 from runner.data.making.sources import Part
 from runner.data.making.text import TextOptions, TextRecipe
+from runner.data.reading.example import FEATURES, parse, parse_together, serialize
 from runner.data.reading.input_fn import Batches, batches
+from runner.data.reading.order import shuffle
 from runner.data.reading.place import Place, place_after
 from runner.data.reading.records import count_records, read_records
 from tests.conftest import write_records
@@ -91,9 +94,141 @@ def test_files_in_turns_and_no_partial_batch(width: int, reading):
     assert twice == found * 2
 
 
+def _by_tf_data(folder: Path, params: InputParams, epoch: int) -> list[list[int]]:
+    """The numbers of an epoch's batches, as the TensorFlow program reads them."""
+    paths = sorted(folder.glob("*.tfrecord"))
+    kinds = ["GZIP" if path.read_bytes()[:2] == b"\x1f\x8b" else "" for path in paths]
+
+    def read(number: tf.Tensor) -> tf.data.Dataset:
+        files = tf.data.Dataset.from_tensor_slices(([str(p) for p in paths], kinds))
+        found = files.interleave(tf.data.TFRecordDataset, cycle_length=params.n_parallel_reads)
+        if params.shuffle is not False:
+            tf.compat.v1.set_random_seed(87654321)
+            seed = params.effective_shuffle_seed + number * 1_000_003
+            size = params.effective_shuffle_buffer
+            found = found.shuffle(size, seed=seed, reshuffle_each_iteration=False)
+        return found.batch(params.batch_size, drop_remainder=True)
+
+    numbered = tf.data.Dataset.range(epoch, epoch + 1).flat_map(read)
+    spec = {"input_ids": tf.io.FixedLenFeature([LENGTH], tf.int64)}
+    return [tf.io.parse_example(b, spec)["input_ids"][:, 0].numpy().tolist() for b in numbered]
+
+
+@given(
+    width=st.integers(1, 7),
+    shuffle=st.booleans(),
+    buffer=st.integers(1, 30),
+    seed=st.one_of(st.integers(0, 3), st.integers(0, 2**45)),
+    size=st.integers(1, 9),
+    epoch=st.one_of(st.integers(0, 2), st.integers(0, 2**30)),
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_the_order_is_that_of_tf_data(
+    width: int, shuffle: bool, buffer: int, seed: int, size: int, epoch: int, records: Path, reading
+):
+    fields: dict[str, Any] = {"n_parallel_reads": width, "shuffle": shuffle, "batch_size": size}
+    fields |= {"shuffle_buffer": buffer, "shuffle_seed": seed}
+    params = InputParams(data_dir=[str(records)], max_sequence_length=LENGTH, **fields)
+    expected = _by_tf_data(records, params, epoch)
+    assert _numbers(reading(skip=Place(epoch, 0), **fields), len(expected)) == expected
+
+
+def test_a_long_shuffle_is_that_of_tf_data():
+    def shuffled(number: tf.Tensor) -> tf.data.Dataset:
+        tf.compat.v1.set_random_seed(87654321)
+        rows = tf.data.Dataset.range(20_000)
+        return rows.shuffle(3000, seed=number, reshuffle_each_iteration=False)
+
+    expected = tf.data.Dataset.from_tensors(tf.constant(7, tf.int64)).flat_map(shuffled)
+    assert list(shuffle(range(20_000), 3000, 7)) == [int(n) for n in expected]
+
+
+def test_unusual_examples_are_read_as_others_are(tmp_path: Path, reading):
+    """Lists in several parts and unpacked, unknown features, huge sizes of a number."""
+    usual = [[n] * LENGTH for n in range(4)]
+    write_records(tmp_path / "a.tfrecord", [(row, [1] * LENGTH, row) for row in usual])
+    expected = next(reading(data_dir=[str(tmp_path)], shuffle=False))
+    with tf.io.TFRecordWriter(str(tmp_path / "a.tfrecord")) as writer:
+        for n, row in enumerate(usual):
+            parts: dict[bytes, bytes] = {}
+            for name, values in (("input_ids", row), ("input_mask", [1] * LENGTH), ("labels", row)):
+                packed = encode_field(1, bytes(values))
+                if n == 1:  # each number in two bytes, of which the second is empty
+                    packed = encode_field(1, b"".join(bytes([v | 0x80, 0]) for v in values))
+                if n == 2:
+                    packed = b"".join(encode_field(1, v) for v in values)
+                if n == 3:
+                    packed = encode_field(1, bytes(values[:1])) + encode_field(1, bytes(values[1:]))
+                parts[name.encode()] = encode_field(3, packed)
+            if n == 0:
+                parts[b"more"] = encode_field(1, encode_field(1, b"text"))
+            entries = (encode_field(1, k) + encode_field(2, v) for k, v in parts.items())
+            writer.write(encode_field(1, b"".join(encode_field(1, e) for e in entries)))
+    found = next(reading(data_dir=[str(tmp_path)], shuffle=False))
+    for ours, others in zip(found, expected, strict=True):
+        assert np.array_equal(ours, others)
+
+
+@given(
+    top=st.sampled_from([3, 127, 128, 50400, 2**21, 2**28 - 1, 2**28, 2**31 - 1]),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 6)),
+    packed=st.booleans(),
+    seed=st.integers(0, 99),
+    flip=st.none() | st.tuples(st.floats(0, 0.999), st.integers(0, 7)),
+)
+@settings(max_examples=200, deadline=None)
+def test_records_together_are_those_one_by_one(
+    top: int, shape: tuple[int, int], packed: bool, seed: int, flip: tuple[float, int] | None
+):
+    (count, length), random = shape, np.random.default_rng(seed)
+    block = random.integers(0, top, (count, 3, length), np.int32, endpoint=True)
+    if packed:
+        block[:, 2, :-1] = block[:, 0, 1:]
+    records = list(serialize(block))
+    if flip:
+        damaged = bytearray(records[-1])
+        damaged[int(flip[0] * len(damaged))] ^= 1 << flip[1]
+        records[-1] = bytes(damaged)
+    found = parse_together(records, FEATURES)
+    if found is None:
+        assert flip or block.max() >= 2**28
+        return
+    for n, record in enumerate(records):
+        expected = parse(record)
+        assert all(np.array_equal(values[n], expected[name]) for name, values in found.items())
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([1, 2, 3], "record 3 at byte .*: input_ids has 3 tokens, expected max_sequence_length"),
+        ([1, 2, 3, VOCAB], f"record 3 at byte .*: input_ids holds {VOCAB}, expected 0 to 50399"),
+        ([1, 2, 3, -1], "record 3 at byte .*: input_ids holds -1, expected 0 to 50399"),
+        ([1, 2, 3, 2**40], "record 3 at byte .*: input_ids holds 1099511627776"),
+    ],
+)
+def test_a_bad_record_in_a_batch(row: list[int], words: str, tmp_path: Path, reading):
+    rows = [([n] * LENGTH, [1] * LENGTH, [n] * LENGTH) for n in range(3)]
+    write_records(tmp_path / "a.tfrecord", [*rows, (row, [1] * len(row), row)])
+    with pytest.raises(DataFault, match=words):
+        next(reading(data_dir=[str(tmp_path)], shuffle=False))
+
+
+def test_files_that_shrink_while_they_are_read(tmp_path: Path, reading):
+    path = tmp_path / "a.tfrecord"
+    write_records(path, [([n] * LENGTH, [1] * LENGTH, [n] * LENGTH) for n in range(8)])
+    found = reading(data_dir=[str(tmp_path)])
+    next(found)
+    path.write_bytes(b"")
+    with pytest.raises(DataFault, match="holds 0 records, expected at least one batch of 4"):
+        _numbers(found)
+
+
 def test_what_the_model_gets(reading):
     ids, ignored, labels = next(reading(shuffle=False))
-    assert (ids.dtype, ignored.dtype, labels.dtype) == (tf.int32, tf.float32, tf.int32)
+    assert (ids.dtype, ignored.dtype, labels.dtype) == (np.int32, np.float32, np.int32)
     assert ids.shape == ignored.shape == labels.shape == (4, LENGTH)
     assert np.array_equal(ignored, [[0, 0, 0, 1]] * 4)
     assert np.array_equal(labels, ids + 1)

@@ -7,7 +7,8 @@ it, so this module serializes whole blocks of examples at once. A block is an in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from gptj_convert.formats.containers.protobuf import (
     encode_field,
     encode_varint,
     read_fields,
+    read_varint,
 )
 
 #: The features of an example, each a list of max_sequence_length numbers.
@@ -96,6 +98,117 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
                 np.concatenate(values) if values else np.empty(0, np.int64)
             )
     return found
+
+
+def parse_together(records: Sequence[bytes], names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Parse examples with lists of one length together, in a quarter of the time of `parse`.
+
+    Args:
+        records: serialized examples, at least one.
+        names: features that each example has.
+
+    Returns:
+        Each feature, int32 of shape (records, tokens); None if an example is damaged or is one
+        that only `parse` reads, such as one with lists of several lengths, with features of other
+        types, or with numbers outside 0 to 2**28 - 1.
+    """
+    try:
+        found = [_packed_lists(data) for data in records]
+        columns = {name: [features[name.encode()] for features in found] for name in names}
+    except (ValueError, KeyError):
+        return None
+    texts = _packed_texts(columns) if {INPUT_IDS, LABELS} <= columns.keys() else None
+    if texts:
+        columns |= {INPUT_IDS: texts}
+        del columns[LABELS]
+    parsed: dict[str, np.ndarray] = {}
+    for name, column in columns.items():
+        if (values := _small_numbers(column)) is None:
+            return None
+        parsed[name] = values
+    if texts:
+        text = parsed[INPUT_IDS]
+        parsed |= {INPUT_IDS: text[:, :-1], LABELS: text[:, 1:]}
+    return parsed
+
+
+def _packed_texts(columns: Mapping[str, Sequence[bytes]]) -> list[bytes] | None:
+    """Return the varints of ids and last label of each record, if its labels are its ids one token
+    later, as in packed text; None if those of one are not."""
+    texts: list[bytes] = []
+    for ids, labels in zip(columns[INPUT_IDS], columns[LABELS], strict=True):
+        first = next((n for n, byte in enumerate(ids, start=1) if byte < 0x80), 0)
+        common = len(ids) - first
+        if ids[first:] != labels[:common]:
+            return None
+        texts.append(ids + labels[common:])
+    return texts
+
+
+#: An entry up to the numbers of its list: key, value, feature, list, numbers; each with its size.
+_ENTRY = re.compile(
+    rb"\n(VARINT)\n([\x00-\x7f])([^\x12]*)\x12(VARINT)\x1a(VARINT)\n(VARINT)".replace(
+        b"VARINT", rb"[\x80-\xff]*[\x00-\x7f]"
+    ),
+    re.DOTALL,
+)
+
+
+def _packed_lists(data: bytes) -> dict[bytes, bytes]:
+    """Return the varints of each feature, where each has one packed list and nothing else.
+
+    Raises:
+        ValueError: the example has another form.
+    """
+    if data[:1] != b"\n":
+        raise ValueError
+    size, at = read_varint(memoryview(data), 1)
+    if size != len(data) - at:
+        raise ValueError
+    found: dict[bytes, bytes] = {}
+    while at < len(data):
+        entry = _ENTRY.match(data, at)
+        if not entry:
+            raise ValueError
+        count = _number(entry[6])
+        at = entry.end() + count
+        # Each size counts what follows it, up to the end of the numbers.
+        sizes = [_number(entry[n]) + entry.end(n) for n in (1, 4, 5)]
+        if sizes != [at] * 3 or entry[2] != bytes([len(entry[3])]) or at > len(data):
+            raise ValueError
+        found[entry[3]] = data[entry.end() : at]
+    return found
+
+
+def _number(varint: bytes) -> int:
+    return sum((byte & 0x7F) << 7 * n for n, byte in enumerate(varint))
+
+
+def _small_numbers(lists: Sequence[bytes]) -> np.ndarray | None:
+    """Decode lists of varints of at most four bytes.
+
+    Returns:
+        The numbers, int32 of shape (lists, numbers of each); None if a varint is longer or cut, or
+        if the lists differ in length.
+    """
+    # Each number is read as a word of four bytes, which end with its last one.
+    raw = np.frombuffer(b"".join((bytes(4), *lists)), np.uint8)
+    last = np.flatnonzero(raw < 0x80)
+    sizes, last = last[4:] - last[3:-1], last[4:]
+    ends = np.cumsum([4, *map(len, lists)])
+    count, rest = divmod(len(last), len(lists))
+    if rest or not count or not np.array_equal(last[count - 1 :: count], ends[1:] - 1):
+        return None
+    if len(last) == len(raw) - 4:
+        return raw[4:].astype(np.int32).reshape(len(lists), count)
+    if sizes.max() > 4:
+        return None
+    words = np.ndarray((len(raw) - 3,), "<u4", buffer=raw, strides=(1,)).take(last - 3)
+    words >>= (32 - 8 * sizes).astype(np.uint32)
+    values = words & 0x7F
+    for n in range(1, int(sizes.max())):
+        values |= words >> n & 0x7F << 7 * n
+    return values.view(np.int32).reshape(len(lists), count)
 
 
 def of_text(example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

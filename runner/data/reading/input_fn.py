@@ -5,53 +5,59 @@ Shape suffixes: B batch, T time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import tensorflow as tf
+import numpy as np
 
-from gptj_model.errors import DataFault
 from runner.config.params import InputParams
-from runner.data.reading.example import FEATURES, INPUT_IDS, INPUT_MASK, LABELS, TEXT
+from runner.data.reading.example import (
+    FEATURES,
+    INPUT_IDS,
+    INPUT_MASK,
+    LABELS,
+    TEXT,
+    parse_together,
+)
+from runner.data.reading.order import interleave, shuffle
 from runner.data.reading.place import Place, check_shares, place_after, whole_batches
 from runner.data.reading.records import (
     check_records,
     count_records,
     find_records,
     hold_text,
-    is_compressed,
+    largest_record,
+    parse_example,
+    read_records,
 )
 
 #: Ids int32 (B, T); mask of ignored tokens float32 (B, T), 1 where the loss does not count the
 #: label; labels int32 (B, T).
-Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-#: Global seed of TensorFlow when none is set; it is mixed into every seed.
-_GLOBAL_SEED = 87654321
+#: Number of batches that are read in advance.
+_AHEAD = 3
 #: Difference between the seeds of successive epochs.
 _SEED_STEP = 1_000_003
-#: Size of the read buffer of a file in bytes.
-_BUFFER = 1 << 20
-#: Number of epochs of an endless run.
-_ENDLESS = 2**31
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over batches, made by `batches`.
+    """Iterator over batches, made by `batches`; a thread reads the next ones in advance.
 
     Attributes:
         place: place of the next record. It is the whole state: `batches(…, start=place)` continues
             with the next batch, of whatever size.
     """
 
-    def __init__(
-        self, dataset: tf.data.Dataset, params: InputParams, vocab_size: int, start: Place
-    ) -> None:
+    def __init__(self, batches: Iterator[tuple[Place, Batch]], start: Place) -> None:
         self.place = start
-        self._iterator = iter(dataset)
-        self._params = params
-        self._vocab_size = vocab_size
+        self._batches = batches
+        self._thread = ThreadPoolExecutor(1, "records")
+        self._ahead: deque[Future[tuple[Place, Batch] | None]] = deque()
 
     def __next__(self) -> Batch:
         """Return the next batch.
@@ -59,15 +65,13 @@ class Batches(Iterator[Batch]):
         Raises:
             DataFault: a record is damaged or invalid; with file, number and offset.
         """
-        try:
-            epoch, batch = next(self._iterator)
-        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as e:
-            # TensorFlow does not name the record, so look for it.
-            folders, length = self._params.data_dir, self._params.max_sequence_length
-            check_records(find_records(folders), length=length, vocab_size=self._vocab_size)
-            raise DataFault(f"{', '.join(folders)}: cannot be read: {e.message}") from None
-        begin = self.place.record if epoch == self.place.epoch else 0
-        self.place = Place(int(epoch), begin + self._params.batch_size)
+        # The first batch may come after many records that are skipped: here, an interrupt ends it.
+        found = self._ahead.popleft().result() if self._ahead else next(self._batches, None)
+        if found is None:
+            raise StopIteration
+        while len(self._ahead) < _AHEAD:
+            self._ahead.append(self._thread.submit(next, self._batches, None))
+        self.place, batch = found
         return batch
 
 
@@ -106,64 +110,108 @@ def batches(
     check_records(paths, length=length, vocab_size=vocab_size, only_first=True)
     whole_batches(params, count_records(paths, enough=params.batch_size))
     start = place_after(params, params.skip_steps) if start is None else start
-    repeat = training if params.repeat is None else params.repeat
-    shuffle = training if params.shuffle is None else params.shuffle
-    last = _ENDLESS if repeat else max(start.epoch, 1)
-    parse = _parser(length, vocab_size, is_text=hold_text(paths))
-    dataset = (
-        tf.data.Dataset.range(start.epoch, last)
-        .flat_map(_epoch(params, paths, start, shuffle=shuffle))
-        .map(lambda epoch, serialized: (epoch, parse(serialized[worker::workers])))
-        .prefetch(tf.data.AUTOTUNE)
+    parse = _Parser(length, vocab_size, is_text=hold_text(paths))
+    share = slice(worker, None, workers)
+    found = (
+        (place, parse(records[share]))
+        for place, records in _groups(params, paths, start, training=training)
     )
-    return Batches(dataset, params, vocab_size, start)
+    return Batches(found, start)
 
 
-def _epoch(params: InputParams, paths: list[Path], start: Place, *, shuffle: bool):
-    """Return a function from the number of an epoch to that number with each of its batches of
-    serialized records."""
-    names = [str(p) for p in paths]
-    kinds = ["GZIP" if is_compressed(p) else "" for p in paths]
-    seed = params.effective_shuffle_seed
+class _Record(NamedTuple):
+    path: Path
+    number: int
+    offset: int
+    """Offset in the uncompressed file, in bytes."""
+    data: bytes
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        records = tf.data.Dataset.from_tensor_slices((names, kinds)).interleave(
-            lambda *file: tf.data.TFRecordDataset(*file, buffer_size=_BUFFER),
-            cycle_length=params.n_parallel_reads,
-        )
-        if shuffle:
-            # This sets the seed of this graph alone: no other use of the global seed may matter.
-            tf.compat.v1.set_random_seed(_GLOBAL_SEED)
-            buffer = params.effective_shuffle_buffer
-            own: Any = seed + number * _SEED_STEP
-            records = records.shuffle(buffer, seed=own, reshuffle_each_iteration=False)
+
+def _groups(
+    params: InputParams, paths: list[Path], start: Place, *, training: bool
+) -> Iterator[tuple[Place, list[_Record]]]:
+    """Yield the records of each batch, with the place after them."""
+    repeat = training if params.repeat is None else params.repeat
+    size = params.batch_size
+    for epoch in count(start.epoch) if repeat else range(start.epoch, 1):
+        record = start.record if epoch == start.epoch else 0
         # The records before the start were read by an earlier process.
-        read = tf.where(number == start.epoch, tf.constant(start.record, tf.int64), 0)
-        grouped = records.skip(read).batch(params.batch_size, drop_remainder=True)
-        return grouped.map(lambda serialized: (number, serialized))
+        records = islice(_epoch(params, paths, epoch, training=training), record, None)
+        at = record
+        while len(group := list(islice(records, size))) == size:
+            at += size
+            yield Place(epoch, at), group
+        if at == 0:
+            whole_batches(params, len(group))  # the files have changed since the start
 
-    return epoch
+
+def _epoch(
+    params: InputParams, paths: list[Path], number: int, *, training: bool
+) -> Iterator[_Record]:
+    """Return the records of one epoch, in its order."""
+    most = largest_record(params.max_sequence_length)
+    records = interleave((_file(path, most) for path in paths), params.n_parallel_reads)
+    if not (training if params.shuffle is None else params.shuffle):
+        return records
+    seed = params.effective_shuffle_seed + number * _SEED_STEP
+    return shuffle(records, params.effective_shuffle_buffer, seed)
 
 
-def _parser(length: int, vocab_size: int, *, is_text: bool):
-    features = {name: tf.io.FixedLenFeature([length], tf.int64) for name in FEATURES}
-    if is_text:
-        features = {TEXT: tf.io.FixedLenFeature([length + 1], tf.int64)}
+def _file(path: Path, most: int) -> Iterator[_Record]:
+    return (_Record(path, *found) for found in read_records(path, max_bytes=most))
 
-    def parse(serialized: tf.Tensor) -> Batch:
-        example: dict[str, Any] = tf.io.parse_example(serialized, features)
-        if is_text:
-            ids = example[TEXT]
-            example = {INPUT_IDS: ids[:, :-1], INPUT_MASK: tf.ones_like(ids[:, 1:])}
-            example[LABELS] = ids[:, 1:]
-        # Compiled code would silently clamp an id that is out of range.
-        for name in (INPUT_IDS, LABELS):
-            ids = tf.cast(example[name], tf.uint64)  # a negative id becomes huge
-            tf.debugging.assert_less(ids, tf.constant(vocab_size, tf.uint64))
-        return (
-            tf.cast(example[INPUT_IDS], tf.int32),
-            1.0 - tf.cast(example[INPUT_MASK], tf.float32),
-            tf.cast(example[LABELS], tf.int32),
+
+class _Parser:
+    """Parses and checks the records of a batch.
+
+    Args:
+        length: number of tokens per record, max_sequence_length.
+        vocab_size: upper bound of ids, exclusive.
+        is_text: whether the records are those of GPT-J's original trainer.
+    """
+
+    def __init__(self, length: int, vocab_size: int, *, is_text: bool) -> None:
+        self._length = length
+        self._vocab_size = vocab_size
+        self._is_text = is_text
+
+    def __call__(self, records: list[_Record]) -> Batch:
+        """Return the batch.
+
+        Raises:
+            DataFault: a record is invalid; with file, number and feature.
+        """
+        found = self._together(records)
+        ids_BT, mask_BT, labels_BT = found or self._one_by_one(records)
+        return ids_BT, np.float32(1) - mask_BT.astype(np.float32), labels_BT
+
+    def _together(self, records: list[_Record]) -> Batch | None:
+        """Return ids, mask and labels, int32 (B, T); None if a record is invalid or unusual."""
+        names = (TEXT,) if self._is_text else FEATURES
+        found = parse_together([r.data for r in records], names)
+        if found is None:
+            return None
+        if self._is_text:
+            text = found[TEXT]
+            parts = text[:, :-1], np.ones_like(text[:, 1:]), text[:, 1:]
+        else:
+            parts = found[INPUT_IDS], found[INPUT_MASK], found[LABELS]
+        tops = self._vocab_size, 2, self._vocab_size
+        shape = len(records), self._length
+        fits = all(p.shape == shape and p.max() < top for p, top in zip(parts, tops, strict=True))
+        return parts if fits else None
+
+    def _one_by_one(self, records: list[_Record]) -> Batch:
+        found = [
+            parse_example(
+                r.data,
+                length=self._length,
+                vocab_size=self._vocab_size,
+                place=f"{r.path}: record {r.number} at byte {r.offset}",
+            )
+            for r in records
+        ]
+        ids, mask, labels = (
+            np.array([example[name] for example in found], np.int32) for name in FEATURES
         )
-
-    return parse
+        return ids, mask, labels

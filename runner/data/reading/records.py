@@ -24,6 +24,7 @@ from gptj_model.errors import DataFault, UsageError
 from runner.data.reading.data_params import DATA_PARAMS_FILE, RecordFileFacts, stated_files
 from runner.data.reading.example import (
     FEATURES,
+    INPUT_IDS,
     INPUT_MASK,
     TEXT,
     max_bytes,
@@ -42,6 +43,9 @@ from runner.data.reading.other_data import (
 GZIP_MAGIC = b"\x1f\x8b"
 #: Compression level; slower levels gain little on token ids.
 _GZIP_LEVEL = 3
+
+#: Size of the read buffer of a file in bytes.
+_BUFFER = 1 << 20
 
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
@@ -117,7 +121,8 @@ def hold_text(paths: Sequence[Path]) -> bool:
     kinds: dict[bool, Path] = {}
     for path in paths:
         for _, offset, data in read_records(path, max_bytes=MAX_RECORD_BYTES):
-            kinds.setdefault(TEXT in _parsed(data, f"{path}: record 0 at byte {offset}"), path)
+            found = _parsed(data, f"{path}: record 0 at byte {offset}")
+            kinds.setdefault(TEXT in found and INPUT_IDS not in found, path)
             break
     if len(kinds) > 1:
         raise DataFault(
@@ -246,7 +251,7 @@ def read_records(path: Path, *, max_bytes: int) -> Iterator[tuple[int, int, byte
         DataFault: a checksum is wrong, the file ends inside a record, or a record claims more
             than `max_bytes`; with file, record and offset.
     """
-    with gzip.open(path) if is_compressed(path) else path.open("rb") as f:
+    with gzip.open(path) if is_compressed(path) else path.open("rb", _BUFFER) as f:
         number = offset = 0
         while True:
             place = f"{path}: record {number} at byte {offset}"
@@ -293,14 +298,37 @@ def read_examples(
     Raises:
         DataFault: a record is invalid; with file, number and feature.
     """
-    # Feature names and varints of at most 10 bytes cannot make a larger record.
-    limit = max(max_bytes(length), 1 << 20) if length else MAX_RECORD_BYTES
-    for number, offset, data in read_records(path, max_bytes=limit):
+    for number, offset, data in read_records(path, max_bytes=largest_record(length)):
         place = f"{path}: record {number} at byte {offset}"
-        example = of_text(_parsed(data, place))
-        length = length or len(example.get(FEATURES[0], ())) or None
-        check_example(example, length or 1, vocab_size, place)
+        example = parse_example(data, length=length, vocab_size=vocab_size, place=place)
+        length = len(example[FEATURES[0]])
         yield number, example
+
+
+def largest_record(length: int | None) -> int:
+    """Return the size limit in bytes of records of `length` tokens, or of an unknown number."""
+    # Feature names and varints of at most 10 bytes cannot make a larger record.
+    return max(max_bytes(length), 1 << 20) if length else MAX_RECORD_BYTES
+
+
+def parse_example(
+    data: bytes, *, length: int | None, vocab_size: int, place: str
+) -> dict[str, np.ndarray]:
+    """Return the lists of a serialized example, int64, checked against the model.
+
+    Args:
+        data: the example.
+        length: number of tokens; None accepts any.
+        vocab_size: upper bound of ids, exclusive.
+        place: where the record stands, for errors.
+
+    Raises:
+        DataFault: the record is invalid; with `place` and the feature.
+    """
+    example = of_text(_parsed(data, place))
+    length = length or len(example.get(FEATURES[0], ())) or 1
+    check_example(example, length, vocab_size, place)
+    return example
 
 
 def _parsed(data: bytes, place: str) -> dict[str, np.ndarray]:

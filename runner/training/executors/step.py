@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from gptj_model.network.model import GPTJ
@@ -81,7 +82,7 @@ class TrainStep:
         """Return this worker's share of the tokens that count, for each batch."""
         if self._workers.count == 1:
             return [1.0] * len(group)
-        counts = [float(tf.reduce_sum(1.0 - ignored_BT)) for _, ignored_BT, _ in group]
+        counts = [float(np.sum(1.0 - ignored_BT, dtype=np.float64)) for _, ignored_BT, _ in group]
         totals = self._workers.total(counts)
         return [count / max(total, 1.0) for count, total in zip(counts, totals, strict=True)]
 
