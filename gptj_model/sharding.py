@@ -1,7 +1,8 @@
 """How a model is divided among devices; numpy and the standard library only.
 
 The devices form a mesh of two axes: each batch is divided along `BATCH`, tensors along `MODEL`. A
-device holds its part of every tensor that has a `split` in the table, and a copy of the others.
+device holds its part of every tensor that has a `split` in the table, and a copy of the others
+unless the weights are sharded along `BATCH` as well.
 """
 
 from __future__ import annotations
@@ -32,16 +33,31 @@ class Mesh:
         return f"{self.batch} × {self.model}"
 
 
-def axes(tensor: Tensor) -> tuple[str | None, ...]:
-    """Return the mesh axis that each axis of a tensor in Keras' layout is divided along, or
-    None."""
-    named = tuple(MODEL if n == tensor.split else None for n in range(len(tensor.shape)))
-    return named[::-1] if tensor.op(Scheme.HF, Scheme.KERAS) is Op.TRANSPOSE else named
+def axes(tensor: Tensor, mesh: Mesh, *, shard_weights: bool = False) -> tuple[str | None, ...]:
+    """Return the mesh axis that each axis of a tensor in Keras' layout is divided along, or None.
+
+    Args:
+        tensor: row of the table or of an adapter.
+        mesh: mesh of the devices.
+        shard_weights: whether the largest other axis that `mesh.batch` divides is divided along
+            `BATCH`, so that no device holds what another one has (ZeRO-3, arXiv 1910.02054).
+    """
+    named: list[str | None] = [
+        MODEL if n == tensor.split else None for n in range(len(tensor.shape))
+    ]
+    if shard_weights:
+        free = [n for n, name in enumerate(named) if not name and tensor.shape[n] % mesh.batch == 0]
+        if free:
+            named[max(free, key=lambda n: tensor.shape[n])] = BATCH
+    transposed = tensor.op(Scheme.HF, Scheme.KERAS) is Op.TRANSPOSE
+    return tuple(named[::-1] if transposed else named)
 
 
-def part_size(tensor: Tensor, mesh: Mesh) -> int:
+def part_size(tensor: Tensor, mesh: Mesh, *, shard_weights: bool = False) -> int:
     """Return the number of elements of a tensor that one device holds."""
-    return tensor.size // (1 if tensor.split is None else mesh.model)
+    named = axes(tensor, mesh, shard_weights=shard_weights)
+    parts = (mesh.model if MODEL in named else 1) * (mesh.batch if BATCH in named else 1)
+    return tensor.size // parts
 
 
 def check_divides(config: GPTJConfig, mesh: Mesh) -> None:

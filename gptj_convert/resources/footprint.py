@@ -10,7 +10,7 @@ training and streaming at the 6B's width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from gptj_convert.resources.rates import Rates
 from gptj_model.config import GPTJConfig
@@ -84,23 +84,47 @@ def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) 
 
 
 def device_state(
-    config: GPTJConfig, mesh: Mesh, *, trained: Sequence[Tensor], slots: int, accumulated: bool
+    rows: Iterable[Tensor],
+    mesh: Mesh,
+    *,
+    trained: Sequence[Tensor],
+    slots: int,
+    of_others: str = "float32",
+    of_gradients: str = "float32",
+    of_slots: str = "float32",
+    accumulated: bool = False,
+    shard_weights: bool = False,
 ) -> dict[str, int]:
-    """Return what each device of a mesh holds in training, in float32, beside activations.
+    """Return the bytes that each device of a mesh holds in training, beside activations.
 
     Args:
-        config: configuration of the model.
+        rows: every row of the model and of its adapter.
         mesh: mesh that `gptj_model.sharding.check_divides` accepts.
-        trained: trained rows of the table.
+        trained: trained rows.
         slots: number of slots per trained weight.
-        accumulated: whether the gradients of several batches are summed beside those of one.
+        of_others: dtype of the matrices that are not trained.
+        of_gradients: dtype of the gradients of the blocks' matrices.
+        of_slots: dtype of the slots.
+        accumulated: whether the gradients of several batches are summed in float32 beside those of
+            one.
+        shard_weights: whether weights are divided along the mesh's batch axis too.
     """
-    held = 4 * sum(part_size(t, mesh) for t in table(config))
-    updated = 4 * sum(part_size(t, mesh) for t in trained)
+
+    def size(tensors: Iterable[Tensor], dtype: Callable[[Tensor], str]) -> int:
+        parts = ((part_size(t, mesh, shard_weights=shard_weights), dtype(t)) for t in tensors)
+        return sum(count * NUMPY[name].itemsize for count, name in parts)
+
+    def wide(tensor: Tensor) -> str:
+        return "float32"
+
+    others = set(rows) - set(trained)
+    in_block = {t for t in trained if t.block is not None and len(t.shape) > 1}
     return {
-        "weights": held,
-        "gradients": updated * (2 if accumulated else 1),
-        "slots": updated * slots,
+        "weights": size(trained, wide)
+        + size(others, lambda t: of_others if len(t.shape) > 1 else "float32"),
+        "gradients": size(trained, lambda t: of_gradients if t in in_block else "float32")
+        + (size(trained, wide) if accumulated else 0),
+        "slots": slots * size(trained, lambda t: of_slots),
     }
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from gptj_model.dtypes import NUMPY
 from gptj_model.lora import Lora
 from gptj_model.network.model import GPTJ
-from gptj_model.source import TensorSource, read_tensor
+from gptj_model.op import Op
+from gptj_model.source import TensorSource, read_rows, read_tensor
 from gptj_model.tensors import Scheme, Tensor, table
 
 #: Prefix of the variables that Keras' `enable_lora` adds to a layer.
@@ -84,6 +85,25 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
 def assign(variable: Any, tensor: Tensor, source: TensorSource, scheme: Scheme) -> None:
     """Assign one variable from a source, in Keras' layout."""
     variable.assign(read_values(tensor, source, scheme, variable.dtype))
+
+
+def read_part(
+    tensor: Tensor, source: TensorSource, scheme: Scheme, index: tuple[slice, ...]
+) -> np.ndarray:
+    """Return a part of a tensor of a source in Keras' layout, in the source's dtype.
+
+    Only its bytes are read where they follow one another in the source.
+
+    Args:
+        tensor: row of the table.
+        source: checkpoint.
+        scheme: naming scheme and layout of the source.
+        index: part along each axis of Keras' layout.
+    """
+    op = tensor.op(scheme, Scheme.KERAS)
+    rows, *others = index[::-1] if op is Op.TRANSPOSE else index
+    found = read_rows(source, tensor.name(scheme), rows.start or 0, rows.stop)
+    return op(found[(slice(None), *others)])
 
 
 def read_values(tensor: Tensor, source: TensorSource, scheme: Scheme, dtype: str) -> np.ndarray:

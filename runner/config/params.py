@@ -155,6 +155,9 @@ class LoraParams(Section):
     )
     """Dense layers that are adapted in every block, by their Hugging Face names: q_proj, k_proj,
     v_proj, out_proj, fc_in, fc_out."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which jax keeps the matrices that are not trained; bfloat16 takes half the memory
+    and rounds them, also in the checkpoints."""
 
     @property
     def lora(self) -> Lora:
@@ -380,8 +383,8 @@ class OptimizerParams(Section):
     overflow_tolerance: Rate = 0.05
     """Share of overflowing steps beyond which a dynamic loss scale halves."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of all optimizer slots of a streamed run on disk; bfloat16 is rounded
-    stochastically."""
+    """Dtype of the optimizer slots of a streamed run on disk, and of those of jax; bfloat16 is
+    rounded stochastically."""
     log_summaries: bool = True
     """Accepted for compatibility: summaries are always written."""
     log_grads: bool = False
@@ -457,6 +460,9 @@ class RunConfig(Section):
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     """Shape of the device mesh of jax, `[batch, model]`: numbers of devices that batches and
     tensors are divided among; null divides tensors among all. Not a key of the reference."""
+    shard_weights: bool = False
+    """Whether jax also divides weights, gradients and slots among the devices that batches are
+    divided among, instead of giving each a copy (ZeRO-3). Not a key of the reference."""
     num_wgt_servers: Natural | None = None
     """No effect: a setting of the CS client."""
     disable_standard_logs: bool | None = None

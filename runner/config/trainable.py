@@ -10,6 +10,13 @@ from gptj_model.tensors import Tensor, table
 from runner.config.params import Params
 
 
+def model_rows(config: GPTJConfig, params: Params) -> list[Tensor]:
+    """Return the rows of the table, and of the adapter if there is one."""
+    lora = params.model.lora
+    added = lora.lora.rows(config).values() if lora else ()
+    return [*table(config), *(row for pair in added for row in pair)]
+
+
 def trainable_rows(config: GPTJConfig, params: Params) -> list[Tensor]:
     """Return the rows of the adapter, or else of the table, without the frozen ones.
 

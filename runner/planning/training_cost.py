@@ -11,7 +11,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.dtypes import NUMPY
 from gptj_model.errors import ConfigError
 from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
-from runner.config.execution import Execution
+from runner.config.execution import Backend, Execution
 from runner.config.params import Params, RunConfig
 from runner.config.trainable import trainable_rows
 from runner.data.reading.place import check_shares
@@ -87,13 +87,17 @@ def slots_dtype(params: Params) -> str:
         ConfigError: 16 bits are asked for where slots are in memory.
     """
     dtype, execution = params.optimizer.moments_dtype, params.runconfig.execution
+    if params.runconfig.backend == Backend.JAX:
+        return dtype
     if dtype != "float32" and (execution != Execution.STREAMING or params.model.lora):
         having = f"runconfig.execution is {execution}"
         having += " with model.lora" if params.model.lora else ""
         raise ConfigError(
             f"optimizer.moments_dtype is {dtype}, and {having}: only slots on the disk, of "
-            f"{Execution.STREAMING} without model.lora, are stored in 16 bits",
-            hint="--execution streaming, or --set optimizer.moments_dtype=float32",
+            f"{Execution.STREAMING} without model.lora, and those of {Backend.JAX} are stored in "
+            "16 bits",
+            hint=f"--execution streaming, --backend {Backend.JAX}, or "
+            "--set optimizer.moments_dtype=float32",
         )
     return dtype
 

@@ -81,11 +81,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     that TensorFlow began."""
     folder = tmp_path_factory.mktemp("jax") / "adamw"
     shutil.copytree(GOLDEN_RUNS / "adamw", folder)
-    hard = ("--set", "optimizer.grad_accum_steps=2", "--set", "model.residual_dropout_rate=0.1")
+    drop = ("--set", "model.residual_dropout_rate=0.1")
+    hard = (*drop, "--set", "optimizer.grad_accum_steps=2", "--set",
+            "optimizer.moments_dtype=bfloat16")  # fmt: skip
+    again = (*drop, "--set", "model.recompute=true")
+    shard = ("--set", "runconfig.shard_weights=true")
+    lora = ("--set", "model.lora.rank=2", "--quiet")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         before = signal.getsignal(signal.SIGTERM)
         assert main([*BEGIN, "--model-dir", "tf_first", "--max-steps", "10", "--quiet"]) == 0
+        first = (*BEGIN, *lora, "--model-dir", "lora_tf", "--max-steps")
+        assert main([*first, "2"]) == 0
+        shutil.copytree("lora_tf", "lora_jax")
+        assert main([*first, "5"]) == 0
         signal.signal(signal.SIGTERM, before)
         codes, told = _on_jax(
             (*BEGIN, *_mesh(2, 4), "--model-dir", "divided", "--mode", "train_and_eval"),
@@ -95,8 +104,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (*BEGIN, *_mesh(4, 2), *hard, "--model-dir", "broken", "--max-steps", 2, "--quiet"),
             ("train", "--model-dir", "broken", "--max-steps", 4, "--quiet"),
             (*BEGIN, *_mesh(4, 4), "--model-dir", "large"),
+            (*BEGIN, *_mesh(4, 2), *shard, "--model-dir", "sharded"),
+            (*BEGIN, *_mesh(2, 2), *drop, "--model-dir", "kept", "--max-steps", 4, "--quiet"),
+            (*BEGIN, *_mesh(2, 2), *again, "--model-dir", "again", "--max-steps", 4, "--quiet"),
+            ("train", "--model-dir", "lora_jax", *_mesh(2, 1), "--max-steps", 5, "--quiet"),
         )
-    assert codes == [0, 0, 0, 0, 0, 0, 2], told
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0], told
     (folder / "told").write_text(told)
     return folder
 
@@ -119,6 +132,27 @@ def test_each_device_holds_what_was_planned(runs: Path, gptj, monkeypatch: pytes
     size = planned["bytes_per_device"]
     assert held == size["weights"] + size["slots"]
     assert held < 12 * planned["parameters"] / 3.9  # 12 bytes each; norms are not divided
+
+
+def test_sharded_weights_are_the_same_weights(runs: Path, gptj, monkeypatch: pytest.MonkeyPatch):
+    _assert_same(runs / "sharded", runs / "whole", 20)
+    monkeypatch.chdir(runs)
+    planned = gptj(*BEGIN, "--backend", "jax", *_mesh(4, 2), "--set",
+                   "runconfig.shard_weights=true", "--validate-only", "--json").json  # fmt: skip
+    size = planned["bytes_per_device"]
+    assert f"hold {size['weights'] + size['slots']:,} bytes" in (runs / "told").read_text()
+    # A bias that is divided along the model has no other axis.
+    assert size["weights"] * 8 < 1.03 * 4 * planned["parameters"]
+
+
+def test_recomputed_activations_are_the_kept_ones(runs: Path):
+    """Dropout masks included."""
+    _assert_same(runs / "again", runs / "kept", 4, steps=4)
+
+
+def test_an_adapter_goes_on(runs: Path):
+    """Two steps on TensorFlow and three on JAX are five on TensorFlow."""
+    _assert_same(runs / "lora_jax", runs / "lora_tf", 5, steps=3)
 
 
 def test_a_run_that_was_interrupted_is_the_same_bits(runs: Path):
@@ -157,11 +191,6 @@ REFUSED = {
     "workers": (("--workers", 2), "does not know several workers"),
     "mode": (("--mode", "eval"), "does not know mode eval"),
     "device": (("--set", "runconfig.device=/gpu:0"), "does not know runconfig.device /gpu:0"),
-    "lora": (("--set", "model.lora.rank=2"), "does not know model.lora"),
-    "masks": (
-        ("--set", "model.recompute=true", "--set", "model.attention_dropout_rate=0.1"),
-        "does not know model.recompute with dropout",
-    ),
 }
 
 

@@ -176,7 +176,7 @@ def test_initial_weights_follow_the_initializers():
     values = load_params(path).model_dump(exclude_none=True)
     params = validate(values, {"model.hidden_size": 256, "model.num_hidden_layers": 3}, where="x")
     model = GPTJ(GPTJConfig(**_fields(params.config)))
-    initialize(model, params)
+    initialize(variables(model), model.config, params)
     found = variables(model)
     expected = {"wte": 50400**-0.5 * 0.8796, "q_proj": 256**-0.5, "fc_in": 256**-0.5,
                 "out_proj": (4 / 9 / 256) ** 0.5, "fc_out": (4 / 9 / 256) ** 0.5,
@@ -191,7 +191,7 @@ def test_initial_weights_follow_the_initializers():
             assert values.std() == pytest.approx(expected[key], rel=0.02), tensor.hf
     before = np.asarray(found["transformer.wte.weight"])
     tf.random.normal((3,), seed=1)
-    initialize(model, params)
+    initialize(variables(model), model.config, params)
     assert np.array_equal(before, np.asarray(found["transformer.wte.weight"]))
 
 

@@ -74,6 +74,7 @@ def _planned_devices(
     the mesh."""
     from gptj_convert.resources import footprint
     from gptj_model.tensors import SLOTS
+    from runner.config.trainable import model_rows
     from runner.training.devices.backend import mesh_of
 
     def devices() -> int:
@@ -82,12 +83,18 @@ def _planned_devices(
         return jax.device_count()
 
     mesh, optimizer = mesh_of(params, devices), params.optimizer
+    model = params.model
+    halves = model.recompute and model.mixed_precision
     held = footprint.device_state(
-        config,
+        model_rows(config, params),
         mesh,
         trained=trained,
         slots=len(SLOTS[optimizer.optimizer_type]),
+        of_others=model.lora.base_dtype if model.lora else "float32",
+        of_gradients=model.mixed_precision_dtype if halves else "float32",
+        of_slots=optimizer.moments_dtype,
         accumulated=optimizer.grad_accum_steps > 1,
+        shard_weights=params.runconfig.shard_weights,
     )
     total = sum(held.values())
     parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in held.items())

@@ -32,7 +32,7 @@ def check_backend(params: Params, *, mode: str, workers: int) -> None:
 
 
 def _refused(params: Params, mode: str, workers: int) -> Iterator[str]:
-    runconfig, model = params.runconfig, params.model
+    runconfig = params.runconfig
     if mode in ("eval", "eval_all"):
         yield f"mode {mode}"
     if workers > 1 or runconfig.enable_distributed:
@@ -41,15 +41,6 @@ def _refused(params: Params, mode: str, workers: int) -> Iterator[str]:
         yield f"runconfig.execution {runconfig.execution} (--set runconfig.execution=resident)"
     if runconfig.device:
         yield f"runconfig.device {runconfig.device} (--set runconfig.device=null)"
-    if model.lora:
-        yield "model.lora (--set model.lora=null)"
-    if model.recompute and _drops(params):
-        yield "model.recompute with dropout (--set model.recompute=false)"
-
-
-def _drops(params: Params) -> bool:
-    model = params.model
-    return bool(model.attention_dropout_rate or model.residual_dropout_rate)
 
 
 def mesh_of(params: Params, devices: Callable[[], int]) -> Mesh:

@@ -62,7 +62,7 @@ class ResidentExecutor(Executor):
 
     @override
     def initialize(self) -> None:
-        initialize(self.model, self._params)
+        initialize(variables(self.model), self._config, self._params)
 
     @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:

@@ -1,7 +1,7 @@
 """Training of a model that is divided among devices with its slots, by one program on JAX.
 
-Keras places the variables (`keras.distribution.ModelParallel`, by the `split` column of the table);
-the compiler finds out what the devices must exchange.
+Arrays are placed by the `split` column of the table; the compiler finds out what the devices must
+exchange.
 
 Shape suffixes: n batches of an update, B batch, T time.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from typing_extensions import override
@@ -23,24 +23,28 @@ from typing_extensions import override
 from gptj_model.config import GPTJConfig
 from gptj_model.errors import ConfigError
 from gptj_model.network.loss import TokenLoss
-from gptj_model.network.model import GPTJ
-from gptj_model.network.weights import load_weights, variables
-from gptj_model.sharding import BATCH, MODEL, axes
+from gptj_model.network.stacked import StackedModel, stack_name
+from gptj_model.network.weights import first_a, read_part
+from gptj_model.sharding import BATCH, MODEL, Mesh, axes
 from gptj_model.source import TensorSource, read_tensor
-from gptj_model.tensors import Scheme, table
+from gptj_model.tensors import Role, Scheme, Tensor, table
 from runner.config.params import Params
-from runner.config.trainable import trainable_rows
+from runner.config.trainable import model_rows, trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
 from runner.training.devices.backend import mesh_of
+from runner.training.executors.device_rows import DeviceArrays
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
+from runner.training.update.jax_rounding import rounded
 from runner.training.update.rule import BetaPowers, UpdateRule
-from runner.training.weights.initialize import initialize
-from runner.training.weights.lazy_array import LazyArray
+from runner.training.weights.initialize import initialization_seed, initialize
+from runner.training.weights.lora import Adapter
 
 #: Number of seeds of JAX's generators, which have 32 bits.
 _SEEDS = 2**32
+#: Number that tells the random bits of an update from those of dropout masks.
+_OF_UPDATE = 1
 
 
 class ShardedExecutor(Executor):
@@ -64,32 +68,52 @@ class ShardedExecutor(Executor):
         self.trained = trainable_rows(config, params)
         self._mesh = _device_mesh(params)
         self.devices = self._mesh.devices.size
-        with _distribution(config, self._mesh).scope():
-            self._model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
-        self._variables = variables(self._model)
-        self._rule = UpdateRule(params.optimizer)
+        lora = params.model.lora.lora if params.model.lora else None
+        self._model = StackedModel(
+            config,
+            dtype=params.dtype_policy,
+            recompute=params.model.recompute,
+            lora=lora,
+            devices=self.devices,
+            constrain=partial(
+                jax.lax.with_sharding_constraint, shardings=self._sharding(BATCH, None, None)
+            ),
+        )
+        self._rule = UpdateRule(params.optimizer, jnp)
         self._powers = BetaPowers(params.optimizer)
-        self._slots = {
-            t: [jnp.full(v.shape, fill, jnp.float32, device=v.value.sharding) for fill in fills]
-            for t in self.trained
-            for v, fills in [(self._variables[t.hf], self._rule.slots(t).values())]
-        }
+        self._lora_rows = dict(lora.rows(config)) if lora else {}
+        rows = model_rows(config, params)
+        self._trained_rows = set(self.trained)
+        in_update = {stack_name(t) for t in self.trained}
+        self._weights = self._arrays(t for t in rows if stack_name(t) in in_update)
+        self._others = self._arrays(
+            (t for t in rows if stack_name(t) not in in_update), dtype=self._dtype_of_others
+        )
+        fills = list(self._rule.slots(self.trained[0]).values())
+        dtype = jnp.dtype(params.optimizer.moments_dtype)
+        self._slots = [
+            self._arrays(self._weights, dtype=lambda _: dtype, fill=fill) for fill in fills
+        ]
         whole = self._sharding()
-        placed = {t: self._variables[t.hf].value.sharding for t in self.trained}
-        slots = {t.tf: [placed[t]] * len(old) for t, old in self._slots.items()}
-        weights = {t.hf: sharding for t, sharding in placed.items()}
         self._update = jax.jit(
-            self._run, donate_argnums=(0, 1), out_shardings=(weights, slots, whole, whole)
+            self._run,
+            donate_argnums=(0, 1),
+            out_shardings=(
+                self._weights.shardings,
+                [s.shardings for s in self._slots],
+                whole,
+                whole,
+            ),
         )
 
     @property
     def placement(self) -> str:
         """Where weights and slots are, read from the arrays themselves."""
-        slots = (array for old in self._slots.values() for array in old)
         held = Counter[Any]()
-        for array in (*(v.value for v in self._variables.values()), *slots):
-            for shard in array.addressable_shards:
-                held[shard.device] += shard.data.nbytes
+        for arrays in (self._weights, self._others, *self._slots):
+            for array in arrays.values.values():
+                for shard in array.addressable_shards:
+                    held[shard.device] += shard.data.nbytes
         shape, first = " × ".join(map(str, self._mesh.devices.shape)), self._mesh.devices.flat[0]
         return (
             f"{shape} devices (batch × model, {first.device_kind}) hold {max(held.values()):,} "
@@ -98,25 +122,33 @@ class ShardedExecutor(Executor):
 
     @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
-        load_weights(self._model, source, scheme)
+        rows = self._rows
+        for tensor in table(self._config):
+            rows[tensor.hf].read(partial(read_part, tensor, source, scheme))
+        self._initialize_adapter()
 
     @override
     def initialize(self) -> None:
-        initialize(self._model, self._params)
+        initialize(self._rows, self._config, self._params)
+        self._initialize_adapter()
 
     @override
     def load_adapter(self, values: Mapping[str, np.ndarray]) -> None:
-        """Refuse an adapter: all weights are trained here."""
-        raise NotImplementedError
+        adapter = self._adapter
+        assert adapter, "checked"
+        adapter.begin(values)
 
     @override
     def load_state(self, source: TensorSource, step: int) -> str | None:
+        if adapter := self._adapter:
+            if not adapter.load(source):
+                return "no such adapter: training starts with a new one"
+            adapter.load_kernels(source)
         if any(name not in source.tensors for t in self.trained for name in self._rule.slots(t)):
             return f"no slots of {self._params.optimizer.optimizer_type}: they start from zero"
-        for tensor, old in self._slots.items():
-            for n, name in enumerate(self._rule.slots(tensor)):
-                values = read_tensor(source, name).astype(np.float32, copy=False)
-                old[n] = jax.device_put(values, old[n].sharding)
+        for tensor in self.trained:
+            for arrays, name in zip(self._slots, self._rule.slots(tensor), strict=True):
+                arrays.row(tensor).assign(read_tensor(source, name))
         self._powers.load(source, step)
         return None
 
@@ -124,17 +156,30 @@ class ShardedExecutor(Executor):
     def step(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> StepResult:
+        slots = [arrays.values for arrays in self._slots]
         arguments = self._arguments(group, draw, scale, rate)
-        weights, slots, loss, norm = self._update(*arguments)
-        for tensor in self.trained:
-            self._variables[tensor.hf].assign(weights[tensor.hf])
-            self._slots[tensor] = slots[tensor.tf]
+        weights, slots, loss, norm = self._update(
+            self._weights.values, slots, self._others.values, *arguments
+        )
+        self._weights.update(weights)
+        for arrays, values in zip(self._slots, slots, strict=True):
+            arrays.update(values)
         return StepResult(float(loss), float(norm))
 
     def compiled(self, batch: Batch) -> Any:
-        """Return JAX's compiled program of a step with such batches; nothing runs."""
-        group = [batch] * self._params.optimizer.grad_accum_steps
-        return self._update.lower(*self._arguments(group, (0, 0), 1.0, 1.0)).compile()
+        """Return JAX's compiled program of a step with such batches; nothing is allocated."""
+        count, place = self._params.optimizer.grad_accum_steps, self._sharding(None, BATCH)
+        batches_nBT = [
+            jax.ShapeDtypeStruct((count, *part_BT.shape), part_BT.dtype, sharding=place)
+            for part_BT in batch
+        ]
+        slots = [arrays.shapes for arrays in self._slots]
+        scalar = jax.ShapeDtypeStruct((), np.float32)
+        seed = jax.ShapeDtypeStruct((2,), np.uint32)
+        lowered = self._update.lower(
+            self._weights.shapes, slots, self._others.shapes, seed, batches_nBT, *[scalar] * 3
+        )
+        return lowered.compile()
 
     @override
     def advance(self) -> None:
@@ -143,25 +188,64 @@ class ShardedExecutor(Executor):
     @override
     def save(self, step: int, state: Mapping[str, np.ndarray], *, stays: bool) -> Path:
         """Save the checkpoint of a step; one tensor at a time is gathered from the devices."""
-        found = {t.tf: self._variables[t.hf].value for t in table(self._config)}
-        for tensor, values in self._slots.items():
-            found |= dict(zip(self._rule.slots(tensor), values, strict=True))
-        tensors: dict[str, Any] = {name: _gathered(array) for name, array in found.items()}
-        tensors |= {**self._powers.scalars(), **state}
+        rows = self._rows
+        tensors: dict[str, Any] = {t.tf: rows[t.hf] for t in table(self._config)}
+        for tensor in self.trained:
+            names = self._rule.slots(tensor)
+            tensors |= {
+                name: arrays.row(tensor) for arrays, name in zip(self._slots, names, strict=True)
+            }
+        tensors |= self._powers.scalars()
+        if adapter := self._adapter:
+            tensors |= adapter.tensors()
         limit = self._params.runconfig.keep_checkpoint_max or 0
-        return checkpoints.save(self._model_dir, step, tensors, keep=limit)
+        return checkpoints.save(self._model_dir, step, tensors | dict(state), keep=limit)
 
     @override
     def evaluator(self) -> Evaluator:
-        return _Evaluator(self._model, self._variables, self._sharding(BATCH))
+        return _Evaluator(
+            self._model, lambda: self._weights.values | self._others.values, self._sharding(BATCH)
+        )
 
     @override
     def weights(self) -> Mapping[str, Any]:
-        return {name: _gathered(v.value) for name, v in self._variables.items()}
+        rows = self._rows
+        return {t.hf: rows[t.hf] for t in table(self._config)}
 
     @override
     def close(self) -> None:
         """Do nothing: there are no files or threads."""
+
+    @property
+    def _rows(self) -> dict[str, Any]:
+        """Every row by HF name."""
+        return {t.hf: arrays.row(t) for arrays in (self._weights, self._others) for t in arrays}
+
+    def _arrays(self, rows: Iterable[Tensor], **options: Any) -> DeviceArrays:
+        mesh = Mesh(*self._mesh.devices.shape)
+        shard = self._params.runconfig.shard_weights
+        place = partial(axes, mesh=mesh, shard_weights=shard)
+        return DeviceArrays(rows, self._mesh, axes=place, **options)
+
+    def _dtype_of_others(self, tensor: Tensor) -> Any:
+        """Return the dtype of a weight that is not trained."""
+        lora = self._params.model.lora
+        is_vector = tensor.role in (Role.GAIN, Role.BIAS)
+        return jnp.dtype("float32" if is_vector or not lora else lora.base_dtype)
+
+    def _initialize_adapter(self) -> None:
+        """Set A of every adapted layer at random, as on TensorFlow; B is zero."""
+        seed = initialization_seed(self._params)
+        for n, (a, _) in enumerate(self._lora_rows.values()):
+            self._rows[a.hf].assign(first_a(seed, n)(a.shape_in(Scheme.KERAS)))
+
+    @property
+    def _adapter(self) -> Adapter | None:
+        if not (section := self._params.model.lora):
+            return None
+        rows = self._rows
+        added = {row: rows[row.hf] for pair in self._lora_rows.values() for row in pair}
+        return Adapter(section.lora, {k: rows[k.hf] for k in self._lora_rows}, added)
 
     def _sharding(self, *spec: str | None) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec(*spec))
@@ -169,110 +253,143 @@ class ShardedExecutor(Executor):
     def _arguments(
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> tuple[Any, ...]:
-        """Return the arguments of `_run` on the devices; it overwrites the first two."""
+        """Return the arguments of `_run` behind weights and slots, on the devices."""
         columns = zip(*group, strict=True)
-        stacked = [np.stack([np.asarray(part_BT) for part_BT in column]) for column in columns]
+        stacked = [np.stack(column) for column in columns]
         batches_nBT = jax.device_put(stacked, self._sharding(None, BATCH))
         seed = np.asarray([n % _SEEDS for n in draw], np.uint32)
-        slots = {t.tf: old for t, old in self._slots.items()}
-        scalars = (np.float32(scale), np.float32(rate), self._powers.correction)
-        weights, rest = self._weights()
-        return weights, slots, rest, seed, batches_nBT, *scalars
+        return seed, batches_nBT, np.float32(scale), np.float32(rate), self._powers.correction
 
-    def _weights(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the values of trained weights and of the others, by HF name."""
-        values = {name: v.value for name, v in self._variables.items()}
-        return {t.hf: values.pop(t.hf) for t in self.trained}, values
-
-    def _run(self, weights, slots, rest, seed, batches_nBT, scale, rate, correction):
+    def _run(self, weights, slots, others, seed, batches_nBT, scale, rate, correction):
         """Return new weights and slots, mean loss and norm of one update. Traced, not run."""
-        loss, gradients = self._gradients(weights, rest, seed, batches_nBT, scale)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients.values()))
-        finite = jnp.isfinite(norm)
-        for tensor in self.trained:
-            w, old = weights[tensor.hf], slots[tensor.tf]
-            gradient = self._rule.clipped(gradients[tensor.hf], norm)
-            new = self._rule.take(gradient, old or [w], rate)
-            if old:
-                moved = self._rule.move(w, new, rate, correction, self._rule.decay(tensor))
-            else:
-                (moved,), new = new, []
-            weights[tensor.hf] = jnp.where(finite, moved, w)
-            slots[tensor.tf] = [jnp.where(finite, n, o) for n, o in zip(new, old, strict=True)]
+        loss, gradients = self._gradients(weights, others, seed, batches_nBT, scale)
+        unscale = 1 / scale
+        squares = (self._squares(name, g, unscale) for name, g in gradients.items())
+        norm = jnp.sqrt(sum(squares))
+        key = jax.random.fold_in(seed, _OF_UPDATE)
+        for n, name in enumerate(weights):
+            update = _Update(self._rule, norm, unscale, rate, correction)
+            old = weights[name], [arrays[name] for arrays in slots]
+            of_stack = jax.random.fold_in(key, n)
+            weights[name], new = self._updated(name, update, old, gradients[name], of_stack)
+            for arrays, values in zip(slots, new, strict=True):
+                arrays[name] = values
         return weights, slots, loss, norm
 
-    def _gradients(self, weights, rest, seed, batches_nBT, scale):
-        """Return loss and gradients, averaged over the batches; the gradients are unscaled, in
-        float32."""
+    # Gradients and slots are widened to float32 row by row: a wide copy of a whole stack would take
+    # as much memory as the weights. The barriers keep XLA from widening before it takes a row.
+
+    def _squares(self, name, gradient, unscale):
+        """Return the sum of the squares of a stack's gradient, without the rows that are frozen."""
+        if not self._weights.is_stacked(name):
+            return jnp.sum(jnp.square(gradient.astype(jnp.float32) * unscale))
+        trained = self._weights.by_row(name, self._is_trained)
+
+        def add(row, total):
+            squares = jnp.square(_row(gradient, row).astype(jnp.float32) * unscale)
+            return total + jnp.where(trained[row], jnp.sum(squares), 0.0)
+
+        return jax.lax.fori_loop(0, len(trained), add, jnp.float32(0))
+
+    def _updated(self, name, update, old, gradient, key):
+        """Return the new weight and the new slots of a stack."""
+        decays = self._weights.by_row(name, self._rule.decay)
+        if not self._weights.is_stacked(name):
+            return update(*old, gradient, decays[0], key)
+        trained = self._weights.by_row(name, self._is_trained)
+
+        def step(row, carry):
+            weight, slots = carry
+            new = update(
+                weight[row],
+                [_row(values, row) for values in slots],
+                _row(gradient, row),
+                decays[row],
+                jax.random.fold_in(key, row),
+                applies=trained[row],
+            )
+            return jax.tree.map(lambda a, b: a.at[row].set(b), carry, new)
+
+        return jax.lax.fori_loop(0, len(trained), step, old)
+
+    def _is_trained(self, tensor: Tensor) -> bool:
+        return tensor in self._trained_rows
+
+    def _gradients(self, weights, others, seed, batches_nBT, scale):
+        """Return mean loss and mean gradients over the batches, times `scale`."""
         count = len(batches_nBT[0])
 
-        def scaled_loss(weights, seed, batch):
-            loss, seed = self._loss(weights | rest, seed, batch)
-            return loss * (scale / count), (loss, seed)
-
-        def add(carry, batch):
-            sums, seed = carry
-            gradients, (loss, seed) = jax.grad(scaled_loss, has_aux=True)(weights, seed, batch)
-            unscaled = {k: g.astype(jnp.float32) * (1 / scale) for k, g in gradients.items()}
-            return ({k: sums[k] + g for k, g in unscaled.items()} if sums else unscaled, seed), loss
+        def gradients_of(n, batch):
+            key = jax.random.fold_in(seed, 2 + n)
+            return self._model.gradients(weights, others, batch, key, scale / count)
 
         if count == 1:
-            (gradients, _), loss = add(({}, seed), [part[0] for part in batches_nBT])
-            return loss, gradients
-        zeros = {k: jnp.zeros_like(w, jnp.float32) for k, w in weights.items()}
-        (gradients, _), losses = jax.lax.scan(add, (zeros, seed), batches_nBT)
-        return jnp.mean(losses), gradients
+            return gradients_of(0, [part[0] for part in batches_nBT])
 
-    def _loss(self, values, seed, batch):
-        """Return the token mean of one batch, and the new state of the seed."""
-        ids_BT, ignored_BT, labels_BT = batch
-        state = self._model.seeds.state
-        pairs = [(v, values[name]) for name, v in self._variables.items()]
-        with keras.StatelessScope(state_mapping=[*pairs, (state, seed)]) as scope:
-            sums = self._model.token_loss(
-                ids_BT, labels_BT, ignored_BT, training=True, devices=self.devices
-            )
-            return sums.mean, scope.get_current_value(state)
+        def add(sums, row):
+            loss, gradients = gradients_of(*row)
+            return {k: sums[k] + g.astype(jnp.float32) for k, g in gradients.items()}, loss
+
+        zeros = {k: jnp.zeros_like(w, jnp.float32) for k, w in weights.items()}
+        sums, losses = jax.lax.scan(add, zeros, (jnp.arange(count), batches_nBT))
+        return jnp.mean(losses), sums
+
+
+def _row(stack: Any, row: Any) -> Any:
+    return jax.lax.optimization_barrier(stack[row])
+
+
+class _Update:
+    """One update of any weight; nothing changes if the norm is not finite."""
+
+    def __init__(
+        self, rule: UpdateRule, norm: Any, unscale: Any, rate: Any, correction: Any
+    ) -> None:
+        self._rule = rule
+        self._norm = norm
+        self._unscale = unscale
+        self._rate = rate
+        self._correction = correction
+
+    def __call__(
+        self, w: Any, stored: list[Any], gradient: Any, decay: Any, key: Any, applies: Any = True
+    ) -> tuple[Any, list[Any]]:
+        """Return the new weight and the new slots.
+
+        Args:
+            w: weight.
+            stored: slots as they are stored.
+            gradient: gradient of the scaled loss.
+            decay: weight decay.
+            key: seed of the rounding.
+            applies: whether the weight is trained.
+        """
+        applies = applies & jnp.isfinite(self._norm)
+        old = [values.astype(jnp.float32) for values in stored]
+        gradient = self._rule.clipped(gradient.astype(jnp.float32) * self._unscale, self._norm)
+        new = self._rule.take(gradient, old or [w], self._rate)
+        if not stored:
+            return jnp.where(applies, new[0], w), []
+        moved = self._rule.move(w, new, self._rate, self._correction, decay)
+        slots = [
+            jnp.where(applies, rounded(values, before.dtype, jax.random.fold_in(key, n)), before)
+            for n, (values, before) in enumerate(zip(new, stored, strict=True))
+        ]
+        return jnp.where(applies, moved, w), slots
 
 
 class _Evaluator:
     """Evaluator of the weights as they are at each batch."""
 
-    def __init__(
-        self, model: GPTJ, variables: Mapping[str, Any], batch_sharding: NamedSharding
-    ) -> None:
-        self._variables = variables
+    def __init__(self, model: StackedModel, weights: Any, batch_sharding: NamedSharding) -> None:
+        self._weights = weights
         self._sharding = batch_sharding
-
-        @jax.jit
-        def run(values, ids_BT, ignored_BT, labels_BT):
-            pairs = [(v, values[name]) for name, v in variables.items()]
-            with keras.StatelessScope(state_mapping=pairs):
-                devices = batch_sharding.mesh.size
-                return model.token_loss(ids_BT, labels_BT, ignored_BT, devices=devices)
-
-        self._run = run
+        self._run = jax.jit(model.losses)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
         """Implement `Evaluator`."""
         for batch in batches:
-            values = {name: v.value for name, v in self._variables.items()}
-            yield self._run(values, *jax.device_put(list(map(np.asarray, batch)), self._sharding))
-
-
-def _gathered(array: jax.Array) -> LazyArray:
-    """Return an array that is gathered from its devices when it is read.
-
-    JAX keeps a host copy of every array that was read, for as long as the array lives.
-    """
-
-    def gather() -> np.ndarray:
-        parts = [shard.data for shard in array.addressable_shards]
-        return np.asarray(
-            jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
-        )
-
-    return LazyArray(array.shape, gather, dtype=array.dtype)
+            yield self._run(self._weights(), jax.device_put(list(batch), self._sharding))
 
 
 def _device_mesh(params: Params) -> jax.sharding.Mesh:
@@ -288,14 +405,3 @@ def _device_mesh(params: Params) -> jax.sharding.Mesh:
         )
     shape = (mesh.batch, mesh.model)
     return jax.sharding.Mesh(np.reshape(devices[: mesh.size], shape), (BATCH, MODEL))
-
-
-def _distribution(config: GPTJConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Return the distribution that places each variable by its Keras path."""
-    shape = (mesh.shape[BATCH], mesh.shape[MODEL])
-    names = [f"{d.platform}:{d.id}" for d in mesh.devices.flat]
-    device_mesh = keras.distribution.DeviceMesh(shape, (BATCH, MODEL), names)
-    layouts = keras.distribution.LayoutMap(device_mesh)
-    for tensor in table(config):
-        layouts[f"gptj/{tensor.keras}"] = axes(tensor)
-    return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name=BATCH)

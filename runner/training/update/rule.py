@@ -116,7 +116,8 @@ class UpdateRule:
             case "adam":
                 return rate * correction * slots[0] / (self._ops.sqrt(slots[1]) + epsilon)
         update = slots[0] / (self._ops.sqrt(slots[1]) + epsilon) * correction
-        return rate * (update + decay * w if decay else update)
+        # A decay that a compiled loop looks up may be 0 all the same.
+        return rate * (update + decay * w if not isinstance(decay, float) or decay else update)
 
 
 class BetaPowers:

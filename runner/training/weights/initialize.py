@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 
 from gptj_model.config import GPTJConfig
-from gptj_model.network.model import GPTJ
-from gptj_model.network.weights import variables
 from gptj_model.tensors import Role, Scheme, Tensor, table
 from runner.config.params import Initializer, Params
 
@@ -22,10 +20,9 @@ _DEFAULTS = {
 }
 
 
-def initialize(model: GPTJ, params: Params) -> None:
-    """Initialize every weight."""
-    found = variables(model)
-    for tensor, values in first_values(model.config, params):
+def initialize(found: Mapping[str, Any], config: GPTJConfig, params: Params) -> None:
+    """Initialize every weight; `found` are the variables by HF name."""
+    for tensor, values in first_values(config, params):
         found[tensor.hf].assign(values)
 
 
