@@ -113,8 +113,7 @@ def _reorder(caches: list[Cache], parents: np.ndarray) -> None:
 
 
 def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
-    """Return one decoding step, compiled on TensorFlow: logits (B, V) of the last token, and
-    caches."""
+    """Return one decoding step, compiled: logits (B, V) of the last token, and caches."""
 
     def step(
         ids_BT: Tensor,
@@ -128,8 +127,8 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
         )
         return logits_BTV[:, 0], caches
 
-    if keras.backend.backend() != "tensorflow":
-        return step
+    if keras.backend.backend() == "jax":
+        return _compiled_by_jax(model, step)
     import tensorflow as tf
 
     plain = tf.function(step, reduce_retracing=True)
@@ -140,3 +139,18 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
         return (of_one if ids_BT.shape == (1, 1) else plain)(ids_BT, *rest)
 
     return compiled
+
+
+def _compiled_by_jax(model: GPTJ, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the step, compiled with the weights as arguments: JAX would copy what it closes
+    over."""
+    import jax
+
+    variables = model.variables
+
+    def of_weights(weights: list[Any], *arguments: Any) -> Any:
+        with keras.StatelessScope(list(zip(variables, weights, strict=True))):
+            return step(*arguments)
+
+    run = jax.jit(of_weights, donate_argnums=4)  # the caches
+    return lambda *arguments: run([v.value for v in variables], *arguments)

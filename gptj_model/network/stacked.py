@@ -9,7 +9,7 @@ Shape suffixes: L blocks, B batch, T time, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from gptj_model.network.weights import assigned_variables, enable_lora
 from gptj_model.tensors import Tensor, table
 
 #: Arrays by the name of their stack; see `stack_name`.
-Weights = Mapping[str, Array]
+Weights = dict[str, Array]
 #: From ids int32 (B, T), 1 on ignored labels float32 (B, T), and labels int32 (B, T).
 Batch = Sequence[Array]
 

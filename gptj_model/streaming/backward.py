@@ -5,14 +5,13 @@ Shape suffixes: N tokens, B batch, T time, D hidden, V vocabulary, U distinct to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from gptj_model.errors import UsageError
 from gptj_model.network.loss import token_loss
 from gptj_model.op import Op
 from gptj_model.streaming.forward import StreamedModel
@@ -24,22 +23,20 @@ Gradients = dict[str, np.ndarray]
 
 class StreamedGradients(StreamedModel):
     """The stages in reverse: each takes the gradient of the loss with respect to the stage's
-    output.
-
-    Raises:
-        UsageError: Keras runs on a backend other than TensorFlow.
-    """
+    output."""
 
     def loss_gradients(
         self, logits_NV: np.ndarray, labels_N: np.ndarray
     ) -> tuple[float, np.ndarray]:
         """Return the mean cross-entropy of the labels, and its gradient with respect to the
         logits."""
-        logits = ops.convert_to_tensor(logits_NV[None])
-        with _tape() as tape:
-            tape.watch(logits)
-            loss = token_loss(logits, labels_N[None], np.zeros((1, len(labels_N)), np.float32)).mean
-        return float(loss), np.asarray(tape.gradient(loss, logits))[0]
+        counted = np.zeros((1, len(labels_N)), np.float32)
+
+        def loss(logits: Any) -> Any:
+            return token_loss(logits, labels_N[None], counted).mean
+
+        found, (gradient,) = gradients_of(loss, [logits_NV[None]], np.float32(1))
+        return float(found), np.asarray(gradient)[0]
 
     def head_gradients(
         self, start: int, stop: int, normed_ND: np.ndarray, d_logits_NV: np.ndarray
@@ -51,12 +48,9 @@ class StreamedGradients(StreamedModel):
             normed_ND: input of the head.
             d_logits_NV: gradient of the logits of these tokens, V = stop - start.
         """
-        part, (weight, bias) = self._head(start, stop)
-        normed = ops.convert_to_tensor(normed_ND[None])
-        with _tape() as tape:
-            tape.watch([normed, weight, bias])
-            out = part(normed)
-        d_normed, d_weight, d_bias = _pull(tape, out, [normed, weight, bias], d_logits_NV[None])
+        call, weights = self._head(start, stop)
+        sources = [normed_ND[None], *weights]
+        _, (d_normed, d_weight, d_bias) = gradients_of(call, sources, d_logits_NV[None])
         d_weight = np.asarray(d_weight)
         if not self.config.tie_word_embeddings:
             d_weight = d_weight.T
@@ -81,11 +75,11 @@ class StreamedGradients(StreamedModel):
         resident = self._resident
         context = resident.context(x_BTD, positions_BT, None)
         tensors = {t.hf: t for t in block(self.config, resident.number)}
-        sources = [ops.convert_to_tensor(x_BTD), *resident.weights]
-        with _tape() as tape:
-            tape.watch(sources)
-            out = resident.call(sources[0], context)
-        d_x, *d_weights = _pull(tape, out, sources, d_out_BTD)
+
+        def run(x: Any, *weights: Any) -> Any:
+            return self._call(weights, x, context)[0]
+
+        _, (d_x, *d_weights) = gradients_of(run, [x_BTD, *resident.weights], d_out_BTD)
         found = {}
         for tensor, gradient in zip(tensors.values(), d_weights, strict=True):
             op: Op = tensor.op(Scheme.KERAS, Scheme.HF)
@@ -98,40 +92,61 @@ class StreamedGradients(StreamedModel):
         """Return the distinct tokens (U,), and the gradients of their rows (U, D)."""
         unique_U, where_N = np.unique(ids_N, return_inverse=True)
         shape_UD = len(unique_U), d_x_ND.shape[1]
-        rows = ops.zeros(shape_UD)
-        with _tape() as tape:
-            tape.watch(rows)
-            x = ops.take(rows, where_N, axis=0)
-        slices = _pull(tape, x, rows, d_x_ND)
-        # TensorFlow returns one row per token, and the row index it belongs to.
-        gradient = np.zeros(shape_UD, np.float32)
-        np.add.at(gradient, np.asarray(slices.indices), np.asarray(slices.values))
-        return unique_U, gradient
+        found = _embedding_gradient(shape_UD, where_N, d_x_ND)
+        return unique_U, found
 
 
 def _backwards(layer: keras.Layer, x: np.ndarray, d_out: np.ndarray) -> list[np.ndarray]:
     """Return the gradient of the input, then of each trainable variable."""
-    value = ops.convert_to_tensor(x)
-    with _tape() as tape:
-        tape.watch(value)
-        out = layer(value)
-    weights = [v.value for v in layer.trainable_variables]
-    found: Sequence[Any] = _pull(tape, out, [value, *weights], d_out)
+    variables = layer.trainable_variables
+
+    def run(x: Any, *weights: Any) -> Any:
+        with keras.StatelessScope(list(zip(variables, weights, strict=True))):
+            return layer(x)
+
+    _, found = gradients_of(run, [x, *(v.value for v in variables)], d_out)
     return [np.asarray(gradient) for gradient in found]
 
 
-def _tape() -> Any:
-    if keras.backend.backend() != "tensorflow":
-        raise UsageError(
-            f"Keras runs on {keras.backend.backend()}, expected TensorFlow to compare gradients",
-            hint="unset KERAS_BACKEND",
-        )
+def _embedding_gradient(
+    shape_UD: tuple[int, int], where_N: np.ndarray, d_x_ND: np.ndarray
+) -> np.ndarray:
+    """Return the gradient of the rows that were looked up, float32."""
+
+    def look_up(rows: Any) -> Any:
+        return ops.take(rows, where_N, axis=0)
+
+    _, (found,) = gradients_of(look_up, [np.zeros(shape_UD, np.float32)], d_x_ND)
+    if not hasattr(found, "indices"):
+        return np.asarray(found)
+    # TensorFlow returns one row per token, and the row index it belongs to.
+    gradient = np.zeros(shape_UD, np.float32)
+    np.add.at(gradient, np.asarray(found.indices), np.asarray(found.values))
+    return gradient
+
+
+def gradients_of(
+    function: Callable[..., Any], sources: Sequence[Any], d_out: Any
+) -> tuple[Any, Sequence[Any]]:
+    """Return a function's result, and the gradient of each argument; zeros where the result does
+    not depend on it.
+
+    Args:
+        function: function of the sources.
+        sources: arrays.
+        d_out: gradient of the result.
+    """
+    values = [ops.convert_to_tensor(source) for source in sources]
+    upstream = ops.convert_to_tensor(d_out)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        out, pull = jax.vjp(function, *values)
+        return out, pull(upstream)
     import tensorflow as tf
 
-    return tf.GradientTape()
-
-
-def _pull(tape: Any, out: Any, sources: Any, d_out: np.ndarray) -> Any:
-    """Return the gradients of the sources; zeros where `out` does not depend on one."""
-    d_out_tensor = ops.convert_to_tensor(d_out)
-    return tape.gradient(out, sources, output_gradients=d_out_tensor, unconnected_gradients="zero")
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        out = function(*values)
+    gradients = tape.gradient(out, values, output_gradients=upstream, unconnected_gradients="zero")
+    return out, gradients

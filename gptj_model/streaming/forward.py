@@ -122,10 +122,6 @@ class BlockPass:
             self._call(self.weights, ops.convert_to_tensor(x_BTD), context)
         return {name: np.asarray(value) for name, value in seen.items()}
 
-    def call(self, x: Any, context: Context) -> Any:
-        """Return the hidden states after the block as the backend's array."""
-        return self._call(self.weights, x, context)[0]
-
     def context(
         self, x_BTD: np.ndarray, positions_BT: np.ndarray, real_BT: np.ndarray | None
     ) -> Context:
@@ -227,7 +223,7 @@ class StreamedModel:
         self._head_layer = cache(partial(_head_layer, config))
         self._part_bytes = 4 * min(PART, config.vocab_size) * config.n_embd
         self._head_memory = self._memory.between_blocks(self._part_bytes)
-        self._kept_head: dict[int, tuple[Callable[[Any], Any], tuple[Any, Any]]] = {}
+        self._kept_head: dict[int, tuple[Callable[..., Any], tuple[Any, Any]]] = {}
 
     def embed(self, ids_BT: np.ndarray) -> np.ndarray:
         """Return the embeddings of token ids, float32 (B, T, D); only their rows are read."""
@@ -289,7 +285,12 @@ class StreamedModel:
             self._resident.end()
             (self._head_memory,) = page_buffers(1, self._part_bytes)
             del self._block, self._run, self._variables, self._memory
-        return HeadPass(self._loaded_norm, lambda *part: self._head(*part)[0], self.config)
+        return HeadPass(self._loaded_norm, self._part, self.config)
+
+    def _part(self, start: int, stop: int) -> Callable[[Any], Any]:
+        """Return the head for tokens start:stop as a function of normed hidden states."""
+        call, weights = self._head(start, stop)
+        return lambda h_BTD: call(h_BTD, *weights)
 
     def _loaded_norm(self) -> keras.layers.LayerNormalization:
         config = self.config
@@ -300,9 +301,9 @@ class StreamedModel:
             assign(variable, rows[hf_name], self.source, self._scheme)
         return layer
 
-    def _head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
-        """Return the head for tokens start:stop as a function of normed hidden states, and its
-        weight, (D, V) or tied to the embedding (V, D), with its bias."""
+    def _head(self, start: int, stop: int) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+        """Return the head for tokens start:stop as a function of normed hidden states, weight and
+        bias; and these: (D, V) or tied to the embedding (V, D), and (V,)."""
         if start in self._kept_head:
             return self._kept_head[start]
         found = self._read_head(start, stop)
@@ -310,7 +311,7 @@ class StreamedModel:
             self._kept_head[start] = found
         return found
 
-    def _read_head(self, start: int, stop: int) -> tuple[Callable[[Any], Any], tuple[Any, Any]]:
+    def _read_head(self, start: int, stop: int) -> tuple[Callable[..., Any], tuple[Any, Any]]:
         stored_VD, bias_V = read_head(self.config, self.source, self._scheme, start, stop)
         tied = self.config.tie_word_embeddings
         self._resident.end()  # the head takes over its buffer
@@ -324,7 +325,7 @@ class StreamedModel:
         weight, bias = _tensor(values), ops.convert_to_tensor(bias_V.astype(np.float32))
         layer = self._head_layer(stop - start)
 
-        def run(h_BTD: Any) -> Any:
+        def run(h_BTD: Any, weight: Any, bias: Any) -> Any:
             if tied:
                 with _scope([layer.bias], [bias]):
                     return layer(h_BTD, weight)
@@ -365,9 +366,11 @@ def _tensor(values: np.ndarray) -> Any:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, compiled where the backend is TensorFlow."""
+    """Return the function, compiled by the backend."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         return tf.function(function, reduce_retracing=True)
-    return function
+    import jax
+
+    return jax.jit(function)

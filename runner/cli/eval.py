@@ -17,6 +17,7 @@ from runner.cli.shared.options import (
     COUNT,
     COUNT_OR_ZERO,
     PATH,
+    backend_option,
     eval_steps_option,
     execution_option,
     model_option,
@@ -51,6 +52,7 @@ RULES = OptionRules(
 @params_option
 @eval_steps_option
 @execution_option
+@backend_option
 @memory_option
 @settings_option
 @click.option(
@@ -125,6 +127,7 @@ def evaluate(
     params_file: Path | None,
     eval_steps: int | None,
     execution: str | None,
+    backend: str | None,
     memory: int | None,
     settings: tuple[str, ...],
     task: str,
@@ -139,12 +142,12 @@ def evaluate(
     Texts are read in overlapping windows, and every token is scored once. Summaries are scored by
     their mean ROUGE-1, ROUGE-2 and ROUGE-L.
     """
+    from gptj_convert.checkpoint.open import open_checkpoint
     from runner.cli.shared import framework
 
-    framework.prepare()
-    from gptj_convert.checkpoint.open import open_checkpoint
-
     model = model or default_model()
+    if task != "records":
+        framework.prepare(backend=backend)
     if task == "summarization":
         from runner.cli.evaluation.summaries import evaluate_summaries
 
@@ -159,8 +162,11 @@ def evaluate(
         parsed["runconfig.eval_steps"] = eval_steps
     if memory is not None or execution is not None:
         parsed["runconfig.execution"] = way
+    if backend is not None:
+        parsed["runconfig.backend"] = backend
     with open_checkpoint(model) as checkpoint:
         params = params_for(model, params_file, parsed, checkpoint.config)
+    framework.prepare(backend=params.runconfig.backend)
     return {"metrics": evaluate_model(output, model, params, budget), **budget.fields}
 
 

@@ -17,6 +17,7 @@ from runner.cli.shared.options import (
     COUNT,
     COUNT_OR_ZERO,
     PATH,
+    backend_option,
     execution_option,
     model_option,
     options,
@@ -159,6 +160,7 @@ choice_options = options(
     "option alters them.",
 )
 @execution_option
+@backend_option
 @memory_option
 def generate(
     output: Output,
@@ -171,6 +173,7 @@ def generate(
     seed: int,
     logprobs: bool,
     execution: str | None,
+    backend: str | None,
     memory: int | None,
     **asked: Any,
 ) -> dict[str, Any]:
@@ -212,6 +215,7 @@ def generate(
             stop_tokens(folder, config),
             choices,
             tokenizer,
+            backend,
         )
         printed = Printed(output, tokenizer, choices.options, logprobs=logprobs)
         if prompts_file is None:
@@ -293,10 +297,11 @@ def _generator(
     ends: Collection[int],
     choices: Choices,
     tokenizer: Tokenizer | None,
+    backend: str | None,
 ) -> Generator:
     from runner.cli.shared import framework
 
-    framework.prepare()
+    framework.prepare(backend=backend)
     from gptj_model.decoding.generation import Generator
     from runner.evaluation.restore import model_of
     from runner.generation.stop_strings import StopStrings

@@ -21,7 +21,7 @@ from gptj_convert.options import (
 from runner.cli.shared.command import command, note_memory
 from runner.cli.shared.errors import Exit
 from runner.cli.shared.option_rules import OptionRules
-from runner.cli.shared.options import CHECKPOINT, PATH, config_option
+from runner.cli.shared.options import CHECKPOINT, PATH, backend_option, config_option
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 from runner.cli.shared.verdict_lines import say_self_test, say_verdict
@@ -100,6 +100,7 @@ RULES = OptionRules(
     "[default: the adapter that the manifest names]",
 )
 @config_option
+@backend_option
 def verify(
     output: Output,
     converted: Path,
@@ -113,6 +114,7 @@ def verify(
     self_test: bool,
     adapter: Path | None,
     config_file: Path | None,
+    backend: str | None,
 ) -> dict[str, Any]:
     """Compare a converted checkpoint with its source; exit 3 if they differ.
 
@@ -130,7 +132,7 @@ def verify(
     if self_test or level in (*MODEL_LEVELS, ALL_LEVELS):
         from runner.cli.shared import framework
 
-        framework.prepare(proving=True)
+        framework.prepare(proving=True, backend=backend)
     tolerance = tolerance or tolerances.LOGITS
     if self_test:
         return _self_test(output, converted, against, adapter, tolerance, config_file)

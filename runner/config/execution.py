@@ -6,6 +6,7 @@ Imports the standard library only, so that the command line can offer the names 
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib.util import find_spec
 
 
 class Execution(StrEnum):
@@ -24,3 +25,8 @@ class Backend(StrEnum):
     """TensorFlow."""
     JAX = "jax"
     """JAX, which can divide a model among devices."""
+
+
+def default_backend() -> Backend:
+    """Return TensorFlow where it is installed, else JAX."""
+    return Backend.TENSORFLOW if find_spec("tensorflow") else Backend.JAX

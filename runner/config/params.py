@@ -24,7 +24,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.lora import Lora
 from gptj_model.tensors import LORA_LAYERS, DenseLayer
 from runner.config.eval_metric import EvalMetric
-from runner.config.execution import Backend, Execution
+from runner.config.execution import Backend, Execution, default_backend
 
 #: Tokens per byte of text for each data set, used for bits per byte.
 TOKENS_PER_BYTE = {"pile": 0.29335, "openwebtext2": 0.2434}
@@ -454,9 +454,9 @@ class RunConfig(Section):
     execution: Execution = Execution.RESIDENT
     """Where the weights are: resident in memory, or streamed from disk one block at a time. Not a
     key of the reference."""
-    backend: Backend = Backend.TENSORFLOW
-    """Library that computes: TensorFlow, or JAX, which shards a model across devices. Not a key of
-    the reference."""
+    backend: Annotated[Backend, Field(default_factory=default_backend)]
+    """Library that computes: TensorFlow, the default where it is installed, or JAX, which shards a
+    model across devices. Not a key of the reference."""
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     """Shape of the device mesh of jax, `[batch, model]`: numbers of devices that batches and
     tensors are divided among; null divides tensors among all. Not a key of the reference."""

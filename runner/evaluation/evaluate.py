@@ -9,15 +9,12 @@ from itertools import islice
 from typing import Protocol
 
 import numpy as np
-import tensorflow as tf
 
 from gptj_model.errors import DataFault
 from gptj_model.network.loss import TokenLoss
-from gptj_model.network.model import GPTJ
 from gptj_model.streaming.forward import StreamedModel
 from runner.config.eval_metric import EvalMetric
 from runner.data.reading.input_fn import Batch
-from runner.evaluation.compiled import program_text
 
 #: Default size in bytes of the hidden states that share one pass over the weights.
 STATES = 2**28
@@ -29,25 +26,6 @@ class Evaluator(Protocol):
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
         """Yield the sums over each batch, in order."""
         ...
-
-
-class ResidentEvaluator:
-    """Evaluates a model in memory, compiled once."""
-
-    def __init__(self, model: GPTJ) -> None:
-        @tf.function(jit_compile=True)
-        def run(ids_BT, ignored_BT, labels_BT):
-            return model.token_loss(ids_BT, labels_BT, ignored_BT)
-
-        self._run = run
-
-    def compiled(self, batch: Batch) -> str:
-        """Return the compiled program of one batch as text, without running it."""
-        return program_text(self._run, *batch)
-
-    def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
-        """See `Evaluator`."""
-        return (self._run(*batch) for batch in batches)
 
 
 class StreamedEvaluator:
@@ -74,7 +52,7 @@ class StreamedEvaluator:
         room, size = self._memory, 0
         while room >= size and (batch := next(batches, None)) is not None:
             found.append(batch)
-            size = 4 * int(tf.size(batch[0])) * width
+            size = 4 * batch[0].size * width
             room -= size
         return found
 

@@ -34,7 +34,7 @@ def load_model(
         GptjError: see `open_checkpoint` and `match`.
     """
     with open_checkpoint(path, config_file=config_file) as checkpoint:
-        return _loaded(checkpoint, adapt, seed)
+        return loaded(checkpoint, adapt(checkpoint.config), seed=seed)
 
 
 def model_of(
@@ -51,15 +51,25 @@ def model_of(
         GptjError: see `match`.
     """
     if keep is None:
-        return _loaded(checkpoint, lambda config: config, 0)
+        return loaded(checkpoint, checkpoint.config)
     match(checkpoint)
     return StreamedModel(
         checkpoint.config, checkpoint.source, checkpoint.scheme, kept=keep(checkpoint)
     )
 
 
-def _loaded(checkpoint: Checkpoint, adapt: Callable[[GPTJConfig], GPTJConfig], seed: int) -> GPTJ:
+def loaded(checkpoint: Checkpoint, config: GPTJConfig, *, seed: int = 0) -> GPTJ:
+    """Check and load an open checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        config: its configuration, maybe with other dropout rates.
+        seed: seed of the dropout masks.
+
+    Raises:
+        GptjError: see `match`.
+    """
     match(checkpoint)
-    model = GPTJ(adapt(checkpoint.config), seed=seed)
+    model = GPTJ(config, seed=seed)
     load_weights(model, checkpoint.source, checkpoint.scheme)
     return model

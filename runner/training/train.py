@@ -37,7 +37,6 @@ from runner.planning.training_cost import check_executor
 from runner.training.devices.backend import check_backend
 from runner.training.devices.distribution import Alone, Workers, check_same
 from runner.training.executors.executor import Executor, StepResult
-from runner.training.executors.resident import ResidentExecutor
 from runner.training.run import checkpoints
 from runner.training.run.events import (
     Evaluated,
@@ -52,8 +51,6 @@ from runner.training.run.folder import kept_config, place_of, stored_skips, stor
 from runner.training.run.logs import Logs, NoLogs
 from runner.training.run.meter import Meter
 from runner.training.run.selection import Selection
-from runner.training.streamed.adapter import StreamedAdapterExecutor
-from runner.training.streamed.executor import StreamedExecutor
 from runner.training.update.loss_scale import loss_scale
 from runner.training.update.schedules import learning_rate
 from runner.training.weights.adapter_factors import factors, without_base
@@ -249,10 +246,17 @@ def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Work
 
         check_backend(params, mode="train", workers=workers.count)
         return ShardedExecutor(config, params, model_dir)
+    # Of TensorFlow, which a run on JAX does without.
     if params.runconfig.execution == Execution.RESIDENT:
+        from runner.training.executors.resident import ResidentExecutor
+
         return ResidentExecutor(config, params, model_dir, workers)
     if params.model.lora:
+        from runner.training.streamed.adapter import StreamedAdapterExecutor
+
         return StreamedAdapterExecutor(config, params, model_dir)
+    from runner.training.streamed.executor import StreamedExecutor
+
     return StreamedExecutor(config, params, model_dir)
 
 

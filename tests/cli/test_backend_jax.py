@@ -189,7 +189,6 @@ REFUSED = {
     "form": (("--set", "runconfig.mesh=[0,4]"), "runconfig.mesh[0] is '0'"),
     "streaming": (("--execution", "streaming"), "does not know runconfig.execution streaming"),
     "workers": (("--workers", 2), "does not know several workers"),
-    "mode": (("--mode", "eval"), "does not know mode eval"),
     "device": (("--set", "runconfig.device=/gpu:0"), "does not know runconfig.device /gpu:0"),
 }
 

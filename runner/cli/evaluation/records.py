@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runner.cli.shared.memory_budget import Load, MemoryBudget
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
-from runner.config.execution import Execution
+from runner.config.execution import Backend, Execution
 
 if TYPE_CHECKING:
     from gptj_convert.checkpoint.open import Checkpoint
@@ -51,7 +51,7 @@ def evaluate_model(
             size = section.batch_size, section.max_sequence_length
             evaluator = streamed_evaluator(checkpoint, budget or MemoryBudget(output, None), *size)
         else:
-            evaluator = resident_evaluator(model, config)
+            evaluator = resident_evaluator(checkpoint, config, params)
         metrics = run(
             evaluator,
             batches,
@@ -63,12 +63,26 @@ def evaluate_model(
     return metrics
 
 
-def resident_evaluator(model: Path, config: GPTJConfig) -> Evaluator:
-    """Return the evaluator of a checkpoint that is loaded whole, with the settings of `config`."""
-    from runner.evaluation.evaluate import ResidentEvaluator
-    from runner.evaluation.restore import load_model
+def resident_evaluator(
+    checkpoint: Checkpoint, config: GPTJConfig, params: Params | None = None
+) -> Evaluator:
+    """Return the evaluator of a checkpoint that is loaded whole, with the settings of `config`.
 
-    return ResidentEvaluator(load_model(model, adapt=lambda _: config))
+    Args:
+        checkpoint: open checkpoint.
+        config: its configuration, maybe with other dropout rates.
+        params: parameters that name the mesh of JAX; None means one device.
+    """
+    import keras
+
+    if keras.backend.backend() == Backend.JAX:
+        from runner.evaluation.sharded import checkpoint_evaluator
+
+        return checkpoint_evaluator(checkpoint, config, params)
+    from runner.evaluation.compiled import ResidentEvaluator
+    from runner.evaluation.restore import loaded
+
+    return ResidentEvaluator(loaded(checkpoint, config))
 
 
 def streamed_evaluator(

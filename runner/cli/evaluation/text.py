@@ -63,7 +63,7 @@ def evaluate_text(
         if streamed:
             evaluator = streamed_evaluator(checkpoint, streamed, batch_size, length)
         else:
-            evaluator = resident_evaluator(model, config)
+            evaluator = resident_evaluator(checkpoint, config)
         metrics = perplexity(
             evaluator, ids_N, size, window, lambda n, all: report(n, all, "batches")
         )

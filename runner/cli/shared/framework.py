@@ -1,26 +1,37 @@
-"""TensorFlow and Keras, imported quietly and set up as Keras' backend, or beside JAX for the
-data."""
+"""Keras and the library that it computes with, imported quietly and set up."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
+from importlib import import_module
+from importlib.util import find_spec
+
+from gptj_model.errors import ConfigError
+from runner.config.execution import Backend, default_backend
 
 
-def prepare(*, proving: bool = False, backend: str = "tensorflow") -> None:
-    """Import TensorFlow and Keras without their start-up chatter on stderr.
+def prepare(*, proving: bool = False, backend: str | None = None) -> None:
+    """Import Keras and its backend without their start-up chatter on stderr.
 
     C++ code writes the chatter before its log level takes effect, hence the redirection.
 
     Args:
         proving: whether to multiply in full float32, which GPUs otherwise round to 10 bits (TF32);
             results may then differ from run to run.
-        backend: backend of Keras; beside another one, TensorFlow uses no GPU.
+        backend: one of `Backend`; None chooses as `default_backend` does.
 
     Raises:
-        ConfigError: this process has imported Keras with another backend.
+        ConfigError: this process has imported Keras with another backend, or the backend is not
+            installed.
     """
+    backend = Backend(backend or default_backend())
+    if not find_spec(backend):
+        raise ConfigError(
+            f"{backend} is not installed, expected it to compute with",
+            hint=f"run `pip install 'gptj-tf[{_EXTRAS[backend]}]'`",
+        )
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -28,26 +39,35 @@ def prepare(*, proving: bool = False, backend: str = "tensorflow") -> None:
     # nothing, and XLA does not multiply with it.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     if os.environ.get("GPTJ_DEBUG") == "1":
-        import keras  # noqa: F401
+        _import(backend)
     else:
-        _import_quietly()
+        _import_quietly(backend)
     _check_backend(backend)
+    _set_up(backend, proving)
+
+
+_EXTRAS = {Backend.TENSORFLOW: "tf", Backend.JAX: "jax"}
+
+
+def _set_up(backend: Backend, proving: bool) -> None:
+    if backend == Backend.JAX:
+        import jax
+
+        if proving:
+            jax.config.update("jax_default_matmul_precision", "highest")
+        return
     import tensorflow as tf
 
     if proving:
         tf.config.experimental.enable_tensor_float_32_execution(False)
     else:
         tf.config.experimental.enable_op_determinism()
-    if backend != "tensorflow":
-        tf.config.set_visible_devices([], "GPU")
 
 
 def _check_backend(backend: str) -> None:
     """Check that Keras runs on this backend, which is chosen once per process, when Keras is
     imported."""
     import keras
-
-    from gptj_model.errors import ConfigError
 
     if (found := keras.backend.backend()) != backend:
         raise ConfigError(
@@ -56,14 +76,18 @@ def _check_backend(backend: str) -> None:
         )
 
 
-def _import_quietly() -> None:
+def _import(backend: str) -> None:
+    import_module(backend)
+    import_module("keras")
+
+
+def _import_quietly(backend: str) -> None:
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as sink:
         os.dup2(sink.fileno(), 2)
         try:
-            import keras  # noqa: F401
-            import tensorflow  # noqa: F401
+            _import(backend)
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -86,7 +86,7 @@ backend_option = click.option(
     "--backend",
     type=click.Choice([str(one) for one in Backend]),
     help="Library that computes: TensorFlow, or JAX, which shards a model across devices.  "
-    "[default: as the YAML says]",
+    "[default: as the YAML says, else TensorFlow where it is installed]",
 )
 max_shard_size_option = click.option(
     "--max-shard-size",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dict[str, Any]:
     """Train as far as asked for, or until a signal; return the fields of the JSON object."""
-    import tensorflow as tf
-
     from gptj_convert.formats.layouts.tf import read_best
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from runner.training import train as training
@@ -42,7 +40,8 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
             stack.enter_context(locked(job.model_dir))
             refuse_a_full_disk(job, params, facts.config, facts.target)
         stack.enter_context(stop)
-        stack.enter_context(tf.device(_device(params.runconfig.device)))
+        if params.runconfig.device:
+            stack.enter_context(_device(params.runconfig.device))
         run = training.Run(
             params,
             job.model_dir,
@@ -110,16 +109,14 @@ def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Pr
     )
 
 
-def _device(name: str | None) -> str | None:
-    """Return the device to compute on, if TensorFlow has it.
+def _device(name: str) -> AbstractContextManager[None]:
+    """Return the scope in which TensorFlow computes on a device.
 
     Raises:
         ConfigError: TensorFlow does not have it.
     """
     import tensorflow as tf
 
-    if name is None:
-        return None
     present = [device.name for device in tf.config.list_logical_devices()]
     specs = [tf.DeviceSpec.from_string(device) for device in present]
     try:
@@ -132,12 +129,10 @@ def _device(name: str | None) -> str | None:
             f"runconfig.device is {name!r}, and TensorFlow has {', '.join(present)}",
             hint="leave it out, and TensorFlow chooses; `gptj doctor` lists GPUs",
         )
-    return name
+    return tf.device(name)
 
 
 def _announce(output: Output, job: Job, run: Run, target: int, facts: Preflight) -> None:
-    import tensorflow as tf
-
     from gptj_convert.resources import machine
 
     say_facts(output, replace(facts, step=run.step, place=run.place, target=target))
@@ -148,11 +143,18 @@ def _announce(output: Output, job: Job, run: Run, target: int, facts: Preflight)
     if not run.continued and weights_to_begin_with(job, run.params) is None:
         output.note("weights are initialized at random: no checkpoint is named")
     feature = machine.HALF_PRECISION.get(run.params.dtype_policy.removeprefix("mixed_"))
-    on_cpu = run.params.runconfig.backend != Backend.JAX and not tf.config.list_physical_devices(
-        "GPU"
-    )
-    if feature and on_cpu and feature not in machine.cpu_features():
+    if feature and _on_cpu(run.params.runconfig.backend) and feature not in machine.cpu_features():
         output.note(f"warning: this processor lacks {feature}: 16 bits will be slower than 32")
+
+
+def _on_cpu(backend: Backend) -> bool:
+    if backend == Backend.JAX:
+        import jax
+
+        return jax.default_backend() == "cpu"
+    import tensorflow as tf
+
+    return not tf.config.list_physical_devices("GPU")
 
 
 def _warner(output: Output) -> Callable[[str], None]:

@@ -74,8 +74,8 @@ def _planned_devices(
     the mesh."""
     from gptj_convert.resources import footprint
     from gptj_model.tensors import SLOTS
+    from runner.config.mesh import mesh_of
     from runner.config.trainable import model_rows
-    from runner.training.devices.backend import mesh_of
 
     def devices() -> int:
         import jax
@@ -112,8 +112,8 @@ def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
     if _on_jax(params):
         return _compile_sharded(output, job, params)
     from gptj_model.network.model import GPTJ
-    from runner.evaluation.compiled import empty_batch
-    from runner.evaluation.evaluate import ResidentEvaluator
+    from runner.data.reading.input_fn import empty_batch
+    from runner.evaluation.compiled import ResidentEvaluator
     from runner.training.devices.distribution import Alone
     from runner.training.executors.step import TrainStep
     from runner.training.update.optimizer import Optimizer
@@ -139,7 +139,7 @@ def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
 
 
 def _compile_sharded(output: Output, job: Job, params: Params) -> dict[str, Any]:
-    from runner.evaluation.compiled import empty_batch
+    from runner.data.reading.input_fn import empty_batch
     from runner.training.executors.sharded import ShardedExecutor
 
     section = params.train_input

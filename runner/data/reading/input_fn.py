@@ -119,6 +119,12 @@ def batches(
     return Batches(found, start)
 
 
+def empty_batch(batch_size: int, length: int) -> Batch:
+    """Return a batch of zeros of the right shapes."""
+    shape = (batch_size, length)
+    return np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+
+
 class _Record(NamedTuple):
     path: Path
     number: int

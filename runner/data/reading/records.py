@@ -197,6 +197,13 @@ def count_records(paths: Iterable[Path], *, enough: int | None = None) -> int:
     return count
 
 
+def framed(data: bytes) -> bytes:
+    """Return a record as a TFRecord file stores it."""
+    head = len(data).to_bytes(8, "little")
+    crcs = (_CRC.pack(masked(crc32c(part))) for part in (head, data))
+    return b"".join((head, next(crcs), data, next(crcs)))
+
+
 class RecordWriter:
     """Writes one TFRecord file.
 
@@ -218,12 +225,7 @@ class RecordWriter:
 
     def write(self, block: np.ndarray) -> None:
         """Append a block of examples, int32 of shape (examples, 3, tokens)."""
-        parts: list[bytes] = []
-        for data in serialize(block):
-            head = len(data).to_bytes(8, "little")
-            parts += (head, _CRC.pack(masked(crc32c(head))))
-            parts += (data, _CRC.pack(masked(crc32c(data))))
-        self._file.write(b"".join(parts))
+        self._file.write(b"".join(framed(data) for data in serialize(block)))
 
     def close(self) -> None:
         """Close the file and sync it to the disk."""

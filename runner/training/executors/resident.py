@@ -16,7 +16,8 @@ from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
 from runner.data.reading.input_fn import Batch
-from runner.evaluation.evaluate import Evaluator, ResidentEvaluator
+from runner.evaluation.compiled import ResidentEvaluator
+from runner.evaluation.evaluate import Evaluator
 from runner.training.devices.distribution import Workers
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.executors.step import TrainStep

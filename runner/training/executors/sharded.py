@@ -9,7 +9,7 @@ Shape suffixes: n batches of an update, B batch, T time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from typing_extensions import override
 
 from gptj_model.config import GPTJConfig
-from gptj_model.errors import ConfigError
-from gptj_model.network.loss import TokenLoss
+from gptj_model.network.device_arrays import DeviceArrays
 from gptj_model.network.stacked import StackedModel, stack_name
 from gptj_model.network.weights import first_a, read_part
-from gptj_model.sharding import BATCH, MODEL, Mesh, axes
+from gptj_model.sharding import BATCH, Mesh, axes
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Role, Scheme, Tensor, table
 from runner.config.params import Params
 from runner.config.trainable import model_rows, trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
-from runner.training.devices.backend import mesh_of
-from runner.training.executors.device_rows import DeviceArrays
+from runner.evaluation.sharded import ShardedEvaluator, device_mesh
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
 from runner.training.update.jax_rounding import rounded
@@ -66,7 +64,7 @@ class ShardedExecutor(Executor):
         self._params = params
         self._model_dir = model_dir
         self.trained = trainable_rows(config, params)
-        self._mesh = _device_mesh(params)
+        self._mesh = device_mesh(params)
         self.devices = self._mesh.devices.size
         lora = params.model.lora.lora if params.model.lora else None
         self._model = StackedModel(
@@ -203,7 +201,7 @@ class ShardedExecutor(Executor):
 
     @override
     def evaluator(self) -> Evaluator:
-        return _Evaluator(
+        return ShardedEvaluator(
             self._model, lambda: self._weights.values | self._others.values, self._sharding(BATCH)
         )
 
@@ -376,32 +374,3 @@ class _Update:
             for n, (values, before) in enumerate(zip(new, stored, strict=True))
         ]
         return jnp.where(applies, moved, w), slots
-
-
-class _Evaluator:
-    """Evaluator of the weights as they are at each batch."""
-
-    def __init__(self, model: StackedModel, weights: Any, batch_sharding: NamedSharding) -> None:
-        self._weights = weights
-        self._sharding = batch_sharding
-        self._run = jax.jit(model.losses)
-
-    def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
-        """Implement `Evaluator`."""
-        for batch in batches:
-            yield self._run(self._weights(), jax.device_put(list(batch), self._sharding))
-
-
-def _device_mesh(params: Params) -> jax.sharding.Mesh:
-    """Return the devices in the shape that the parameters ask for."""
-    devices = jax.devices()
-    mesh = mesh_of(params, lambda: len(devices))
-    if mesh.size > len(devices):
-        raise ConfigError(
-            f"runconfig.mesh is {mesh}, {mesh.size} devices, and JAX has {len(devices)} "
-            f"({devices[0].platform})",
-            hint="choose a smaller mesh; to try one without such devices, set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={mesh.size}",
-        )
-    shape = (mesh.batch, mesh.model)
-    return jax.sharding.Mesh(np.reshape(devices[: mesh.size], shape), (BATCH, MODEL))

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from runner.config.eval_metric import EvalMetric
 from runner.config.params import Params
+from runner.training.run.event_file import EventFile
 from runner.training.run.events import Evaluated, StepDone
 from runner.training.run.folder import METRICS_FILE
 
@@ -32,7 +32,7 @@ class Logs:
         self._path = model_dir / METRICS_FILE
         _keep_lines(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = tf.summary.create_file_writer(str(model_dir))
+        self._events = EventFile(model_dir)
 
     def step(self, event: StepDone) -> None:
         """Log one step."""
@@ -59,9 +59,8 @@ class Logs:
 
     def histograms(self, step: int, weights: Mapping[str, Any]) -> None:
         """Log the distribution of every weight."""
-        with self._events.as_default():
-            for name, value in weights.items():
-                tf.summary.histogram(name, np.asarray(value), step=step)
+        for name, value in weights.items():
+            self._events.histogram(name, np.asarray(value), step)
 
     def evaluation(self, event: Evaluated) -> None:
         """Log the metrics of an evaluation."""
@@ -86,9 +85,8 @@ class Logs:
         self._file.flush()
 
     def _summaries(self, step: int, values: dict[str, float]) -> None:
-        with self._events.as_default():
-            for tag, value in values.items():
-                tf.summary.scalar(tag, value, step=step)
+        for tag, value in values.items():
+            self._events.scalar(tag, value, step)
 
 
 class NoLogs:

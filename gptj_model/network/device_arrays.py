@@ -68,6 +68,7 @@ class DeviceArrays:
                 out_shardings=self.shardings,
             )
             self._values = fill()
+        assert self._values is not None
         return self._values
 
     def update(self, values: dict[str, jax.Array]) -> None:
@@ -95,7 +96,8 @@ class DeviceArrays:
         shape, sharding = tensor.shape_in(Scheme.KERAS), self._row_sharding[name]
         dtype = values[name].dtype
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             return np.ascontiguousarray(read(index), dtype)
 
         row = jax.make_array_from_callback(shape, sharding, part)
