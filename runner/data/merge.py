@@ -287,7 +287,7 @@ def _check_same_job(first: _Shard, other: _Shard) -> None:
     if first.parts.keys() != other.parts.keys():
         names = [", ".join(shard.parts) or "no part" for shard in (first, other)]
         raise DataFault(
-            f"{where}: have the parts {names[0] or '-'} and {names[1] or '-'}, expected the same",
+            f"{where}: have the parts {names[0]} and {names[1]}, expected the same",
             hint="make the shards again, from the same sources",
         )
     for part in first.parts:

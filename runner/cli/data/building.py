@@ -16,7 +16,7 @@ from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
-    from runner.data.making.build import Counts, Recipe
+    from runner.data.making.build import BuildResult, Counts, Recipe
     from runner.data.making.shards import Shard
     from runner.data.making.sources import Part
 
@@ -115,24 +115,7 @@ def build_records(
         parts, recipe, out, options, processes=processes, resume=resume, force=force, shard=facts
     )
     result = follow(output, "packing", work, resumable=lambda: is_resumable(out))
-    if result.kept_files:
-        output.note(f"reused {result.kept_files} record files of the interrupted run")
-    for name, counts in result.counts.items():
-        _note_skipped(output, counts)
-        if not counts.examples:
-            output.note(
-                f"note: {name + ': ' if name else ''}nothing is left for this shard; "
-                "`gptj data merge` expects its folder all the same"
-            )
-        output.note(_summary(name, counts, recipe.length))
-        for shape, number in counts.shapes.items():
-            output.note(f"{name + ': ' if name else ''}{number:,} documents of the shape {shape}")
-        if counts.special_names:
-            output.note(
-                f"note: {name + ': ' if name else ''}the texts hold {counts.special_names:,} names "
-                f"of special tokens, such as <|endoftext|>, which are read as text; "
-                "--allow-special reads them as tokens"
-            )
+    _report(output, result, recipe.length)
     output.data(str(out))
     return {
         "output": str(out),
@@ -160,6 +143,28 @@ def _take_shard(
         )
     mine = parts_of(parts, shard, whole_files=recipe.reading(out).whole_files)
     return out / shard.folder, mine, facts(parts, dict(found), shard)
+
+
+def _report(output: Output, result: BuildResult, length: int) -> None:
+    """Note what was read and made."""
+    if result.kept_files:
+        output.note(f"reused {result.kept_files} record files of the interrupted run")
+    for name, counts in result.counts.items():
+        _note_skipped(output, counts)
+        if not counts.examples:
+            output.note(
+                f"note: {name + ': ' if name else ''}nothing is left for this shard; "
+                "`gptj data merge` expects its folder all the same"
+            )
+        output.note(_summary(name, counts, length))
+        for shape, number in counts.shapes.items():
+            output.note(f"{name + ': ' if name else ''}{number:,} documents of the shape {shape}")
+        if counts.special_names:
+            output.note(
+                f"note: {name + ': ' if name else ''}the texts hold {counts.special_names:,} names "
+                f"of special tokens, such as <|endoftext|>, which are read as text; "
+                "--allow-special reads them as tokens"
+            )
 
 
 def _note_compression(output: Output, files: Sequence[Path]) -> None:

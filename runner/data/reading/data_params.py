@@ -29,8 +29,10 @@ def read_params(folder: Path) -> dict[str, Any] | None:
     """Return arguments, sources, counts and files, or None without a valid file of this program."""
     try:
         values = json.loads((folder / DATA_PARAMS_FILE).read_text(encoding="utf-8"))
-        whole = values["arguments"].items() and values["counts"].items() and values["sources"]
-        return values if _files(values) and whole is not None else None
+        for name in ("arguments", "counts", "sources"):
+            values[name].items()
+        _files(values)  # none, where a shard got nothing
+        return values
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
