@@ -7,6 +7,7 @@ import errno
 import gzip
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -32,6 +33,7 @@ from runner.cli.data.shard import Share, find_shard
 from runner.cli.root import main
 from runner.data import merge as merging
 from runner.data.making import encoding, long_line
+from runner.data.making.build import Counts, add_up
 from runner.data.making.documents import document
 from runner.data.making.documents.document import Raw, Reading
 from runner.data.making.shards import deal
@@ -142,15 +144,19 @@ CONTENTS = {
     "no last newline": _lines(3)[:-1],
     "mark": BOM_UTF8 + _lines(2),
     "blank lines": b"\n\n" + _lines(1) + b"\n \n" + _lines(1) + b"\n",
-    "a long line": json.dumps({"text": "é word " * 80}, ensure_ascii=False).encode()
+    "a long line": _lines(1)
+    + json.dumps({"text": "é word " * 80}, ensure_ascii=False).encode()
     + b"\n"
     + _lines(1),
+    "a damaged long line": _lines(2) + b'{"words": "' + b"word " * 80 + b'"}\n' + _lines(1),
+    "UTF-16": _lines(2).decode().encode("utf-16"),
     "damaged": b'{"text": 1}\n' + _lines(1) + b"no\n\xff\n" + _lines(1),
 }
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["texts", "rows"])
 @pytest.mark.parametrize("name", CONTENTS)
-def test_ranges_at_every_byte(name: str, tmp_path: Path, monkeypatch):
+def test_ranges_at_every_byte(name: str, rows: bool, tmp_path: Path, monkeypatch):
     """Any two cuts give all documents once, in order, with the lines of the file."""
     monkeypatch.setattr(document, "LONG", 300)
     monkeypatch.setattr(document, "PIECE", 32)
@@ -158,7 +164,7 @@ def test_ranges_at_every_byte(name: str, tmp_path: Path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(CONTENTS[name])
     size = len(CONTENTS[name])
-    reading = Reading(spool=tmp_path)
+    reading = Reading(spool=tmp_path, rows=rows)
 
     def documents(ranges: dict[Path, tuple[int, int]]) -> list[tuple[Any, ...]]:
         found = list(read([path], reading, ranges=ranges))
@@ -175,8 +181,8 @@ def test_ranges_at_every_byte(name: str, tmp_path: Path, monkeypatch):
         return cached[begin, end]
 
     expected = documents({})
-    assert len(expected) > 1
-    for a in range(size + 1):
+    assert expected
+    for a in range(1, size + 1):
         assert part(0, a) + part(a, size) == expected, a
         b = min(a + 7, size)
         assert part(0, a) + part(a, b) + part(b, size) == expected, (a, b)
@@ -191,7 +197,9 @@ def _sources() -> None:
     Path("src/train/large.jsonl").write_bytes(_lines(90))
     Path("src/train/small.jsonl").write_bytes(_lines(4, "b"))
     Path("src/train/packed.jsonl.gz").write_bytes(gzip.compress(_lines(30, "c")))
-    Path("src/train/misnamed.jsonl").write_bytes(gzip.compress(_lines(200, "d")))
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=9000)
+    packed = (json.dumps({"text": "".join(letters[n : n + 300])}) for n in range(0, 9000, 300))
+    Path("src/train/misnamed.jsonl").write_bytes(gzip.compress("\n".join(packed).encode()))
     pq.write_table(pa.table({"text": ["row 1", "row 2"]}), "src/train/e.parquet")
     Path("src/train/f.txt").write_text("one document")
     Path("src/val/a.jsonl").write_bytes(_lines(2, "v"))
@@ -263,7 +271,7 @@ def test_a_shard_that_gets_nothing_succeeds_and_merges(data, gptj):
     for n in range(3):
         done = data("pile", "a.txt", "--out", "shards", "--shard", f"{n}/3")
         assert done.code == 0, done.stderr
-        assert ("nothing is left for this shard" in done.stderr) == (n > 0)
+        assert ("note: this shard has no example" in done.stderr) == (n > 0)
     assert list(_content("shards/shard-00002-of-00003")) == ["data_params.json"]
     assert data("pile", "a.txt", "--out", "shards", "--shard", "2/3", "--resume").code == 0
     assert gptj("data", "merge", "shards", "--out", "merged").code == 0
@@ -304,15 +312,20 @@ sys.exit(main())
 
 def test_a_killed_shard_resumes_to_the_same_bytes(data, gptj, monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 300)
-    Path("a.jsonl").write_bytes(_lines(200))
-    command = ("pile", "a.jsonl", "--shard", "1/3", "--files-per-record", "3")
+    Path("src").mkdir()
+    Path("src/a.jsonl").write_bytes(_lines(200))
+    Path("src/b.txt").write_text("in another shard")
+    command = ("pile", "src", "--shard", "1/3", "--files-per-record", "3")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, "data", *command, *OPTIONS, "--out", "shards"],
         env={**os.environ, "KILL": "3", "PYTHONPATH": str(REPOSITORY)},
     )
     assert done.returncode == -signal.SIGKILL
     _refused(data(*command, "--out", "shards"), 2, "an interrupted run exists")
-    other = ("pile", "a.jsonl", "--shard", "1/4", "--files-per-record", "3")
+    Path("src/b.txt").rename("src/c.txt")
+    _refused(data(*command, "--out", "shards", "--resume"), 2, "has other sources or options")
+    Path("src/c.txt").rename("src/b.txt")
+    other = ("pile", "src", "--shard", "1/4", "--files-per-record", "3")
     _refused(data(*other, "--out", "shards", "--resume"), 2, "holds shard-00001-of-00003.partial")
     done = data(*command, "--out", "shards", "--resume")
     assert done.code == 0
@@ -325,12 +338,37 @@ def test_a_killed_shard_resumes_to_the_same_bytes(data, gptj, monkeypatch):
 
 def test_a_shard_of_another_listing_is_not_resumed(data):
     Path("src").mkdir()
-    Path("src/a.jsonl").write_bytes(_lines(9))
-    assert data("pile", "src", "--shard", "0/2", "--out", "shards").code == 0
+    Path("src/a.txt").write_text("the larger one")
+    Path("src/b.txt").write_text("b")
     again = ("pile", "src", "--shard", "0/2", "--out", "shards", "--resume")
     assert data(*again).code == 0
-    Path("src/b.txt").write_text("b")
+    assert data(*again).code == 0
+    # This shard still reads the same file.
+    Path("src/b.txt").rename("src/c.txt")
     _refused(data(*again), 2, "already exists")
+
+
+def test_machines_see_the_same_files_at_other_paths(data, gptj):
+    for folder in ("here", "there"):
+        Path(folder, "src").mkdir(parents=True)
+        Path(folder, "src/a.txt").write_text("the larger one")
+        Path(folder, "src/b.txt").write_text("b")
+
+    def second(*options: str) -> None:
+        source = ("there/src", "--out", "there/shards")
+        assert data("pile", *source, "--shard", "1/2", *options).code == 0
+
+    assert data("pile", "here/src", "--out", "here/shards", "--shard", "0/2").code == 0
+    second()
+    merge = ("data", "merge", "here/shards", "there/shards", "--out")
+    assert gptj(*merge, "merged").code == 0
+    Path("there/src/b.txt").rename("there/src/c.txt")
+    second("--force")
+    _refused(gptj(*merge, "no"), 1, "different listings")
+    Path("there/src/c.txt").rename("there/src/b.txt")
+    Path("there/src/b.txt").write_text("bb")
+    second("--force")
+    _refused(gptj(*merge, "no"), 1, "different listings")
 
 
 def test_folders_that_a_shard_does_not_write_to(data):
@@ -468,7 +506,7 @@ def test_merged_files_are_those_of_the_shards(shards: Path, gptj):
     # The order and the place of the folders on the command line do not matter.
     Path("other").mkdir()
     _folder(1).rename(f"other/{_folder(1).name}")
-    names = ("other", _folder(2), _folder(0))
+    names = ("other", _folder(2), _folder(0), Path("other").resolve() / _folder(1).name)
     assert gptj("data", "merge", *names, "--out", "copied", "--copy").code == 0
     assert _content("copied") == _content("merged")
     assert not any(a.samefile(b) for a, b in zip(merged, Path("copied").glob("*.tf*"), strict=True))
@@ -561,6 +599,13 @@ def test_merging_is_refused(name: str, shards: Path, gptj):
     change()
     _refused(gptj("data", "merge", "shards", "--out", "merged"), code, *words)
     assert [p.name for p in Path().glob("merged*")] == []
+
+
+def test_places_of_malformed_documents_are_bounded():
+    parts = [Counts(skipped=80, places=[f"{name}:{n}" for n in range(80)]) for name in "ab"]
+    total = add_up(parts)
+    assert total.skipped == 160
+    assert total.places == [*parts[0].places, *parts[1].places[:20]]
 
 
 def test_merging_into_a_shard_or_a_whole_set(shards: Path, gptj):

@@ -153,8 +153,8 @@ def _report(output: Output, result: BuildResult, length: int) -> None:
         _note_skipped(output, counts)
         if not counts.examples:
             output.note(
-                f"note: {name + ': ' if name else ''}nothing is left for this shard; "
-                "`gptj data merge` expects its folder all the same"
+                f"note: {name + ': ' if name else ''}this shard has no example; `gptj data merge` "
+                "expects its folder all the same"
             )
         output.note(_summary(name, counts, length))
         for shape, number in counts.shapes.items():
