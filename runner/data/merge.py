@@ -20,11 +20,12 @@ from gptj_convert.files.output_folder import SUFFIX, output_folder, refuse_overl
 from gptj_convert.streams.progress import Progress, Work
 from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.making.build import Counts, add_up
-from runner.data.making.shards import FOLDERS, Shard
+from runner.data.making.shards import Shard
 from runner.data.reading.data_params import (
     DATA_PARAMS_FILE,
     MERGED,
     SHARD,
+    SHARD_FOLDERS,
     read_params,
     stated_files,
     write_params,
@@ -203,12 +204,12 @@ def _find(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"{folder}: is not a folder, expected a shard or a folder of shards")
-        inside = sorted(p for p in folder.glob(FOLDERS) if p.is_dir())
+        inside = sorted(p for p in folder.glob(SHARD_FOLDERS) if p.is_dir())
         unfinished += (p for p in inside if p.name.endswith(SUFFIX))
         inside = [p for p in inside if not p.name.endswith(SUFFIX)]
         if not inside and not _parts(folder):
             raise UsageError(
-                f"{folder}: holds no shard, expected {DATA_PARAMS_FILE} or folders {FOLDERS}",
+                f"{folder}: holds no shard, expected {DATA_PARAMS_FILE} or folders {SHARD_FOLDERS}",
                 hint="make shards with `gptj data … --shard I/N`, and name their --out"
                 if not unfinished
                 else "resume the interrupted runs with --resume",

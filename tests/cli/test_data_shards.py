@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
+from gptj_model.errors import UsageError
 from runner.cli.data.shard import Share, find_shard
 from runner.cli.root import main
 from runner.data import merge as merging
@@ -39,7 +40,7 @@ from runner.data.making.documents.document import Raw, Reading
 from runner.data.making.shards import deal
 from runner.data.making.sources import read
 from runner.data.reading.hdf5 import read_blocks
-from runner.data.reading.records import read_examples
+from runner.data.reading.records import find_records, read_examples
 from tests.conftest import make_checkpoint
 from tests.doc_commands import REPOSITORY
 from tests.small_tokenizer import END_ID, VOCAB, write_vocabulary
@@ -669,6 +670,9 @@ def test_hdf5(data, gptj):
 
 def test_training_reads_merged_records_as_any_other(shards: Path, gptj):
     """Losses are those of a folder that holds the records in the order of the shards."""
+    with pytest.raises(UsageError) as refused:
+        find_records(["shards"])
+    assert refused.value.hint == "join the shards with `gptj data merge shards --out data`"
     assert gptj("data", "merge", "shards", "--out", "merged").code == 0
     Path("plain").mkdir()
     paths = [p for n in range(3) for p in sorted(_folder(n).glob("*.tfrecord"))]

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptj_model.errors import UsageError
 from runner.data.making.documents.streams import compression
+from runner.data.reading.data_params import SHARD_FOLDERS
 
 if TYPE_CHECKING:
     from runner.data.making.sources import Part
 
 #: Suffix of files that may be dealt in ranges: each line is a document.
 _LINES = ".jsonl"
-#: Pattern of the names of shards' folders, and the digits of a number in them.
-FOLDERS = "shard-*-of-*"
+#: Number of digits of a number in the name of a shard's folder.
 _DIGITS = 5
 MOST_SHARDS = 10**_DIGITS - 1
 
@@ -184,7 +184,7 @@ def refuse_other_content(out: Path, shard: Shard) -> None:
     Raises:
         UsageError: it holds shards of another count, or records of their own.
     """
-    for path in sorted(out.glob(FOLDERS)):
+    for path in sorted(out.glob(SHARD_FOLDERS)):
         if path.name.partition("-of-")[2].partition(".")[0] != shard.folder.partition("-of-")[2]:
             raise UsageError(
                 f"{out}: holds {path.name}, and this is shard {shard.index} of {shard.count} (from "
@@ -194,7 +194,7 @@ def refuse_other_content(out: Path, shard: Shard) -> None:
             )
     names = ("data_params.json", "*/data_params.json", "*.tfrecord*", "*.h5")
     found = (p for pattern in names for p in sorted(out.glob(pattern)))
-    if other := next((p for p in found if not p.parent.match(FOLDERS)), None):
+    if other := next((p for p in found if not p.parent.match(SHARD_FOLDERS)), None):
         raise UsageError(
             f"{out}: holds {other.relative_to(out)}, expected only shards: this is shard "
             f"{shard.index} of {shard.count} (from {shard.origin})",

@@ -14,6 +14,8 @@ from gptj_model.errors import DataFault
 DATA_PARAMS_FILE = "data_params.json"
 #: Key of the facts of a shard, and of the shards that a merged folder holds.
 SHARD, MERGED = "shard", "shards"
+#: Pattern of the names of shards' folders.
+SHARD_FOLDERS = "shard-*-of-*"
 
 
 @dataclass(frozen=True, slots=True)
