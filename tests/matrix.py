@@ -413,6 +413,11 @@ def _data() -> Group:
               " --max-sequence-length 32 --on-error skip --processes 2")  # fmt: skip
     group.add("an empty answer", f"data instruct chats.jsonl --out z {tail} 1")
     group.add("inspect i", "data inspect i-1")
+    for n in range(2):
+        group.add(f"pile, shard {n}", f"data pile a.jsonl --shard {n}/2 --out s {tail} 1")
+    group.add("merge", "data merge s --out s-merged")
+    group.add("inspect merged", "data inspect s-merged")
+    group.add("merge what is merged", "data merge s-merged --out z")
     group.add("inspect as text", "data inspect p-tfrecord --tokenizer tokenizer --samples 1 --html"
               " page.html")  # fmt: skip
     group.add("out exists", f"data pile a.jsonl --out p-tfrecord {tail} 1")

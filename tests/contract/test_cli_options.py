@@ -15,7 +15,8 @@ from runner.cli.root import root
 COMMON = {"--json", "--quiet"}
 BUILDING = {
     "--tokenizer", "--allow-special", "--max-sequence-length", "--out", "--format", "--gzip",
-    "--files-per-record", "--write-remainder", "--processes", "--on-error", "--resume", "--force",
+    "--files-per-record", "--write-remainder", "--processes", "--on-error", "--shard", "--resume",
+    "--force",
 }  # fmt: skip
 PACKING = {
     "--short-seq-prob", "--seed", "--reference-remainder", "--ftfy", "--ftfy-normalizer",
@@ -32,6 +33,7 @@ OPTIONS = {
     "data instruct": BUILDING | {
         "--template", "--columns", "--train-on-prompt", "--packing", "--too-long",
     },
+    "data merge": {"--out", "--copy", "--force"},
     "data pile": BUILDING | PACKING | DOWNLOADING | {"--text-key"},
     "data summarization": BUILDING | DOWNLOADING | {
         "--article-column", "--summary-column", "--truncate-article", "--compare-bytes",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from gptj_model.errors import UsageError
 from runner.cli.data.download import Published, fetch_parts
+from runner.cli.data.shard import Share, find_shard
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
-    from runner.data.making.build import Counts, Recipe
+    from runner.data.making.build import BuildResult, Counts, Recipe
+    from runner.data.making.shards import Shard
     from runner.data.making.sources import Part
 
 #: Largest number of skipped documents that are named one by one.
@@ -47,6 +50,12 @@ def find_or_fetch(
     parts = options.pop("parts")
     if not download:
         return find_source_files(named_sources(sources), patterns), {}
+    if shard := find_shard(options["share"]):
+        raise UsageError(
+            f"--download fetches the whole data set, and this is shard {shard.index} of "
+            f"{shard.count} (from {shard.origin})",
+            hint="fetch it once, as with `hf download --repo-type dataset`, and name its folder",
+        )
     # Fail before a long download rather than after it.
     refuse_existing(options["out"], force=options["force"] or options["resume"])
     recipe.encoder("")()
@@ -58,6 +67,8 @@ def find_or_fetch(
 
 def build_records(
     output: Output,
+    sources: Sequence[Path],
+    found: Sequence[tuple[Path, Path]],
     parts: Sequence[Part],
     recipe: Recipe,
     *,
@@ -68,12 +79,15 @@ def build_records(
     write_remainder: bool,
     processes: int | None,
     on_error: str,
+    share: Share | None,
     resume: bool,
     force: bool,
 ) -> dict[str, Any]:
-    """Build the records of every part, and return the fields of the JSON object.
+    """Build the records of every part, or a shard of them, and return the fields of the JSON
+    object.
 
-    The options are those of `runner.cli.data.options`.
+    The options are those of `runner.cli.data.options`; `found` is what `find_source_files` returns
+    for `sources`.
     """
     from gptj_convert.files.output_folder import refuse_overlap
     from runner.data.making.build import Options, build, is_resumable
@@ -83,6 +97,12 @@ def build_records(
         check_processes(processes)
     for file in (f for part in parts for f in part.files):
         refuse_overlap(out, file, [file])
+    facts = None
+    if shard := find_shard(share):
+        # What one machine writes into a source, another would find there.
+        for source in sources:
+            refuse_overlap(out, source, [])
+        out, parts, facts = _take_shard(output, shard, found, parts, recipe, out)
     _note_compression(output, [f for part in parts for f in part.files])
     options = Options(
         format=file_format,
@@ -91,13 +111,52 @@ def build_records(
         write_remainder=write_remainder,
         skip_bad=on_error == "skip",
     )
-    work = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
+    work = build(
+        parts, recipe, out, options, processes=processes, resume=resume, force=force, shard=facts
+    )
     result = follow(output, "packing", work, resumable=lambda: is_resumable(out))
+    _report(output, result, recipe.length)
+    output.data(str(out))
+    return {
+        "output": str(out),
+        **count_fields(result.counts),
+        **({"shard": {key: facts[key] for key in ("index", "count", "from")}} if facts else {}),
+    }
+
+
+def _take_shard(
+    output: Output,
+    shard: Shard,
+    found: Sequence[tuple[Path, Path]],
+    parts: Sequence[Part],
+    recipe: Recipe,
+    out: Path,
+) -> tuple[Path, list[Part], dict[str, Any]]:
+    """Return the folder, the sources and the facts of a shard."""
+    from runner.data.making.shards import facts, parts_of, refuse_other_content
+
+    refuse_other_content(out, shard)
+    if shard.origin != "--shard":
+        output.note(
+            f"note: shard {shard.index} of {shard.count}, from {shard.origin}; --shard 0/1 makes "
+            "all records in one run"
+        )
+    mine = parts_of(parts, shard, whole_files=recipe.reading(out).whole_files)
+    return out / shard.folder, mine, facts(parts, dict(found), shard)
+
+
+def _report(output: Output, result: BuildResult, length: int) -> None:
+    """Note what was read and made."""
     if result.kept_files:
         output.note(f"reused {result.kept_files} record files of the interrupted run")
     for name, counts in result.counts.items():
         _note_skipped(output, counts)
-        output.note(_summary(name, counts, recipe.length))
+        if not counts.examples:
+            output.note(
+                f"note: {name + ': ' if name else ''}this shard has no example; `gptj data merge` "
+                "expects its folder all the same"
+            )
+        output.note(_summary(name, counts, length))
         for shape, number in counts.shapes.items():
             output.note(f"{name + ': ' if name else ''}{number:,} documents of the shape {shape}")
         if counts.special_names:
@@ -106,12 +165,6 @@ def build_records(
                 f"of special tokens, such as <|endoftext|>, which are read as text; "
                 "--allow-special reads them as tokens"
             )
-    output.data(str(out))
-    return {"output": str(out), **_fields(result.counts.values())} | (
-        {"parts": {name: _fields([c]) for name, c in result.counts.items()}}
-        if any(result.counts)
-        else {}
-    )
 
 
 def _note_compression(output: Output, files: Sequence[Path]) -> None:
@@ -144,14 +197,19 @@ def _summary(name: str, counts: Counts, length: int) -> str:
     )
 
 
-def _fields(parts: Iterable[Counts]) -> dict[str, Any]:
-    """Return the counts of all parts added up, for the JSON object."""
-    total: dict[str, Any] = {"left_out": {}, "shapes": {}}
-    for counts in map(asdict, parts):
-        for name in ("left_out", "shapes"):
-            for rule, count in counts.pop(name).items():
-                total[name][rule] = total[name].get(rule, 0) + count
-        counts.pop("places")
-        for name, value in counts.items():
-            total[name] = total.get(name, 0) + value
-    return total
+def count_fields(counts: Mapping[str, Counts]) -> dict[str, Any]:
+    """Return the counts of all parts added up, and of each part, for the JSON object.
+
+    Args:
+        counts: counts of each part by its folder; "" is a set without parts.
+    """
+    from runner.data.making.build import add_up
+
+    def fields(parts: Iterable[Counts]) -> dict[str, Any]:
+        values = asdict(add_up(parts))
+        del values["places"]
+        return values
+
+    total = fields(counts.values())
+    by_part = {name: fields([part]) for name, part in counts.items()}
+    return total | ({"parts": by_part} if any(counts) else {})

@@ -94,7 +94,7 @@ def instruct(
         )
     )
     found = find_source_files(named_sources(sources), ROW_FILES)
-    return build_records(output, by_split(found), recipe, **options)
+    return build_records(output, sources, found, by_split(found), recipe, **options)
 
 
 def _templates(name: str | None, tokenizer: Path) -> dict[str, Template]:

@@ -11,6 +11,7 @@ from runner.cli.data.building import build_records, find_or_fetch, named_sources
 from runner.cli.data.download import PILE, SUMMARIES, downloading_options
 from runner.cli.data.inspect import inspect
 from runner.cli.data.instruct import instruct
+from runner.cli.data.merge import merge
 from runner.cli.data.options import building_options, packing_options, rules
 from runner.cli.shared.command import command
 from runner.cli.shared.output import Output
@@ -50,7 +51,7 @@ def pile(output: Output, sources: tuple[Path, ...], text_key: str, **options: An
     note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, key=text_key)
     found, fetched = find_or_fetch(output, sources, PILE_FILES, PILE, recipe, options)
-    return build_records(output, by_split(found), recipe, **options) | fetched
+    return build_records(output, sources, found, by_split(found), recipe, **options) | fetched
 
 
 @command(
@@ -132,7 +133,7 @@ def summarization(
         )
     )
     found, fetched = find_or_fetch(output, sources, PAIR_FILES, SUMMARIES, recipe, options)
-    return build_records(output, by_split(found), recipe, **options) | fetched
+    return build_records(output, sources, found, by_split(found), recipe, **options) | fetched
 
 
 @command(
@@ -158,8 +159,9 @@ def text(
 
     note_tokenizer(output, options["tokenizer"])
     recipe = _text_recipe(options, whole_files=True)
-    files = tuple(path for path, _ in find_source_files(named_sources(sources), patterns))
-    return build_records(output, [Part(files=files)], recipe, **options)
+    found = find_source_files(named_sources(sources), patterns)
+    part = Part(files=tuple(path for path, _ in found))
+    return build_records(output, sources, found, [part], recipe, **options)
 
 
 def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: bool = False) -> Any:
@@ -182,5 +184,5 @@ def _text_recipe(options: dict[str, Any], *, key: str = "text", whole_files: boo
     )
 
 
-for _command in (pile, summarization, text, instruct, inspect):
+for _command in (pile, summarization, text, instruct, merge, inspect):
     data.add_command(_command)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
+from runner.cli.data.shard import shard_option
 from runner.cli.shared.option_rules import OptionRules
 from runner.cli.shared.options import (
     COUNT,
@@ -72,6 +73,7 @@ building_options = options(
         show_default=True,
         help="What to do with a malformed document.",
     ),
+    shard_option,
     resume_option,
     force_option,
 )

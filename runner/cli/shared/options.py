@@ -105,13 +105,17 @@ force_option = click.option(
 )
 
 
-def out_option(default: Path | str | None = None, *, default_text: str = "") -> Decorator:
+def out_option(
+    default: Path | str | None = None, *, default_text: str = "", required: bool = False
+) -> Decorator:
     """Return `--out` with its default, or with a text that says how the default is found."""
     shown = f"  [default: {default_text}]" if default_text else ""
+    # A default of None would count as a value.
+    value: dict[str, Any] = {"required": True} if required else {"default": default}
     return click.option(
         "--out",
         type=PATH,
-        default=default,
+        **value,
         show_default=default is not None,
         help=f"Folder to write.{shown}",
     )

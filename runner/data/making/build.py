@@ -8,7 +8,6 @@ An interrupted run resumes from there, and its result is the same to the byte.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from tokenizers import __version__ as tokenizers_version
 from gptj_convert.files.digest import digest
 from gptj_convert.files.journal import Journal
 from gptj_convert.files.output_file import FULL
-from gptj_convert.files.output_folder import PartialFolder, sync
+from gptj_convert.files.output_folder import PartialFolder
 from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_folder
 from gptj_convert.streams.progress import Progress, Work
 from gptj_model import __version__
@@ -33,7 +32,7 @@ from gptj_model.errors import DataFault, FileFault, UsageError
 from runner.data.making.documents.document import Reading
 from runner.data.making.encoding import TOO_LONG, Chunk, Encoded, Encoder, Encoding, chunks
 from runner.data.making.sources import Part, read
-from runner.data.reading.data_params import DATA_PARAMS_FILE, read_params
+from runner.data.reading.data_params import MERGED, SHARD, read_params, write_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
 from runner.data.tokenizing.backend import GIGATOKEN, Backend, backend_of
@@ -42,6 +41,8 @@ TFRECORD, HDF5 = "tfrecord", "hdf5"
 EXTENSIONS = {TFRECORD: "tfrecord", HDF5: "h5"}
 #: Largest number of malformed documents whose places are recorded.
 _PLACES = 100
+#: Difference between the numbers that two shards give their first examples.
+_APART = 2**40
 _SKIP_HINT = "fix the document, or skip it with `--on-error skip`"
 
 
@@ -147,6 +148,22 @@ class Counts:
         self.places += map(str, encoded.problems[: max(room, 0)])
 
 
+def add_up(parts: Iterable[Counts]) -> Counts:
+    """Return the sums of all counts, and the first places."""
+    total = Counts()
+    for counts in parts:
+        for name, value in asdict(counts).items():
+            mine = getattr(total, name)
+            if isinstance(value, dict):
+                for rule, count in value.items():
+                    mine[rule] = mine.get(rule, 0) + count
+            elif isinstance(value, list):
+                mine.extend(value[: _PLACES - len(mine)])
+            else:
+                setattr(total, name, mine + value)
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class RecordFile:
     """Journal entry of a complete record file, with the place where the next file begins."""
@@ -184,6 +201,7 @@ def build(
     processes: int | None = 1,
     resume: bool = False,
     force: bool = False,
+    shard: Mapping[str, Any] | None = None,
 ) -> Work[BuildResult]:
     """Write records to a new folder `out`; progress is in bytes of the sources.
 
@@ -196,6 +214,8 @@ def build(
             it to the recipe's encoder; see `Encoding`.
         resume: resume an interrupted run; a complete `out` of the same job is left as it is.
         force: replace an existing `out`, and discard an interrupted run.
+        shard: facts of the shard that `parts` are; see `shards.facts`. A shard may have no
+            example.
 
     Raises:
         UsageError: `out` or an interrupted run exists and neither `resume` nor `force` is given,
@@ -204,7 +224,7 @@ def build(
         FileFault: a source has changed since the interrupted run.
         OSError: reading or writing fails.
     """
-    job = _job(parts, recipe, options)
+    job = _job(parts, recipe, options, shard)
     complete: dict[str, Counts] = {}
     if is_kept(out, resume=resume, is_complete=lambda: _is_complete(out, job, complete)):
         return BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
@@ -242,14 +262,14 @@ def _write(
     journal: Journal[RecordFile],
     processes: int | None,
 ) -> Work[dict[str, Counts]]:
-    clock = _Clock(sum(_size(part.files) for part in parts))
+    clock = _Clock(sum(part.bytes for part in parts))
     counts: dict[str, Counts] = {}
     before = 0
     for part in parts:
         work = _PartWriter(part, recipe, options, staging, journal)
         for done in work.run(processes):
             yield clock.progress(part.folder, before, done)
-        before += _size(part.files)
+        before += part.bytes
         counts[part.folder] = work.counts
         folder = staging.content / part.folder
         _write_params(folder, journal.job, part, work, backend_of(recipe))
@@ -293,6 +313,7 @@ class _PartWriter:
         self._staging = staging
         self._folder = staging.content / part.folder
         self._journal = journal
+        self._shard: Mapping[str, Any] | None = journal.job.get(SHARD)
         self.written = [w for w in journal.parts if w.folder == part.folder]
         last = self.written[-1] if self.written else None
         self.counts = Counts(**last.counts) if last else Counts()
@@ -313,7 +334,7 @@ class _PartWriter:
                     self._writer.discard()
                     self._partial(self._path).unlink(missing_ok=True)
         self.counts.examples, self.counts.files = self._made, len(self.written)
-        if not self._made:
+        if not self._made and self._shard is None:
             raise self._nothing()
 
     def _nothing(self) -> DataFault:
@@ -345,8 +366,11 @@ class _PartWriter:
                 places.append(done)
                 yield chunk
 
-        assembler = self._recipe.assembler(self._made)
-        items = read(self._part.files, self._recipe.reading(self._staging.root), tell)
+        # Random choices go by the number of the example, so shards number theirs apart.
+        number = _APART * self._shard["index"] if self._shard else 0
+        assembler = self._recipe.assembler(number + self._made)
+        reading = self._recipe.reading(self._staging.root)
+        items = read(self._part.files, reading, tell, self._part.ranges)
         todo = noted(islice(chunks(items), self._first, None))
         skip, end = self._skip, self._first
         with Encoding(self._recipe.encoder(self._part.split), processes) as encoding:
@@ -413,8 +437,10 @@ class _PartWriter:
         self._in_file = 0
 
 
-def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Return arguments and sources of the build as JSON values."""
+def _job(
+    parts: Sequence[Part], recipe: Recipe, options: Options, shard: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return arguments, sources and shard of the build as JSON values."""
     try:
         sources = {
             part.folder: {str(p): [(s := p.stat()).st_size, s.st_mtime_ns] for p in part.files}
@@ -424,13 +450,35 @@ def _job(parts: Sequence[Part], recipe: Recipe, options: Options) -> dict[str, A
         raise FileFault(f"{e.filename}: cannot be read: {e.strerror}") from None
     how = asdict(options)
     arguments = {**recipe.arguments, **how}
-    return {"arguments": arguments, "sources": sources, "tokenizers": tokenizers_version}
+    job = {"arguments": arguments, "sources": sources, "tokenizers": tokenizers_version}
+    if shard:
+        ranges = {p.folder: {str(f): list(r) for f, r in p.ranges.items()} for p in parts}
+        job |= {SHARD: dict(shard), "ranges": ranges}
+    return job
+
+
+def _shard_of(job: Mapping[str, Any], folder: str) -> dict[str, Any] | None:
+    """Return what data_params.json states of the shard in a folder, or None without shards."""
+    return {**job[SHARD], "ranges": job["ranges"][folder]} if SHARD in job else None
+
+
+def _is_same_shard(found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None) -> bool:
+    """Return whether two shards read the same, wherever their numbers come from."""
+    if not found or not expected:
+        return found == expected
+    return {**found, "from": None} == {**expected, "from": None}
 
 
 def _check_job(found: Mapping[str, Any], *, job: Mapping[str, Any], out: Path) -> None:
-    if found["arguments"] != job["arguments"] or {
-        folder: list(files) for folder, files in found["sources"].items()
-    } != {folder: list(files) for folder, files in job["sources"].items()}:
+    if (
+        found["arguments"] != job["arguments"]
+        or {folder: list(files) for folder, files in found["sources"].items()}
+        != {folder: list(files) for folder, files in job["sources"].items()}
+        or any(
+            not _is_same_shard(_shard_of(found, folder), _shard_of(job, folder))
+            for folder in job["sources"]
+        )
+    ):
         raise UsageError(
             f"{out}: the interrupted run has other sources or options",
             hint="repeat its arguments, or start from scratch with --force",
@@ -457,6 +505,8 @@ def _is_complete(out: Path, job: Mapping[str, Any], counts: dict[str, Counts]) -
         params = read_params(out / folder)
         sizes = {path: size for path, (size, _) in files.items()}
         if not params or (params["arguments"], params["sources"]) != (job["arguments"], sizes):
+            return False
+        if MERGED in params or not _is_same_shard(params.get(SHARD), _shard_of(job, folder)):
             return False
         counts[folder] = Counts(**params["counts"])
     return True
@@ -497,10 +547,9 @@ def _write_params(
         | ({"why": f"{GIGATOKEN} is not used: {backend.why}"} if backend.why else {}),
         "tokenizers": tokenizers_version,
     }
-    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
-    (folder / DATA_PARAMS_FILE).write_text(text, encoding="utf-8")
-    sync(folder / DATA_PARAMS_FILE)
-    sync(folder)
+    if shard := _shard_of(job, part.folder):
+        values[SHARD] = shard
+    write_params(folder, values)
 
 
 @contextmanager
@@ -512,7 +561,3 @@ def _faults(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {e.strerror or e}",
             hint="free some disk space" if e.errno in FULL else None,
         ) from None
-
-
-def _size(files: Iterable[Path]) -> int:
-    return sum(p.stat().st_size for p in files)

@@ -23,7 +23,7 @@ import orjson
 
 from gptj_convert.streams.pipeline import Pipeline
 from gptj_model.errors import MemoryFault, UsageError
-from runner.data.making.documents.document import Problem, Raw, not_utf8
+from runner.data.making.documents.document import Problem, Raw, not_utf8, where
 from runner.data.making.long_line import Damaged
 
 #: Number of bytes, and number of documents, that complete a chunk.
@@ -210,8 +210,8 @@ def problem(item: Raw | Problem, damaged: Damaged) -> Problem:
     """Return the damage of a document as a problem with its place."""
     if isinstance(item, Problem):
         return item
-    where = f"{item.path}:{item.place + damaged.line}"
-    return Problem(where, str(damaged), damaged.hint, damaged.reason)
+    place = where(item.path, item.place + damaged.line, item.after)
+    return Problem(place, str(damaged), damaged.hint, damaged.reason)
 
 
 def decode(item: Raw) -> str:

@@ -9,15 +9,23 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from gptj_model.errors import DataFault
 from runner.data.making.documents import document
-from runner.data.making.documents.document import Form, Problem, Raw, Reading, damage, too_long
+from runner.data.making.documents.document import (
+    Form,
+    Problem,
+    Raw,
+    Reading,
+    damage,
+    too_long,
+    where,
+)
 from runner.data.making.documents.json_lists import Elements, begins_list
 from runner.data.making.documents.streams import COMPRESSED, Stream, damages, in_words, misnamed
 from runner.data.making.documents.tables import read_arrow, read_csv, read_parquet
@@ -44,6 +52,10 @@ _DESCRIPTIONS = (
 _STATE_FILE = "state.json"
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
+#: Byte ranges of files of which only the lines are read that begin there, as (begin, end).
+Ranges = Mapping[Path, tuple[int, int]]
+_WHOLE: Ranges = {}
+
 _SPLIT = re.compile(r"(?:(train)|(val|valid|validation|dev)|(test))(?![a-z])", re.IGNORECASE)
 
 
@@ -135,6 +147,13 @@ class Part:
     """Folder of the output that the records go to."""
     split: str = ""
     """Split according to the files' names: train, val, test, or "" if unknown."""
+    ranges: Ranges = field(default_factory=dict[Path, tuple[int, int]])
+    """Ranges of the files of which another shard reads the rest; see `shards`."""
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes to read."""
+        return sum(_bytes(path, self.ranges) for path in self.files)
 
 
 def by_split(found: Iterable[tuple[Path, Path]]) -> list[Part]:
@@ -164,8 +183,16 @@ def split_of(relative: Path) -> str:
     return ""
 
 
+def _bytes(path: Path, ranges: Ranges) -> int:
+    begin, end = ranges.get(path) or (0, path.stat().st_size)
+    return end - begin
+
+
 def read(
-    paths: Iterable[Path], reading: Reading, tell: Callable[[int], None] = lambda n: None
+    paths: Iterable[Path],
+    reading: Reading,
+    tell: Callable[[int], None] = lambda n: None,
+    ranges: Ranges = _WHOLE,
 ) -> Generator[Raw | Problem, None, None]:
     """Yield every document of the files, in order.
 
@@ -173,18 +200,20 @@ def read(
         paths: files, whose suffixes determine their formats.
         reading: how documents are read from the files.
         tell: called with the number of bytes that have been read.
+        ranges: ranges of uncompressed files of lines that are not read whole.
 
     Raises:
         DataFault: a file cannot be read at all, or its format is unknown.
     """
     before = 0
     for path in paths:
-        reader = _reader(path, reading)
-        done = 0
+        begin, end = ranges.get(path, (0, None))
+        reader = _reader(path, reading) if end is None else _json(path, reading, begin, end)
+        done = begin
         for item, done in reader:
             yield item
-            tell(before + done)
-        before += path.stat().st_size
+            tell(before + done - begin)
+        before += _bytes(path, ranges)
         tell(before)
 
 
@@ -211,7 +240,12 @@ def _reader(path: Path, reading: Reading) -> Iterator[tuple[Raw | Problem, int]]
 
 
 def _json(
-    path: Path, reading: Reading, *, may_be_list: bool
+    path: Path,
+    reading: Reading,
+    begin: int = 0,
+    end: int | None = None,
+    *,
+    may_be_list: bool = False,
 ) -> Iterator[tuple[Raw | Problem, int]]:
     number = 0
     with closing(Stream(path)) as stream:
@@ -220,20 +254,33 @@ def _json(
             if may_be_list and begins_list(head):
                 yield from _list(path, stream)
                 return
-            while line := stream.file.readline(document.LONG):
+            at = after = _seek_line(stream.file, begin)
+            while (end is None or at < end) and (line := stream.file.readline(document.LONG)):
                 number += 1
                 if may_be_list and number == 1 and line.strip() == b"{":
                     raise Damaged("holds one object over several lines, expected a list of objects")
                 if len(line) >= document.LONG and not line.endswith(b"\n"):
-                    for item in _long_line(stream.file, line, number, path, reading):
+                    for item in _long_line(stream.file, line, number, after, path, reading):
                         yield item, stream.tell()
                 elif not line.isspace():
-                    yield Raw(line, Form.JSON, str(path), number), stream.tell()
+                    yield Raw(line, Form.JSON, str(path), number, after=after), stream.tell()
+                at = stream.tell()
         except Damaged as e:
-            yield damage(path, e), stream.tell()
+            if not begin:  # the beginning of a file belongs to its first range
+                yield damage(path, e), stream.tell()
         except damages() as e:
             what = f"{in_words(e)}; the last good line is {number}"
             yield Problem(f"{path}:{number + 1}", what), stream.tell()
+
+
+def _seek_line(file: BinaryIO, begin: int) -> int:
+    """Go to the first line that begins at an offset or after it, and return its offset."""
+    if not begin:
+        return 0  # whether a byte-order mark has been read or not
+    file.seek(begin - 1)
+    while (part := file.readline(document.PIECE)) and not part.endswith(b"\n"):
+        pass
+    return file.tell()
 
 
 def _list(path: Path, stream: Stream) -> Iterator[tuple[Raw | Problem, int]]:
@@ -248,21 +295,21 @@ def _list(path: Path, stream: Stream) -> Iterator[tuple[Raw | Problem, int]]:
 
 
 def _long_line(
-    file: BinaryIO, begun: bytes, number: int, path: Path, reading: Reading
+    file: BinaryIO, begun: bytes, number: int, after: int, path: Path, reading: Reading
 ) -> Iterator[Raw | Problem]:
     with closing(LongLine(file, begun, reading.spool, document.PIECE)) as line:
         key, *others = reading.columns
         if others or reading.rows:
-            yield too_long(path, number)
+            yield too_long(path, number, after)
             return
         try:
             texts = line.strings(key)
             for _ in texts():
                 pass
         except Damaged as e:
-            yield Problem(f"{path}:{number}", str(e))
+            yield Problem(where(path, number, after), str(e))
             return
-        yield from in_pieces(texts(), str(path), number)
+        yield from in_pieces(texts(), str(path), number, after)
 
 
 def _binary(path: Path) -> Iterator[tuple[Raw | Problem, int]]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptj_convert.files.output_folder import sync
 from gptj_model.errors import DataFault
 
 DATA_PARAMS_FILE = "data_params.json"
+#: Key of the facts of a shard, and of the shards that a merged folder holds.
+SHARD, MERGED = "shard", "shards"
+#: Pattern of the names of shards' folders.
+SHARD_FOLDERS = "shard-*-of-*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +31,24 @@ def read_params(folder: Path) -> dict[str, Any] | None:
     """Return arguments, sources, counts and files, or None without a valid file of this program."""
     try:
         values = json.loads((folder / DATA_PARAMS_FILE).read_text(encoding="utf-8"))
-        whole = values["arguments"].items() and values["counts"].items() and values["sources"]
-        return values if _files(values) and whole is not None else None
+        for name in ("arguments", "counts", "sources"):
+            values[name].items()
+        _files(values)  # none, where a shard got nothing
+        return values
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def write_params(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write data_params.json, and sync the file and its folder to the disk.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    path = folder / DATA_PARAMS_FILE
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sync(path)
+    sync(folder)
 
 
 def stated_files(folder: Path) -> dict[str, RecordFileFacts] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gptj_model.errors import UsageError
+from runner.data.reading.data_params import SHARD_FOLDERS
 
 PATTERN = "*.tfrecord*"
 #: Suffix of a file that lists record files.
@@ -39,6 +40,8 @@ def no_records(folders: Iterable[str]) -> UsageError:
     counts = Counter(p.suffix or "without a suffix" for p in files).most_common(3)
     found = ", ".join(f"{count} {suffix}" for suffix, count in counts) or "no files"
     hint = f"set data_dir to {', '.join(map(str, deeper))}" if deeper else _hint(files)
+    if shards := [p.parent for p in deeper if p.match(SHARD_FOLDERS)]:
+        hint = f"join the shards with `gptj data merge {shards[0]} --out data`"
     return UsageError(
         f"{', '.join(named)}: holds no {PATTERN}, expected training records; it holds {found}",
         hint=hint or DATA_HINT,

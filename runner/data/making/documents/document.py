@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ class Raw:
     """Line of the document, from 1; or number of its record or row, from 0."""
     more: bool = False
     """Whether the document continues in the next item."""
+    after: int = 0
+    """Number of bytes of the file before the line that `place` counts from."""
 
     @property
     def where(self) -> str:
         """Place of the document, as error messages show it."""
-        return f"{self.path}:{self.place}"
+        return where(self.path, self.place, self.after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,40 @@ class Reading:
     """Folder for documents that are too long for memory."""
 
 
+def where(path: Path | str, line: int, after: int = 0) -> str:
+    """Return a place as error messages show it.
+
+    Args:
+        path: path of the file.
+        line: line, from 1, or number of a record or row, from 0.
+        after: number of bytes before the line that `line` counts from. Their lines are counted
+            here, so that only a run with an error reads them.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return f"{path}:{line + (_lines(str(path), after) if after else 0)}"
+
+
+@lru_cache(maxsize=16)
+def _lines(path: str, size: int) -> int:
+    """Return the number of line breaks in the first `size` bytes of a file."""
+    count = 0
+    with Path(path).open("rb") as file:
+        while size and (block := file.read(min(size, PIECE))):
+            count += block.count(b"\n")
+            size -= len(block)
+    return count
+
+
 def damage(path: Path, damaged: Damaged) -> Problem:
     """Return damage near the beginning of a file as a problem with its line."""
     return Problem(f"{path}:{damaged.line + 1}", str(damaged), damaged.hint)
 
 
-def too_long(path: Path, place: int) -> Problem:
-    """Return the problem of a document that is too long to be read as a whole."""
-    return Problem(f"{path}:{place}", f"has more than {LONG} bytes")
+def too_long(path: Path, place: int, after: int = 0) -> Problem:
+    """Return the problem of a document that is too long to be read as a whole; see `where`."""
+    return Problem(where(path, place, after), f"has more than {LONG} bytes")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

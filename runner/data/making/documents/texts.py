@@ -65,14 +65,14 @@ def long_text(
     yield from in_pieces(_decoded(blocks()), str(path), place)
 
 
-def in_pieces(texts: Iterable[str], path: str, place: int) -> Iterator[Raw]:
-    """Yield a text as pieces of a document."""
+def in_pieces(texts: Iterable[str], path: str, place: int, after: int = 0) -> Iterator[Raw]:
+    """Yield a text as pieces of a document; path, place and after are those of `Raw`."""
     last: str | None = None
     for text in pieces(texts, document.PIECE):
         if last is not None:
-            yield Raw(last.encode(), Form.TEXT, path, place, more=True)
+            yield Raw(last.encode(), Form.TEXT, path, place, more=True, after=after)
         last = text
-    yield Raw((last or "").encode(), Form.TEXT, path, place)
+    yield Raw((last or "").encode(), Form.TEXT, path, place, after=after)
 
 
 def _decoded(blocks: Iterable[bytes]) -> Iterator[str]:
