@@ -47,7 +47,8 @@ OPTIONS = {
         "--summaries",
     },
     "generate": {
-        "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--truncate",
+        "--model", "--prompt", "--ids", "--prompts", "--template", "--chat", "--batch-size",
+        "--truncate",
         "--max-new-tokens", "--min-new-tokens", "--stop", "--temperature", "--top-k", "--top-p",
         "--repetition-penalty", "--no-repeat-ngram-size", "--num-beams", "--length-penalty",
         "--early-stopping", "--num-return-sequences", "--seed", "--logprobs", "--execution",

@@ -86,6 +86,7 @@ def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Pr
     """Write what the run is trained with into its folder: parameters, records, and this start."""
     from gptj_convert.files.whole_file import write_whole
     from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from runner.data.making.instruction.run_templates import keep_templates
     from runner.training.run.records_file import keep_fingerprints
     from runner.training.run.starts import Start, record_start
 
@@ -94,6 +95,7 @@ def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Pr
         params = params.model_copy(update={"runconfig": runconfig})
     write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
     keep_fingerprints(job.model_dir, facts.fingerprints)
+    keep_templates(job.model_dir, params.train_input.data_dir)
     epoch = facts.epochs[TRAIN_INPUT]
     record_start(
         job.model_dir,
