@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.data.download import Published, fetch_parts
+from runner.cli.data.remote_output import complete_upload, refuse_sources, upload_of
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
@@ -42,16 +43,20 @@ def find_or_fetch(
     """
     from gptj_convert.files.output_folder import refuse_existing, refuse_overlap
     from runner.data.making.sources import find_source_files
+    from runner.data.remote.path import as_remote
 
     download, repository = options.pop("download"), options.pop("repository")
     parts = options.pop("parts")
     if not download:
         return find_source_files(named_sources(sources), patterns), {}
-    # Fail before a long download rather than after it.
-    refuse_existing(options["out"], force=options["force"] or options["resume"])
-    recipe.encoder("")()
     folder, data_set = published.named(sources, repository)
-    refuse_overlap(options["out"], folder, [folder])
+    if as_remote(folder):
+        raise click.UsageError(f"--download fetches into a folder of this machine, found {folder}")
+    # Fail before a long download rather than after it.
+    if not as_remote(options["out"]):
+        refuse_existing(options["out"], force=options["force"] or options["resume"])
+        refuse_overlap(options["out"], folder, [folder])
+    recipe.encoder("")()
     found, fields = fetch_parts(output, data_set, folder, parts, patterns)
     return found, {"download": fields}
 
@@ -62,6 +67,7 @@ def build_records(
     recipe: Recipe,
     *,
     out: Path,
+    staging: Path | None,
     file_format: str,
     compress: bool,
     files_per_record: int,
@@ -75,15 +81,16 @@ def build_records(
 
     The options are those of `runner.cli.data.options`.
     """
-    from gptj_convert.files.output_folder import refuse_overlap
     from runner.data.making.build import Options, build, is_resumable
     from runner.data.making.encoding import check_processes
 
     if processes:
         check_processes(processes)
-    for file in (f for part in parts for f in part.files):
-        refuse_overlap(out, file, [file])
-    _note_compression(output, [f for part in parts for f in part.files])
+    files = [f for part in parts for f in part.files]
+    upload = upload_of(out, staging, files, resume=resume, force=force)
+    here = upload.folder if upload else out
+    refuse_sources(here, out, files)
+    _note_compression(output, files)
     options = Options(
         format=file_format,
         compress=compress,
@@ -91,8 +98,12 @@ def build_records(
         write_remainder=write_remainder,
         skip_bad=on_error == "skip",
     )
-    work = build(parts, recipe, out, options, processes=processes, resume=resume, force=force)
-    result = follow(output, "packing", work, resumable=lambda: is_resumable(out))
+    result = complete_upload(upload, parts, recipe, options) if upload and resume else None
+    if result is None:
+        work = build(parts, recipe, here, options, processes=processes, resume=resume, force=force)
+        result = follow(output, "packing", work, resumable=lambda: is_resumable(here))
+        if upload:
+            follow(output, "uploading", upload.run(), resumable=lambda: True)
     if result.kept_files:
         output.note(f"reused {result.kept_files} record files of the interrupted run")
     for name, counts in result.counts.items():

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import ConfigError
 from runner.cli.shared.errors import Exit
+from runner.cli.shared.fetching import with_local_records
 from runner.cli.shared.output import Output
 from runner.cli.shared.stop_signals import StopSignals
 from runner.cli.training.display import training_display
 from runner.cli.training.dry_run import refuse_a_full_disk
 from runner.cli.training.parameters import target_of, weights_to_begin_with
-from runner.cli.training.preflight import TRAIN_INPUT, Preflight, preflight, say_facts
+from runner.cli.training.preflight import TRAIN_INPUT, Preflight, preflight, say_facts, sections_of
 from runner.config.execution import Backend
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
 
     from gptj_convert.formats.layouts.tf import read_best
     from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from runner.data.making.instruction.run_templates import keep_templates
     from runner.training import train as training
     from runner.training.run.events import StoppedEarly
     from runner.training.run.folder import locked
 
     begin = weights_to_begin_with(job, params)
-    facts = preflight(job, params, workers.count)
+    local = with_local_records(output, params, *sections_of(job, params))
+    facts = preflight(job, local, workers.count)
     stop = StopSignals()
     with ExitStack() as stack:
         if not workers.index:
@@ -44,7 +47,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         stack.enter_context(stop)
         stack.enter_context(tf.device(_device(params.runconfig.device)))
         run = training.Run(
-            params,
+            local,
             job.model_dir,
             init_from=begin,
             adapter=job.adapter,
@@ -61,6 +64,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         ended = training.is_finished(run, target, evaluate=evaluate)
         if not workers.index and not (ended and (job.model_dir / PARAMS_FILE).exists()):
             _keep_description(job, params, run, target, facts)
+            keep_templates(job.model_dir, local.train_input.data_dir)
         if not ended:
             _announce(output, job, run, target, facts)
         elif run.step >= target:
@@ -86,7 +90,6 @@ def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Pr
     """Write what the run is trained with into its folder: parameters, records, and this start."""
     from gptj_convert.files.whole_file import write_whole
     from gptj_convert.settings.params_yaml import PARAMS_FILE
-    from runner.data.making.instruction.run_templates import keep_templates
     from runner.training.run.records_file import keep_fingerprints
     from runner.training.run.starts import Start, record_start
 
@@ -95,7 +98,6 @@ def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Pr
         params = params.model_copy(update={"runconfig": runconfig})
     write_whole(job.model_dir / PARAMS_FILE, params.to_yaml())
     keep_fingerprints(job.model_dir, facts.fingerprints)
-    keep_templates(job.model_dir, params.train_input.data_dir)
     epoch = facts.epochs[TRAIN_INPUT]
     record_start(
         job.model_dir,

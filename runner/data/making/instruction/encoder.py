@@ -35,6 +35,7 @@ from runner.data.making.long_line import Damaged
 from runner.data.making.sources import read
 from runner.data.making.summarization import Pairs
 from runner.data.making.tokenizer import end_of_text, facts
+from runner.data.remote.path import place
 
 CUT, SKIP, STOP = "cut", "skip", "stop"
 
@@ -155,7 +156,7 @@ class InstructEncoder:
     def _first_shape(self, path: str) -> tuple[str, str]:
         """Return the shape of the first sound record of a file, and its place."""
         reading = Reading(rows=True, spool=Path(tempfile.gettempdir()))
-        with closing(read([Path(path)], reading)) as items:
+        with closing(read([place(path)], reading)) as items:
             for item in items:
                 try:
                     return self._recognized(item).shape, getattr(item, "where", "")
