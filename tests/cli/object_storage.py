@@ -40,3 +40,24 @@ def s3_server() -> Iterator[Any]:
         yield files
     server.stop()
     forget_clients()
+
+
+@contextmanager
+def gs_server() -> Iterator[Any]:
+    """Run a server of Google Cloud Storage with one bucket, and yield the client of it."""
+    import fsspec.config
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    api: Any = server._api._httpd
+    port = api.server_port
+    # It prints a traceback where a client that has read enough closes the connection.
+    api.handle_error = lambda *arguments: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        storage.client.cache_clear()
+        yield storage.client("gs")
+    server.stop()
+    storage.client.cache_clear()

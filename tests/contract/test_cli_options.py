@@ -16,6 +16,7 @@ COMMON = {"--json", "--quiet"}
 BUILDING = {
     "--tokenizer", "--allow-special", "--max-sequence-length", "--out", "--format", "--gzip",
     "--files-per-record", "--write-remainder", "--processes", "--on-error", "--resume", "--force",
+    "--staging",
 }  # fmt: skip
 PACKING = {
     "--short-seq-prob", "--seed", "--reference-remainder", "--ftfy", "--ftfy-normalizer",
