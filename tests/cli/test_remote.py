@@ -203,7 +203,7 @@ def test_a_changed_source_is_noticed(sources: Path, files: Any, gptj, monkeypatc
 
 
 def test_training_reads_a_copy(sources: Path, files: Any, gptj, monkeypatch):
-    make_checkpoint(Path("hf"), vocab_size=263, n_layer=1, n_positions=64)
+    make_checkpoint(Path("hf"), vocab_size=263, n_layer=1, n_positions=64, n_embd=32)
     assert gptj("convert", "hf", "--to", "tf", "--quiet").code == 0
     assert gptj("data", "pile", "raw/train.jsonl", *ONE, "--out", OUT).code == 0
     call = ("train", "--init-from", "converted", "--set", f"train_input.data_dir={OUT}",
@@ -215,7 +215,7 @@ def test_training_reads_a_copy(sources: Path, files: Any, gptj, monkeypatch):
     assert f"copied to {staged_records.cache_folder()}" in done.stderr
     assert OUT in Path("model_dir/params.yaml").read_text()
     monkeypatch.setattr(staged_records, "_fetch", None)
-    done = gptj("train", "--max-steps", 2)
+    done = gptj("train", "--max-steps", 2, "--validate-only")
     assert done.code == 0, done.stderr
     assert "found in" in done.stderr
     done = gptj("eval", "--model", "model_dir", "--set", f"eval_input.data_dir={OUT}",
@@ -322,6 +322,16 @@ def test_a_file_that_vanishes_or_changes(files: Any, gptj, monkeypatch):
         done = gptj("data", "pile", f"s3://{key}", *ONE, "--force")
         assert done.code == 1
         assert f"s3://{key}: {said}" in done.stderr
+
+    def replaced(self: Any, mode: str = "rb") -> Any:
+        files.pipe_file(key, b'{"text": "other"}')
+        return begin(self, mode)
+
+    monkeypatch.setattr(remote_path.RemotePath, "open", replaced)
+    files.pipe_file(key, lines.encode())
+    done = gptj("data", "pile", f"s3://{key}", *ONE, "--force")
+    assert done.code == 1
+    assert f"s3://{key}: has changed while it was read" in done.stderr
 
 
 @pytest.mark.parametrize(("module", "address"), [("s3fs", "s3://b/a"), ("gcsfs", "gs://b/a")])

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from gptj_model.errors import FileFault
 from runner.data.remote.address import is_remote
-from runner.data.remote.storage import client, faults
+from runner.data.remote.storage import changed, client, faults
 
 #: Number of bytes that are fetched at once; up to two such blocks of a file are in memory.
 BLOCK = 8 * 2**20
@@ -32,8 +32,11 @@ class RemotePath(PurePosixPath):
     """Path of an object or of a prefix, such as s3://bucket/folder/file.
 
     It has the methods of `pathlib.Path` that readers of sources use. Every method raises FileFault
-    for what goes wrong.
+    for what goes wrong. Size and identity are asked for once; an object that is another one when it
+    is opened is an error.
     """
+
+    _known: Stat | None = None
 
     def __str__(self) -> str:
         """Return the address."""
@@ -56,14 +59,18 @@ class RemotePath(PurePosixPath):
 
     def stat(self) -> Stat:
         """Return size and identity of the object."""
-        with faults(str(self)):
-            return stat_of(self.client.info(self.key))
+        if self._known is None:
+            with faults(str(self)):
+                self._known = stat_of(self.client.info(self.key))
+        return self._known
 
     def is_file(self) -> bool:
         """Return whether an object of this name exists."""
         try:
             with faults(str(self)):
-                return self.client.info(self.key)["type"] == "file"
+                info = self.client.info(self.key)
+            self._known = self._known or stat_of(info)
+            return info["type"] == "file"
         except FileFault as fault:
             if fault.message == f"{self}: not found":
                 return False
@@ -83,13 +90,18 @@ class RemotePath(PurePosixPath):
             listed = self.client.find(self.key, detail=True)
         for key, info in sorted(listed.items()):
             if key != self.key and info["type"] == "file" and not key.endswith("/"):
-                yield self.joinpath(*key.split("/")[len(self.parts) - 1 :]), stat_of(info)
+                path = self.joinpath(*key.split("/")[len(self.parts) - 1 :])
+                path._known = stat_of(info)
+                yield path, path._known
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open the object for reading; a few blocks of it are in memory at a time."""
         assert mode == "rb", "objects are only read"
         with faults(str(self)):
             raw = self.client.open(self.key, "rb", block_size=BLOCK, cache_type="readahead")
+        if self._known and self._known.version != stat_of(raw.details).version:
+            raw.close()
+            raise changed(str(self))
         return cast(BinaryIO, io.BufferedReader(_Reading(raw, str(self)), _BUFFER))
 
     def read_bytes(self) -> bytes:

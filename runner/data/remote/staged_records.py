@@ -25,6 +25,7 @@ from runner.data.reading.data_params import DATA_PARAMS_FILE, stated_files
 from runner.data.reading.hdf5 import PATTERN as HDF5
 from runner.data.reading.other_data import PATTERN as TFRECORDS
 from runner.data.remote.path import BLOCK, RemotePath, Stat
+from runner.data.remote.storage import changed
 
 #: Patterns of the objects that are copied, beside data_params.json.
 RECORDS = (TFRECORDS, HDF5)
@@ -122,7 +123,7 @@ def _fetch(source: RemotePath, path: Path, stat: Stat) -> Iterator[int]:
             size += len(piece)
             yield len(piece)
     if size != stat.st_size:
-        raise FileFault(f"{source}: has changed while it was read: {size} of {stat.st_size} bytes")
+        raise changed(str(source))
     stated = (stated_files(path.parent) or {}).get(path.name)
     if stated and stated.sha256 != digest.hexdigest():
         partial.unlink()

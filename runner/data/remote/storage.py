@@ -66,16 +66,21 @@ def faults(address: str, doing: str = "read", *, begun: bool = False) -> Iterato
         raise fault from None
 
 
+def changed(address: str) -> FileFault:
+    """Return the error for an object that is replaced while a command uses it."""
+    return FileFault(
+        f"{address}: has changed while it was read",
+        hint="run the command again when nobody writes it",
+    )
+
+
 def _fault(error: Exception, address: str, doing: str) -> FileFault:
     protocol = address.partition(":")[0]
     kinds = {kind.__name__ for kind in type(error).__mro__}
     words = " ".join(str(error).split()) or type(error).__name__
     code = str(getattr(error, "code", ""))
     if kinds & {"FileExpired"}:
-        return FileFault(
-            f"{address}: has changed while it was read",
-            hint="run the command again when nobody writes it",
-        )
+        return changed(address)
     if "bucket does not exist" in words or "NoSuchBucket" in words:
         bucket = "/".join(address.split("/")[:3])
         return FileFault(f"{bucket}: the bucket does not exist", hint="check its name")
