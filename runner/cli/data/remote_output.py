@@ -24,6 +24,7 @@ def upload_of(
         UsageError: the output exists, or --staging is given for a folder of this machine.
         FileFault: the storage cannot be used, or the disk is too small.
     """
+    from runner.data.making.sources import TEST, TRAIN, VALIDATION
     from runner.data.remote.path import as_remote, identity
     from runner.data.remote.upload import Upload
 
@@ -31,7 +32,8 @@ def upload_of(
         if staging:
             raise click.UsageError("--staging has no effect unless --out is in object storage")
         return None
-    upload = Upload(address, staging, resume=resume, force=force)
+    parts = (TRAIN, VALIDATION, TEST)
+    upload = Upload(address, staging, resume=resume, force=force, parts=parts)
     upload.refuse_a_full_disk(sum(identity(file)[0] for file in files))
     return upload
 
@@ -82,6 +84,8 @@ def complete_upload(
             f"{upload.address}: already exists, made from other sources or with other options",
             hint="choose another address with --out, or replace this one with --force",
         )
-    if whole:
-        upload.discard()
-    return found if whole else None
+    if not whole:
+        upload.repair()
+        return None
+    upload.discard()
+    return found

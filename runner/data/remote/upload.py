@@ -7,7 +7,7 @@ complete. A journal lists the objects that arrived, so that a resumed run upload
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Upload:
             like it and is deleted at the end; None means the current folder.
         resume: whether what an interrupted run left is used.
         force: whether an existing output is replaced, and what an interrupted run left deleted.
+        parts: names of the folders that an output may consist of, beside files of its own; nothing
+            in other folders is touched.
 
     Attributes:
         folder: folder that the command has to make; what is in it is uploaded.
@@ -46,17 +48,25 @@ class Upload:
     """
 
     def __init__(
-        self, address: RemotePath, staging: Path | None, *, resume: bool, force: bool
+        self,
+        address: RemotePath,
+        staging: Path | None,
+        *,
+        resume: bool,
+        force: bool,
+        parts: Collection[str],
     ) -> None:
         self.address = address
         self.folder = (staging or Path()) / (address.name + STAGING)
         self._journal = self.folder.with_name(f"{self.folder.name}.jsonl")
-        self._force = force
+        self._folders = {Path(part) for part in ("", *parts)}
         self._before = self._listed()
         if not resume and not force:
             self._refuse_existing()
         if force:
             self._journal.unlink(missing_ok=True)
+        # A resumed run replaces what the interrupted one was told to replace.
+        self._replaces = force or any(line.get("replaces") for line in read_lines(self._journal))
 
     @property
     def has_begun(self) -> bool:
@@ -66,7 +76,16 @@ class Upload:
     @property
     def is_complete(self) -> bool:
         """Whether the storage holds a complete output, or a part of it that is complete."""
-        return any(Path(name).name == DATA_PARAMS_FILE for name in self._before)
+        return bool(self._statements)
+
+    @property
+    def _statements(self) -> list[str]:
+        """Names of the data_params.json that the storage held at the beginning."""
+        return [
+            name
+            for name in self._before
+            if Path(name).name == DATA_PARAMS_FILE and Path(name).parent in self._folders
+        ]
 
     def _refuse_existing(self) -> None:
         if self._before:
@@ -96,16 +115,19 @@ class Upload:
         Args:
             folder: empty folder to copy to.
         """
-        for name in self._before:
-            if Path(name).name == DATA_PARAMS_FILE:
-                copy = folder / name
-                copy.parent.mkdir(exist_ok=True)
-                copy.write_bytes((self.address / name).read_bytes())
-                for record, facts in (stated_files(copy.parent) or {}).items():
-                    there = self._before.get(str(Path(name).with_name(record)))
-                    if there is None or there.st_size != facts.bytes:
-                        return False
-        return True
+        is_whole = True
+        for name in self._statements:
+            copy = folder / name
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes((self.address / name).read_bytes())
+            for record, facts in (stated_files(copy.parent) or {}).items():
+                there = self._before.get(str(Path(name).with_name(record)))
+                is_whole &= there is not None and there.st_size == facts.bytes
+        return is_whole
+
+    def repair(self) -> None:
+        """Let `run` replace the output that is there: it is of this command, but not whole."""
+        self._replaces = True
 
     def run(self) -> Work[int]:
         """Upload the folder, yielding progress in bytes, and delete it.
@@ -114,13 +136,20 @@ class Upload:
             Number of bytes that were uploaded; the others were there from an interrupted run.
 
         Raises:
+            UsageError: the storage holds a complete output that is not to be replaced.
             FileFault: the storage cannot be written, or holds something else in the end.
         """
+        append_line(self._journal, {"replaces": self._replaces})
         files = {str(p.relative_to(self.folder)): p for p in self.folder.rglob("*") if p.is_file()}
         last = [name for name in files if Path(name).name == DATA_PARAMS_FILE]
         kept = self._kept(files)
+        if not self._replaces and set(self._statements) - kept:
+            raise UsageError(
+                f"{self.address}: another output was written there meanwhile",
+                hint="choose another address with --out, or replace that one with --force",
+            )
         if set(files) != kept:  # an output that is not whole must not look so
-            self._delete(name for name in self._before if Path(name).name == DATA_PARAMS_FILE)
+            self._delete(self._statements)
             kept -= set(last)
         total, done = sum(p.stat().st_size for p in files.values()), 0
         uploaded = 0
@@ -164,7 +193,7 @@ class Upload:
         append_line(self._journal, {"name": name, "bytes": there.st_size, "version": there.version})
 
     def _check(self, files: Mapping[str, Path], names: Iterable[str]) -> None:
-        """Check that the storage holds these files, and delete records of an output before."""
+        """Check that the storage holds these files, and delete those of a replaced output."""
         there = self._listed()
         for name in names:
             found = there[name].st_size if name in there else None
@@ -174,11 +203,14 @@ class Upload:
                     f"{size}",
                     hint="run the command again with --resume",
                 )
-        self._delete(
-            name
-            for name in there
-            if name not in files and any(fnmatchcase(Path(name).name, p) for p in RECORDS)
-        )
+        if self._replaces:
+            self._delete(
+                name
+                for name in there
+                if name not in files
+                and Path(name).parent in self._folders
+                and any(fnmatchcase(Path(name).name, pattern) for pattern in RECORDS)
+            )
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
