@@ -218,6 +218,9 @@ def test_the_template_of_a_run(model: Path, workdir: Path, gptj, prompt_ids):
                 "--set", "train_input.max_sequence_length=500",
                 "--set", "train_input.batch_size=1")  # fmt: skip
     assert done.code == 0, done.stderr
+    untrained = gptj("generate", "--chat", "--prompt", "Who?", "--model", "converted")
+    assert untrained.code == 2
+    assert "converted: the tokenizer has no chat template" in untrained.stderr
     kept = Path("model_dir/templates.json")
     call = ("generate", "--chat", "--prompt", "Who?", "--max-new-tokens", 1, "--json")
     kept.rename("moved.json")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptj_convert.files.whole_file import write_whole
-from gptj_convert.formats.layouts.tf import TEMPLATES_FILE
+from gptj_convert.formats.layouts.tf import RUN_PREFIX, TEMPLATES_FILE
 from gptj_convert.settings.params_yaml import PARAMS_FILE
 from gptj_model.errors import FileFault, GptjError
 from runner.config.params_file import load_params
@@ -59,7 +59,10 @@ def templates_of_run(model_dir: Path) -> StatedTemplates | None:
             ) from None
         return StatedTemplates.from_json(values, kept)
     path = model_dir / PARAMS_FILE
-    return _of_folders(load_params(path).train_input.data_dir) if path.is_file() else None
+    # A converted checkpoint has a params.yaml too, and has not been trained on what it names.
+    if path.is_file() and any(model_dir.glob(f"{RUN_PREFIX}-*.index")):
+        return _of_folders(load_params(path).train_input.data_dir)
+    return None
 
 
 def _of_folders(folders: Sequence[str]) -> StatedTemplates | None:
