@@ -17,6 +17,7 @@ from runner.cli.shared.options import (
     COUNT,
     COUNT_OR_ZERO,
     PATH,
+    PLACE,
     backend_option,
     eval_steps_option,
     execution_option,
@@ -66,7 +67,7 @@ RULES = OptionRules(
 @click.option(
     "--data",
     "sources",
-    type=PATH,
+    type=PLACE,
     multiple=True,
     help="UTF-8 text file (--task text), or test set of articles and summaries as `gptj data "
     "summarization` reads it; can be given several times.",

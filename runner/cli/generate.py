@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 RULES = OptionRules(
     needs={"--batch-size": "--prompts"},
-    exclusive=(("--prompt", "--ids", "--prompts"),),
+    exclusive=(
+        ("--prompt", "--ids", "--prompts"),
+        ("--ids", "--template", "--chat"),
+    ),
 )
 
 #: Options that are named as in transformers; what is not given is as the model's folder says.
@@ -134,6 +137,19 @@ choice_options = options(
     "prompt or ids, and an id that is repeated; prints one JSON object per prompt.",
 )
 @click.option(
+    "--template",
+    metavar="NAME|FILE|DIR",
+    help="Render each prompt as `gptj data instruct` renders records, up to the completion: with "
+    "alpaca, dolly, plain, plain-chat, chat (the tokenizer's own), a Jinja file, or the template "
+    "of the records in a folder. JSON objects then hold instruction and input, or messages.",
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Render each prompt with the tokenizer's chat template or, without one, with the template "
+    "of the records that the run trained on.",
+)
+@click.option(
     "--batch-size",
     type=COUNT,
     default=8,
@@ -168,6 +184,8 @@ def generate(
     prompt: str | None,
     ids: str | None,
     prompts_file: Path | None,
+    template: str | None,
+    chat: bool,
     batch_size: int,
     truncate: bool,
     seed: int,
@@ -181,7 +199,8 @@ def generate(
 
     Options that are not given are as the model's generation_config.json says.
     """
-    prompts = _prompts(prompt, ids, prompts_file, asked["stop_strings"])
+    rendered = chat or template is not None
+    prompts = _prompts(prompt, ids, prompts_file, asked["stop_strings"], for_template=rendered)
     if logprobs and not (output.json or prompts_file):
         raise click.UsageError("--logprobs is part of a JSON object: give --json or --prompts")
     from gptj_convert.checkpoint.open import open_checkpoint
@@ -200,6 +219,10 @@ def generate(
         choices = choose_options(asked, defaults, seed)
         _note_choices(output, choices, defaults)
         tokenizer = _tokenizer(output, folder, prompts, choices)
+        ends = {*stop_tokens(folder, config)}
+        if rendered:
+            prompts, more = _rendered(output, folder, prompts, template)
+            ends |= more
         begun = begin_all(prompts, tokenizer, choices.options, config, truncate=truncate)
         _note_dropped(output, begun)
 
@@ -212,29 +235,57 @@ def generate(
         generator = _generator(
             checkpoint,
             keep if way == Execution.STREAMING else None,
-            stop_tokens(folder, config),
+            ends,
             choices,
             tokenizer,
             backend,
         )
-        printed = Printed(output, tokenizer, choices.options, logprobs=logprobs)
+        printed = Printed(
+            output, tokenizer, choices.options, logprobs=logprobs, only_completion=rendered
+        )
         if prompts_file is None:
             return printed.one(generator, begun[0].ids) | budget.fields
         return {"continuations": printed.many(generator, begun, batch_size), **budget.fields}
 
 
 def _prompts(
-    prompt: str | None, ids: str | None, file: Path | None, stops: Sequence[str]
+    prompt: str | None,
+    ids: str | None,
+    file: Path | None,
+    stops: Sequence[str],
+    *,
+    for_template: bool,
 ) -> list[Prompt]:
     from runner.generation.prompts import checked_argument, prompt_of_argument, read_prompts
 
     for stop in stops:
         checked_argument("--stop", stop)
     if file is not None:
-        return read_prompts(file)
+        return read_prompts(file, for_template=for_template)
     if prompt is None and ids is None:
         raise click.UsageError("nothing to continue: give --prompt, --ids or --prompts")
     return [prompt_of_argument(prompt, ids)]
+
+
+def _rendered(
+    output: Output, folder: Path, prompts: Sequence[Prompt], template: str | None
+) -> tuple[list[Prompt], set[int]]:
+    """Return the prompts as a template renders them, and the ids of tokens that end an answer.
+
+    Args:
+        output: where notes go.
+        folder: folder of the model and its tokenizer.
+        prompts: prompts to render.
+        template: template of --template; None stands for --chat.
+    """
+    from runner.generation.prompt_templates import PromptRenderer
+    from runner.generation.template_choice import chat_templates, named_templates
+
+    chosen = chat_templates(folder) if template is None else named_templates(template, folder)
+    for note in chosen.notes:
+        output.note(note)
+    renderer = PromptRenderer(chosen.stated, folder)
+    return renderer(prompts), renderer.ends
 
 
 def _note_choices(output: Output, choices: Choices, defaults: GenerationDefaults) -> None:
@@ -281,7 +332,7 @@ def _tokenizer(
         note_tokenizer(output, folder)
         return load_tokenizer(folder, allow_special=None)
     except FileFault as fault:
-        if any(prompt.text is not None for prompt in prompts):
+        if any(prompt.ids is None for prompt in prompts):
             raise
         if choices.stop_strings:
             raise UsageError(
@@ -320,6 +371,7 @@ class Printed:
         tokenizer: tokenizer of the model; None prints ids.
         options: options of generation.
         logprobs: whether JSON objects hold the log-probabilities of new tokens.
+        only_completion: whether texts are printed without the prompt; JSON objects hold both.
     """
 
     def __init__(
@@ -329,11 +381,13 @@ class Printed:
         options: GenerationOptions,
         *,
         logprobs: bool,
+        only_completion: bool = False,
     ) -> None:
         self._output = output
         self._tokenizer = tokenizer
         self._options = options
         self._logprobs = logprobs
+        self._only_completion = only_completion
 
     def one(self, generator: Generator, begun: Sequence[int]) -> dict[str, Any]:
         """Print the continuations of one prompt, a single one as it is generated, and return their
@@ -365,7 +419,7 @@ class Printed:
         try:
             for continuation in generator.stream(begun, self._options):
                 fields = self._fields(begun, [continuation])
-                text = fields["text"]
+                text = fields.get("completion", fields["text"])
                 # The bytes of a character may come in several tokens.
                 if text and text.startswith(shown) and not text.endswith("\ufffd"):
                     self._output.part(text[len(shown) :])
@@ -392,10 +446,13 @@ class Printed:
         decode = self._tokenizer and self._tokenizer.decode
         text = decode(ids, skip_special_tokens=False) if decode else None
         logprobs = {"logprobs": continuation.logprobs} if self._logprobs else {}
-        return {"text": text, "ids": ids, **logprobs}
+        completion: dict[str, Any] = {}
+        if self._only_completion and decode:
+            completion["completion"] = decode(continuation.ids, skip_special_tokens=False)
+        return {"text": text, **completion, "ids": ids, **logprobs}
 
 
 def _shown(sequence: Mapping[str, Any]) -> str:
     """Return a text, or its ids where there is no tokenizer."""
-    text = sequence["text"]
+    text = sequence.get("completion", sequence["text"])
     return " ".join(map(str, sequence["ids"])) if text is None else text

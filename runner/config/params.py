@@ -74,8 +74,9 @@ class InputParams(Section):
     data_processor: Literal["GptTfRecordsProcessor"] = "GptTfRecordsProcessor"
     """Reader of the records: TFRecords with input_ids, input_mask and labels."""
     data_dir: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-    """Folder of the records, or a list of folders; every file that matches `*.tfrecord*` is
-    read."""
+    """Folder of the records, or a list of folders, of which every file that matches `*.tfrecord*`
+    is read; or an `.index` file that lists record files. A folder may be an address in object
+    storage, such as s3://bucket/records."""
     vocab_size: Positive | None = None
     """Vocabulary size: rows of the embedding."""
     vocab_file: str | None = None

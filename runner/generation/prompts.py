@@ -16,6 +16,9 @@ from gptj_model.config import GPTJConfig
 from gptj_model.decoding.options import GenerationOptions
 from gptj_model.errors import DataFault, GptjError, UsageError
 
+#: Keys of objects that only a template turns into a prompt.
+_RECORDS = ("instruction", "messages", "conversations")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -25,6 +28,8 @@ class Prompt:
     """Option that gives the prompt, or file and line."""
     text: str | None = None
     ids: list[int] | None = None
+    record: Mapping[str, Any] | None = None
+    """What a JSON object asks, for a template to render."""
     carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Fields that the output repeats."""
     fault: type[GptjError] = UsageError
@@ -107,11 +112,15 @@ def checked_argument(option: str, text: str) -> str:
     return text
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, *, for_template: bool = False) -> list[Prompt]:
     """Return the prompts of a file: one per line, as text or as JSON objects.
 
     Lines end with LF or CRLF; a byte order mark is no part of the first. A file is JSON lines if
     its name ends with .jsonl, or if every line is a JSON object.
+
+    Args:
+        path: file to read.
+        for_template: whether objects are records that a template renders.
 
     Raises:
         DataFault: the file or a line is empty, or is not UTF-8 or not what it must be; with the
@@ -120,7 +129,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     lines = [_decoded(f"{path}:{n}", line) for n, line in _numbered(data)]
     if path.suffix == ".jsonl" or all(map(_is_object, lines)):
-        return [_of_object(f"{path}:{n}", line) for n, line in enumerate(lines, start=1)]
+        read = _of_record if for_template else _of_object
+        return [read(f"{path}:{n}", line) for n, line in enumerate(lines, start=1)]
     return [
         Prompt(where=f"{path}:{n}", text=line, fault=DataFault)
         for n, line in enumerate(lines, start=1)
@@ -151,7 +161,15 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _of_object(where: str, line: str) -> Prompt:
+def _of_record(where: str, line: str) -> Prompt:
+    values = _object(where, line)
+    asked = {key: value for key, value in values.items() if key != "id"}
+    if _has_surrogate(json.dumps(asked, ensure_ascii=False)):
+        raise DataFault(f"{where}: holds half of a surrogate pair, expected Unicode text")
+    return Prompt(where=where, record=values, carried=_carried(values), fault=DataFault)
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
     try:
         values = json.loads(line, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as e:
@@ -159,20 +177,33 @@ def _of_object(where: str, line: str) -> Prompt:
     if not isinstance(values, dict):
         found = type(values).__name__
         raise DataFault(f"{where}: holds a JSON {found}, expected an object with prompt or ids")
+    return values
+
+
+def _carried(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": values["id"]} if "id" in values else {}
+
+
+def _of_object(where: str, line: str) -> Prompt:
+    values = _object(where, line)
     given = [name for name in ("prompt", "ids") if values.get(name) is not None]
     if len(given) != 1:
         keys = ", ".join(map(repr, values)) or "none"
         found = "both prompt and ids" if given else f"neither prompt nor ids; its keys are {keys}"
-        raise DataFault(f"{where}: has {found}, expected one of the two")
+        hint = "give --template or --chat" if any(map(values.get, _RECORDS)) else None
+        raise DataFault(f"{where}: has {found}, expected one of the two", hint=hint)
     text, ids = values.get("prompt"), values.get("ids")
     if text is not None and not isinstance(text, str):
         raise DataFault(f"{where}: prompt is {text!r:.200}, expected a text")
     if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
         raise DataFault(f"{where}: ids is {ids!r:.200}, expected a list of token ids")
-    if text is not None and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+    if text is not None and _has_surrogate(text):
         raise DataFault(f"{where}: prompt holds half of a surrogate pair, expected Unicode text")
-    carried = {"id": values["id"]} if "id" in values else {}
-    return Prompt(where=where, text=text, ids=ids, carried=carried, fault=DataFault)
+    return Prompt(where=where, text=text, ids=ids, carried=_carried(values), fault=DataFault)
+
+
+def _has_surrogate(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _no_constant(text: str) -> None:

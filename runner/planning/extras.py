@@ -53,6 +53,8 @@ PACKAGES = (
     Package("pyarrow", ("pyarrow",), "data from parquet", "data"),
     Package("ftfy", ("ftfy",), "data with --ftfy", "data"),
     Package("gigatoken", ("gigatoken",), "data at ten times the speed", "fast"),
+    Package("s3fs", ("s3fs",), "records and texts in s3://", "remote"),
+    Package("gcsfs", ("gcsfs",), "records and texts in gs://", "remote"),
     Package("rouge_score", ("rouge-score",), "eval --task summarization", "data"),
     Package("hdf5plugin", ("hdf5plugin",), "checkpoints that the Cerebras client saved", "cs"),
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,15 @@ def _params(folder: str) -> dict:
     return json.loads((Path(folder) / "data_params.json").read_text())
 
 
-def test_the_same_records_without_it(gptj, pile: Path, monkeypatch: pytest.MonkeyPatch):
-    common = ("data", "pile", "a.jsonl", "--tokenizer", "tok", *OPTIONS, "--out")
-    done = subprocess.run([*BLOCKED, *common, "slow"], capture_output=True, text=True)
+@pytest.mark.parametrize("kind", ["pile", "summarization"])
+def test_the_same_records_without_it(kind: str, gptj, pile: Path, monkeypatch: pytest.MonkeyPatch):
+    common = ("data", kind, "a.jsonl", "--tokenizer", "tok", *OPTIONS, "--out")
+    if kind == "summarization":
+        more = ("--allow-longer-abstracts", "--truncate-article", "--max-sequence-length", 64)
+        common = (*common[:5], *OPTIONS, *more, "--out")
+        rows = [{"article": one, "summary": other} for one, other in pairwise(DOCUMENTS)]
+        pile.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run([*BLOCKED, *map(str, common), "slow"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 300)
     assert gptj(*common, "fast").code == 0
@@ -94,16 +101,19 @@ def test_the_default_is_processes_only_without_it(gptj, pile: Path, monkeypatch)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", ["pile", "summarization"])
 def test_a_difference_names_the_document(
-    processes: int, gptj, pile: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, processes: int, gptj, pile: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # What a process is given says which library it uses, also where another is meant.
     wrong = backend.Backend(backend.GIGATOKEN, "0.0")
     monkeypatch.setattr(backend, "_chosen", lambda settings: wrong)
     monkeypatch.setattr(backend._chosen, "cache_clear", lambda: None, raising=False)
-    pile.write_text('{"text": "<|endoftext|>"}\n{"text": "\U000323b0 a \u088f\'s"}\n')
+    texts = ["<|endoftext|>", "\U000323b0 a \u088f's"]
+    rows = [{"text": text, "article": text, "summary": "<|endoftext|>"} for text in texts]
+    pile.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = gptj(
-        *("data", "pile", "a.jsonl", "--tokenizer", "tok", *OPTIONS, "--processes", processes)
+        *("data", kind, "a.jsonl", "--tokenizer", "tok", *OPTIONS, "--processes", processes)
     )
     assert done.code == 1
     assert "a.jsonl:2: gigatoken 0.0 gives other tokens than tokenizers" in done.stderr

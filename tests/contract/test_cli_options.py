@@ -16,7 +16,7 @@ COMMON = {"--json", "--quiet"}
 BUILDING = {
     "--tokenizer", "--allow-special", "--max-sequence-length", "--out", "--format", "--gzip",
     "--files-per-record", "--write-remainder", "--processes", "--on-error", "--shard", "--resume",
-    "--force",
+    "--force", "--staging",
 }  # fmt: skip
 PACKING = {
     "--short-seq-prob", "--seed", "--reference-remainder", "--ftfy", "--ftfy-normalizer",
@@ -49,7 +49,8 @@ OPTIONS = {
         "--summaries",
     },
     "generate": {
-        "--model", "--prompt", "--ids", "--prompts", "--batch-size", "--truncate",
+        "--model", "--prompt", "--ids", "--prompts", "--template", "--chat", "--batch-size",
+        "--truncate",
         "--max-new-tokens", "--min-new-tokens", "--stop", "--temperature", "--top-k", "--top-p",
         "--repetition-penalty", "--no-repeat-ngram-size", "--num-beams", "--length-penalty",
         "--early-stopping", "--num-return-sequences", "--seed", "--logprobs", "--execution",

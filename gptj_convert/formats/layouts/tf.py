@@ -21,8 +21,10 @@ STATE_FILE = "checkpoint"
 BEST_FILE = "best.json"
 #: File in which a run keeps fingerprints of its records.
 RECORDS_FILE = "records.json"
+#: File in which a run keeps the templates that its records were made with.
+TEMPLATES_FILE = "templates.json"
 #: JSON files of a run that are no settings of its model.
-RUN_FILES = (BEST_FILE, RECORDS_FILE)
+RUN_FILES = (BEST_FILE, RECORDS_FILE, TEMPLATES_FILE)
 _INDEX = ".index"
 _BEST = "best"
 _RUN_NAME = re.compile(rf"{re.escape(RUN_PREFIX)}-\d+")

@@ -11,6 +11,7 @@ import rich_click as click
 
 from gptj_model.errors import UsageError
 from runner.cli.data.download import Published, fetch_parts
+from runner.cli.data.remote_output import complete_upload, refuse_sources, upload_of
 from runner.cli.data.shard import Share, find_shard
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
@@ -45,6 +46,7 @@ def find_or_fetch(
     """
     from gptj_convert.files.output_folder import refuse_existing, refuse_overlap
     from runner.data.making.sources import find_source_files
+    from runner.data.remote.path import as_remote
 
     download, repository = options.pop("download"), options.pop("repository")
     parts = options.pop("parts")
@@ -56,11 +58,14 @@ def find_or_fetch(
             f"{shard.count} (from {shard.origin})",
             hint="fetch it once, as with `hf download --repo-type dataset`, and name its folder",
         )
-    # Fail before a long download rather than after it.
-    refuse_existing(options["out"], force=options["force"] or options["resume"])
-    recipe.encoder("")()
     folder, data_set = published.named(sources, repository)
-    refuse_overlap(options["out"], folder, [folder])
+    if as_remote(folder):
+        raise click.UsageError(f"--download fetches into a folder of this machine, found {folder}")
+    # Fail before a long download rather than after it.
+    if not as_remote(options["out"]):
+        refuse_existing(options["out"], force=options["force"] or options["resume"])
+        refuse_overlap(options["out"], folder, [folder])
+    recipe.encoder("")()
     found, fields = fetch_parts(output, data_set, folder, parts, patterns)
     return found, {"download": fields}
 
@@ -73,6 +78,7 @@ def build_records(
     recipe: Recipe,
     *,
     out: Path,
+    staging: Path | None,
     file_format: str,
     compress: bool,
     files_per_record: int,
@@ -89,21 +95,19 @@ def build_records(
     The options are those of `runner.cli.data.options`; `found` is what `find_source_files` returns
     for `sources`.
     """
-    from gptj_convert.files.output_folder import refuse_overlap
     from runner.data.making.build import Options, build, is_resumable
     from runner.data.making.encoding import check_processes
 
     if processes:
         check_processes(processes)
-    for file in (f for part in parts for f in part.files):
-        refuse_overlap(out, file, [file])
     facts = None
     if shard := find_shard(share):
-        # What one machine writes into a source, another would find there.
-        for source in sources:
-            refuse_overlap(out, source, [])
-        out, parts, facts = _take_shard(output, shard, found, parts, recipe, out)
-    _note_compression(output, [f for part in parts for f in part.files])
+        out, parts, facts = _take_shard(output, shard, sources, found, parts, recipe, out)
+    files = [f for part in parts for f in part.files]
+    upload = upload_of(out, staging, files, resume=resume, force=force)
+    here = upload.folder if upload else out
+    refuse_sources(here, out, files)
+    _note_compression(output, files)
     options = Options(
         format=file_format,
         compress=compress,
@@ -111,10 +115,21 @@ def build_records(
         write_remainder=write_remainder,
         skip_bad=on_error == "skip",
     )
-    work = build(
-        parts, recipe, out, options, processes=processes, resume=resume, force=force, shard=facts
-    )
-    result = follow(output, "packing", work, resumable=lambda: is_resumable(out))
+    result = complete_upload(upload, parts, recipe, options) if upload and resume else None
+    if result is None:
+        work = build(
+            parts,
+            recipe,
+            here,
+            options,
+            processes=processes,
+            resume=resume,
+            force=force,
+            shard=facts,
+        )
+        result = follow(output, "packing", work, resumable=lambda: is_resumable(here))
+        if upload:
+            follow(output, "uploading", upload.run(), resumable=lambda: True)
     _report(output, result, recipe.length)
     output.data(str(out))
     return {
@@ -127,15 +142,23 @@ def build_records(
 def _take_shard(
     output: Output,
     shard: Shard,
+    sources: Sequence[Path],
     found: Sequence[tuple[Path, Path]],
     parts: Sequence[Part],
     recipe: Recipe,
     out: Path,
 ) -> tuple[Path, list[Part], dict[str, Any]]:
     """Return the folder, the sources and the facts of a shard."""
+    from gptj_convert.files.output_folder import refuse_overlap
     from runner.data.making.shards import facts, parts_of, refuse_other_content
+    from runner.data.remote.path import as_remote
 
-    refuse_other_content(out, shard)
+    if not as_remote(out):
+        refuse_other_content(out, shard)
+        # What one machine writes into a source, another would find there.
+        for source in sources:
+            if not as_remote(source):
+                refuse_overlap(out, source, [])
     if shard.origin != "--shard":
         output.note(
             f"note: shard {shard.index} of {shard.count}, from {shard.origin}; --shard 0/1 makes "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from runner.cli.shared.command import command
-from runner.cli.shared.options import COUNT_OR_ZERO, PATH, html_option, tokenizer_option
+from runner.cli.shared.options import COUNT_OR_ZERO, PLACE, html_option, tokenizer_option
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
@@ -30,7 +30,7 @@ _NO_MARKS = ("", ""), ("", "")
     "gptj data inspect data --tokenizer gpt-j-6b",
     "gptj data inspect data --samples 0 --html records.html",
 )
-@click.argument("folder", metavar="DIR", type=PATH)
+@click.argument("folder", metavar="DIR", type=PLACE)
 @tokenizer_option(required=False, more="; shows text instead of ids")
 @click.option(
     "--samples",
@@ -52,12 +52,13 @@ def inspect(
     counts are green and special tokens are bold; without colors, they are between ⟦ and ⟧, and
     between ‹ and ›.
     """
+    from runner.cli.shared.fetching import local_folder
     from runner.data import inspection
     from runner.data.inspection_page import write_page
 
     decode, special = _decoder(tokenizer), _special(tokenizer)
     found: dict[str, RecordsSummary] = {}
-    for name, path in inspection.find_sets(folder).items():
+    for name, path in inspection.find_sets(local_folder(output, folder)).items():
         work = inspection.summarize_records(
             path, vocab_size=_vocabulary(tokenizer), samples=samples
         )

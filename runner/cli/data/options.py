@@ -11,6 +11,7 @@ from runner.cli.shared.option_rules import OptionRules
 from runner.cli.shared.options import (
     COUNT,
     PATH,
+    PLACE,
     force_option,
     options,
     out_option,
@@ -22,7 +23,7 @@ _PROBABILITY = click.FloatRange(min=0, max=1)
 
 #: Options of every command that makes records.
 building_options = options(
-    click.argument("sources", metavar="SRC...", type=PATH, nargs=-1),
+    click.argument("sources", metavar="SRC...", type=PLACE, nargs=-1),
     tokenizer_option(required=True),
     click.option(
         "--allow-special",
@@ -37,7 +38,14 @@ building_options = options(
         show_default=True,
         help="Number of tokens per example.",
     ),
-    out_option(Path("data")),
+    out_option(Path("data"), kind=PLACE),
+    click.option(
+        "--staging",
+        type=PATH,
+        metavar="DIR",
+        help="Folder in which records are made, as NAME.staging-gptj, before they are uploaded to "
+        "an --out in object storage.  [default: the current folder]",
+    ),
     click.option(
         "--format",
         "file_format",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.cli.shared.fetching import with_local_records
 from runner.cli.shared.memory_budget import Load, MemoryBudget
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import progress
@@ -39,6 +40,7 @@ def evaluate_model(
     from runner.evaluation.evaluate import evaluate as run
     from runner.training.train import evaluation_batches
 
+    params = with_local_records(output, params, "eval_input")
     with (
         open_checkpoint(model) as checkpoint,
         progress(output, "evaluating", in_bytes=False) as report,

@@ -1,4 +1,4 @@
-"""Downloads from the hub with notes and progress, for every command that fetches."""
+"""Transfers from the hub and from object storage, with notes and progress."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
     from gptj_convert.hub.listing import Listing
+    from runner.config.params import InputParams, Params
 
 
 DEFAULT_REPOSITORY = "EleutherAI/gpt-j-6b"
@@ -39,6 +40,49 @@ def fetch_to(
     if left := [name for name in choose_settings(listing.others) if not is_index(name)]:
         output.note(f"note: not fetched: {', '.join(left)}")
     return fields
+
+
+def local_folder(output: Output, folder: str | Path) -> Path:
+    """Return a folder of records on this machine: the folder itself, or a copy of the records of an
+    address in object storage, which is made if there is none yet.
+
+    Raises:
+        GptjError: see `stage_records`.
+    """
+    from runner.data.remote.path import as_remote, place
+    from runner.data.remote.staged_records import stage_records
+
+    here = place(folder) if isinstance(folder, str) else folder
+    if not (address := as_remote(here)):
+        return here
+    staged = follow(output, "fetching records", stage_records(address))
+    output.note(
+        f"note: {address}: {staged.files} files, {staged.bytes / 1e9:.2f} GB, "
+        f"{'copied to' if staged.fetched else 'found in'} {staged.folder}"
+    )
+    return staged.folder
+
+
+def with_local_records(output: Output, params: Params, *names: str) -> Params:
+    """Return parameters for this process alone, whose sections read records on this machine.
+
+    Args:
+        output: where notes and progress go.
+        params: parameters whose `data_dir` may be an address in object storage.
+        names: sections that are read: train_input, eval_input.
+    """
+    from runner.data.remote.address import is_remote
+
+    changed: dict[str, InputParams] = {}
+    for name in names:
+        section: InputParams | None = getattr(params, name)
+        if section is not None:
+            folders = [
+                str(local_folder(output, folder)) if is_remote(folder) else folder
+                for folder in section.data_dir
+            ]
+            changed[name] = section.model_copy(update={"data_dir": folders})
+    return params.model_copy(update=changed)
 
 
 def fetch_listed(

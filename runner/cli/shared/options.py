@@ -39,7 +39,21 @@ class _CheckpointPath(click.Path):
         return find_named(Path(value))
 
 
+class _Place(click.Path):
+    """Path, or address in object storage such as s3://bucket/folder."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not isinstance(value, str):  # a default
+            return value
+        from runner.data.remote.path import place
+
+        return place(value)
+
+
 CHECKPOINT = _CheckpointPath()
+PLACE = _Place()
 #: A number of bytes with an optional unit.
 SIZE = _ByteSize()
 COUNT = click.IntRange(min=1)
@@ -106,15 +120,20 @@ force_option = click.option(
 
 
 def out_option(
-    default: Path | str | None = None, *, default_text: str = "", required: bool = False
+    default: Path | str | None = None,
+    *,
+    default_text: str = "",
+    required: bool = False,
+    kind: click.ParamType = PATH,
 ) -> Decorator:
-    """Return `--out` with its default, or with a text that says how the default is found."""
+    """Return `--out` with its default, or with a text that says how the default is found; `kind` is
+    `PLACE` where the output may be in object storage."""
     shown = f"  [default: {default_text}]" if default_text else ""
     # A default of None would count as a value.
     value: dict[str, Any] = {"required": True} if required else {"default": default}
     return click.option(
         "--out",
-        type=PATH,
+        type=kind,
         **value,
         show_default=default is not None,
         help=f"Folder to write.{shown}",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.cli.shared.fetching import with_local_records
 from runner.cli.shared.output import Output
 from runner.cli.training.parameters import accepted, config_of, params_of, target_of
-from runner.cli.training.preflight import preflight
+from runner.cli.training.preflight import preflight, sections_of
 
 if TYPE_CHECKING:
     from gptj_model.config import GPTJConfig
@@ -21,7 +22,11 @@ def plan_job(output: Output, job: Job) -> dict[str, Any]:
     rates."""
     params = accepted(job, params_of(job))
     config = config_of(job, params)
-    target = preflight(job, params).target if job.epochs is not None else None
+    target = None
+    if job.epochs is not None:
+        target = preflight(
+            job, with_local_records(output, params, *sections_of(job, params))
+        ).target
     return print_costs(output, job, params, config, target)
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import ConfigError
 from runner.cli.shared.errors import Exit
+from runner.cli.shared.fetching import with_local_records
 from runner.cli.shared.output import Output
 from runner.cli.shared.stop_signals import StopSignals
 from runner.cli.training.display import training_display
 from runner.cli.training.dry_run import refuse_a_full_disk
 from runner.cli.training.parameters import target_of, weights_to_begin_with
-from runner.cli.training.preflight import TRAIN_INPUT, Preflight, preflight, say_facts
+from runner.cli.training.preflight import TRAIN_INPUT, Preflight, preflight, say_facts, sections_of
 from runner.config.execution import Backend
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
     """Train as far as asked for, or until a signal; return the fields of the JSON object."""
     from gptj_convert.formats.layouts.tf import read_best
     from gptj_convert.settings.params_yaml import PARAMS_FILE
+    from runner.data.making.instruction.run_templates import keep_templates
     from runner.training import train as training
     from runner.training.run.events import StoppedEarly
     from runner.training.run.folder import locked
 
     begin = weights_to_begin_with(job, params)
-    facts = preflight(job, params, workers.count)
+    local = with_local_records(output, params, *sections_of(job, params))
+    facts = preflight(job, local, workers.count)
     stop = StopSignals()
     with ExitStack() as stack:
         if not workers.index:
@@ -43,7 +46,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         if params.runconfig.device:
             stack.enter_context(_device(params.runconfig.device))
         run = training.Run(
-            params,
+            local,
             job.model_dir,
             init_from=begin,
             adapter=job.adapter,
@@ -60,6 +63,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         ended = training.is_finished(run, target, evaluate=evaluate)
         if not workers.index and not (ended and (job.model_dir / PARAMS_FILE).exists()):
             _keep_description(job, params, run, target, facts)
+            keep_templates(job.model_dir, local.train_input.data_dir)
         if not ended:
             _announce(output, job, run, target, facts)
         elif run.step >= target:

@@ -87,7 +87,7 @@ def preflight(job: Job, params: Params, workers: int = 1) -> Preflight:
     from runner.training.run.records_file import changed_records, fingerprints_of
 
     config = config_of(job, params)
-    sections = _sections(job, params)
+    sections = sections_of(job, params)
     epochs: dict[str, Epoch] = {}
     for name, section in sections.items():
         trains = name == TRAIN_INPUT
@@ -145,7 +145,7 @@ def _position(job: Job, params: Params) -> tuple[int, Place]:
     return 0, place_after(params.train_input, params.train_input.skip_steps)
 
 
-def _sections(job: Job, params: Params) -> dict[str, InputParams]:
+def sections_of(job: Job, params: Params) -> dict[str, InputParams]:
     """Return the sections that the job reads, by their names in the YAML."""
     found = {TRAIN_INPUT: params.train_input} if is_training(job) else {}
     if job.mode != "train":

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from runner.cli.shared.fetching import with_local_records
 from runner.cli.shared.output import Output
 from runner.cli.training.dry_run import print_costs, refuse_a_full_disk
 from runner.cli.training.parameters import checkpoints_to_evaluate, is_training
-from runner.cli.training.preflight import preflight, say_facts
+from runner.cli.training.preflight import preflight, say_facts, sections_of
 from runner.config.execution import Backend, Execution
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def rehearse(output: Output, job: Job, params: Params) -> dict[str, Any]:
     trains = is_training(job)
     if not trains:
         checkpoints_to_evaluate(job, params)
-    facts = preflight(job, params, params.runconfig.workers)
+    local = with_local_records(output, params, *sections_of(job, params))
+    facts = preflight(job, local, params.runconfig.workers)
     config, target = facts.config, facts.target
     say_facts(output, facts, output.data)
     section = params.train_input if trains else params.eval_input

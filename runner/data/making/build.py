@@ -35,6 +35,7 @@ from runner.data.making.sources import Part, read
 from runner.data.reading.data_params import MERGED, SHARD, read_params, write_params
 from runner.data.reading.hdf5 import Hdf5Writer
 from runner.data.reading.records import RecordWriter
+from runner.data.remote.path import identity
 from runner.data.tokenizing.backend import GIGATOKEN, Backend, backend_of
 
 TFRECORD, HDF5 = "tfrecord", "hdf5"
@@ -227,7 +228,7 @@ def build(
     job = _job(parts, recipe, options, shard)
     complete: dict[str, Counts] = {}
     if is_kept(out, resume=resume, is_complete=lambda: _is_complete(out, job, complete)):
-        return BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
+        return _kept(complete)
     check = partial(_check_job, job=job, out=out)
     with resumable_folder(
         out, job, RecordFile, resume=resume, force=force, check=check, keep=_keep_good
@@ -239,6 +240,19 @@ def build(
             journal.parts.clear()  # a resumed run would fail in the same way
             raise
     return BuildResult(counts, kept_files=kept)
+
+
+def find_complete(
+    parts: Sequence[Part], recipe: Recipe, out: Path, options: Options
+) -> BuildResult | None:
+    """Return the result of a build whose data_params.json files are in `out`, or None if there is
+    none, or one of another job."""
+    complete: dict[str, Counts] = {}
+    return _kept(complete) if _is_complete(out, _job(parts, recipe, options), complete) else None
+
+
+def _kept(complete: dict[str, Counts]) -> BuildResult:
+    return BuildResult(complete, kept_files=sum(c.files for c in complete.values()))
 
 
 def is_resumable(out: Path) -> bool:
@@ -442,10 +456,7 @@ def _job(
 ) -> dict[str, Any]:
     """Return arguments, sources and shard of the build as JSON values."""
     try:
-        sources = {
-            part.folder: {str(p): [(s := p.stat()).st_size, s.st_mtime_ns] for p in part.files}
-            for part in parts
-        }
+        sources = {part.folder: {str(p): list(identity(p)) for p in part.files} for part in parts}
     except OSError as e:
         raise FileFault(f"{e.filename}: cannot be read: {e.strerror}") from None
     how = asdict(options)

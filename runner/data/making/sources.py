@@ -31,6 +31,7 @@ from runner.data.making.documents.streams import COMPRESSED, Stream, damages, in
 from runner.data.making.documents.tables import read_arrow, read_csv, read_parquet
 from runner.data.making.documents.texts import in_pieces, read_whole
 from runner.data.making.long_line import Damaged, LongLine
+from runner.data.remote.path import files_inside
 
 JSON = ".json"
 JSON_LINES = (".jsonl", JSON)
@@ -73,7 +74,7 @@ def find_source_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[
         if source.is_file():
             found.setdefault(source, Path(source.name))
         elif source.is_dir():
-            inside = {p for pattern in patterns for p in source.rglob(pattern) if p.is_file()}
+            inside = files_inside(source, patterns)
             rows = any(pattern.endswith(ARROW) for pattern in patterns)
             for path in sorted(_of_data_sets(inside) if rows else inside):
                 found.setdefault(path, path.relative_to(source))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ from runner.data.making.long_line import Damaged, json_kind, names
 from runner.data.making.sources import TEST
 from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded
 from runner.data.reading.example import parse_bytes
+from runner.data.tokenizing.backend import (
+    GIGATOKEN,
+    Backend,
+    TextTokenizer,
+    TokensDiffer,
+    choose,
+    tokens_differ,
+)
 
 #: Separator between article and abstract: an id of GPT-J's vocabulary that no text uses.
 SEPARATOR_ID = 50257
@@ -38,26 +47,27 @@ SEPARATOR_ID = 50257
 ARTICLE = "article"
 ABSTRACT = "abstract|highlights|summary"
 
+#: Token ids of a text.
+Ids = Sequence[int] | np.ndarray
+
 # Reasons for leaving a pair out, as the counts name them.
 EMPTY = "with an empty side"
 LONGER = "with an abstract longer than the article"
 
 
-def example(
-    article: Sequence[int], abstract: Sequence[int], length: int, *, end: int
-) -> np.ndarray:
+def example(article: Ids, abstract: Ids, length: int, *, end: int) -> np.ndarray:
     """Return ids, mask and labels of a pair that fits, int32 of shape (3, length)."""
     block = np.full((3, length), end, np.int32)
-    ids = [end, *article, SEPARATOR_ID, *abstract]
-    labels = [*article, end, *abstract, end]
-    block[0, : len(ids)] = ids
+    at, last = len(article) + 1, len(article) + len(abstract) + 1
     block[1] = 0
-    block[1, len(article) + 1 : len(ids)] = 1
-    block[2, : len(labels)] = labels
+    block[0, 1:at] = block[2, : at - 1] = article
+    block[0, at] = SEPARATOR_ID
+    block[0, at + 1 : last + 1] = block[2, at:last] = abstract
+    block[1, at : last + 1] = 1
     return block
 
 
-def tokens_needed(article: Sequence[int], abstract: Sequence[int]) -> int:
+def tokens_needed(article: Ids, abstract: Ids) -> int:
     """Return the smallest max_sequence_length that holds the whole pair."""
     return len(article) + len(abstract) + 2
 
@@ -128,26 +138,37 @@ class PairOptions:
 
     def open(self) -> Encoder:
         """Return an encoder with these options."""
-        return PairEncoder(self)
+        return PairEncoder(self, self.backend)
+
+    @property
+    def backend(self) -> Backend:
+        """Library that turns texts into tokens."""
+        return choose(loaded(self.tokenizer, self.allow_special))
 
 
 class PairEncoder:
     """Turns each pair into an example, unless a rule leaves the pair out.
+
+    Args:
+        options: how pairs become examples.
+        backend: library that turns texts into tokens; it does not change them.
 
     Raises:
         FileFault: the tokenizer does not exist or cannot be read.
         UsageError: the vocabulary has no id for the separator.
     """
 
-    def __init__(self, options: PairOptions) -> None:
+    def __init__(self, options: PairOptions, backend: Backend) -> None:
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false"
         )  # the encoder runs in several processes instead
         self._options = options
-        self._tokenizer = loaded(options.tokenizer, options.allow_special)
+        tokenizer = loaded(options.tokenizer, options.allow_special)
+        self._backend = backend
+        self._tokens = TextTokenizer(tokenizer, backend)
         self._end = end_of_text(options.tokenizer)
-        self._names = SpecialNames(self._tokenizer)
-        if (size := self._tokenizer.get_vocab_size()) <= SEPARATOR_ID:
+        self._names = SpecialNames(tokenizer)
+        if (size := tokenizer.get_vocab_size()) <= SEPARATOR_ID:
             raise UsageError(
                 f"{options.tokenizer}: has {size} tokens, expected GPT-J's 50400: "
                 f"{SEPARATOR_ID} separates article and abstract",
@@ -158,7 +179,8 @@ class PairEncoder:
         """Return the examples of a chunk, int32 of shape (examples, 3, length).
 
         Raises:
-            DataFault: a pair of a test set does not fit.
+            DataFault: a pair of a test set does not fit, or the backend gives other tokens than
+                `tokenizers` for a text.
         """
         found = Encoded(np.empty((0, 3, self._options.length), np.int32))
         pairs: list[tuple[Raw, str, str]] = []
@@ -171,8 +193,10 @@ class PairEncoder:
                 assert isinstance(item, Raw)
                 pairs.append((item, *both))
         texts = [text for _, *both in pairs for text in both]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = iter([encoding.ids for encoding in encodings])
+        try:
+            ids = iter(self._tokens.encode(texts))
+        except TokensDiffer as e:
+            raise tokens_differ(pairs[e.number // 2][0].where, self._backend) from None
         examples = []
         for item, article, abstract in pairs:
             found.documents += 1
@@ -189,8 +213,8 @@ class PairEncoder:
     def _example(
         self,
         item: Raw,
-        article: list[int],
-        abstract: list[int],
+        article: np.ndarray,
+        abstract: np.ndarray,
         sizes: tuple[int, int],
         found: Encoded,
     ) -> np.ndarray | None:
@@ -211,9 +235,16 @@ class PairEncoder:
         found.tokens += tokens_needed(article, abstract)
         return example(article, abstract, options.length, end=self._end)
 
-    def _rule(self, article: list[int], abstract: list[int], sizes: tuple[int, int]) -> str | None:
+    @property
+    def needs_no_process(self) -> bool:
+        """See `ThreadedEncoder`."""
+        return self._backend.name == GIGATOKEN
+
+    def _rule(
+        self, article: np.ndarray, abstract: np.ndarray, sizes: tuple[int, int]
+    ) -> str | None:
         """Return why a pair is left out, or None; `sizes` are those of the texts in bytes."""
-        if not article or not abstract:
+        if not len(article) or not len(abstract):
             return EMPTY
         ours = len(article), len(abstract)
         of_article, of_abstract = sizes if self._options.compare_bytes else ours
@@ -283,7 +314,13 @@ class SummarizationRecipe:
     def encoder(self, split: str) -> Callable[[], Encoder]:
         """See `Recipe`."""
         test = self.options.test or split == TEST
-        return replace(self.options, test=test).open
+        # The backend is chosen here, once for all processes.
+        return partial(PairEncoder, replace(self.options, test=test), self.options.backend)
+
+    @property
+    def backend(self) -> Backend:
+        """Library that turns texts into tokens."""
+        return self.options.backend
 
     def assembler(self, made: int) -> Pairs:
         """See `Recipe`."""

@@ -19,7 +19,14 @@ from runner.data.making.encoding import Chunk, Encoded, Encoder, decode, parse_o
 from runner.data.making.long_line import Damaged, names, string_of
 from runner.data.making.packing import Packer
 from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded, may_cut
-from runner.data.tokenizing.backend import GIGATOKEN, Backend, TextTokenizer, TokensDiffer, choose
+from runner.data.tokenizing.backend import (
+    GIGATOKEN,
+    Backend,
+    TextTokenizer,
+    TokensDiffer,
+    choose,
+    tokens_differ,
+)
 
 #: Number of characters from which a text is tokenized in pieces.
 _LONG_TEXT = 2**18
@@ -96,7 +103,7 @@ class TextEncoder:
         try:
             tokens = self._tokens.encode(texts)
         except TokensDiffer as e:
-            raise self._differ(whose[e.number][0]) from None
+            raise tokens_differ(whose[e.number][0].where, self._backend) from None
         parts: list[np.ndarray] = [found.units]
         for text, ids, (_, ends) in zip(texts, tokens, whose, strict=True):
             parts += (ids, self._end) if ends else (ids,)
@@ -112,13 +119,6 @@ class TextEncoder:
         options = self._options
         rewrites = options.ftfy or options.wikitext_detokenize
         return self._backend.name == GIGATOKEN and not rewrites
-
-    def _differ(self, item: Raw) -> DataFault:
-        return DataFault(
-            f"{item.where}: {self._backend.name} {self._backend.version} gives other tokens than "
-            "tokenizers, expected the same",
-            hint=f"run `pip uninstall {self._backend.name}`; the command works without it",
-        )
 
     def _text(self, item: Raw | Problem) -> str:
         if isinstance(item, Problem):

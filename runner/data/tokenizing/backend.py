@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers import __version__ as tokenizers_version
 
+from gptj_model.errors import DataFault
 from runner.data.tokenizing import guard
 
 NAMES = TOKENIZERS, GIGATOKEN = "tokenizers", "gigatoken"
@@ -72,6 +73,15 @@ class TokensDiffer(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(f"text {number}")
         self.number = number
+
+
+def tokens_differ(where: str, backend: Backend) -> DataFault:
+    """Return the error for a document that the libraries give different ids for."""
+    return DataFault(
+        f"{where}: {backend.name} {backend.version} gives other tokens than tokenizers, expected "
+        "the same",
+        hint=f"run `pip uninstall {backend.name}`; the command works without it",
+    )
 
 
 def choose(tokenizer: Tokenizer) -> Backend:

@@ -14,6 +14,7 @@ from runner.data.making.documents.document import Form, Problem, Raw, Reading, d
 from runner.data.making.documents.streams import Stream, damages, in_words
 from runner.data.making.documents.texts import long_text
 from runner.data.making.long_line import Damaged, names
+from runner.data.remote.path import as_remote
 
 #: First bytes of an Arrow file with an index; without them, it is a stream.
 _ARROW_FILE = b"ARROW1"
@@ -34,7 +35,8 @@ def read_parquet(path: Path, reading: Reading) -> Documents:
     import pyarrow.parquet as pq
 
     size = path.stat().st_size
-    with _faults(path, "parquet"), pq.ParquetFile(path) as file:
+    source = path.open("rb") if as_remote(path) else path
+    with _faults(path, "parquet"), pq.ParquetFile(source) as file:
         wanted = _wanted(path, file.schema_arrow, reading)
         number, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=_TOGETHER, columns=wanted):
@@ -55,7 +57,7 @@ def read_arrow(path: Path, reading: Reading) -> Documents:
         has_index = raw.read(len(_ARROW_FILE)) == _ARROW_FILE
     number = 0
     # A file of Arrow's own: damage that asks for too much memory is then one of Arrow's errors.
-    with _faults(path, "Arrow"), pa.OSFile(str(path)) as source:
+    with _faults(path, "Arrow"), _arrow_file(path) as source:
         table = pa.ipc.open_file(source) if has_index else pa.ipc.open_stream(source)
         wanted = _wanted(path, table.schema, reading)
         for whole in _batches(table):
@@ -66,6 +68,12 @@ def read_arrow(path: Path, reading: Reading) -> Documents:
                 for item in _rows(path, batch, wanted, number, reading):
                     yield item, source.tell()
                 number += len(batch)
+
+
+def _arrow_file(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.PythonFile(path.open("rb")) if as_remote(path) else pa.OSFile(str(path))
 
 
 def _batches(table: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import processors
 
 from gptj_model.errors import DataFault
 from runner.data.making.documents.document import Form, Problem, Raw, Reading
@@ -29,24 +28,14 @@ from runner.data.making.encoding import (
     problem,
 )
 from runner.data.making.instruction.packing import ExamplePacker, sequence, units
+from runner.data.making.instruction.sample_tokens import SampleTokens
 from runner.data.making.instruction.shapes import Columns, Sample, recognized, sample
-from runner.data.making.instruction.templates import (
-    SPLIT,
-    Rendered,
-    Renderer,
-    Template,
-    has_marks,
-)
+from runner.data.making.instruction.templates import SPLIT, Rendered, Renderer, Template
 from runner.data.making.long_line import Damaged
 from runner.data.making.sources import read
 from runner.data.making.summarization import Pairs
-from runner.data.making.tokenizer import (
-    SpecialNames,
-    end_of_text,
-    facts,
-    load_tokenizer,
-    special_tokens,
-)
+from runner.data.making.tokenizer import end_of_text, facts
+from runner.data.remote.path import place
 
 CUT, SKIP, STOP = "cut", "skip", "stop"
 
@@ -89,16 +78,12 @@ class InstructEncoder:
             "TOKENIZERS_PARALLELISM", "false"
         )  # the encoder runs in several processes instead
         self._options = options
-        self._tokenizer = load_tokenizer(options.tokenizer)
-        self._names = SpecialNames(self._tokenizer)
-        # It adds no token here; it only must not take the space before a word from its place.
-        self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-        self._end = end_of_text(options.tokenizer)
-        special = special_tokens(options.tokenizer)
-        special.setdefault("eos_token", str(self._tokenizer.id_to_token(self._end)))
+        self._tokens = SampleTokens(options.tokenizer, allow_special=options.allow_special)
+        self._end = self._tokens.end
         date = datetime.fromisoformat(options.date) if options.date else None
         self._renderers = {
-            kind: Renderer(template, special, date) for kind, template in options.templates.items()
+            kind: Renderer(template, self._tokens.special, date)
+            for kind, template in options.templates.items()
         }
         self._shapes: dict[str, tuple[str, str]] = {}
 
@@ -125,7 +110,7 @@ class InstructEncoder:
             texts.append(rendered)
             found.shapes[made.shape] = found.shapes.get(made.shape, 0) + 1
         made_units: list[np.ndarray] = []
-        encoded = self._encode([rendered.text for rendered in texts])
+        encoded = self._tokens.encode([rendered.text for rendered in texts])
         for item, rendered, (ids, offsets) in zip(items, texts, encoded, strict=True):
             try:
                 example = self._example(item, rendered, ids, offsets, found)
@@ -171,7 +156,7 @@ class InstructEncoder:
     def _first_shape(self, path: str) -> tuple[str, str]:
         """Return the shape of the first sound record of a file, and its place."""
         reading = Reading(rows=True, spool=Path(tempfile.gettempdir()))
-        with closing(read([Path(path)], reading)) as items:
+        with closing(read([place(path)], reading)) as items:
             for item in items:
                 try:
                     return self._recognized(item).shape, getattr(item, "where", "")
@@ -181,72 +166,13 @@ class InstructEncoder:
 
     def _render(self, made: Sample, found: Encoded) -> Rendered:
         """Return the text of a sample, in which names of special tokens are split."""
-        values = self._protected(made.values, found)
+
+        def tell(names: int) -> None:
+            found.special_names += names
+
+        values = self._tokens.protected(made.values, tell)
         made = Sample(shape=made.shape, kind=made.kind, values=values, counts=made.counts)
         return self._renderers[made.kind](made)
-
-    def _protected(self, value: Any, found: Encoded) -> Any:
-        if isinstance(value, dict):
-            return {key: self._protected(inner, found) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self._protected(inner, found) for inner in value]
-        if not isinstance(value, str):
-            return value
-        if has_marks(value):
-            raise Damaged("holds a code point from U+FDD0 to U+FDD2, which mark completions here")
-        if self._options.allow_special:
-            return value
-        names = self._names.find(value)
-        found.special_names += len(names)
-        for begin, end in reversed(names):
-            if end - begin > 1:
-                value = f"{value[: begin + 1]}{SPLIT}{value[begin + 1 :]}"
-        return value
-
-    def _encode(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-        """Return ids and offsets (begin and end of each token, int64) of each text."""
-        self._tokenizer.encode_special_tokens = False
-        plain = [n for n, text in enumerate(texts) if SPLIT not in text]
-        encodings = self._tokenizer.encode_batch(
-            [texts[n] for n in plain], add_special_tokens=False
-        )
-        found: dict[int, tuple[list[int], np.ndarray]] = {
-            n: (encoding.ids, _offsets(encoding))
-            for n, encoding in zip(plain, encodings, strict=True)
-        }
-        return [found[n] if n in found else self._divided(text) for n, text in enumerate(texts)]
-
-    def _divided(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Encode a text in which some names of special tokens are text and others are tokens.
-
-        Special tokens are where a tokenizer divides a text first, so what is between them can be
-        encoded by itself.
-        """
-        special = set(self._names.all.values())
-        whole = self._tokenizer.encode(text, add_special_tokens=False)
-        tokens = [
-            (number, *span)
-            for number, span in zip(whole.ids, whole.offsets, strict=True)
-            if number in special
-        ]
-        ids: list[int] = []
-        offsets: list[np.ndarray] = []
-        at = 0
-        self._tokenizer.encode_special_tokens = True
-        for number, begin, end in [*tokens, (None, len(text), len(text))]:
-            shift = at - text.count(SPLIT, 0, at)
-            part = self._tokenizer.encode(
-                text[at:begin].replace(SPLIT, ""), add_special_tokens=False
-            )
-            ids += part.ids
-            offsets.append(_offsets(part) + shift)
-            if number is not None:
-                ids.append(number)
-                removed = text.count(SPLIT, 0, begin)
-                offsets.append(np.array([[begin - removed, end - removed]]))
-            at = end
-        self._tokenizer.encode_special_tokens = False
-        return ids, np.concatenate(offsets)
 
     def _example(
         self, item: Raw, rendered: Rendered, ids: list[int], offsets: np.ndarray, found: Encoded
@@ -281,10 +207,6 @@ class InstructEncoder:
         found.tokens += len(ids)
         made = units(ids, counted)
         return made if options.packing else sequence(made, options.length, self._end)
-
-
-def _offsets(encoding: Any) -> np.ndarray:
-    return np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -157,6 +157,44 @@ def sample(shape: Shape, record: dict[str, Any]) -> Sample:
     return Sample(shape=str(shape), kind=shape.kind, values=values)
 
 
+def asked(values: Mapping[str, Any]) -> Sample:
+    """Return what a record asks as a sample without a completion, whether or not it has one.
+
+    Raises:
+        Damaged: the record has the key of no shape or of several, or a value has the wrong type;
+            or its messages do not end with a turn that the assistant answers.
+    """
+    shapes = {shape.required[0]: shape for shape in SHAPES}
+    found = [key for key in shapes if values.get(key) is not None]
+    if len(found) != 1:
+        keys = " and ".join(found) or f"the keys {names(values)}"
+        raise Damaged(f"has {keys}, expected one of {', '.join(shapes)}")
+    (key,) = found
+    shape = shapes[key]
+    if shape.kind == CHAT or isinstance(values[key], list):
+        messages, _ = _messages(values[key], key)
+        if messages[-1]["role"] in (ASSISTANT, SYSTEM):
+            raise Damaged(
+                f"ends with {_article(messages[-1]['role'])} turn, expected one that is answered",
+                hint="end the messages with the user's turn",
+            )
+        _check_turns(messages)
+        return _sample(key, messages, [False] * len(messages), values)
+    if shape.kind == COMPLETION:
+        return Sample(
+            shape=key, kind=COMPLETION, values={key: _text(values, key), "completion": ""}
+        )
+    more = [k for s in SHAPES for k in s.optional if values.get(k) is not None]
+    if len(more) > 1:
+        raise Damaged(f"has {' and '.join(more)}, expected one of the two")
+    texts = {key: _text(values, key), "input": _text(values, more[0]) if more else ""}
+    return Sample(shape=key, kind=INSTRUCTION, values={**texts, "output": ""})
+
+
+def _article(role: str) -> str:
+    return f"an {role}" if role[0] in "aeiou" else f"a {role}"
+
+
 def _text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(value := record[key], str):
         raise Damaged(f"{key!r} is {json_kind(value)}, expected a string")
@@ -236,6 +274,12 @@ def _content(content: Any, where: str, *, has_calls: bool) -> str:
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
+    _check_turns(messages)
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise Damaged("has no assistant turn", reason=NO_ANSWER)
+
+
+def _check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
     before = ""
     for message in messages:
         role = message["role"]
@@ -248,8 +292,6 @@ def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
         if role == TOOL and before not in (ASSISTANT, TOOL):
             raise Damaged("has a tool turn that follows no assistant turn", reason=OUT_OF_ORDER)
         before = role
-    if not any(message["role"] == ASSISTANT for message in messages):
-        raise Damaged("has no assistant turn", reason=NO_ANSWER)
 
 
 def _check_content(messages: Sequence[Mapping[str, Any]], counts: Sequence[bool]) -> None:

@@ -34,6 +34,9 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 #: that is text: code points that Unicode keeps for such uses.
 _OPEN, _CLOSE, SPLIT = "\ufdd1", "\ufdd2", "\ufdd0"
 _MARK = re.compile(f"[{_OPEN}{_CLOSE}]")
+#: Text in place of an answer that is not known yet, and the same between marks.
+_LETTER = "x"
+_ANSWER = f"{_OPEN}{_LETTER}{_CLOSE}"
 
 #: Name of the template that adds nothing.
 _PLAIN = "plain"
@@ -68,7 +71,7 @@ BUILT_IN = {
 }
 #: Name of the tokenizer's own template.
 TOKENIZERS = "chat"
-_NAMES = (*BUILT_IN, TOKENIZERS)
+NAMES = (*BUILT_IN, TOKENIZERS)
 
 #: Largest size in bytes of a template, and of a tokenizer_config.json.
 _MAX_BYTES, _MAX_CONFIG, _MAX_MARKS = 2**20, 32 * 2**20, 2**21
@@ -127,10 +130,10 @@ def find_template(name: str, tokenizer: Path) -> Template:
     path = Path(name)
     if not path.is_file():
         raise UsageError(
-            f"--template is {name!r}, expected {', '.join(_NAMES)}, or a file",
+            f"--template is {name!r}, expected {', '.join(NAMES)}, or a file",
             hint="name an existing file of Jinja, such as ./template.jinja",
         )
-    return _valid(Template(name, _read(path)), path)
+    return checked(Template(name, _read(path)), path)
 
 
 def tokenizers_template(folder: Path) -> Template | None:
@@ -142,7 +145,7 @@ def tokenizers_template(folder: Path) -> Template | None:
     """
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
-        return _valid(Template(TOKENIZERS, _read(path)), path)
+        return checked(Template(TOKENIZERS, _read(path)), path)
     path = folder / TOKENIZER_CONFIG_FILE
     if not path.is_file():
         return None
@@ -158,7 +161,7 @@ def tokenizers_template(folder: Path) -> Template | None:
             )
     if not isinstance(text, str):
         return None
-    return _valid(Template(TOKENIZERS, text), path)
+    return checked(Template(TOKENIZERS, text), path)
 
 
 def _read(path: Path) -> str:
@@ -171,7 +174,12 @@ def _read(path: Path) -> str:
         raise FileFault(f"{path}: cannot be read: {e}") from None
 
 
-def _valid(template: Template, path: Path) -> Template:
+def checked(template: Template, path: Path) -> Template:
+    """Return a template that a file holds.
+
+    Raises:
+        UsageError: it is not valid.
+    """
     try:
         variables = _variables(template.text)
     except jinja2.TemplateSyntaxError as e:
@@ -270,7 +278,65 @@ class Renderer:
             sample = _as_chat(sample)
         return self._chat(sample)
 
+    def prompt(self, sample: Sample) -> str:
+        """Return the text of a sample up to where its completion begins.
+
+        Args:
+            sample: sample whose completion is empty, or whose messages end with another turn than
+                the assistant's.
+
+        Raises:
+            Damaged: the template does not take the sample, or does not show a completion.
+        """
+        if not self._is_chat:
+            return self._before(self._values(sample))
+        if sample.kind != CHAT:
+            sample = _as_chat(sample)
+            sample.values["messages"].pop()
+        messages = sample.values["messages"]
+        if not self._marks_turns:
+            return _unmarked(self._rendered(sample, len(messages), asks=True))[0]
+        whole, at = self._answered(sample)
+        begin = whole.rfind(_OPEN, 0, at)
+        if begin < 0:
+            raise Damaged(f"the template {self._name!r} does not mark the assistant's last turn")
+        return _unmarked(whole[:begin])[0]
+
+    def after_turn(self, sample: Sample) -> str:
+        """Return what a chat template writes after the assistant's answer to a chat, and "" for
+        other templates."""
+        if not self._is_chat:
+            return ""
+        if sample.kind != CHAT:
+            sample = _as_chat(sample)
+            sample.values["messages"].pop()
+        try:
+            whole, at = self._answered(sample)
+        except Damaged:  # a template may refuse an answer of one letter
+            return ""
+        return _unmarked(whole[at + len(_ANSWER) :])[0]
+
+    def _answered(self, sample: Sample) -> tuple[str, int]:
+        """Return the text of a chat with an answer, its marks, and where the answer is."""
+        messages = [*sample.values["messages"], {"role": ASSISTANT, "content": _ANSWER}]
+        values = sample.values | {"messages": messages}
+        whole = self._render(values | {"documents": None, "add_generation_prompt": False})
+        if (at := whole.rfind(_ANSWER)) < 0:
+            raise Damaged(f"the template {self._name!r} does not show the assistant's turn")
+        return whole, at
+
     def _fields(self, sample: Sample) -> Rendered:
+        values = self._values(sample)
+        text, _ = _unmarked(self._render(values))
+        # A second rendering shows where the completion begins, whatever filters cut off its end.
+        before = self._before(values)
+        if not text.startswith(before):
+            raise Damaged(f"the template {self._name!r} does not show the completion")
+        # What follows the completion is written by the model as well.
+        return Rendered(text, ((len(before), len(text)),), ends_counted=True)
+
+    def _values(self, sample: Sample) -> dict[str, Any]:
+        """Return the variables of a template without messages."""
         values = dict(sample.values)
         if sample.kind == CHAT:
             raise Damaged(
@@ -287,14 +353,17 @@ class Renderer:
             values["completion"] = values["output"]
         else:
             values |= {"instruction": values["prompt"], "input": "", "output": values["completion"]}
-        text, _ = _unmarked(self._render(values))
-        # A second rendering shows where the completion begins, whatever filters cut off its end.
-        marked = {key: f"{_OPEN}{values[key]}{_CLOSE}" for key in ("output", "completion")}
-        before, mark, _ = self._render(values | marked).partition(_OPEN)
-        if not mark or not text.startswith(before):
+        return values
+
+    def _before(self, values: Mapping[str, Any]) -> str:
+        """Return the text before the completion."""
+        marked = {
+            key: f"{_OPEN}{values[key] or _LETTER}{_CLOSE}" for key in ("output", "completion")
+        }
+        before, mark, _ = self._render(dict(values) | marked).partition(_OPEN)
+        if not mark:
             raise Damaged(f"the template {self._name!r} does not show the completion")
-        # What follows the completion is written by the model as well.
-        return Rendered(text, ((len(before), len(text)),), ends_counted=True)
+        return before
 
     def _chat(self, sample: Sample) -> Rendered:
         messages = sample.values["messages"]

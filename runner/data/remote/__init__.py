@@ -1,0 +1,1 @@
+"""Files in object storage: addresses, streamed reading, staging of records, upload of output."""
