@@ -43,14 +43,14 @@ OPTIONS = {
     "doctor": {"--plan"},
     "download": {"--revision", "--out"},
     "eval": {
-        "--model", "--params", "--eval-steps", "--execution", "--memory", "--set",
+        "--model", "--backend", "--params", "--eval-steps", "--execution", "--memory", "--set",
         "--task", "--data", "--window", "--stride", "--batch-size",
         "--beams", "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article",
         "--summaries",
     },
     "generate": {
-        "--model", "--prompt", "--ids", "--prompts", "--template", "--chat", "--batch-size",
-        "--truncate",
+        "--model", "--backend", "--prompt", "--ids", "--prompts", "--template", "--chat",
+        "--batch-size", "--truncate",
         "--max-new-tokens", "--min-new-tokens", "--stop", "--temperature", "--top-k", "--top-p",
         "--repetition-penalty", "--no-repeat-ngram-size", "--num-beams", "--length-penalty",
         "--early-stopping", "--num-return-sequences", "--seed", "--logprobs", "--execution",
@@ -70,8 +70,8 @@ OPTIONS = {
         "--run-py", "--dry-run",
     },
     "verify": {
-        "--against", "--against-golden", "--tolerance", "--level", "--thorough", "--keep-going",
-        "--report", "--self-test", "--adapter", "--config",
+        "--against", "--backend", "--against-golden", "--tolerance", "--level", "--thorough",
+        "--keep-going", "--report", "--self-test", "--adapter", "--config",
     },
 }  # fmt: skip
 

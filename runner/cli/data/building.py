@@ -17,9 +17,10 @@ from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 
 if TYPE_CHECKING:
-    from runner.data.making.build import BuildResult, Counts, Recipe
+    from runner.data.making.build import BuildResult, Counts, Options, Recipe
     from runner.data.making.shards import Shard
     from runner.data.making.sources import Part
+    from runner.data.remote.upload import Upload
 
 #: Largest number of skipped documents that are named one by one.
 _NAMED = 20
@@ -95,7 +96,7 @@ def build_records(
     The options are those of `runner.cli.data.options`; `found` is what `find_source_files` returns
     for `sources`.
     """
-    from runner.data.making.build import Options, build, is_resumable
+    from runner.data.making.build import Options
     from runner.data.making.encoding import check_processes
 
     if processes:
@@ -115,21 +116,8 @@ def build_records(
         write_remainder=write_remainder,
         skip_bad=on_error == "skip",
     )
-    result = complete_upload(upload, parts, recipe, options) if upload and resume else None
-    if result is None:
-        work = build(
-            parts,
-            recipe,
-            here,
-            options,
-            processes=processes,
-            resume=resume,
-            force=force,
-            shard=facts,
-        )
-        result = follow(output, "packing", work, resumable=lambda: is_resumable(here))
-        if upload:
-            follow(output, "uploading", upload.run(), resumable=lambda: True)
+    how = {"processes": processes, "resume": resume, "force": force}
+    result = _build(output, parts, recipe, here, options, upload, facts, **how)
     _report(output, result, recipe.length)
     output.data(str(out))
     return {
@@ -137,6 +125,30 @@ def build_records(
         **count_fields(result.counts),
         **({"shard": {key: facts[key] for key in ("index", "count", "from")}} if facts else {}),
     }
+
+
+def _build(
+    output: Output,
+    parts: Sequence[Part],
+    recipe: Recipe,
+    here: Path,
+    options: Options,
+    upload: Upload | None,
+    shard: dict[str, Any] | None,
+    **how: Any,
+) -> BuildResult:
+    """Build the records in a folder of this machine, and upload them if they belong elsewhere."""
+    from runner.data.making.build import build, is_resumable
+
+    if upload and how["resume"]:
+        found = complete_upload(upload, parts, recipe, options, shard)
+        if found is not None:
+            return found
+    work = build(parts, recipe, here, options, shard=shard, **how)
+    result = follow(output, "packing", work, resumable=lambda: is_resumable(here))
+    if upload:
+        follow(output, "uploading", upload.run(), resumable=lambda: True)
+    return result
 
 
 def _take_shard(

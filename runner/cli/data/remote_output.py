@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -63,7 +63,11 @@ def refuse_sources(here: Path, out: Path, files: Sequence[Path]) -> None:
 
 
 def complete_upload(
-    upload: Upload, parts: Sequence[Part], recipe: Recipe, options: Options
+    upload: Upload,
+    parts: Sequence[Part],
+    recipe: Recipe,
+    options: Options,
+    shard: Mapping[str, Any] | None,
 ) -> BuildResult | None:
     """Return the result of the same command that was uploaded completely, or None if some of it is
     missing.
@@ -78,7 +82,7 @@ def complete_upload(
         return None
     with TemporaryDirectory() as folder:
         whole = upload.fetch_statements(Path(folder))
-        found = find_complete(parts, recipe, Path(folder), options)
+        found = find_complete(parts, recipe, Path(folder), options, shard)
     if found is None:
         raise UsageError(
             f"{upload.address}: already exists, made from other sources or with other options",

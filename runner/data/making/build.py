@@ -243,12 +243,17 @@ def build(
 
 
 def find_complete(
-    parts: Sequence[Part], recipe: Recipe, out: Path, options: Options
+    parts: Sequence[Part],
+    recipe: Recipe,
+    out: Path,
+    options: Options,
+    shard: Mapping[str, Any] | None = None,
 ) -> BuildResult | None:
     """Return the result of a build whose data_params.json files are in `out`, or None if there is
     none, or one of another job."""
     complete: dict[str, Counts] = {}
-    return _kept(complete) if _is_complete(out, _job(parts, recipe, options), complete) else None
+    job = _job(parts, recipe, options, shard)
+    return _kept(complete) if _is_complete(out, job, complete) else None
 
 
 def _kept(complete: dict[str, Counts]) -> BuildResult:
