@@ -31,7 +31,7 @@ from gptj_convert.settings.pretraining import continued_pretraining
 from gptj_model.config import GPTJConfig
 from runner.config.params import InputParams
 from runner.data.reading.example import FEATURES
-from runner.data.reading.input_fn import batches
+from runner.data.reading.input_fn import ALL_ROWS, batches
 from runner.data.reading.place import place_after
 from runner.data.reading.records import RecordWriter
 
@@ -53,13 +53,13 @@ def write(folder: Path, *, compress: bool = False) -> Path:
     return folder
 
 
-def ours(folder: Path, batch: int, *, workers: int = 1, skip: int = 0) -> Iterable:
+def ours(folder: Path, batch: int, *, rows: slice = ALL_ROWS, skip: int = 0) -> Iterable:
     """Read as a training run does: one epoch, or from a given batch on."""
     params = InputParams(
         data_dir=[str(folder)], max_sequence_length=LENGTH, batch_size=batch, repeat=skip > 0
     )
     start = place_after(params, skip)
-    return batches(params, vocab_size=50400, training=True, workers=workers, start=start)
+    return batches(params, vocab_size=50400, training=True, rows=rows, start=start)
 
 
 def plain(folder: Path, batch: int) -> Iterable:
@@ -117,7 +117,7 @@ def main() -> None:
         "tf.data, the plain way": lambda: plain(records, batch),
         "input_fn": lambda: ours(records, batch),
         "input_fn, gzip": lambda: ours(packed, batch),
-        "input_fn, one of 2 workers": lambda: ours(records, batch, workers=2),
+        "input_fn, one of 2 workers": lambda: ours(records, batch, rows=slice(0, None, 2)),
     }
     best = dict.fromkeys(readers, 0.0)
     for _ in range(options.rounds):

@@ -9,18 +9,19 @@ from gptj_model.sharding import Mesh, check_divides
 from runner.config.params import Params
 
 
-def mesh_of(params: Params, devices: Callable[[], int]) -> Mesh:
-    """Return the mesh that the parameters name, else one that divides tensors among all devices.
+def mesh_of(params: Params, devices: Callable[[], tuple[int, int]]) -> Mesh:
+    """Return the mesh that the parameters name, else one that divides batches among the processes
+    of the run, and tensors among the devices of each.
 
     Args:
         params: parameters of the run.
-        devices: returns the number of devices; called only if it matters.
+        devices: returns the numbers of processes and of devices of each; called only if it matters.
 
     Raises:
         ConfigError: the mesh does not divide the model or a batch.
     """
     named = params.runconfig.mesh
-    mesh = Mesh(*named) if named else Mesh(1, devices())
+    mesh = Mesh(*(named or devices()))
     check_divides(params.config, mesh)
     for name in ("train_input", "eval_input"):
         section = getattr(params, name)

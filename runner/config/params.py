@@ -460,7 +460,8 @@ class RunConfig(Section):
     model across devices. Not a key of the reference."""
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     """Shape of the device mesh of jax, `[batch, model]`: numbers of devices that batches and
-    tensors are divided among; null divides tensors among all. Not a key of the reference."""
+    tensors are divided among; null divides batches among the processes, and tensors among the
+    devices of each. Not a key of the reference."""
     shard_weights: bool = False
     """Whether jax also divides weights, gradients and slots among the devices that batches are
     divided among, instead of giving each a copy (ZeRO-3). Not a key of the reference."""

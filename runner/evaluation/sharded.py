@@ -24,7 +24,7 @@ from gptj_model.sharding import BATCH, MODEL, Mesh, axes
 from gptj_model.tensors import table
 from runner.config.mesh import mesh_of
 from runner.config.params import Params
-from runner.data.reading.input_fn import Batch
+from runner.data.reading.input_fn import ALL_ROWS, Batch
 
 
 class ShardedEvaluator:
@@ -41,12 +41,13 @@ class ShardedEvaluator:
     ) -> None:
         self._weights = weights
         self._place = place
-        self._run = jax.jit(model.losses)
+        whole = NamedSharding(place.mesh, PartitionSpec())
+        self._run = jax.jit(model.losses, out_shardings=whole)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[TokenLoss]:
         """Implement `Evaluator`."""
         for batch in batches:
-            yield self._run(self._weights(), jax.device_put(list(batch), self._place))
+            yield self._run(self._weights(), [spread(part_BT, self._place) for part_BT in batch])
 
 
 def checkpoint_evaluator(
@@ -80,8 +81,8 @@ def device_mesh(params: Params) -> jax.sharding.Mesh:
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are too few devices.
     """
-    devices = jax.devices()
-    mesh = mesh_of(params, lambda: len(devices))
+    devices, processes = jax.devices(), jax.process_count()
+    mesh = mesh_of(params, lambda: (processes, len(devices) // processes))
     if mesh.size > len(devices):
         raise ConfigError(
             f"runconfig.mesh is {mesh}, {mesh.size} devices, and JAX has {len(devices)} "
@@ -89,7 +90,45 @@ def device_mesh(params: Params) -> jax.sharding.Mesh:
             hint="choose a smaller mesh; to try one without such devices, set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={mesh.size}",
         )
+    if processes > 1 and mesh.size < len(devices):
+        raise ConfigError(
+            f"runconfig.mesh is {mesh}, {mesh.size} devices, and the {processes} processes have "
+            f"{len(devices)}, of which each must compute",
+            hint="choose a mesh of all devices, or start fewer processes",
+        )
     return _mesh_of_devices(mesh)
+
+
+def rows_here(mesh: jax.sharding.Mesh, batch_size: int) -> slice:
+    """Return the rows of a batch that the devices of this process compute."""
+    if jax.process_count() == 1:
+        return ALL_ROWS
+    place = NamedSharding(mesh, PartitionSpec(BATCH))
+    parts = place.addressable_devices_indices_map((batch_size,)).values()
+    found = [part[0].indices(batch_size) for part in parts if part]
+    return slice(min(start for start, _, _ in found), max(stop for _, stop, _ in found))
+
+
+def spread(local: np.ndarray, place: NamedSharding, axis: int = 0) -> jax.Array:
+    """Return an array over the devices of all processes, each of which has its rows of the batch.
+
+    Args:
+        local: the rows of this process along `axis`, as `rows_here` chooses them.
+        place: sharding of the whole array, whose mesh has the axis `BATCH`.
+        axis: axis of the batch.
+    """
+    parts = place.mesh.shape[BATCH]
+    first, last, _ = rows_here(place.mesh, parts).indices(parts)
+    rows = local.shape[axis] // (last - first)  # along one device
+    shape = (*local.shape[:axis], rows * parts, *local.shape[axis + 1 :])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[axis].indices(shape[axis])
+        own = slice(start - first * rows, stop - first * rows)
+        return local[(*index[:axis], own, *index[axis + 1 :])]
+
+    return jax.make_array_from_callback(shape, place, part)
 
 
 def _mesh_of_devices(mesh: Mesh) -> jax.sharding.Mesh:

@@ -114,6 +114,8 @@ def check_executor(params: Params, workers: int) -> None:
             cannot share a batch.
     """
     slots_dtype(params)
+    if params.runconfig.backend == Backend.JAX:
+        return  # its mesh divides batches, whatever the number of processes
     if workers > 1 and params.runconfig.execution == Execution.STREAMING:
         raise ConfigError(
             f"runconfig.execution is streaming, and there are {workers} workers, expected 1",

@@ -30,7 +30,7 @@ from gptj_model.tensors import SKIPPED_STEPS, Scheme
 from runner.config.execution import Backend, Execution
 from runner.config.params import Params
 from runner.config.params_file import reconcile
-from runner.data.reading.input_fn import Batch, batches
+from runner.data.reading.input_fn import ALL_ROWS, Batch, batches
 from runner.data.reading.place import Place, place_after
 from runner.evaluation.evaluate import evaluate as metrics_of
 from runner.planning.training_cost import check_executor
@@ -138,7 +138,7 @@ class Run:
     def draw(self) -> tuple[int, int]:
         """Return seed and counter of the next step's dropout masks: a function of the position in
         the data and of the worker."""
-        seed = self.seed + self.workers.index * _SEED_OF_WORKER
+        seed = self.seed + self.workers.mask_index * _SEED_OF_WORKER
         return seed, (self.step + self.skipped + 1) << 12
 
     def _build(self, config: GPTJConfig) -> None:
@@ -244,8 +244,8 @@ def _executor(config: GPTJConfig, params: Params, model_dir: Path, workers: Work
     if params.runconfig.backend == Backend.JAX:
         from runner.training.executors.sharded import ShardedExecutor
 
-        check_backend(params, mode="train", workers=workers.count)
-        return ShardedExecutor(config, params, model_dir)
+        check_backend(params)
+        return ShardedExecutor(config, params, model_dir, workers)
     # Of TensorFlow, which a run on JAX does without.
     if params.runconfig.execution == Execution.RESIDENT:
         from runner.training.executors.resident import ResidentExecutor
@@ -335,7 +335,10 @@ class _Training:
             params.optimizer.learning_rate, reset=not params.optimizer.disable_lr_steps_reset
         )
         self._selection = None if run.workers.index else selection
-        self._evaluator = run.executor.evaluator() if self._selection else None
+        self._evaluates = bool(selection) and (
+            not run.workers.index or run.workers.decides_together
+        )
+        self._evaluator = run.executor.evaluator() if self._evaluates else None
         self._evaluated_at = -math.inf
         self._saved_step = self._told_step = run.step
         length = params.train_input.max_sequence_length
@@ -349,21 +352,20 @@ class _Training:
         )
 
     def events(self, stopped: Callable[[], bool]) -> Iterator[Event]:
-        run, workers = self._run, self._run.workers
+        run = self._run
         self._agree()
         data = batches(
             self._params.train_input,
             vocab_size=run.config.vocab_size,
             training=True,
             start=run.place,
-            worker=workers.index,
-            workers=workers.count,
+            rows=run.executor.rows(self._params.train_input.batch_size),
         )
         selection = self._selection
         if selection and run.continued:
             selection.keep_best()
-            if awaits_evaluation(run, selection, self._max_steps):
-                yield from self._evaluation(selection)
+        if self._first_says(bool(selection) and awaits_evaluation(run, selection, self._max_steps)):
+            yield from self._evaluation()
         while run.step < self._max_steps and not self._ends(stopped):
             self._meter.begin()
             group = [b for _, b in zip(range(self._group), data, strict=False)]
@@ -374,12 +376,18 @@ class _Training:
             yield from self._step(group)
         if run.step > self._told_step:
             yield self._save()
-        if not selection or stopped():
-            return
-        if not selection.has(run.step):
-            yield from self._evaluation(selection)
-        if reason := selection.stop:
+        ended = bool(selection) and not stopped()
+        if self._first_says(ended and not selection.has(run.step)):
+            yield from self._evaluation()
+        if ended and (reason := selection.stop):
             yield StoppedEarly(run.step, reason)
+
+    def _first_says(self, evaluates: bool) -> bool:
+        """Return whether to evaluate now, which the first worker knows, where all do it together;
+        else only the first does."""
+        if not (self._evaluates and self._run.workers.decides_together):
+            return evaluates
+        return bool(self._run.workers.total([evaluates])[0])
 
     def _ends(self, stopped: Callable[[], bool]) -> bool:
         """Return whether the run ends before max_steps, which all workers decide together: one
@@ -438,8 +446,8 @@ class _Training:
         if run.step % runconfig.save_checkpoints_steps == 0 and run.step < self._max_steps:
             yield self._save()
             waited = time.monotonic() - self._evaluated_at
-            if self._selection and waited >= runconfig.throttle_secs:
-                yield from self._evaluation(self._selection)
+            if self._first_says(bool(self._selection) and waited >= runconfig.throttle_secs):
+                yield from self._evaluation()
         elif run.executor.saves_every_step:
             self._keep(stays=False)
 
@@ -476,16 +484,20 @@ class _Training:
         self._saved_step = saved.step
         return saved
 
-    def _evaluation(self, selection: Selection) -> Iterator[Event]:
-        assert self._evaluator, "the worker that selects evaluates"
+    def _evaluation(self) -> Iterator[Event]:
+        assert self._evaluator, "checked by _first_says"
+        run = self._run
+        together = (run.executor.rows,) if run.workers.decides_together else ()
         metrics = metrics_of(
             self._evaluator,
-            evaluation_batches(self._params, self._run.config.vocab_size),
+            evaluation_batches(self._params, run.config.vocab_size, *together),
             tokens_per_byte=self._params.tokens_per_byte,
             limit=self._params.eval_limit,
         )
         self._evaluated_at = time.monotonic()
-        step = self._run.step
+        if not (selection := self._selection):
+            return
+        step = run.step
         selection.add(step, metrics)
         best = selection.best
         event = Evaluated(step, metrics, is_best=best is not None and best.step == step)
@@ -495,12 +507,21 @@ class _Training:
         yield event
 
 
-def evaluation_batches(run_params: Params, vocab_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    run_params: Params, vocab_size: int, rows: Callable[[int], slice] = lambda batch_size: ALL_ROWS
+) -> Iterator[Batch]:
     """Return the batches of eval_input.
+
+    Args:
+        run_params: parameters of the run.
+        vocab_size: size of the model's vocabulary.
+        rows: returns the rows of a batch that this process computes.
 
     Raises:
         ConfigError: the parameters have no such section.
     """
     if run_params.eval_input is None:
         raise ConfigError("eval_input is missing, expected the records to evaluate on")
-    return batches(run_params.eval_input, vocab_size=vocab_size, training=False)
+    section = run_params.eval_input
+    mine = rows(section.batch_size)
+    return batches(section, vocab_size=vocab_size, training=False, rows=mine)

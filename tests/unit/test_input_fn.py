@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from gptj_convert.formats.containers.protobuf import encode_field
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
-from gptj_model.errors import ConfigError, DataFault, UsageError
+from gptj_model.errors import DataFault, UsageError
 from runner.config.params import InputParams
 from runner.data.making.build import Options, build
 from runner.data.making.sources import Part
 from runner.data.making.text import TextOptions, TextRecipe
 from runner.data.reading.example import FEATURES, parse, parse_together, serialize
-from runner.data.reading.input_fn import Batches, batches
+from runner.data.reading.input_fn import ALL_ROWS, Batches, batches
 from runner.data.reading.order import shuffle
 from runner.data.reading.place import Place, place_after
 from runner.data.reading.records import count_records, read_records
@@ -54,13 +54,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reading(records: Path) -> Callable[..., Batches]:
-    def call(*, skip: int | Place = 0, worker: int = 0, workers: int = 1, **fields: Any) -> Batches:
+    def call(*, skip: int | Place = 0, rows: slice = ALL_ROWS, **fields: Any) -> Batches:
         values = {"data_dir": [str(records)], "max_sequence_length": LENGTH, "batch_size": 4}
         params = InputParams(**values | fields)
         start = place_after(params, skip) if isinstance(skip, int) and skip else skip or None
-        return batches(
-            params, vocab_size=VOCAB, training=True, start=start, worker=worker, workers=workers
-        )
+        return batches(params, vocab_size=VOCAB, training=True, start=start, rows=rows)
 
     return call
 
@@ -347,11 +345,11 @@ def test_whole_epochs_are_left_out_unread(reading, records):
 
 def test_workers_together_get_what_one_gets_alone(reading):
     alone = _numbers(reading(skip=3), 9)
-    shares = [_numbers(reading(skip=3, worker=n, workers=2), 9) for n in range(2)]
+    shares = [_numbers(reading(skip=3, rows=slice(n, None, 2)), 9) for n in range(2)]
     together = [[a, b, c, d] for (a, c), (b, d) in zip(*shares, strict=True)]
     assert together == alone
-    with pytest.raises(ConfigError, match="multiple of the number of workers, 3"):
-        reading(workers=3)
+    shares = [_numbers(reading(skip=3, rows=slice(n, n + 2)), 9) for n in (0, 2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == alone
 
 
 def test_fewer_records_than_a_batch(reading):

@@ -31,6 +31,16 @@ def exit_code(fault: GptjError) -> Exit:
     return Exit.USAGE if isinstance(fault, UsageError | ConfigError) else Exit.OPERATIONAL
 
 
+def code_of(error: BaseException) -> Exit:
+    """Return the exit code of what ends the program."""
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return Exit.INTERRUPTED
+    if isinstance(error, Terminated):
+        return Exit.TERMINATED
+    fault = as_fault(error)
+    return exit_code(fault) if fault else Exit.OPERATIONAL
+
+
 def as_fault(error: BaseException) -> GptjError | None:
     """Return the fault that an exception stands for, or None for a bug of this program.
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from gptj_convert.resources import machine
 from gptj_convert.resources.gpu import gpus
+from gptj_model.errors import TrainingFault
 from runner.cli.shared.errors import Exit
 from runner.training.devices.distribution import TF_CONFIG
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREADS = "TF_NUM_INTRAOP_THREADS"
 #: Seconds that the other workers have to end once one has failed.
-_GRACE = 60.0
+_GRACE = 30.0
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
@@ -83,15 +84,28 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
 
 
+def _stuck(processes: Sequence[subprocess.Popen[Any]]) -> TrainingFault:
+    """Kill the workers that wait for one that has ended, and return the fault."""
+    first = next(n for n, p in enumerate(processes) if p.returncode)
+    code = processes[first].returncode
+    for process in processes:
+        process.kill()
+        process.wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return TrainingFault(
+        f"worker {first} {how}, and the others did not end within {_GRACE:.0f} s",
+        hint="run the same command again: the run resumes from its last checkpoint",
+    )
+
+
 def _wait(processes: Sequence[subprocess.Popen[Any]]) -> int:
     failed, deadline = int(Exit.OK), 0.0
-    while any(p.poll() is None for p in processes):
+    while None in [p.poll() for p in processes]:  # each is asked, the dead ones too
         bad = next((p.returncode for p in processes if p.returncode), 0)
         if bad and not failed:
             failed, deadline = bad, time.monotonic() + _GRACE
         if failed and time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
+            raise _stuck(processes)
         time.sleep(0.2)
     code = failed or next((p.returncode for p in processes if p.returncode), 0)
     return code if code >= 0 else int(Exit.OPERATIONAL)

@@ -9,10 +9,11 @@ import rich_click as click
 from runner.cli.shared.output import Output
 from runner.cli.training.job import Job
 from runner.cli.training.parameters import accepted, checkpoints_to_evaluate, params_of
+from runner.config.execution import Backend
 
 if TYPE_CHECKING:
     from runner.config.params import Params
-    from runner.training.devices.distribution import Cluster
+    from runner.training.devices.distribution import Cluster, Workers
 
 
 def run_job(output: Output, job: Job) -> dict[str, Any]:
@@ -25,22 +26,51 @@ def run_job(output: Output, job: Job) -> dict[str, Any]:
     from runner.training.devices.distribution import join
 
     params = params_of(job)
-    check_backend(params, mode=job.mode, workers=job.workers or 1)
+    check_backend(params)
     if job.only:
         return rehearse(output, job, accepted(job, params))
     if job.mode in ("eval", "eval_all"):
         framework.prepare(backend=params.runconfig.backend)
         return _evaluate(output, job, params)
+    if params.runconfig.backend == Backend.JAX:
+        return _train_on_jax(output, job, accepted(job, params, 1))
     cluster, count = _together(job, params)
     params = accepted(job, params, count)
     if count > 1 and cluster is None:
         raise click.exceptions.Exit(run_workers(count))
     framework.prepare(backend=params.runconfig.backend)
     workers = join(cluster, output.note)
-    if workers.index:
-        output.note(f"worker {workers.index} of {workers.count}: the first one prints the progress")
-        output = Output(json=output.json, quiet=True)
-    return train_job(output, job, params, workers)
+    return train_job(_own_output(output, workers), job, params, workers)
+
+
+def _train_on_jax(output: Output, job: Job, params: Params) -> dict[str, Any]:
+    """Train in the processes that run this command, or in `job.workers` new ones."""
+    from runner.cli.shared import framework
+    from runner.cli.shared.errors import code_of
+    from runner.cli.training.launch import train_job
+    from runner.cli.training.local_workers import run_workers
+    from runner.training.devices.distribution import Alone, check_same_run, cluster_here
+
+    cluster = cluster_here()
+    if not cluster and (job.workers or 1) > 1:
+        raise click.exceptions.Exit(run_workers(job.workers or 1))
+    framework.prepare(backend=Backend.JAX)
+    from runner.training.devices.processes import ending_alone, join_processes, launcher_here
+
+    if not (cluster or launcher_here() or params.runconfig.multiple_workers):
+        return train_job(output, job, params, Alone())
+    workers = join_processes(cluster, output.note)
+    with ending_alone(code_of):
+        check_same_run(workers, params.to_yaml())
+        return train_job(_own_output(output, workers), job, params, workers)
+
+
+def _own_output(output: Output, workers: Workers) -> Output:
+    """Return the output of this worker, of which the first one prints the progress."""
+    if not workers.index:
+        return output
+    output.note(f"worker {workers.index} of {workers.count}: the first one prints the progress")
+    return Output(json=output.json, quiet=True)
 
 
 def _together(job: Job, params: Params) -> tuple[Cluster | None, int]:

@@ -79,10 +79,10 @@ def _planned_devices(
     from runner.config.mesh import mesh_of
     from runner.config.trainable import model_rows
 
-    def devices() -> int:
+    def devices() -> tuple[int, int]:
         import jax
 
-        return jax.device_count()
+        return 1, jax.device_count()
 
     mesh, optimizer = mesh_of(params, devices), params.optimizer
     model = params.model
@@ -142,11 +142,12 @@ def _compile(output: Output, job: Job, params: Params) -> dict[str, Any]:
 
 def _compile_sharded(output: Output, job: Job, params: Params) -> dict[str, Any]:
     from runner.data.reading.input_fn import empty_batch
+    from runner.training.devices.distribution import Alone
     from runner.training.executors.sharded import ShardedExecutor
 
     section = params.train_input
     batch = empty_batch(section.batch_size, section.max_sequence_length)
-    executor = ShardedExecutor(params.config, params, job.model_dir)
+    executor = ShardedExecutor(params.config, params, job.model_dir, Alone())
     begun = time.monotonic()
     program = executor.compiled(batch)
     seconds = time.monotonic() - begun

@@ -24,7 +24,7 @@ from runner.data.reading.example import (
     parse_together,
 )
 from runner.data.reading.order import interleave, shuffle
-from runner.data.reading.place import Place, check_shares, place_after, whole_batches
+from runner.data.reading.place import Place, place_after, whole_batches
 from runner.data.reading.records import (
     check_records,
     count_records,
@@ -38,6 +38,8 @@ from runner.data.reading.records import (
 #: Ids int32 (B, T); mask of ignored tokens float32 (B, T), 1 where the loss does not count the
 #: label; labels int32 (B, T).
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+ALL_ROWS = slice(None)
 
 #: Number of batches that are read in advance.
 _AHEAD = 3
@@ -81,8 +83,7 @@ def batches(
     vocab_size: int,
     training: bool,
     start: Place | None = None,
-    worker: int = 0,
-    workers: int = 1,
+    rows: slice = ALL_ROWS,
 ) -> Batches:
     """Return the batches of a section of params.yaml, in the order of the reference.
 
@@ -95,25 +96,21 @@ def batches(
         vocab_size: size of the model's vocabulary.
         training: default of shuffle and repeat.
         start: place to resume at; None starts after the section's `skip_steps` batches.
-        worker: number of this worker, from 0.
-        workers: number of workers that divide every batch among them.
+        rows: rows of every batch that are wanted; the others are not parsed.
 
     Raises:
         UsageError: there are no records.
-        ConfigError: batch_size is not a multiple of the number of workers.
         DataFault: the files differ from data_params.json, hold fewer records than a batch, or
             the first record of a file is invalid.
     """
-    check_shares(params, workers)
     paths = find_records(params.data_dir)
     length = params.max_sequence_length
     check_records(paths, length=length, vocab_size=vocab_size, only_first=True)
     whole_batches(params, count_records(paths, enough=params.batch_size))
     start = place_after(params, params.skip_steps) if start is None else start
     parse = _Parser(length, vocab_size, is_text=hold_text(paths))
-    share = slice(worker, None, workers)
     found = (
-        (place, parse(records[share]))
+        (place, parse(records[rows]))
         for place, records in _groups(params, paths, start, training=training)
     )
     return Batches(found, start)

@@ -9,20 +9,15 @@ from runner.config.execution import Backend, Execution
 from runner.config.params import Params
 
 
-def check_backend(params: Params, *, mode: str, workers: int) -> None:
+def check_backend(params: Params) -> None:
     """Check that the backend supports what is asked for.
-
-    Args:
-        params: parameters of the run.
-        mode: mode of the command line.
-        workers: number of processes that train together.
 
     Raises:
         ConfigError: names everything that the backend does not support.
     """
     if params.runconfig.backend != Backend.JAX:
         return
-    problems = list(_refused(params, mode, workers))
+    problems = list(_refused(params))
     if problems:
         raise ConfigError(
             f"runconfig.backend is {Backend.JAX}, which does not know {', '.join(problems)}",
@@ -30,10 +25,8 @@ def check_backend(params: Params, *, mode: str, workers: int) -> None:
         )
 
 
-def _refused(params: Params, mode: str, workers: int) -> Iterator[str]:
+def _refused(params: Params) -> Iterator[str]:
     runconfig = params.runconfig
-    if workers > 1 or runconfig.enable_distributed:
-        yield "several workers (one process has all devices)"
     if runconfig.execution != Execution.RESIDENT:
         yield f"runconfig.execution {runconfig.execution} (--set runconfig.execution=resident)"
     if runconfig.device:

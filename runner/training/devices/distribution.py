@@ -1,4 +1,5 @@
-"""Several processes that train one model: each holds a copy and computes its share of a batch.
+"""Several processes that train one model on TensorFlow: each holds a copy and computes its share of
+a batch.
 
 A few counts are exchanged before a step, so that the loss is the mean over the tokens of the whole
 batch, and the gradients after it. TensorFlow exchanges them: through NCCL between GPUs, in a ring
@@ -16,10 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
+from crc32c import crc32c
 
+from gptj_model import __version__
 from gptj_model.errors import ConfigError, TrainingFault
 
 TF_CONFIG = "TF_CONFIG"
@@ -83,6 +87,17 @@ class Workers(Protocol):
         """Number of processes."""
         ...
 
+    @property
+    def decides_together(self) -> bool:
+        """Whether all compute one program, evaluation included, so that each must run what the
+        first one decides to run."""
+        ...
+
+    @property
+    def mask_index(self) -> int:
+        """Number that tells this worker's dropout masks from those of the others."""
+        ...
+
     def total(self, values: Sequence[float]) -> np.ndarray:
         """Return the sum over all workers of each number, float64.
 
@@ -105,6 +120,8 @@ class Alone:
 
     index = 0
     count = 1
+    decides_together = False
+    mask_index = 0
 
     def total(self, values: Sequence[float]) -> np.ndarray:
         """Return the numbers."""
@@ -115,17 +132,20 @@ class Alone:
 
 
 class Together:
-    """One of several processes.
+    """One of several processes on TensorFlow.
 
     Args:
         cluster: cluster of more than one process.
         strategy: TensorFlow's strategy, which knows the others.
     """
 
+    decides_together = False
+
     def __init__(self, cluster: Cluster, strategy: Any) -> None:
         import tensorflow as tf
 
         self.index, self.count = cluster.index, cluster.count
+        self.mask_index = cluster.index
         self._total = tf.function(lambda values: self._sums(strategy, [values])[0], autograph=False)
         self._add_up: Any = None
         self._strategy = strategy
@@ -208,6 +228,38 @@ def join(cluster: Cluster | None, waiting: Callable[[str], None]) -> Workers:
             hint="see that the addresses are right, and that their ports are free",
         )
     return Together(cluster, found[0])
+
+
+def check_same_run(workers: Workers, parameters: str) -> None:
+    """Check that all workers have the same parameters and versions, before they compute.
+
+    Raises:
+        TrainingFault: this worker's are not those of the first one.
+    """
+    found = {"parameters": parameters, **_versions()}
+    digests = [float(crc32c(text.encode())) for text in found.values()]
+    first = workers.total([d if workers.index == 0 else 0.0 for d in digests])
+    others = [
+        name
+        for (name, text), own, theirs in zip(found.items(), digests, first, strict=True)
+        if own != theirs
+    ]
+    if workers.total([bool(others)])[0]:
+        named = [f"{n} {found[n]}" if n != "parameters" else n for n in others]
+        what = (
+            f"has other {', '.join(named)} than" if others else "is not alone: others differ from"
+        )
+        raise TrainingFault(
+            f"worker {workers.index} {what} the first worker",
+            hint="run the same command with the same installation and files on each of them",
+        )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    return {name: version(name) for name in ("jax", "jaxlib", "keras", "numpy")} | {
+        "gptj": __version__
+    }
 
 
 def check_same(workers: Workers, values: Sequence[float]) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, Tensor
-from runner.data.reading.input_fn import Batch
+from runner.data.reading.input_fn import ALL_ROWS, Batch
 from runner.evaluation.evaluate import Evaluator
 
 
@@ -35,6 +35,10 @@ class Executor(Protocol):
     """Whether the state is on disk, so that every step ends with a checkpoint."""
     devices: int = 1
     """Number of devices that compute a step, each as fast as the one that Keras uses by default."""
+
+    def rows(self, batch_size: int) -> slice:
+        """Return the rows of every batch that this process computes."""
+        return ALL_ROWS
 
     @property
     def placement(self) -> str | None:

@@ -58,6 +58,10 @@ class ResidentExecutor(Executor):
         self.devices = workers.count
 
     @override
+    def rows(self, batch_size: int) -> slice:
+        return slice(self._workers.index, None, self._workers.count)
+
+    @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         load_weights(self.model, source, scheme)
 

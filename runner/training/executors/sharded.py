@@ -31,7 +31,9 @@ from runner.config.params import Params
 from runner.config.trainable import model_rows, trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
-from runner.evaluation.sharded import ShardedEvaluator, device_mesh
+from runner.evaluation.sharded import ShardedEvaluator, device_mesh, rows_here, spread
+from runner.training.devices.distribution import Workers
+from runner.training.devices.processes import losses_are_faults
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
 from runner.training.update.jax_rounding import rounded
@@ -52,6 +54,7 @@ class ShardedExecutor(Executor):
         config: configuration of the model.
         params: parameters of the run.
         model_dir: folder of the run.
+        workers: processes that compute together; the first one writes checkpoints.
 
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are too few devices; see also
@@ -59,10 +62,13 @@ class ShardedExecutor(Executor):
     """
 
     @override
-    def __init__(self, config: GPTJConfig, params: Params, model_dir: Path) -> None:
+    def __init__(
+        self, config: GPTJConfig, params: Params, model_dir: Path, workers: Workers
+    ) -> None:
         self._config = config
         self._params = params
         self._model_dir = model_dir
+        self._workers = workers
         self.trained = trainable_rows(config, params)
         self._mesh = device_mesh(params)
         self.devices = self._mesh.devices.size
@@ -119,6 +125,10 @@ class ShardedExecutor(Executor):
         )
 
     @override
+    def rows(self, batch_size: int) -> slice:
+        return rows_here(self._mesh, batch_size)
+
+    @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         rows = self._rows
         for tensor in table(self._config):
@@ -162,7 +172,8 @@ class ShardedExecutor(Executor):
         self._weights.update(weights)
         for arrays, values in zip(self._slots, slots, strict=True):
             arrays.update(values)
-        return StepResult(float(loss), float(norm))
+        with losses_are_faults():
+            return StepResult(float(loss), float(norm))
 
     def compiled(self, batch: Batch) -> Any:
         """Return JAX's compiled program of a step with such batches; nothing is allocated."""
@@ -197,6 +208,10 @@ class ShardedExecutor(Executor):
         if adapter := self._adapter:
             tensors |= adapter.tensors()
         limit = self._params.runconfig.keep_checkpoint_max or 0
+        if self._workers.index:
+            for tensor in tensors.values():
+                np.asarray(tensor)  # gathered together with the first process, which writes it
+            return checkpoints.prefix(self._model_dir, step)
         return checkpoints.save(self._model_dir, step, tensors | dict(state), keep=limit)
 
     @override
@@ -253,8 +268,8 @@ class ShardedExecutor(Executor):
     ) -> tuple[Any, ...]:
         """Return the arguments of `_run` behind weights and slots, on the devices."""
         columns = zip(*group, strict=True)
-        stacked = [np.stack(column) for column in columns]
-        batches_nBT = jax.device_put(stacked, self._sharding(None, BATCH))
+        place = self._sharding(None, BATCH)
+        batches_nBT = [spread(np.stack(column), place, axis=1) for column in columns]
         seed = np.asarray([n % _SEEDS for n in draw], np.uint32)
         return seed, batches_nBT, np.float32(scale), np.float32(rate), self._powers.correction
 

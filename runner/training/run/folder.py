@@ -36,9 +36,12 @@ _BOUND = ("runconfig.workers",)
 def locked(model_dir: Path) -> Iterator[None]:
     """Hold the run's folder for this process; the kernel releases it when the process ends.
 
+    A folder that did not exist, and holds nothing when an error ends the run, is removed again.
+
     Raises:
         TrainingFault: another process holds it.
     """
+    is_new = not model_dir.exists()
     model_dir.mkdir(parents=True, exist_ok=True)
     with (model_dir / LOCK_FILE).open("a+") as f:
         if holder := try_lock(f):
@@ -48,7 +51,13 @@ def locked(model_dir: Path) -> Iterator[None]:
             )
         for left in model_dir.glob(f"{PARTIAL}*"):
             left.unlink()  # left by a process that was killed
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new and [path.name for path in model_dir.iterdir()] == [LOCK_FILE]:
+                (model_dir / LOCK_FILE).unlink()
+                model_dir.rmdir()
+            raise
 
 
 def is_locked(model_dir: Path) -> bool:

@@ -1,0 +1,132 @@
+"""Several processes of JAX that compute together: one run's numbers, and the death of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptj_convert.formats.containers.tensor_bundle import BundleSource
+from gptj_model.source import read_tensor
+from tests.conftest import GOLDEN_RUNS
+
+GPTJ = (sys.executable, "-m", "runner.cli.root")
+BEGIN = ("train", "--init-from", "hf", "--params", "params.yaml", "--backend", "jax")
+#: Largest relative difference of a loss: sums in float32 in another order.
+ROUNDING = 2e-7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The recorded case, as current folder."""
+    path = tmp_path_factory.mktemp("processes") / "adamw"
+    shutil.copytree(GOLDEN_RUNS / "adamw", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.delenv("KERAS_BACKEND", raising=False)
+        yield path
+
+
+def _start(*arguments: object) -> subprocess.Popen[str]:
+    command = [*GPTJ, *map(str, (*BEGIN, *arguments))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _run(*arguments: object, code: int = 0) -> tuple[str, str]:
+    process = _start(*arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def _rows(folder: str) -> list[dict]:
+    path = Path(folder, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[dict]:
+    """Rows of a run of one process, with one evaluation."""
+    one = ("--set", "runconfig.mesh=[1,1]", "--model-dir", "alone", "--quiet")
+    _run(*one, "--mode", "train_and_eval", "--max-steps", 10)
+    return _rows("alone")
+
+
+def _assert_same(found: str, expected: list[dict], step: int) -> None:
+    rows = [[r for r in rows if r["step"] <= step] for rows in (_rows(found), expected)]
+    for row, other in zip(*rows, strict=True):
+        for key in ("loss", "eval/loss"):
+            assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=ROUNDING), (
+                row["step"],
+                key,
+            )
+    ours, theirs = (BundleSource(Path(f, f"model.ckpt-{step}")) for f in (found, "alone"))
+    assert ours.tensors == theirs.tensors
+    for name in theirs.tensors:
+        a, b = read_tensor(ours, name), read_tensor(theirs, name)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6, err_msg=name)
+
+
+def test_two_processes_are_one(alone: list[dict]):
+    """Each evaluates its rows, and only the first writes and prints."""
+    more = ("--mode", "train_and_eval", "--max-steps", 10, "--model-dir", "two", "--json")
+    out, err = _run("--workers", 2, *more)
+    assert json.loads(out)["step"] == 10
+    assert err.count("step     10/10") == 1
+    _assert_same("two", alone, 10)
+
+
+def test_four_processes_with_sharded_weights_are_one(alone: list[dict]):
+    shard = ("--set", "runconfig.mesh=[2,2]", "--set", "runconfig.shard_weights=true")
+    more = ("--mode", "train_and_eval", "--max-steps", 10, "--model-dir", "four", "--quiet")
+    _run("--workers", 4, *shard, *more)
+    _assert_same("four", alone, 10)
+
+
+def test_the_run_of_a_killed_process_resumes(alone: list[dict]):
+    more = ("--workers", 2, "--model-dir", "killed", "--set", "runconfig.save_checkpoints_steps=4")
+    with _start(*more, "--max-steps", 10**6) as process:
+        while not (rows := _rows("killed")) or rows[-1]["step"] < 5:
+            assert process.poll() is None, process.communicate()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.count("error: ") == 1
+    assert "error: another worker is gone" in err
+    assert "hint: start all of them again" in err
+    assert "Traceback" not in err
+    saved = max(int(p.stem.split("-")[1]) for p in Path("killed").glob("model.ckpt-*.index"))
+    _run(*more, "--max-steps", max(10, saved), "--quiet")
+    for row, other in zip(_rows("killed")[:10], [r for r in alone if "loss" in r], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=ROUNDING), row["step"]
+
+
+def test_what_processes_cannot_do(folder: Path):
+    _, err = _run("--workers", 2, "--set", "runconfig.mesh=[1,1]", "--model-dir", "bad", code=2)
+    assert "runconfig.mesh is 1 × 1, 1 devices, and the 2 processes have 2" in err
+    assert not Path("bad").exists()
+    addresses = ["127.0.0.1:29711", "127.0.0.1:29712"]
+    processes = []
+    for index in range(2):
+        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        os.environ["TF_CONFIG"] = json.dumps(cluster)
+        processes.append(_start("--set", f"model.dropout_seed={index}", "--model-dir", "bad"))
+    del os.environ["TF_CONFIG"]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert "error: worker 1 has other parameters than the first worker" in errors[1]
+    assert "error: worker 0 is not alone: others differ from the first worker" in errors[0]
+    assert not Path("bad").exists()
