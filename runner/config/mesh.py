@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 from gptj_model.errors import ConfigError
 from gptj_model.sharding import Mesh, check_divides
 from runner.config.params import Params
+
+
+def jax_devices() -> list[Any]:
+    """Return the devices of JAX, of all processes.
+
+    Raises:
+        ConfigError: JAX has none of the kind that JAX_PLATFORMS asks for.
+    """
+    import jax
+
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        asked = os.environ.get(_PLATFORMS)
+        reason = next(iter(str(e).splitlines()), "") or "no such device, or no support for it here"
+        raise ConfigError(
+            f"JAX has no device to compute on ({_PLATFORMS} is {asked!r}): {reason}",
+            hint="GPUs need `pip install 'gptj-tf[gpu]'` and a driver, which `gptj doctor` shows; "
+            f"to compute on the processor, set {_PLATFORMS}=cpu",
+        ) from None
+
+
+#: Variable that names the kinds of devices that JAX may use.
+_PLATFORMS = "JAX_PLATFORMS"
 
 
 def mesh_of(params: Params, devices: Callable[[], tuple[int, int]]) -> Mesh:

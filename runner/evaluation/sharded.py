@@ -22,7 +22,7 @@ from gptj_model.network.stacked import StackedModel, Weights
 from gptj_model.network.weights import read_part
 from gptj_model.sharding import BATCH, MODEL, Mesh, axes
 from gptj_model.tensors import table
-from runner.config.mesh import mesh_of
+from runner.config.mesh import jax_devices, mesh_of
 from runner.config.params import Params
 from runner.data.reading.input_fn import ALL_ROWS, Batch
 
@@ -81,7 +81,7 @@ def device_mesh(params: Params) -> jax.sharding.Mesh:
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are too few devices.
     """
-    devices, processes = jax.devices(), jax.process_count()
+    devices, processes = jax_devices(), jax.process_count()
     mesh = mesh_of(params, lambda: (processes, len(devices) // processes))
     if mesh.size > len(devices):
         raise ConfigError(

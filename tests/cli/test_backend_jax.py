@@ -188,7 +188,6 @@ REFUSED = {
     "batch": (_mesh(3, 1), "train_input.batch_size is 4, expected a multiple of 3"),
     "form": (("--set", "runconfig.mesh=[0,4]"), "runconfig.mesh[0] is '0'"),
     "streaming": (("--execution", "streaming"), "does not know runconfig.execution streaming"),
-    "workers": (("--workers", 2), "does not know several workers"),
     "device": (("--set", "runconfig.device=/gpu:0"), "does not know runconfig.device /gpu:0"),
 }
 

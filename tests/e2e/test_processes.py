@@ -118,6 +118,11 @@ def test_what_processes_cannot_do(folder: Path):
     _, err = _run("--workers", 2, "--set", "runconfig.mesh=[1,1]", "--model-dir", "bad", code=2)
     assert "runconfig.mesh is 1 × 1, 1 devices, and the 2 processes have 2" in err
     assert not Path("bad").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PLATFORMS", "cuda")
+        _, err = _run("--model-dir", "bad", code=2)
+    assert "error: JAX has no device to compute on (JAX_PLATFORMS is 'cuda')" in err
+    assert not Path("bad").exists()
     addresses = ["127.0.0.1:29711", "127.0.0.1:29712"]
     processes = []
     for index in range(2):

@@ -10,6 +10,9 @@ from gptj_convert.files.output_file import FULL
 from gptj_model.errors import ConfigError, FileFault, GptjError, MemoryFault, UsageError
 from runner.planning.extras import extra_of, install_command
 
+#: Errors of JAX and of TensorFlow, neither of which is imported here.
+_OUT_OF_MEMORY = ("JaxRuntimeError", "XlaRuntimeError", "ResourceExhaustedError")
+
 
 class Exit(IntEnum):
     """Exit codes of the program."""
@@ -67,6 +70,13 @@ def _as_fault(error: BaseException) -> GptjError | None:
         return FileFault(
             f"the Python package {error.name!r} is not installed",
             hint=f"install it with `{install_command(extra_of(error.name))}`",
+        )
+    if "RESOURCE_EXHAUSTED" in str(error) and type(error).__name__ in _OUT_OF_MEMORY:
+        return MemoryFault(
+            f"a device is out of memory: {str(error).splitlines()[0][:200]}",
+            hint="in training, use a smaller batch_size, model.recompute, "
+            "optimizer.moments_dtype=bfloat16, a mesh of more devices or runconfig.shard_weights; "
+            "--compile-only says what a step needs",
         )
     if isinstance(error, MemoryError):
         hint = "end other programs; in training, use a smaller batch or sequence length"

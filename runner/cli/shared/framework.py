@@ -10,9 +10,12 @@ from importlib.util import find_spec
 
 from gptj_model.errors import ConfigError
 from runner.config.execution import Backend, default_backend
+from runner.config.mesh import jax_devices
 
 
-def prepare(*, proving: bool = False, backend: str | None = None) -> None:
+def prepare(
+    *, proving: bool = False, backend: str | None = None, joins_others: bool = False
+) -> None:
     """Import Keras and its backend without their start-up chatter on stderr.
 
     C++ code writes the chatter before its log level takes effect, hence the redirection.
@@ -21,10 +24,12 @@ def prepare(*, proving: bool = False, backend: str | None = None) -> None:
         proving: whether to multiply in full float32, which GPUs otherwise round to 10 bits (TF32);
             results may then differ from run to run.
         backend: one of `Backend`; None chooses as `default_backend` does.
+        joins_others: whether this process will join others, before which JAX must not look for
+            devices.
 
     Raises:
         ConfigError: this process has imported Keras with another backend, or the backend is not
-            installed.
+            installed or has no device.
     """
     backend = Backend(backend or default_backend())
     if not find_spec(backend):
@@ -44,6 +49,8 @@ def prepare(*, proving: bool = False, backend: str | None = None) -> None:
         _import_quietly(backend)
     _check_backend(backend)
     _set_up(backend, proving)
+    if backend == Backend.JAX and not joins_others:
+        jax_devices()
 
 
 _EXTRAS = {Backend.TENSORFLOW: "tf", Backend.JAX: "jax"}

@@ -49,15 +49,21 @@ def _train_on_jax(output: Output, job: Job, params: Params) -> dict[str, Any]:
     from runner.cli.shared.errors import code_of
     from runner.cli.training.launch import train_job
     from runner.cli.training.local_workers import run_workers
-    from runner.training.devices.distribution import Alone, check_same_run, cluster_here
+    from runner.training.devices.distribution import (
+        Alone,
+        check_same_run,
+        cluster_here,
+        launcher_here,
+    )
 
     cluster = cluster_here()
     if not cluster and (job.workers or 1) > 1:
         raise click.exceptions.Exit(run_workers(job.workers or 1))
-    framework.prepare(backend=Backend.JAX)
-    from runner.training.devices.processes import ending_alone, join_processes, launcher_here
+    joins = bool(cluster or launcher_here() or params.runconfig.multiple_workers)
+    framework.prepare(backend=Backend.JAX, joins_others=joins)
+    from runner.training.devices.processes import ending_alone, join_processes
 
-    if not (cluster or launcher_here() or params.runconfig.multiple_workers):
+    if not joins:
         return train_job(output, job, params, Alone())
     workers = join_processes(cluster, output.note)
     with ending_alone(code_of):

@@ -28,6 +28,13 @@ from gptj_model.errors import ConfigError, TrainingFault
 
 TF_CONFIG = "TF_CONFIG"
 _CHIEF, _WORKER = "chief", "worker"
+#: Variables with the number of processes that a launcher has started, by its name.
+_LAUNCHERS = {
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
+#: Hosts of a TPU slice, separated by commas.
+_TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 #: Seconds that workers wait for one another at the start.
 PATIENCE = 600.0
 
@@ -72,6 +79,15 @@ def cluster_here() -> Cluster | None:
             '"task": {"type": "worker", "index": 0}}',
         ) from None
     return Cluster(addresses, at)
+
+
+def launcher_here() -> str | None:
+    """Return what has started this process together with others; None if nothing has."""
+    for name, (rank, size) in _LAUNCHERS.items():
+        count = os.environ.get(size, "")
+        if rank in os.environ and count.isdecimal() and int(count) > 1:
+            return name
+    return "TPU" if "," in os.environ.get(_TPU_HOSTS, "") else None
 
 
 class Workers(Protocol):

@@ -23,24 +23,8 @@ from jax.experimental import multihost_utils
 from gptj_model.errors import ConfigError, TrainingFault
 from runner.training.devices.distribution import PATIENCE, TF_CONFIG, Alone, Cluster, Workers
 
-#: Variables with the number of processes that a launcher has started, by its name.
-_LAUNCHERS = {
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-}
-#: Hosts of a TPU slice, separated by commas.
-_TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 #: Seconds without a sign of life after which JAX takes a process for dead, and ends the others.
 _HEARTBEAT = 60
-
-
-def launcher_here() -> str | None:
-    """Return what has started this process together with others; None if nothing has."""
-    for name, (rank, size) in _LAUNCHERS.items():
-        count = os.environ.get(size, "")
-        if rank in os.environ and count.isdecimal() and int(count) > 1:
-            return name
-    return "TPU" if "," in os.environ.get(_TPU_HOSTS, "") else None
 
 
 class Processes:
