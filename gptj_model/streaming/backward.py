@@ -145,8 +145,9 @@ def gradients_of(
         return out, pull(upstream)
     import tensorflow as tf
 
-    with tf.GradientTape() as tape:
+    tape: Any = tf.GradientTape()
+    with tape:
         tape.watch(values)
         out = function(*values)
-    gradients = tape.gradient(out, values, output_gradients=upstream, unconnected_gradients="zero")
-    return out, gradients
+    found = tape.gradient(out, values, output_gradients=upstream, unconnected_gradients="zero")
+    return out, found

@@ -455,7 +455,7 @@ class RunConfig(Section):
     execution: Execution = Execution.RESIDENT
     """Where the weights are: resident in memory, or streamed from disk one block at a time. Not a
     key of the reference."""
-    backend: Annotated[Backend, Field(default_factory=default_backend)]
+    backend: Backend = Field(default_factory=default_backend)
     """Library that computes: TensorFlow, the default where it is installed, or JAX, which shards a
     model across devices. Not a key of the reference."""
     mesh: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None

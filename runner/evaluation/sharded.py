@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import cast
 
 import jax
 import numpy as np
@@ -118,7 +119,8 @@ def spread(local: np.ndarray, place: NamedSharding, axis: int = 0) -> jax.Array:
         axis: axis of the batch.
     """
     parts = place.mesh.shape[BATCH]
-    first, last, _ = rows_here(place.mesh, parts).indices(parts)
+    mesh = cast(jax.sharding.Mesh, place.mesh)
+    first, last, _ = rows_here(mesh, parts).indices(parts)
     rows = local.shape[axis] // (last - first)  # along one device
     shape = (*local.shape[:axis], rows * parts, *local.shape[axis + 1 :])
 

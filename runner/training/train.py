@@ -364,7 +364,7 @@ class _Training:
         selection = self._selection
         if selection and run.continued:
             selection.keep_best()
-        if self._first_says(bool(selection) and awaits_evaluation(run, selection, self._max_steps)):
+        if self._first_says(bool(selection and awaits_evaluation(run, selection, self._max_steps))):
             yield from self._evaluation()
         while run.step < self._max_steps and not self._ends(stopped):
             self._meter.begin()
@@ -376,10 +376,10 @@ class _Training:
             yield from self._step(group)
         if run.step > self._told_step:
             yield self._save()
-        ended = bool(selection) and not stopped()
-        if self._first_says(ended and not selection.has(run.step)):
+        ended = selection if selection and not stopped() else None
+        if self._first_says(bool(ended and not ended.has(run.step))):
             yield from self._evaluation()
-        if ended and (reason := selection.stop):
+        if ended and (reason := ended.stop):
             yield StoppedEarly(run.step, reason)
 
     def _first_says(self, evaluates: bool) -> bool:

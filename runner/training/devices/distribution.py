@@ -256,9 +256,7 @@ def check_same_run(workers: Workers, parameters: str) -> None:
     digests = [float(crc32c(text.encode())) for text in found.values()]
     first = workers.total([d if workers.index == 0 else 0.0 for d in digests])
     others = [
-        name
-        for (name, text), own, theirs in zip(found.items(), digests, first, strict=True)
-        if own != theirs
+        name for name, own, theirs in zip(found, digests, first, strict=True) if own != theirs
     ]
     if workers.total([bool(others)])[0]:
         named = [f"{n} {found[n]}" if n != "parameters" else n for n in others]
