@@ -131,7 +131,7 @@ def parameters() -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return f"`{json.dumps(field.default)}`"
+    return f"`{json.dumps(field.get_default(call_default_factory=True))}`"
 
 
 def page() -> str:

@@ -31,6 +31,7 @@ from runner.config.params import Params
 from runner.config.trainable import model_rows, trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
+from runner.evaluation.flash_attention import chosen_attention
 from runner.evaluation.sharded import ShardedEvaluator, device_mesh
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
@@ -55,7 +56,8 @@ class ShardedExecutor(Executor):
 
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are too few devices; see also
-            `trainable_rows`.
+            `trainable_rows` and `chosen_attention`.
+        TrainingFault: as `chosen_attention` raises it.
     """
 
     @override
@@ -76,6 +78,7 @@ class ShardedExecutor(Executor):
             constrain=partial(
                 jax.lax.with_sharding_constraint, shardings=self._sharding(BATCH, None, None)
             ),
+            attend=chosen_attention(config, params),
         )
         self._rule = UpdateRule(params.optimizer, jnp)
         self._powers = BetaPowers(params.optimizer)
