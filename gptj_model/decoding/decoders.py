@@ -32,7 +32,7 @@ class Decoder(Protocol):
             visible_BS: False at tokens that none may attend to, S being the cache's length.
 
         Returns:
-            Logits (B, V) of the next tokens.
+            Logits (B, V) of the next tokens, float32.
         """
         ...
 
@@ -63,7 +63,7 @@ class ResidentDecoder:
         given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
         logits_BV, self._caches = self._step(*given, self._caches, start)
         self._start += ids_BT.shape[1]
-        return np.asarray(logits_BV)
+        return np.asarray(logits_BV).astype(np.float32, copy=False)
 
     def reorder(self, parents: np.ndarray) -> None:
         """Implement `Decoder`."""
@@ -142,15 +142,17 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
 
 
 def _compiled_by_jax(model: GPTJ, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the step, compiled with the weights as arguments: JAX would copy what it closes
-    over."""
+    """Return the step, compiled with the present weights as arguments: JAX would copy what it
+    closes over."""
     import jax
 
     variables = model.variables
+    # Looked up once: asking hundreds of variables takes as long as a GPU takes for a small token.
+    values = [v.value for v in variables]
 
     def of_weights(weights: list[Any], *arguments: Any) -> Any:
         with keras.StatelessScope(list(zip(variables, weights, strict=True))):
             return step(*arguments)
 
     run = jax.jit(of_weights, donate_argnums=4)  # the caches
-    return lambda *arguments: run([v.value for v in variables], *arguments)
+    return lambda *arguments: run(values, *arguments)

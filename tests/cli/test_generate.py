@@ -564,3 +564,19 @@ def test_the_json_object_is_json_for_every_number(capfd: pytest.CaptureFixture[s
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"])))
 def test_letters_stay_as_they_are(text: str):
     assert visible(text) == text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_in_16_bits(dtype: str, model: Path, gptj):
+    """The probabilities are those of float32, rounded; a streamed model has no such choice."""
+    asked = ("generate", "--model", model, "--ids", "7,3,9", "--max-new-tokens", 1, "--json",
+             "--logprobs")  # fmt: skip
+    wide = gptj(*asked, "--dtype", "float32").json
+    assert wide == gptj(*asked).json | {k: wide[k] for k in ("seconds", "peak_rss_bytes")}
+    narrow = gptj(*asked, "--dtype", dtype)
+    assert narrow.code == 0, narrow.stderr
+    assert narrow.json["logprobs"] == pytest.approx(wide["logprobs"], abs=0.1)
+    assert narrow.json["logprobs"] != wide["logprobs"]
+    refused = gptj(*asked, "--dtype", dtype, "--execution", "streaming")
+    assert refused.code == 2
+    assert "--dtype is of a model in memory" in refused.stderr

@@ -108,6 +108,11 @@ class ShardedExecutor(Executor):
         )
 
     @property
+    def arrays(self) -> tuple[DeviceArrays, DeviceArrays]:
+        """Weights on the devices: stacks with a trained row, and all others."""
+        return self._weights, self._others
+
+    @property
     def placement(self) -> str:
         """Where weights and slots are, read from the arrays themselves."""
         held = Counter[Any]()
