@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ class Failed(Exception):
 
 
 class Shell:
-    """Runs programs in a folder of its own, within the time of a stage.
+    """Runs programs, one at a time, within the time of a stage.
 
     Args:
         folder: current folder of the programs.
@@ -50,38 +51,64 @@ class Shell:
         self.folder = folder
         self.until = 0.0
         self._log = log
+        self._running: subprocess.Popen[str] | None = None
+        self._stopped = 0
 
-    def __call__(self, *command: object, **environment: str) -> str:
+    def __call__(
+        self, *command: object, folder: Path | None = None, memory: str | None = None
+    ) -> str:
         """Run a program and return its stdout.
+
+        Args:
+            command: the program and its arguments.
+            folder: its current folder; None means that of the shell.
+            memory: share of the GPU's memory that JAX takes at once; None means that it takes what
+                it needs.
 
         Raises:
             Failed: it exits with another code than 0 or 3, or the time is over.
+            SystemExit: this program was told to stop.
         """
         words = [str(word) for word in command]
         self._log.write(f"\n$ {' '.join(words)}\n".encode())
         self._log.flush()
         begun = self._log.tell()
+        taken = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if memory:
+            taken = {"XLA_PYTHON_CLIENT_MEM_FRACTION": memory}
         process = subprocess.Popen(
-            words, cwd=self.folder, env=os.environ | environment, stdin=subprocess.DEVNULL,
+            words, cwd=folder or self.folder, env=os.environ | taken, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True,
         )  # fmt: skip
+        self._running = process
+        if self._stopped:  # while it was started
+            _kill(process)
         try:
             out, _ = process.communicate(timeout=max(0.1, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
+            _kill(process)
+            process.communicate()
             raise Failed("exceeded its time limit") from None
         finally:
-            if process.poll() is None:  # out of time, or this program is told to stop
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            self._running = None
+        if self._stopped:
+            sys.exit(128 + self._stopped)
         self._log.write(out.encode())
         self._log.flush()
         if process.returncode not in (0, 3):  # 3 is a mismatch, which the JSON object describes
             raise Failed(f"exit code {process.returncode}: {self._last_line(begun)}")
         return out
 
-    def json(self, *command: object, **environment: str) -> dict[str, Any]:
+    def stop(self, number: int, frame: Any) -> None:
+        """End the program that is running, and then this one; a handler of signals."""
+        del frame
+        self._stopped = number
+        if self._running:
+            _kill(self._running)
+
+    def json(self, *command: object, **options: Any) -> dict[str, Any]:
         """Run a program whose last line of stdout is a JSON object, and return that."""
-        lines = self(*command, **environment).strip().splitlines()
+        lines = self(*command, **options).strip().splitlines()
         if not lines:
             raise Failed("printed nothing")
         return json.loads(lines[-1])
@@ -91,6 +118,12 @@ class Shell:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error:") or "Error" in line]
         return (errors or lines or [""])[-1][:300]
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a program and what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +160,9 @@ def golden_run(shell: Shell) -> dict[str, Any]:
     """Repeat a recorded run of the reference, and compare the losses of its 20 steps."""
     folder = shell.folder / "golden"
     shutil.copytree(KIT / "tests/golden_runs/adamw", folder)
-    there = Shell(folder, shell._log)
-    there.until = shell.until
     options = ("--backend", "jax", "--set", "runconfig.mesh=[1,1]", "--quiet")
-    there(*GPTJ, "train", "--init-from", "hf", "--params", "params.yaml", *options)
+    start = ("--init-from", "hf", "--params", "params.yaml")
+    shell(*GPTJ, "train", *start, *options, folder=folder)
     recorded = json.loads((folder / "reference.json").read_text())["summaries"]["loss"]
     lines = (folder / "model_dir/metrics.jsonl").read_text().splitlines()
     losses = {str(row["step"]): row["loss"] for row in map(json.loads, lines) if "loss" in row}
@@ -143,7 +175,7 @@ def golden_run(shell: Shell) -> dict[str, Any]:
 
 def measured(side: str, options: Sequence[str], shell: Shell) -> dict[str, Any]:
     """Measure one side; see benchmarks/accelerator.py."""
-    return shell.json(*MEASURE, side, *options, XLA_PYTHON_CLIENT_MEM_FRACTION="0.94")
+    return shell.json(*MEASURE, side, *options, memory="0.94")
 
 
 def stages(tiny: bool) -> list[Stage]:
@@ -203,12 +235,8 @@ PROOFS = (
 
 def table(results: Results) -> str:
     """Return the results as Markdown."""
-    lines = [
-        "| | gptj on JAX | PyTorch, transformers | ratio | aims |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for title, name in PROOFS:
-        lines.append(f"| {title} | {_proof(results.get(name))} | | | |")
+    rows = [("", "gptj on JAX", "PyTorch, transformers", "ratio", "aims"), ("---",) * 5]
+    rows += [(title, _proof(results.get(name)), "", "", "") for title, name in PROOFS]
     for title, ours, peer, aims in ROWS:
         a, b = results.get(ours), results.get(peer)
         ratio = None
@@ -217,8 +245,8 @@ def table(results: Results) -> str:
         figures = (a or {}) | {"ratio": ratio}
         verdicts = "; ".join(f"{aim.text}: {_verdict(figures.get(aim.key), aim)}" for aim in aims)
         shown = "" if ratio is None else f"{ratio:.2f}"
-        lines.append(f"| {title} | {_figures(a)} | {_figures(b)} | {shown} | {verdicts} |")
-    return "\n".join(lines) + "\n"
+        rows.append((title, _figures(a), _figures(b), shown, verdicts))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _verdict(value: float | None, aim: Aim) -> str:
@@ -278,7 +306,6 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = [s for s in stages(options.tiny) if not options.only or s.name in options.only]
     begun, results = time.monotonic(), Results()
@@ -287,12 +314,14 @@ def main() -> int:
         (options.out / "log.txt").open("wb+") as log,
     ):
         shell = Shell(Path(folder), log)
+        signal.signal(signal.SIGTERM, shell.stop)
+        signal.signal(signal.SIGINT, shell.stop)
         for stage in chosen:
             started = time.monotonic()
             left = options.seconds - (started - begun)
             shell.until = started + min(stage.seconds, left)
             try:
-                if left < 5:
+                if left < 1:
                     raise Failed("no time is left")
                 found = stage.run(shell)
             except Failed as e:

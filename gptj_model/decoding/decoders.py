@@ -59,9 +59,8 @@ class ResidentDecoder:
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
     ) -> np.ndarray:
         """Implement `Decoder`."""
-        start = ops.convert_to_tensor(self._start, dtype="int32")
-        given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
-        logits_BV, self._caches = self._step(*given, self._caches, start)
+        start = np.int32(self._start)
+        logits_BV, self._caches = self._step(ids_BT, positions_BT, visible_BS, self._caches, start)
         self._start += ids_BT.shape[1]
         return np.asarray(logits_BV).astype(np.float32, copy=False)
 
@@ -113,7 +112,8 @@ def _reorder(caches: list[Cache], parents: np.ndarray) -> None:
 
 
 def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
-    """Return one decoding step, compiled: logits (B, V) of the last token, and caches."""
+    """Return one decoding step, compiled: from numpy arrays, caches and the number of tokens in
+    them to logits (B, V) of the last token, and caches."""
 
     def step(
         ids_BT: Tensor,
@@ -135,8 +135,17 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
     # For a single token, launching the operations one by one takes a third of the time.
     of_one = tf.function(step, jit_compile=True)
 
-    def compiled(ids_BT: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
-        return (of_one if ids_BT.shape == (1, 1) else plain)(ids_BT, *rest)
+    def compiled(
+        ids_BT: np.ndarray,
+        positions_BT: np.ndarray,
+        visible_BS: np.ndarray,
+        caches: list[Cache],
+        start: np.int32,
+    ) -> tuple[Tensor, Any]:
+        given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
+        # A number would be a constant of the program.
+        place = ops.convert_to_tensor(start, dtype="int32")
+        return (of_one if ids_BT.shape == (1, 1) else plain)(*given, caches, place)
 
     return compiled
 
