@@ -108,6 +108,8 @@ def train(shape: Shape, notes: Notes) -> Iterator[Any]:
         "moments": params.optimizer.moments_dtype,
     }
     executor = ShardedExecutor(shape.config, params, Path("unused"))
+    if shape.flash:
+        notes["flash_difference"] = f"{furthest(shape, params):.1e}"
     fill(executor)
     for step in range(shape.steps + 1):
         ids = shape.ids(step)
@@ -146,6 +148,14 @@ def params_of(shape: Shape) -> Any:
     elif memory_of_gpu() < 20 * footprint.parameters(config):
         values["optimizer"]["moments_dtype"] = "bfloat16"
     return validate(values, {}, where="benchmark")
+
+
+def furthest(shape: Shape, params: Any) -> float:
+    """Return the figure that `golden.tolerances.FLASH_ATTENTION` limits, on this device."""
+    from gptj_model.network.flash_attention import flash_attention
+    from runner.evaluation.flash_attention import prove
+
+    return max(prove(shape.config, params, flash_attention(shape.config)).values())
 
 
 def fill(executor: Any) -> None:
@@ -323,7 +333,8 @@ def generate(shape: Shape, notes: Notes) -> Iterator[float]:
     framework.prepare(backend="jax")
     import jax
 
-    from gptj_model.decoding.generation import Generator
+    from gptj_model.decoding.decoders import compiled_step
+    from gptj_model.decoding.generation import CACHE_STEP, Generator
     from gptj_model.decoding.options import GenerationOptions
     from gptj_model.network.model import GPTJ
 
@@ -347,6 +358,25 @@ def generate(shape: Shape, notes: Notes) -> Iterator[float]:
     for _ in generator.stream(prompt, options):
         yield time.perf_counter() - begun
         begun = time.perf_counter()
+    length = -(-(len(prompt) + shape.new) // CACHE_STEP) * CACHE_STEP
+    rate = unawaited(compiled_step(model), model.empty_caches(1, length), length)
+    notes["unawaited_tokens_per_second"] = f"{rate:.1f}"
+
+
+def unawaited(step: Any, caches: Any, length: int, tokens: int = 32) -> float:
+    """Return the tokens per second of steps that do not wait for one another's logits: what the
+    device alone allows, where `Generator` chooses each token on the processor."""
+    import jax
+
+    ids, visible = np.zeros((1, 1), np.int32), np.ones((1, length), bool)
+    begun = 0.0
+    for n in range(tokens + 1):
+        if n == 1:  # the first one compiles
+            jax.block_until_ready(caches)
+            begun = time.perf_counter()
+        logits, caches = step(ids, np.full((1, 1), n, np.int32), visible, caches, np.int32(n))
+    jax.block_until_ready((logits, caches))
+    return tokens / (time.perf_counter() - begun)
 
 
 def generate_peer(shape: Shape, notes: Notes) -> Iterator[float]:

@@ -73,11 +73,13 @@ class Shell:
         self._log.write(f"\n$ {' '.join(words)}\n".encode())
         self._log.flush()
         begun = self._log.tell()
-        taken = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        set_here = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if memory:
-            taken = {"XLA_PYTHON_CLIENT_MEM_FRACTION": memory}
+            set_here = {"XLA_PYTHON_CLIENT_MEM_FRACTION": memory}
+        # What one program has compiled, another one need not.
+        set_here["JAX_COMPILATION_CACHE_DIR"] = str(self.folder / "compiled")
         process = subprocess.Popen(
-            words, cwd=folder or self.folder, env=os.environ | taken, stdin=subprocess.DEVNULL,
+            words, cwd=folder or self.folder, env=os.environ | set_here, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True,
         )  # fmt: skip
         self._running = process
@@ -278,9 +280,13 @@ def _figures(found: dict[str, Any] | None) -> str:
         parts.append(f"{found['seconds_per_step']:.3f} s for {size} tokens")
         parts.append(f"first step {found['first_step_seconds']:.0f} s")
     else:
-        parts.append(f"first of {found['prompt']} + {found['new']} tokens"
-                     f" {found['first_token_seconds'] * 1e3:.0f} ms")  # fmt: skip
+        first = f"{found['first_token_seconds'] * 1e3:.0f} ms"
+        parts.append(f"first of {found['prompt']} + {found['new']} tokens {first}")
+        if "unawaited_tokens_per_second" in found:
+            parts.append(f"{found['unawaited_tokens_per_second']} without choosing tokens")
     parts.append(f"{found['attention']} attention, {found['weights']} weights")
+    if "flash_difference" in found:
+        parts.append(f"kernel within {found['flash_difference']} of the plain product")
     if found.get("peak_bytes"):
         parts.append(f"{found['peak_bytes'] / 1e9:.1f} GB")
     return _cell(", ".join(parts))

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -42,31 +42,57 @@ class Decoder(Protocol):
         ...
 
 
+class _Ahead(NamedTuple):
+    """A step that was started before its tokens were known for certain."""
+
+    ids_B1: Tensor
+    """The tokens it takes: the most likely ones."""
+    logits_BV: Tensor
+
+
 class ResidentDecoder:
     """Decoder of a model in memory.
 
     Args:
         step: the compiled decoding step of the model.
         caches: empty caches, one per block.
+        ahead: whether to start each step of a single token with the most likely ones before the
+            logits that they follow from are read, so that an accelerator does not wait for them.
+            Results are the same: a step whose tokens turn out to be others is repeated.
     """
 
-    def __init__(self, step: Any, caches: list[Cache]) -> None:
+    def __init__(self, step: Any, caches: list[Cache], *, ahead: bool = False) -> None:
         self._step = step
         self._caches = caches
         self._start = 0
+        self._looks_ahead = ahead
+        self._ahead: _Ahead | None = None
 
     def __call__(
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
     ) -> np.ndarray:
         """Implement `Decoder`."""
-        start = np.int32(self._start)
-        logits_BV, self._caches = self._step(ids_BT, positions_BT, visible_BS, self._caches, start)
+        ahead, self._ahead = self._ahead, None
+        if ahead and np.array_equal(np.asarray(ahead.ids_B1), ids_BT):
+            logits_BV = ahead.logits_BV
+        else:  # keys and values of a step with other tokens are overwritten
+            logits_BV = self._run(ids_BT, positions_BT, visible_BS)
         self._start += ids_BT.shape[1]
+        if self._looks_ahead and self._start < visible_BS.shape[1]:
+            ids_B1 = ops.argmax(logits_BV, axis=-1, keepdims=True)
+            next_B1 = positions_BT[:, -1:] + np.int32(1)
+            self._ahead = _Ahead(ids_B1, self._run(ids_B1, next_B1, visible_BS))
         return np.asarray(logits_BV).astype(np.float32, copy=False)
 
     def reorder(self, parents: np.ndarray) -> None:
         """Implement `Decoder`."""
+        self._ahead = None
         _reorder(self._caches, parents)
+
+    def _run(self, ids_BT: Tensor, positions_BT: np.ndarray, visible_BS: np.ndarray) -> Tensor:
+        start = np.int32(self._start)
+        logits_BV, self._caches = self._step(ids_BT, positions_BT, visible_BS, self._caches, start)
+        return logits_BV
 
 
 class StreamedDecoder:
