@@ -198,11 +198,13 @@ def train_peer(shape: Shape, notes: Notes) -> Iterator[Any]:
         except BaseException as e:
             done.put(e)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run)
+    thread.start()
     for _ in range(shape.steps + 1):
         if isinstance(found := done.get(), BaseException):
             raise found
         yield found
+    thread.join()
 
 
 def _trainer(shape: Shape, notes: Notes, report: Callable[[Any], None]) -> Any:

@@ -107,11 +107,11 @@ class Generator:
             ids = np.zeros(B * K, np.int32)
             chosen = own.copy()
             for n, search in enumerate(searches):
+                at = slice(n * K, (n + 1) * K)
                 if not search.done:
-                    at = slice(n * K, (n + 1) * K)
                     ids[at], within = search.step(logits_BV[at])
                     chosen[at] = n * K + within
-                else:  # no matter which: those that a decoder expects which looks ahead
+                else:  # any would do; a decoder that looks ahead expects these
                     ids[at] = logits_BV[at].argmax(axis=-1)
             yield
             if all(search.done for search in searches):
