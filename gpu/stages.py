@@ -192,7 +192,7 @@ def stages(tiny: bool) -> list[Stage]:
         "--preset", "6b", "--set", "n_layer=2", "--set", "vocab_size=4096", "--dtype", "float16",
     )  # fmt: skip
     return [
-        Stage("verify tiny", 60, partial(verify, proof, "all")),
+        Stage("verify tiny", 90, partial(verify, proof, "all")),
         Stage("golden run", 50, golden_run),
         Stage("train flash", 110, partial(measured, "train", (*of_6b, "--flash"))),
         Stage("train peer", 90, partial(measured, "train-peer", of_6b)),
