@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test test-full test-gpu test-cs mutation coverage docs pictures site bench clean
+.PHONY: setup demo check test test-full test-gpu gpu-kit test-cs mutation coverage docs pictures site bench clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,11 @@ test-gpu:
 	$(GPU_VENV)/bin/$(INSTALL) --requirement $(GPU_VENV)/gpu.lock
 	$(GPU_VENV)/bin/$(INSTALL) --no-deps --no-build-isolation --editable .
 	$(GPU_VENV)/bin/pytest -m gpu -rs
+
+# What a GPU machine without a network needs to prove and measure all of it (docs/benchmarks.md, On a
+# GPU): build/gpu-kit, at most 60 MiB; there, `bash build/gpu-kit/gpu/run.sh`.
+gpu-kit: setup
+	$(BIN)/python gpu/kit.py build/gpu-kit
 
 # The CS client itself, in a virtual environment of its own: it pins an old torch, about 6 GB.
 CS_VENV := .venv-cs

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -32,7 +32,7 @@ class Decoder(Protocol):
             visible_BS: False at tokens that none may attend to, S being the cache's length.
 
         Returns:
-            Logits (B, V) of the next tokens.
+            Logits (B, V) of the next tokens, float32.
         """
         ...
 
@@ -42,32 +42,57 @@ class Decoder(Protocol):
         ...
 
 
+class _Ahead(NamedTuple):
+    """A step that was started before its tokens were known for certain."""
+
+    ids_B1: Tensor
+    """The tokens it takes: the most likely ones."""
+    logits_BV: Tensor
+
+
 class ResidentDecoder:
     """Decoder of a model in memory.
 
     Args:
         step: the compiled decoding step of the model.
         caches: empty caches, one per block.
+        ahead: whether to start each step of a single token with the most likely ones before the
+            logits that they follow from are read, so that an accelerator does not wait for them.
+            Results are the same: a step whose tokens turn out to be others is repeated.
     """
 
-    def __init__(self, step: Any, caches: list[Cache]) -> None:
+    def __init__(self, step: Any, caches: list[Cache], *, ahead: bool = False) -> None:
         self._step = step
         self._caches = caches
         self._start = 0
+        self._looks_ahead = ahead
+        self._ahead: _Ahead | None = None
 
     def __call__(
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, visible_BS: np.ndarray
     ) -> np.ndarray:
         """Implement `Decoder`."""
-        start = ops.convert_to_tensor(self._start, dtype="int32")
-        given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
-        logits_BV, self._caches = self._step(*given, self._caches, start)
+        ahead, self._ahead = self._ahead, None
+        if ahead and np.array_equal(np.asarray(ahead.ids_B1), ids_BT):
+            logits_BV = ahead.logits_BV
+        else:  # keys and values of a step with other tokens are overwritten
+            logits_BV = self._run(ids_BT, positions_BT, visible_BS)
         self._start += ids_BT.shape[1]
-        return np.asarray(logits_BV)
+        if self._looks_ahead and self._start < visible_BS.shape[1]:
+            ids_B1 = ops.argmax(logits_BV, axis=-1, keepdims=True)
+            next_B1 = positions_BT[:, -1:] + np.int32(1)
+            self._ahead = _Ahead(ids_B1, self._run(ids_B1, next_B1, visible_BS))
+        return np.asarray(logits_BV).astype(np.float32, copy=False)
 
     def reorder(self, parents: np.ndarray) -> None:
         """Implement `Decoder`."""
+        self._ahead = None
         _reorder(self._caches, parents)
+
+    def _run(self, ids_BT: Tensor, positions_BT: np.ndarray, visible_BS: np.ndarray) -> Tensor:
+        start = np.int32(self._start)
+        logits_BV, self._caches = self._step(ids_BT, positions_BT, visible_BS, self._caches, start)
+        return logits_BV
 
 
 class StreamedDecoder:
@@ -113,7 +138,8 @@ def _reorder(caches: list[Cache], parents: np.ndarray) -> None:
 
 
 def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
-    """Return one decoding step, compiled: logits (B, V) of the last token, and caches."""
+    """Return one decoding step, compiled: from numpy arrays, caches and the number of tokens in
+    them to logits (B, V) of the last token, and caches."""
 
     def step(
         ids_BT: Tensor,
@@ -135,22 +161,33 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
     # For a single token, launching the operations one by one takes a third of the time.
     of_one = tf.function(step, jit_compile=True)
 
-    def compiled(ids_BT: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
-        return (of_one if ids_BT.shape == (1, 1) else plain)(ids_BT, *rest)
+    def compiled(
+        ids_BT: np.ndarray,
+        positions_BT: np.ndarray,
+        visible_BS: np.ndarray,
+        caches: list[Cache],
+        start: np.int32,
+    ) -> tuple[Tensor, Any]:
+        given = map(ops.convert_to_tensor, (ids_BT, positions_BT, visible_BS))
+        # A number would be a constant of the program.
+        place = ops.convert_to_tensor(start, dtype="int32")
+        return (of_one if ids_BT.shape == (1, 1) else plain)(*given, caches, place)
 
     return compiled
 
 
 def _compiled_by_jax(model: GPTJ, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the step, compiled with the weights as arguments: JAX would copy what it closes
-    over."""
+    """Return the step, compiled with the present weights as arguments: JAX would copy what it
+    closes over."""
     import jax
 
     variables = model.variables
+    # Looked up once: asking hundreds of variables takes as long as a GPU takes for a small token.
+    values = [v.value for v in variables]
 
     def of_weights(weights: list[Any], *arguments: Any) -> Any:
         with keras.StatelessScope(list(zip(variables, weights, strict=True))):
             return step(*arguments)
 
     run = jax.jit(of_weights, donate_argnums=4)  # the caches
-    return lambda *arguments: run([v.value for v in variables], *arguments)
+    return lambda *arguments: run(values, *arguments)

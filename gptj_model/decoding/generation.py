@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import keras
 import numpy as np
 
 from gptj_model.decoding.decoders import (
@@ -96,7 +97,7 @@ class Generator:
         ids_BT = np.zeros((B, T), np.int32)
         for row, prompt in zip(ids_BT, prompts, strict=True):
             row[T - len(prompt) :] = prompt
-        decoder = self._decoder(B, S)
+        decoder = self._decoder(B, S, options)
         logits_BV = _read(decoder, ids_BT, 0, padding_B1, S)
         # Every prompt is read once, and then branches into its sequences.
         own = np.arange(B * K)
@@ -106,10 +107,12 @@ class Generator:
             ids = np.zeros(B * K, np.int32)
             chosen = own.copy()
             for n, search in enumerate(searches):
+                at = slice(n * K, (n + 1) * K)
                 if not search.done:
-                    at = slice(n * K, (n + 1) * K)
                     ids[at], within = search.step(logits_BV[at])
                     chosen[at] = n * K + within
+                else:  # any would do; a decoder that looks ahead expects these
+                    ids[at] = logits_BV[at].argmax(axis=-1)
             yield
             if all(search.done for search in searches):
                 return
@@ -145,10 +148,13 @@ class Generator:
                 searches.append(Independent(task, randoms))
         return searches
 
-    def _decoder(self, batch: int, length: int) -> Decoder:
+    def _decoder(self, batch: int, length: int, options: GenerationOptions) -> Decoder:
         if isinstance(self._model, StreamedModel):
             return StreamedDecoder(self._model, batch, length)
-        return ResidentDecoder(self._step, self._model.empty_caches(batch, length))
+        caches = self._model.empty_caches(batch, length)
+        # TensorFlow's programs wait for their result anyway.
+        ahead = keras.backend.backend() == "jax" and options.takes_the_most_likely
+        return ResidentDecoder(self._step, caches, ahead=ahead)
 
 
 def _read(

@@ -59,6 +59,12 @@ class GenerationOptions:
         """Number of sequences that the model computes for each prompt."""
         return max(self.num_beams, self.num_return_sequences)
 
+    @property
+    def takes_the_most_likely(self) -> bool:
+        """Whether each token is that of the largest logit, but where a text may not end yet."""
+        altered = self.temperature or self.no_repeat_ngram_size or self.repetition_penalty != 1
+        return not altered and self.num_beams == 1
+
     def most(self, prompt: int, config: GPTJConfig) -> int:
         """Return the largest number of new tokens of a prompt of this length."""
         if self.max_new_tokens is not None:

@@ -11,6 +11,7 @@ H heads, K features of a head, R rotated features.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -43,6 +44,10 @@ class Context(NamedTuple):
 
 #: Keys (float32) and values (compute dtype) of one block, each (B, H, S, K).
 Cache = tuple[Tensor, Tensor]
+
+#: From rotated queries and keys (float32) and values (compute dtype) of whole sequences without
+#: padding on the left, each (B, T, H, K), to the values that each query attends to, likewise.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Dropout(keras.layers.Layer):
@@ -77,6 +82,9 @@ class Attention(keras.layers.Layer):
     def __init__(self, config: GPTJConfig, seeds: keras.random.SeedGenerator, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)  # angles and mask stay in float32
         self.config = config
+        self.attend: Attend | None = None
+        """Kernel in place of `mix`, for training and evaluation alone: it knows neither a cache nor
+        a mask. See `gptj_model.network.flash_attention`."""
 
         def projection(name: str) -> Dense:
             return dense(config.n_embd, name, self.dtype_policy, use_bias=False)
@@ -105,6 +113,25 @@ class Attention(keras.layers.Layer):
         # Rotation, scores and softmax stay in float32 whatever the compute dtype.
         q_BTHK = rotate(ops.cast(q_BTHK, "float32"), context.sin_BTR2, context.cos_BTR2)
         k_BTHK = rotate(ops.cast(k_BTHK, "float32"), context.sin_BTR2, context.cos_BTR2)
+        if self.attend is None:
+            mixed_BTHK, cache = self.mix(q_BTHK, k_BTHK, v_BTHK, context, cache, training)
+        else:
+            assert cache is None, "the kernel attends to whole sequences"
+            mixed_BTHK = self.attend(q_BTHK, k_BTHK, v_BTHK)
+        mixed_BTD = ops.reshape(mixed_BTHK, ops.shape(h_BTD))
+        attended_BTD = observe("out_proj", self.out_proj(observe("attention", mixed_BTD)))
+        return self.drop_residual(attended_BTD, training=training), cache
+
+    def mix(
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHK: Tensor,
+        context: Context,
+        cache: Cache | None,
+        training: bool,
+    ) -> tuple[Tensor, Cache | None]:
+        """Return the values (B, T, H, K) that each query attends to, and the cache."""
         q_BHTK, k_BHSK, v_BHSK = (ops.transpose(x, (0, 2, 1, 3)) for x in (q_BTHK, k_BTHK, v_BTHK))
         observe("rotary_q", q_BHTK)
         observe("rotary_k", k_BHSK)
@@ -120,9 +147,7 @@ class Attention(keras.layers.Layer):
         probabilities_BHTS = ops.cast(probabilities_BHTS, v_BHSK.dtype)
         probabilities_BHTS = self.drop_probabilities(probabilities_BHTS, training=training)
         mixed_BHTK = ops.matmul(probabilities_BHTS, v_BHSK)
-        mixed_BTD = ops.reshape(ops.transpose(mixed_BHTK, (0, 2, 1, 3)), ops.shape(h_BTD))
-        attended_BTD = observe("out_proj", self.out_proj(observe("attention", mixed_BTD)))
-        return self.drop_residual(attended_BTD, training=training), cache
+        return ops.transpose(mixed_BHTK, (0, 2, 1, 3)), cache
 
 
 class FeedForward(keras.layers.Layer):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 
+import keras
 from keras import ops
 
 from gptj_model.network.array_type import Tensor
@@ -21,10 +23,22 @@ def matmul(x: Tensor, kernel_IO: Tensor) -> Tensor:
     that, generation of one sequence on 2 cores with AVX-512 ran at 0.84 × the rate of transformers
     instead of 1.03 × (`benchmarks/generation.py`).
     """
-    parts = math.gcd(os.cpu_count() or 1, x.shape[-1])
+    parts = math.gcd(_cores(), x.shape[-1])
     if parts == 1 or any(n != 1 for n in x.shape[:-1]):
         return ops.matmul(x, kernel_IO)
     x_P1R = ops.reshape(x, (parts, 1, -1))
     kernel_PRO = ops.reshape(kernel_IO, (parts, -1, kernel_IO.shape[1]))
     y_1O = ops.sum(ops.matmul(x_P1R, kernel_PRO), axis=0)
     return ops.reshape(y_1O, (*x.shape[:-1], -1))
+
+
+@cache
+def _cores() -> int:
+    """Return the number of cores that multiply; 1 on JAX's accelerators, whose libraries divide a
+    product themselves."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.default_backend() != "cpu":
+            return 1
+    return os.cpu_count() or 1

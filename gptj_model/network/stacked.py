@@ -21,6 +21,7 @@ import keras
 from gptj_model.config import GPTJConfig
 from gptj_model.lora import Lora
 from gptj_model.network.array_type import Tensor as Array
+from gptj_model.network.layers import Attend
 from gptj_model.network.loss import TokenLoss, head_loss
 from gptj_model.network.model import GPTJ
 from gptj_model.network.weights import assigned_variables, enable_lora
@@ -59,6 +60,7 @@ class StackedModel:
         lora: adapter beside the weights, or None.
         devices: number of devices that share a batch; see `head_loss`.
         constrain: places hidden states (B, T, D) on the devices.
+        attend: attention in place of the plain product; see `flash_attention`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class StackedModel:
         lora: Lora | None = None,
         devices: int = 1,
         constrain: Callable[[Array], Array] = lambda x_BTD: x_BTD,
+        attend: Attend | None = None,
     ) -> None:
         self.config = config
         self._recompute = recompute
@@ -79,6 +82,7 @@ class StackedModel:
         with keras.StatelessScope(initialize_variables=False):
             self._model = GPTJ(one, dtype=dtype)
             added = enable_lora(self._model, lora, 0) if lora else {}
+        self._model.blocks[0].attn.attend = attend
         rows = {t.hf: t for t in table(one)}
         found = assigned_variables(self._model, rows, prefix=self._model.name)
         named = {stack_name(rows[hf]): variable for hf, variable in found.items()}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from gptj_convert.options import DTYPES
 from runner.cli.shared.command import command
 from runner.cli.shared.errors import Terminated
 from runner.cli.shared.memory_budget import Load, MemoryBudget, execution_within, memory_option
@@ -175,6 +176,12 @@ choice_options = options(
     help="Add the log-probability of every new token to the JSON object, by the logits before any "
     "option alters them.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Dtype of the weights in memory and of the products; 16 bits take half the memory, and "
+    "round.  [default: float32]",
+)
 @execution_option
 @backend_option
 @memory_option
@@ -190,6 +197,7 @@ def generate(
     truncate: bool,
     seed: int,
     logprobs: bool,
+    dtype: str | None,
     execution: str | None,
     backend: str | None,
     memory: int | None,
@@ -213,6 +221,11 @@ def generate(
     folder = path if path.is_dir() else path.parent
     budget = MemoryBudget(output, memory)
     way = execution_within(memory, execution, lambda: stated_execution(folder))
+    if dtype and way == Execution.STREAMING:
+        raise click.UsageError(
+            f"--dtype is of a model in memory, and the execution is {way}, which computes in "
+            f"float32: leave it out, or add --execution {Execution.RESIDENT}"
+        )
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         defaults = generation_defaults(folder, config)
@@ -238,6 +251,7 @@ def generate(
             ends,
             choices,
             tokenizer,
+            dtype or DTYPES[0],
             backend,
         )
         printed = Printed(
@@ -348,6 +362,7 @@ def _generator(
     ends: Collection[int],
     choices: Choices,
     tokenizer: Tokenizer | None,
+    dtype: str,
     backend: str | None,
 ) -> Generator:
     from runner.cli.shared import framework
@@ -357,7 +372,7 @@ def _generator(
     from runner.evaluation.restore import model_of
     from runner.generation.stop_strings import StopStrings
 
-    model = model_of(checkpoint, keep=keep)
+    model = model_of(checkpoint, keep=keep, dtype=dtype)
     if tokenizer is None or not choices.stop_strings:
         return Generator(model, stop_at=ends)
     return Generator(model, stop_at=ends, stops=StopStrings(tokenizer, choices.stop_strings))

@@ -218,6 +218,10 @@ class ModelParams(Section):
     loss stay in float32."""
     mixed_precision_dtype: Literal["float16", "bfloat16"] = "float16"
     """Dtype of mixed_precision; bfloat16 needs no loss scale. Not a key of the reference."""
+    flash_attention: bool = False
+    """Whether jax computes attention by cuDNN's fused kernel, which keeps no scores; needs
+    mixed_precision, no attention dropout, and a GPU that has the kernel. Not a key of the
+    reference."""
     recompute: bool = False
     """Whether to recompute the activations of each block in the backward pass instead of keeping
     them. Not a key of the reference."""

@@ -38,7 +38,10 @@ def load_model(
 
 
 def model_of(
-    checkpoint: Checkpoint, *, keep: Callable[[Checkpoint], Residency] | None
+    checkpoint: Checkpoint,
+    *,
+    keep: Callable[[Checkpoint], Residency] | None,
+    dtype: str = "float32",
 ) -> GPTJ | StreamedModel:
     """Return the model of an open checkpoint, loaded, or read block by block while it is open.
 
@@ -46,30 +49,35 @@ def model_of(
         checkpoint: the checkpoint.
         keep: function that chooses which blocks of a streamed model stay in memory; None loads
             the whole model.
+        dtype: dtype of the weights of a loaded model; a streamed one computes in float32.
 
     Raises:
         GptjError: see `match`.
     """
     if keep is None:
-        return loaded(checkpoint, checkpoint.config)
+        return loaded(checkpoint, checkpoint.config, dtype=dtype)
     match(checkpoint)
     return StreamedModel(
         checkpoint.config, checkpoint.source, checkpoint.scheme, kept=keep(checkpoint)
     )
 
 
-def loaded(checkpoint: Checkpoint, config: GPTJConfig, *, seed: int = 0) -> GPTJ:
+def loaded(
+    checkpoint: Checkpoint, config: GPTJConfig, *, seed: int = 0, dtype: str = "float32"
+) -> GPTJ:
     """Check and load an open checkpoint.
 
     Args:
         checkpoint: the checkpoint.
         config: its configuration, maybe with other dropout rates.
         seed: seed of the dropout masks.
+        dtype: dtype of weights and products: float32, bfloat16 or float16. Softmax, norms and
+            rotary angles are float32 whatever it is.
 
     Raises:
         GptjError: see `match`.
     """
     match(checkpoint)
-    model = GPTJ(config, seed=seed)
+    model = GPTJ(config, seed=seed, dtype=dtype)
     load_weights(model, checkpoint.source, checkpoint.scheme)
     return model

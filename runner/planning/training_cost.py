@@ -12,6 +12,7 @@ from gptj_model.dtypes import NUMPY
 from gptj_model.errors import ConfigError
 from gptj_model.tensors import EMBEDDING, SLOTS, Tensor, block
 from runner.config.execution import Backend, Execution
+from runner.config.flash_attention import check_flash_attention
 from runner.config.params import Params, RunConfig
 from runner.config.trainable import trainable_rows
 from runner.data.reading.place import check_shares
@@ -110,10 +111,11 @@ def check_executor(params: Params, workers: int) -> None:
         workers: number of processes that share each batch.
 
     Raises:
-        ConfigError: `slots_dtype` raises it, several workers would stream the weights, or they
-            cannot share a batch.
+        ConfigError: `slots_dtype` or `check_flash_attention` raises it, several workers would
+            stream the weights, or they cannot share a batch.
     """
     slots_dtype(params)
+    check_flash_attention(params)
     if params.runconfig.backend == Backend.JAX:
         return  # its mesh divides batches, whatever the number of processes
     if workers > 1 and params.runconfig.execution == Execution.STREAMING:

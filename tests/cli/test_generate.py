@@ -564,3 +564,55 @@ def test_the_json_object_is_json_for_every_number(capfd: pytest.CaptureFixture[s
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"])))
 def test_letters_stay_as_they_are(text: str):
     assert visible(text) == text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_in_16_bits(dtype: str, model: Path, gptj):
+    """The probabilities are those of float32, rounded; a streamed model has no such choice."""
+    asked = ("generate", "--model", model, "--ids", "7,3,9", "--max-new-tokens", 1, "--json",
+             "--logprobs")  # fmt: skip
+    wide = gptj(*asked, "--dtype", "float32").json
+    assert wide == gptj(*asked).json | {k: wide[k] for k in ("seconds", "peak_rss_bytes")}
+    narrow = gptj(*asked, "--dtype", dtype)
+    assert narrow.code == 0, narrow.stderr
+    assert narrow.json["logprobs"] == pytest.approx(wide["logprobs"], abs=0.1)
+    assert narrow.json["logprobs"] != wide["logprobs"]
+    refused = gptj(*asked, "--dtype", dtype, "--execution", "streaming")
+    assert refused.code == 2
+    assert "--dtype is of a model in memory" in refused.stderr
+
+
+_ON_JAX = """
+import json, sys
+from runner.cli.root import main
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0
+"""
+
+
+def test_tokens_of_jax_are_those_of_tensorflow(workdir: Path, gptj):
+    """JAX starts steps before it knows their tokens; where it was wrong, it repeats them: at an end
+    that comes too early. Prompts end at different times."""
+    hf = make_checkpoint(workdir / "hf", seed=3)
+    Path("prompts.jsonl").write_text("".join(
+        json.dumps({"ids": ids}) + "\n" for ids in ([1, 2, 3], [5, 6, 7, 8, 9], [4])
+    ))  # fmt: skip
+    base = ["generate", "--model", "hf", "--prompts", "prompts.jsonl", "--max-new-tokens", "20",
+            "--logprobs", "--quiet"]  # fmt: skip
+    free = [json.loads(line)["ids"] for line in gptj(*base).stdout.splitlines()]
+    ends = [free[0][3 + 6], free[1][5 + 11]]
+    settings = json.loads((hf / "generation_config.json").read_text())
+    (hf / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ends}))
+    commands = [base, [*base, "--min-new-tokens", "15"]]
+    expected = [json.loads(line) for one in commands for line in gptj(*one).stdout.splitlines()]
+    assert len({len(row["ids"]) for row in expected[:3]}) > 1
+    lists = [[*one, "--backend", "jax"] for one in commands]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("KERAS_BACKEND", None)
+    command = [sys.executable, "-c", _ON_JAX, json.dumps(lists)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["ids"] for row in found] == [row["ids"] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)

@@ -31,6 +31,7 @@ from runner.config.params import Params
 from runner.config.trainable import model_rows, trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator
+from runner.evaluation.flash_attention import chosen_attention
 from runner.evaluation.sharded import ShardedEvaluator, device_mesh, rows_here, spread
 from runner.training.devices.distribution import Workers
 from runner.training.devices.processes import losses_are_faults
@@ -58,7 +59,8 @@ class ShardedExecutor(Executor):
 
     Raises:
         ConfigError: the mesh does not divide model or batch, or there are too few devices; see also
-            `trainable_rows`.
+            `trainable_rows` and `chosen_attention`.
+        TrainingFault: as `chosen_attention` raises it.
     """
 
     @override
@@ -82,6 +84,7 @@ class ShardedExecutor(Executor):
             constrain=partial(
                 jax.lax.with_sharding_constraint, shardings=self._sharding(BATCH, None, None)
             ),
+            attend=chosen_attention(config, params),
         )
         self._rule = UpdateRule(params.optimizer, jnp)
         self._powers = BetaPowers(params.optimizer)
@@ -109,6 +112,11 @@ class ShardedExecutor(Executor):
                 whole,
             ),
         )
+
+    @property
+    def arrays(self) -> tuple[DeviceArrays, DeviceArrays]:
+        """Weights on the devices: stacks with a trained row, and all others."""
+        return self._weights, self._others
 
     @property
     def placement(self) -> str:

@@ -25,7 +25,13 @@ LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 
 #: Parameters that a resumed run may change: how long and how often, not what is computed.
-_FREE = ("runconfig", "eval_input", "model.recompute", "optimizer.log_hists")
+_FREE = (
+    "runconfig",
+    "eval_input",
+    "model.flash_attention",
+    "model.recompute",
+    "optimizer.log_hists",
+)
 #: Number of batches that a run skips at its start; when it resumes, its place in the data counts.
 _SKIPPED = "train_input.skip_steps"
 #: Parameters that bind a run: dropout masks differ from worker to worker.
