@@ -66,7 +66,8 @@ RULES = OptionRules(
         ),
         "--task summarization": (
             "--data", "--beams", "--max-new-tokens", "--min-new-tokens", "--limit",
-            "--truncate-article", "--summaries",
+            "--truncate-article", "--summaries", "--article-column", "--summary-column",
+            "--template", "--preset", "--batch-size",
         ),
         _LM_EVAL: (
             "--include-path", "--num-fewshot", "--limit", "--batch-size", "--work-dir",
@@ -120,29 +121,25 @@ RULES = OptionRules(
     type=COUNT,
     default=4,
     show_default=True,
-    help="Number of windows of a text, or of requests of the harness, per forward pass.",
+    help="Number of windows of a text, of summaries, or of requests of the harness, that are "
+    "computed together.",
 )
 @click.option(
     "--beams",
     type=click.IntRange(min=1, max=64),
     multiple=True,
-    default=[1, 4],
-    show_default=True,
-    help="Number of beams of the search, 1 for greedy decoding; can be given several times.",
+    help="Number of beams of the search, 1 for greedy decoding; can be given several times.  "
+    "[default: 1 and 4, or as the preset says]",
 )
 @click.option(
     "--max-new-tokens",
     type=COUNT,
-    default=128,
-    show_default=True,
-    help="Largest number of tokens in a summary.",
+    help="Largest number of tokens in a summary.  [default: 128]",
 )
 @click.option(
     "--min-new-tokens",
     type=COUNT_OR_ZERO,
-    default=0,
-    show_default=True,
-    help="Smallest number of tokens in a summary.",
+    help="Smallest number of tokens in a summary.  [default: 0, or as the preset says]",
 )
 @click.option(
     "--limit",
@@ -158,6 +155,29 @@ RULES = OptionRules(
     type=PATH,
     metavar="FILE",
     help="Also write every summary beside the expected one, as JSON lines.",
+)
+@click.option(
+    "--article-column",
+    metavar="NAME",
+    help="Key or column that holds the article.  [default: article, or as the preset says]",
+)
+@click.option(
+    "--summary-column",
+    metavar="NAME",
+    help="Key or column that holds the summary.  [default: abstract, highlights or summary]",
+)
+@click.option(
+    "--template",
+    metavar="NAME|FILE|DIR",
+    help="Render each article as `gptj data instruct` renders records, up to the completion: with "
+    "alpaca, dolly, plain, plain-chat, chat (the tokenizer's own), a Jinja file, or the template "
+    "of the records in a folder.  [default: as in `gptj data summarization`]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["mlperf"]),
+    help="Data format, prompt and settings of a benchmark: mlperf is that of MLPerf Inference for "
+    "GPT-J on CNN/DailyMail. Options that are given win.",
 )
 @click.option(
     "--include-path",
@@ -215,9 +235,10 @@ def evaluate(
     if task != "records":
         framework.prepare(backend=backend)
     if task == "summarization":
-        from runner.cli.evaluation.summaries import evaluate_summaries
+        from runner.cli.evaluation import summaries
 
-        return evaluate_summaries(output, model, sources, limit=limit, **generation)
+        of_summaries = summaries.Asked(limit=limit, batch_size=batch_size, **generation)
+        return summaries.evaluate_summaries(output, model, sources, of_summaries)
     budget = MemoryBudget(output, memory)
     way = execution_within(memory, execution, lambda: Execution.RESIDENT)
     if task.startswith(PREFIX):
