@@ -194,7 +194,7 @@ def test_every_answer_is_that_of_the_harness_own_model(
                 assert found[name] == pytest.approx(value, rel=ROUNDING)
             else:
                 assert found[name] == value, name
-    assert "requests lost their beginning" in done.stderr
+    assert "requests that lost their beginning" in done.stderr
 
 
 def test_the_backends_agree(place: Path, workdir: Path, gptj):
@@ -302,3 +302,24 @@ def test_what_cannot_be_asked(
     assert task != "lm-eval:local_chioce" or "names like it: local_choice, " in done.stderr
     assert done.stderr.count("error: ") == 1
     assert done.stdout == ""
+
+
+def test_a_data_set_that_is_not_cached_without_network(
+    one_block: Path, workdir: Path, gptj, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("tasks").mkdir()
+    far = "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
+    Path("tasks/far.yaml").write_text(far + _CHOICE)
+    done = gptj("eval", "--model", one_block, "--task", "lm-eval:far", "--include-path", "tasks")
+    assert done.code == 1
+    assert "error: task far: its data set is not cached and cannot be fetched" in done.stderr
+    assert "--include-path DIR" in done.stderr
+
+
+def test_two_runs_do_not_write_one_file(one_block: Path, place: Path, workdir: Path, gptj):
+    first = _ask(gptj, one_block, place, "--limit", 1).json
+    with KeptAnswers(Path(first["answers"])):
+        second = _ask(gptj, one_block, place, "--limit", 1)
+    assert second.code == 1
+    assert "another process writes answers of this model there" in second.stderr

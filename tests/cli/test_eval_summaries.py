@@ -106,7 +106,7 @@ def test_a_template_renders_as_it_does_for_records(model, gptj, asked):
     assert refused.code == 1
     assert "long.jsonl:1: the article makes a prompt of" in refused.stderr
     shortened = gptj(*ask, "--truncate-article")
-    assert "note: 1 prompts were shortened to 58 tokens" in shortened.stderr
+    assert "note: prompts shortened to 58 tokens: 1" in shortened.stderr
     text = tokenizer.decode(asked[-1][0])
     assert text.startswith("Sum up: word")
     assert text.endswith("->")

@@ -83,7 +83,7 @@ def evaluate_tasks(
                 e.add_note(f"run the same command again to resume with the answers in {kept.path}")
             raise
     for table in tables(results):
-        output.data(table)
+        output.data(table.rstrip())
     _note_answers(output, model, kept)
     return {
         "metrics": _metrics(results["results"]),
@@ -172,11 +172,11 @@ def _tokens(checkpoint: Checkpoint) -> Tokens:
 def _note_answers(output: Output, model: HarnessModel, kept: KeptAnswers) -> None:
     if model.shortened:
         output.note(
-            f"note: {model.shortened:,} requests lost their beginning: they are longer than the "
-            "model's context"
+            "note: requests that lost their beginning, because they are longer than the model's "
+            f"context: {model.shortened:,}"
         )
     if kept.reused:
-        output.note(f"note: {kept.reused:,} answers of earlier runs were reused: {kept.path}")
+        output.note(f"note: answers of earlier runs, reused from {kept.path}: {kept.reused:,}")
 
 
 def _metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -124,7 +124,7 @@ def evaluate_summaries(
         output.data(f"{name}, {len(found)} summaries: {figures}")
     if prompting.shortened:
         output.note(
-            f"note: {prompting.shortened:,} prompts were shortened to {prompting.longest:,} tokens"
+            f"note: prompts shortened to {prompting.longest:,} tokens: {prompting.shortened:,}"
         )
     if asked.summaries:
         _write(asked.summaries, rows)
