@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import keras
@@ -154,14 +154,14 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
         return logits_BTV[:, 0], caches
 
     if keras.backend.backend() == "jax":
-        return _compiled_by_jax(model, step)
+        return _compiled_by_jax(model, step, donated=(4,))  # the caches
     import tensorflow as tf
 
-    plain = tf.function(step, reduce_retracing=True)
+    plain = compiled(model, step)
     # For a single token, launching the operations one by one takes a third of the time.
     of_one = tf.function(step, jit_compile=True)
 
-    def compiled(
+    def either(
         ids_BT: np.ndarray,
         positions_BT: np.ndarray,
         visible_BS: np.ndarray,
@@ -173,12 +173,33 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
         place = ops.convert_to_tensor(start, dtype="int32")
         return (of_one if ids_BT.shape == (1, 1) else plain)(*given, caches, place)
 
-    return compiled
+    return either
 
 
-def _compiled_by_jax(model: GPTJ, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the step, compiled with the present weights as arguments: JAX would copy what it
-    closes over."""
+def compiled(
+    model: GPTJ, function: Callable[..., Any], *arguments: tuple[tuple[int | None, ...], str]
+) -> Callable[..., Any]:
+    """Return a function of tensors that uses the model, compiled by the backend.
+
+    Args:
+        model: model with its weights loaded.
+        function: the function.
+        arguments: shape, None where it varies, and dtype of each argument, if they are known;
+            TensorFlow then compiles once for all shapes.
+    """
+    if keras.backend.backend() == "jax":
+        return _compiled_by_jax(model, function)
+    import tensorflow as tf
+
+    signature = [tf.TensorSpec(*argument) for argument in arguments] or None
+    return tf.function(function, reduce_retracing=True, input_signature=signature)
+
+
+def _compiled_by_jax(
+    model: GPTJ, function: Callable[..., Any], donated: Sequence[int] = ()
+) -> Callable[..., Any]:
+    """Return the function, compiled with the present weights as its first argument: JAX would copy
+    what it closes over. The memory of the `donated` arguments is used again."""
     import jax
 
     variables = model.variables
@@ -187,7 +208,7 @@ def _compiled_by_jax(model: GPTJ, step: Callable[..., Any]) -> Callable[..., Any
 
     def of_weights(weights: list[Any], *arguments: Any) -> Any:
         with keras.StatelessScope(list(zip(variables, weights, strict=True))):
-            return step(*arguments)
+            return function(*arguments)
 
-    run = jax.jit(of_weights, donate_argnums=4)  # the caches
+    run = jax.jit(of_weights, donate_argnums=donated)
     return lambda *arguments: run(values, *arguments)

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, S length of the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -18,7 +18,14 @@ from gptj_model.decoding.decoders import (
 )
 from gptj_model.decoding.options import GenerationOptions
 from gptj_model.decoding.processors import Processors
-from gptj_model.decoding.search import BeamSearch, Continuation, Independent, Search, Task
+from gptj_model.decoding.search import (
+    BeamSearch,
+    Continuation,
+    Independent,
+    Search,
+    Stops,
+    Task,
+)
 from gptj_model.errors import UsageError
 from gptj_model.network.model import GPTJ
 from gptj_model.streaming.forward import StreamedModel
@@ -33,7 +40,7 @@ class Generator:
     Args:
         model: model with its weights loaded, or a streamed model.
         stop_at: token ids that each end a text and are not part of it, such as end-of-text.
-        stops: function of the ids of prompt and continuation that says whether the last one
+        stops: function of the ids of a prompt and of its new tokens that says whether the last one
             completes a text that ends there, with that token.
     """
 
@@ -42,7 +49,7 @@ class Generator:
         model: GPTJ | StreamedModel,
         *,
         stop_at: Collection[int] = (),
-        stops: Callable[[Sequence[int]], bool] = lambda ids: False,
+        stops: Stops = lambda prompt, new: False,
     ) -> None:
         self._model = model
         self._stop_at = frozenset(stop_at)

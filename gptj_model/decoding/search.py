@@ -14,6 +14,9 @@ import numpy as np
 from gptj_model.decoding.options import GenerationOptions
 from gptj_model.decoding.processors import Processors, choose, log_softmax
 
+#: Function of the ids of a prompt and of the new tokens that says whether the text ends there.
+Stops = Callable[[Sequence[int], Sequence[int]], bool]
+
 #: Score of what is not to be chosen, as in transformers.
 _NEVER = np.float32(-1e9)
 
@@ -44,8 +47,8 @@ class Task:
     """Largest number of new tokens."""
     ends: frozenset[int]
     """Token ids that each end the text and are not part of it."""
-    stops: Callable[[Sequence[int]], bool]
-    """Function that says whether the last of these ids completes a text that ends here."""
+    stops: Stops
+    """Function that says whether the last new token completes a text that ends here."""
 
     def scores(self, scores_V: np.ndarray, new: Sequence[int]) -> np.ndarray:
         """Return the processed scores of the token after the prompt and these new ones."""
@@ -53,7 +56,7 @@ class Task:
 
     def ended(self, new: Sequence[int]) -> bool:
         """Return whether the text ends with these new tokens."""
-        return len(new) >= self.most or new[-1] in self.ends or self.stops([*self.prompt, *new])
+        return len(new) >= self.most or new[-1] in self.ends or self.stops(self.prompt, new)
 
     def trimmed(self, text: Continuation) -> Continuation:
         """Return the text without the token that ended it."""

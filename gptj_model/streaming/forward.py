@@ -335,6 +335,30 @@ class StreamedModel:
         return run, (weight, bias)
 
 
+def normed_states(
+    model: StreamedModel, batches: Sequence[np.ndarray]
+) -> tuple[HeadPass, list[np.ndarray]]:
+    """Run batches that share one pass over the blocks.
+
+    Args:
+        model: the streamed model.
+        batches: int32 token ids (B, T) of each batch, padded on the right if at all.
+
+    Returns:
+        The head, and for each batch the hidden states (B, T, D) after the final norm.
+    """
+    states = [model.embed(ids_BT) for ids_BT in batches]
+    for each in model.blocks():
+        for n, x_BTD in enumerate(states):
+            B, T = x_BTD.shape[:2]
+            positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+            states[n] = each.run(x_BTD, positions_BT)
+    head = model.head()
+    for n, x_BTD in enumerate(states):
+        (states[n],) = head.normed([x_BTD])
+    return head, states
+
+
 def _head_layer(config: GPTJConfig, size: int) -> Head:
     """Return the head for `size` tokens."""
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
+from runner.cli.evaluation.harness import PREFIX, Asked, evaluate_tasks
 from runner.cli.evaluation.records import evaluate_model
 from runner.cli.evaluation.text import evaluate_text
 from runner.cli.shared.command import command, parse_settings
@@ -28,8 +30,35 @@ from runner.cli.shared.options import (
 from runner.cli.shared.output import Output
 from runner.config.execution import Execution
 
+_LM_EVAL = "--task lm-eval:NAMES"
+
+
+def _mode(values: Mapping[str, Any]) -> str:
+    return _LM_EVAL if values["task"].startswith(PREFIX) else f"--task {values['task']}"
+
+
+class _TaskType(click.Choice):
+    """A task of this program, or tasks of the harness."""
+
+    name = "task"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.startswith(PREFIX):
+            if not all(name.strip() for name in value.removeprefix(PREFIX).split(",")):
+                self.fail(f"{value!r} lacks a name, such as {PREFIX}piqa,hellaswag", param, ctx)
+            return value
+        return super().convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join([*self.choices, PREFIX + 'NAMES'])}]"
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        choices = ", ".join(map(repr, self.choices))
+        return f"{value!r} is not one of {choices}, or {PREFIX}NAMES."
+
+
 RULES = OptionRules(
-    mode=lambda values: f"--task {values['task']}",
+    mode=_mode,
     takes={
         "--task records": ("--params", "--set", "--eval-steps", "--execution", "--memory"),
         "--task text": (
@@ -37,7 +66,12 @@ RULES = OptionRules(
         ),
         "--task summarization": (
             "--data", "--beams", "--max-new-tokens", "--min-new-tokens", "--limit",
-            "--truncate-article", "--summaries",
+            "--truncate-article", "--summaries", "--article-column", "--summary-column",
+            "--template", "--preset", "--batch-size",
+        ),
+        _LM_EVAL: (
+            "--include-path", "--num-fewshot", "--limit", "--batch-size", "--work-dir",
+            "--execution", "--memory",
         ),
     },
 )  # fmt: skip
@@ -46,7 +80,7 @@ RULES = OptionRules(
 @command(
     "gptj eval --model converted/ --eval-steps 50",
     "gptj eval --task text --data book.txt",
-    "gptj eval --task summarization --data test.jsonl --beams 4 --limit 100",
+    "gptj eval --task lm-eval:lambada_openai,hellaswag,piqa,winogrande",
     rules=RULES,
 )
 @model_option
@@ -58,11 +92,12 @@ RULES = OptionRules(
 @settings_option
 @click.option(
     "--task",
-    type=click.Choice(["records", "text", "summarization"]),
+    type=_TaskType(["records", "text", "summarization"]),
     default="records",
     show_default=True,
-    help="What is evaluated: the records of eval_input, the texts of --data, or summaries that "
-    "the model writes of the articles of --data, scored by ROUGE.",
+    help="What is evaluated: the records of eval_input, the texts of --data, summaries that the "
+    "model writes of the articles of --data, scored by ROUGE, or tasks of EleutherAI's "
+    "lm-evaluation-harness, such as lm-eval:piqa,hellaswag.",
 )
 @click.option(
     "--data",
@@ -86,32 +121,31 @@ RULES = OptionRules(
     type=COUNT,
     default=4,
     show_default=True,
-    help="Number of windows per forward pass.",
+    help="Number of windows of a text, of summaries, or of requests of the harness, that are "
+    "computed together.",
 )
 @click.option(
     "--beams",
     type=click.IntRange(min=1, max=64),
     multiple=True,
-    default=[1, 4],
-    show_default=True,
-    help="Number of beams of the search, 1 for greedy decoding; can be given several times.",
+    help="Number of beams of the search, 1 for greedy decoding; can be given several times.  "
+    "[default: 1 and 4, or as the preset says]",
 )
 @click.option(
     "--max-new-tokens",
     type=COUNT,
-    default=128,
-    show_default=True,
-    help="Largest number of tokens in a summary.",
+    help="Largest number of tokens in a summary.  [default: 128]",
 )
 @click.option(
     "--min-new-tokens",
     type=COUNT_OR_ZERO,
-    default=0,
-    show_default=True,
-    help="Smallest number of tokens in a summary.",
+    help="Smallest number of tokens in a summary.  [default: 0, or as the preset says]",
 )
 @click.option(
-    "--limit", type=COUNT_OR_ZERO, default=0, help="Number of summaries to write; 0 means all."
+    "--limit",
+    type=COUNT_OR_ZERO,
+    default=0,
+    help="Number of summaries to write, or of documents of each task of the harness; 0 means all.",
 )
 @click.option(
     "--truncate-article", is_flag=True, help="Shorten articles that are too long for the model."
@@ -121,6 +155,53 @@ RULES = OptionRules(
     type=PATH,
     metavar="FILE",
     help="Also write every summary beside the expected one, as JSON lines.",
+)
+@click.option(
+    "--article-column",
+    metavar="NAME",
+    help="Key or column that holds the article.  [default: article, or as the preset says]",
+)
+@click.option(
+    "--summary-column",
+    metavar="NAME",
+    help="Key or column that holds the summary.  [default: abstract, highlights or summary]",
+)
+@click.option(
+    "--template",
+    metavar="NAME|FILE|DIR",
+    help="Render each article as `gptj data instruct` renders records, up to the completion: with "
+    "alpaca, dolly, plain, plain-chat, chat (the tokenizer's own), a Jinja file, or the template "
+    "of the records in a folder.  [default: as in `gptj data summarization`]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["mlperf"]),
+    help="Data format, prompt and settings of a benchmark: mlperf is that of MLPerf Inference for "
+    "GPT-J on CNN/DailyMail. Options that are given win.",
+)
+@click.option(
+    "--include-path",
+    "include",
+    type=PATH,
+    multiple=True,
+    metavar="DIR",
+    help="Folder of further task files (YAML) of the harness, which may name local data; can be "
+    "given several times.",
+)
+@click.option(
+    "--num-fewshot",
+    "fewshot",
+    type=COUNT_OR_ZERO,
+    help="Number of examples before each question.  [default: as each task says]",
+)
+@click.option(
+    "--work-dir",
+    type=PATH,
+    default="lm-eval-answers",
+    show_default=True,
+    metavar="DIR",
+    help="Folder where the answers to the harness's requests are kept: an interrupted run resumes "
+    "with them, and no request is computed twice.",
 )
 def evaluate(
     output: Output,
@@ -136,6 +217,10 @@ def evaluate(
     window: int | None,
     stride: int | None,
     batch_size: int,
+    limit: int,
+    include: tuple[Path, ...],
+    fewshot: int | None,
+    work_dir: Path,
     **generation: Any,
 ) -> dict[str, Any]:
     """Print loss, accuracy, perplexity and bits per byte of a model.
@@ -150,11 +235,23 @@ def evaluate(
     if task != "records":
         framework.prepare(backend=backend)
     if task == "summarization":
-        from runner.cli.evaluation.summaries import evaluate_summaries
+        from runner.cli.evaluation import summaries
 
-        return evaluate_summaries(output, model, sources, **generation)
+        of_summaries = summaries.Asked(limit=limit, batch_size=batch_size, **generation)
+        return summaries.evaluate_summaries(output, model, sources, of_summaries)
     budget = MemoryBudget(output, memory)
     way = execution_within(memory, execution, lambda: Execution.RESIDENT)
+    if task.startswith(PREFIX):
+        asked = Asked(
+            names=task.removeprefix(PREFIX),
+            include=include,
+            fewshot=fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            work_dir=work_dir,
+            execution=way,
+        )
+        return evaluate_tasks(output, model, asked, budget)
     if task == "text":
         streamed = budget if way == Execution.STREAMING else None
         return evaluate_text(output, model, sources, window, stride, batch_size, streamed)

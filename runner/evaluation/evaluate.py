@@ -12,7 +12,7 @@ import numpy as np
 
 from gptj_model.errors import DataFault
 from gptj_model.network.loss import TokenLoss
-from gptj_model.streaming.forward import StreamedModel
+from gptj_model.streaming.forward import StreamedModel, normed_states
 from runner.config.eval_metric import EvalMetric
 from runner.data.reading.input_fn import Batch
 
@@ -59,15 +59,7 @@ class StreamedEvaluator:
 
 def _pass(model: StreamedModel, group: Sequence[Batch]) -> list[TokenLoss]:
     """Return the losses of batches that share one pass over the weights."""
-    states = [model.embed(np.asarray(ids_BT)) for ids_BT, _, _ in group]
-    B, T = states[0].shape[:2]
-    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    for block in model.blocks():
-        for n, x_BTD in enumerate(states):
-            states[n] = block.run(x_BTD, positions_BT[: len(x_BTD)])
-    head = model.head()
-    for n, x_BTD in enumerate(states):
-        (states[n],) = head.normed([x_BTD])
+    head, states = normed_states(model, [np.asarray(ids_BT) for ids_BT, _, _ in group])
     return head.losses(states, [batch[1:] for batch in group])
 
 

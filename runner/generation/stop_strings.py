@@ -21,7 +21,8 @@ _BEFORE = "abcdef"
 
 
 class StopStrings:
-    """Function of token ids that says whether the last one completes a stop string.
+    """Function of token ids that says whether the last one completes a stop string, which may begin
+    in the prompt.
 
     Args:
         tokenizer: tokenizer of the ids.
@@ -36,10 +37,11 @@ class StopStrings:
         self._before = tokenizer.encode(_BEFORE, add_special_tokens=False).tokens
         self._known: dict[int, bytes | None] = {}
 
-    def __call__(self, ids: Sequence[int]) -> bool:
-        """Return whether a stop string ends within the last token."""
+    def __call__(self, prompt: Sequence[int], new: Sequence[int]) -> bool:
+        """Return whether a stop string ends within the last new token."""
         if not self._wanted:
             return False
+        ids = [*prompt, *new]
         last = self._bytes(ids[-1])
         if not last:
             return False

@@ -57,6 +57,7 @@ PACKAGES = (
     Package("s3fs", ("s3fs",), "records and texts in s3://", "remote"),
     Package("gcsfs", ("gcsfs",), "records and texts in gs://", "remote"),
     Package("rouge_score", ("rouge-score",), "eval --task summarization", "data"),
+    Package("lm_eval", ("lm_eval",), "eval --task lm-eval:NAMES", "lm-eval"),
     Package("hdf5plugin", ("hdf5plugin",), "checkpoints that the Cerebras client saved", "cs"),
 )
 

@@ -46,7 +46,8 @@ OPTIONS = {
         "--model", "--backend", "--params", "--eval-steps", "--execution", "--memory", "--set",
         "--task", "--data", "--window", "--stride", "--batch-size",
         "--beams", "--max-new-tokens", "--min-new-tokens", "--limit", "--truncate-article",
-        "--summaries",
+        "--summaries", "--article-column", "--summary-column", "--template", "--preset",
+        "--include-path", "--num-fewshot", "--work-dir",
     },
     "generate": {
         "--model", "--backend", "--prompt", "--ids", "--prompts", "--template", "--chat",

@@ -20,7 +20,7 @@ from crc32c import crc32c
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
 from gptj_model.network.weights import variables
-from gptj_model.sharding import MODEL, Mesh, axes, part_size
+from gptj_model.sharding import BATCH, MODEL, Mesh, axes, part_size
 from gptj_model.source import read_tensor
 from gptj_model.tensors import Role, Scheme, ignored_hf, is_training_state, slot_name, table
 from tests.conftest import GOLDEN_RUNS, SMALL, load_tensors
@@ -178,9 +178,15 @@ EVEN = replace(SMALL_CONFIG, vocab_size=212)
                          ids=["6b", "small", "tied"])  # fmt: skip
 def test_every_tensor_says_how_it_is_divided(config: GPTJConfig):
     for tensor in table(config):
-        named, shape = axes(tensor), tensor.shape_in(Scheme.KERAS)
+        named, shape = axes(tensor, Mesh(1, 2)), tensor.shape_in(Scheme.KERAS)
         part = [n // 2 if axis == MODEL else n for n, axis in zip(shape, named, strict=True)]
         assert math.prod(part) == part_size(tensor, Mesh(3, 2))
+        mesh = Mesh(4, 2)
+        named = axes(tensor, mesh, shard_weights=True)
+        assert (BATCH in named) == (None in axes(tensor, mesh))  # 4 divides every size here
+        parts = {None: 1, MODEL: 2, BATCH: 4}
+        part = [n // parts[axis] for n, axis in zip(shape, named, strict=True)]
+        assert math.prod(part) == part_size(tensor, mesh, shard_weights=True)
 
 
 #: Role, split and heads axis of every row, by layer and the last part of the HF name.

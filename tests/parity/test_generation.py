@@ -283,7 +283,7 @@ def test_a_beam_search_ends_where_that_of_transformers_does(seed: int, hf, likel
         process=ours.Processors(mine, ends),
         most=12,
         ends=frozenset(ends),
-        stops=lambda ids: False,
+        stops=lambda prompt, new: False,
     )
     search, texts = BeamSearch(task, mine, None), [prompt] * beams
     while not search.done:
@@ -324,7 +324,7 @@ def test_sampled_beams(models):
         process=ours.Processors(GenerationOptions(num_beams=2, temperature=1.0)),
         most=1,
         ends=frozenset(),
-        stops=lambda ids: False,
+        stops=lambda prompt, new: False,
     )
     options = GenerationOptions(num_beams=2, temperature=1.0)
     logits_KV = np.log(np.array([[0.1, 0.2, 0.3, 0.4, 1e-9, 1e-9, 1e-9]] * 2, np.float32))
@@ -356,15 +356,16 @@ def test_sampled_beams(models):
 def test_stop_strings(tokenizers, texts: list[str], ids: list[int]):
     backend, tokenizer = tokenizers
     expected = StopStringCriteria(tokenizer, texts)(torch.tensor([ids]), None)
-    assert StopStrings(backend, texts)(ids) == bool(expected[0])
+    assert StopStrings(backend, texts)([], ids) == bool(expected[0])
 
 
 def test_a_stop_string_ends_in_the_last_token(tokenizers):
     backend, _ = tokenizers
     hello, space_wo = backend.token_to_id("hello"), backend.token_to_id("Ġwo")
     stops = StopStrings(backend, ["lo w"])
-    assert stops([hello, space_wo])
-    assert not stops([hello])
-    assert not stops([hello, space_wo, hello])
-    assert StopStrings(backend, ["<|end"])([END_ID])
-    assert not StopStrings(backend, [])([hello])
+    assert stops([], [hello, space_wo])
+    assert stops([hello], [space_wo])
+    assert not stops([], [hello])
+    assert not stops([hello, space_wo], [hello])
+    assert StopStrings(backend, ["<|end"])([], [END_ID])
+    assert not StopStrings(backend, [])([], [hello])

@@ -1,0 +1,1 @@
+"""EleutherAI's lm-evaluation-harness, run on models of this program."""
