@@ -3,6 +3,9 @@
 Shape suffixes: I and O features in and out, P parts of the sum over I, R features per part.
 """
 
+# keras.ops is annotated as if its functions returned None.
+# pyright: reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import math

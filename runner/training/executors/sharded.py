@@ -36,8 +36,8 @@ from runner.evaluation.sharded import ShardedEvaluator, device_mesh, rows_here, 
 from runner.training.devices.distribution import Workers
 from runner.training.devices.processes import losses_are_faults
 from runner.training.executors.executor import Executor, StepResult
+from runner.training.executors.stacked_update import StackedUpdate
 from runner.training.run import checkpoints
-from runner.training.update.jax_rounding import rounded
 from runner.training.update.rule import BetaPowers, UpdateRule
 from runner.training.weights.initialize import initialization_seed, initialize
 from runner.training.weights.lora import Adapter
@@ -90,7 +90,6 @@ class ShardedExecutor(Executor):
         self._powers = BetaPowers(params.optimizer)
         self._lora_rows = dict(lora.rows(config)) if lora else {}
         rows = model_rows(config, params)
-        self._trained_rows = set(self.trained)
         in_update = {stack_name(t) for t in self.trained}
         self._weights = self._arrays(t for t in rows if stack_name(t) in in_update)
         self._others = self._arrays(
@@ -101,6 +100,7 @@ class ShardedExecutor(Executor):
         self._slots = [
             self._arrays(self._weights, dtype=lambda _: dtype, fill=fill) for fill in fills
         ]
+        self._apply = StackedUpdate(self._rule, self._weights, self.trained)
         whole = self._sharding()
         self._update = jax.jit(
             self._run,
@@ -284,57 +284,9 @@ class ShardedExecutor(Executor):
     def _run(self, weights, slots, others, seed, batches_nBT, scale, rate, correction):
         """Return new weights and slots, mean loss and norm of one update. Traced, not run."""
         loss, gradients = self._gradients(weights, others, seed, batches_nBT, scale)
-        unscale = 1 / scale
-        squares = (self._squares(name, g, unscale) for name, g in gradients.items())
-        norm = jnp.sqrt(sum(squares))
         key = jax.random.fold_in(seed, _OF_UPDATE)
-        for n, name in enumerate(weights):
-            update = _Update(self._rule, norm, unscale, rate, correction)
-            old = weights[name], [arrays[name] for arrays in slots]
-            of_stack = jax.random.fold_in(key, n)
-            weights[name], new = self._updated(name, update, old, gradients[name], of_stack)
-            for arrays, values in zip(slots, new, strict=True):
-                arrays[name] = values
+        weights, slots, norm = self._apply(weights, slots, gradients, scale, rate, correction, key)
         return weights, slots, loss, norm
-
-    # Gradients and slots are widened to float32 row by row: a wide copy of a whole stack would take
-    # as much memory as the weights. The barriers keep XLA from widening before it takes a row.
-
-    def _squares(self, name, gradient, unscale):
-        """Return the sum of the squares of a stack's gradient, without the rows that are frozen."""
-        if not self._weights.is_stacked(name):
-            return jnp.sum(jnp.square(gradient.astype(jnp.float32) * unscale))
-        trained = self._weights.by_row(name, self._is_trained)
-
-        def add(row, total):
-            squares = jnp.square(_row(gradient, row).astype(jnp.float32) * unscale)
-            return total + jnp.where(trained[row], jnp.sum(squares), 0.0)
-
-        return jax.lax.fori_loop(0, len(trained), add, jnp.float32(0))
-
-    def _updated(self, name, update, old, gradient, key):
-        """Return the new weight and the new slots of a stack."""
-        decays = self._weights.by_row(name, self._rule.decay)
-        if not self._weights.is_stacked(name):
-            return update(*old, gradient, decays[0], key)
-        trained = self._weights.by_row(name, self._is_trained)
-
-        def step(row, carry):
-            weight, slots = carry
-            new = update(
-                weight[row],
-                [_row(values, row) for values in slots],
-                _row(gradient, row),
-                decays[row],
-                jax.random.fold_in(key, row),
-                applies=trained[row],
-            )
-            return jax.tree.map(lambda a, b: a.at[row].set(b), carry, new)
-
-        return jax.lax.fori_loop(0, len(trained), step, old)
-
-    def _is_trained(self, tensor: Tensor) -> bool:
-        return tensor in self._trained_rows
 
     def _gradients(self, weights, others, seed, batches_nBT, scale):
         """Return mean loss and mean gradients over the batches, times `scale`."""
@@ -354,46 +306,3 @@ class ShardedExecutor(Executor):
         zeros = {k: jnp.zeros_like(w, jnp.float32) for k, w in weights.items()}
         sums, losses = jax.lax.scan(add, zeros, (jnp.arange(count), batches_nBT))
         return jnp.mean(losses), sums
-
-
-def _row(stack: Any, row: Any) -> Any:
-    return jax.lax.optimization_barrier(stack[row])
-
-
-class _Update:
-    """One update of any weight; nothing changes if the norm is not finite."""
-
-    def __init__(
-        self, rule: UpdateRule, norm: Any, unscale: Any, rate: Any, correction: Any
-    ) -> None:
-        self._rule = rule
-        self._norm = norm
-        self._unscale = unscale
-        self._rate = rate
-        self._correction = correction
-
-    def __call__(
-        self, w: Any, stored: list[Any], gradient: Any, decay: Any, key: Any, applies: Any = True
-    ) -> tuple[Any, list[Any]]:
-        """Return the new weight and the new slots.
-
-        Args:
-            w: weight.
-            stored: slots as they are stored.
-            gradient: gradient of the scaled loss.
-            decay: weight decay.
-            key: seed of the rounding.
-            applies: whether the weight is trained.
-        """
-        applies = applies & jnp.isfinite(self._norm)
-        old = [values.astype(jnp.float32) for values in stored]
-        gradient = self._rule.clipped(gradient.astype(jnp.float32) * self._unscale, self._norm)
-        new = self._rule.take(gradient, old or [w], self._rate)
-        if not stored:
-            return jnp.where(applies, new[0], w), []
-        moved = self._rule.move(w, new, self._rate, self._correction, decay)
-        slots = [
-            jnp.where(applies, rounded(values, before.dtype, jax.random.fold_in(key, n)), before)
-            for n, (values, before) in enumerate(zip(new, stored, strict=True))
-        ]
-        return jnp.where(applies, moved, w), slots
