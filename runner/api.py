@@ -330,12 +330,8 @@ def train(
         GptjError: the parameters, the records or the weights cannot be used, another process trains
             in the folder, the loss is not finite, or several processes are asked for.
     """
-    chosen = {"max_steps": max_steps, "steps": steps, "epochs": epochs}
-    _at_most_one(chosen)
+    _check_length(max_steps=max_steps, steps=steps, epochs=epochs)
     _at_most_one({"init_from": init_from, "checkpoint_path": checkpoint_path})
-    for name, value in chosen.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{name} is {value}, expected a number greater than 0")
     with _faults():
         from runner.cli.training.job import Job
         from runner.cli.training.parameters import accepted, params_of
@@ -360,18 +356,11 @@ def train(
         from runner.training import train as training
         from runner.training.devices.backend import check_backend
         from runner.training.devices.distribution import Alone
-        from runner.training.run.events import StoppedEarly, Warning
 
         check_backend(given)
-        early = None
         with begun(_OUTPUT, job, accepted(job, given, 1), Alone(), nullcontext()) as start:
-            for event in training.train(
-                start.run, start.target, stopped=stopped, evaluate=evaluate
-            ):
-                if isinstance(event, Warning):
-                    _log.warning(event.text)
-                early = event.reason if isinstance(event, StoppedEarly) else early
-                progress(event)
+            events = training.train(start.run, start.target, stopped=stopped, evaluate=evaluate)
+            early = _follow(events, progress)
         return TrainingResult(
             model_dir=job.model_dir,
             step=start.run.step,
@@ -379,6 +368,19 @@ def train(
             stopped_early=early,
             best=best_of(job.model_dir),
         )
+
+
+def _follow(events: Iterator[Event], progress: Callable[[Event], None]) -> str | None:
+    """Report the events of a run, and return the reason why it stopped early, if it did."""
+    from runner.training.run.events import StoppedEarly, Warning
+
+    early = None
+    for event in events:
+        if isinstance(event, Warning):
+            _log.warning(event.text)
+        early = event.reason if isinstance(event, StoppedEarly) else early
+        progress(event)
+    return early
 
 
 class _Logged(Output):
@@ -504,6 +506,20 @@ def _check(name: str, value: str, known: Collection[str]) -> None:
     """
     if value not in known:
         raise UsageError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+
+
+def _check_length(**lengths: float | None) -> None:
+    """Check the arguments that say how long to train, of which epochs alone may be a fraction.
+
+    Raises:
+        UsageError: several are given, or one is not a number of its kind greater than 0.
+    """
+    _at_most_one(lengths)
+    for name, value in lengths.items():
+        kind = int | float if name == "epochs" else int
+        if value is not None and not (isinstance(value, kind) and value > 0):
+            what = "a number" if name == "epochs" else "a whole number"
+            raise UsageError(f"{name} is {value!r}, expected {what} greater than 0")
 
 
 def _at_most_one(options: Mapping[str, object]) -> None:

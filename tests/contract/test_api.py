@@ -122,6 +122,8 @@ def test_what_a_run_refuses(golden_run: Path, caplog: pytest.LogCaptureFixture):
         ({"init_from": "hf", "checkpoint_path": "hf"}, UsageError),
         ({"init_from": "hf", "steps": 0}, UsageError),
         ({"init_from": "hf", "epochs": float("nan")}, UsageError),
+        ({"init_from": "hf", "epochs": "2"}, UsageError),
+        ({"init_from": "hf", "max_steps": 2.5}, UsageError),
         ({}, ConfigError),
         ({"init_from": "hf", "params": "missing.yaml"}, GptjError),
         ({"init_from": "hf", "params": "params.yaml", "settings": {"a.b": 1}}, ConfigError),
