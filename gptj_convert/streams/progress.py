@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,10 +25,17 @@ class Progress:
 Work = Generator[Progress, None, T]
 
 
-def finish(work: Work[T]) -> T:
-    """Run work to its end without showing progress, and return its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
+def finish(work: Work[T], report: Callable[[Progress], None] = lambda progress: None) -> T:
+    """Run work to its end, and return its result.
+
+    Args:
+        work: the work; it is closed whatever happens.
+        report: is called with each state of the work.
+    """
+    with closing(work):
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                return end.value
+            report(progress)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,41 +160,29 @@ def convert(
     the peft library. `--adapter DIR` merges an adapter of that library into SRC, as
     `merge_and_unload` does in float32.
     """
-    from gptj_convert.checkpoint.source_names import refuse_unmatched
     from gptj_convert.conversion.cost import conversion_memory
     from gptj_convert.conversion.execute import check_space, execute, is_resumable
-    from gptj_convert.conversion.merged_checkpoint import open_merged
-    from gptj_convert.conversion.plan import make_plan
-    from gptj_convert.files.output_folder import refuse_overlap
-    from gptj_model.tensors import Scheme
 
     source = _local(output, source or DEFAULT_SOURCE)
     if target == PEFT:
         return _write_adapter(output, source, out or PEFT_OUT, config_file, force=force)
-    scheme = Scheme(target)
     out = out or DEFAULT_OUT[target]
-    with open_merged(
+    with planned(
         source,
-        adapter,
-        config_file=config_file,
+        target,
+        out,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
         vocab_choice=vocab_choice,
         drop=drop,
-        with_optimizer=optimizer_state,
-    ) as checkpoint:
-        refuse_unmatched(drop, checkpoint.dropped)
-        merged = checkpoint.adapter
-        refuse_overlap(out, checkpoint.path, (*checkpoint.files, *(merged.files if merged else ())))
-        carried = _optimizer_state(checkpoint, scheme, param_groups) if optimizer_state else None
-        plan = make_plan(
-            checkpoint,
-            scheme,
-            dtype or DEFAULT_DTYPE[target],
-            max_shard_bytes=max_shard_bytes,
-            share_embeddings=share_embeddings,
-            saturate=saturate,
-            continuation=carried,
-            cs_backend=cs_backend,
-        )
+        share_embeddings=share_embeddings,
+        adapter=adapter,
+        optimizer_state=optimizer_state,
+        param_groups=param_groups,
+        cs_backend=cs_backend,
+        config_file=config_file,
+        saturate=saturate,
+    ) as (checkpoint, plan):
         figures: dict[str, Any] = {
             "output": str(out),
             "tensors": len(plan.weights),
@@ -206,22 +195,19 @@ def convert(
             f"{checkpoint.path} → {out}: {len(plan.weights)} tensors, "
             f"{plan.source_bytes / 1e9:.2f} GB → {plan.target_bytes / 1e9:.2f} GB {plan.dtype}"
         )
-        if carried:
-            figures["optimizer_step"] = carried.state.step
-            _note_optimizer_state(output, plan, scheme, carried)
-        if merged:
-            figures["adapter"] = merged.describe()
-            _note_adapter(output, checkpoint, source)
-        _note_source(output, checkpoint, plan)
+        if plan.continuation:
+            figures["optimizer_step"] = plan.continuation.state.step
+        if checkpoint.adapter:
+            figures["adapter"] = checkpoint.adapter.describe()
+        note_plan(output, checkpoint, plan)
         if dry_run:
             check_space(plan.disk_bytes, out)
             _show_plan(output, plan, figures)
             return figures
-        if not checkpoint.companions:
-            output.note("note: no tokenizer files beside the weights, so none are carried over")
+        note_companions(output, checkpoint)
         work = execute(plan, checkpoint, out, force=force, resume=resume)
         result = follow(output, "converting", work, resumable=lambda: is_resumable(out))
-    _note_result(output, result)
+    note_result(output, result)
     note_memory(output, figures["planned_rss_bytes"])
     output.data(str(out))
     return figures | {
@@ -229,6 +215,74 @@ def convert(
         "nonfinite": result.nonfinite,
         "saturated": result.saturated,
     }
+
+
+@contextmanager
+def planned(
+    source: Path,
+    target: str,
+    out: Path | None,
+    *,
+    dtype: str | None,
+    max_shard_bytes: int | None,
+    vocab_choice: str | None,
+    drop: Sequence[str],
+    share_embeddings: bool,
+    adapter: Path | None,
+    optimizer_state: bool,
+    param_groups: str | None,
+    cs_backend: str | None,
+    config_file: Path | None,
+    saturate: bool,
+) -> Iterator[tuple[Checkpoint, Plan]]:
+    """Yield the open source and the plan of its conversion.
+
+    Args:
+        source: checkpoint to convert.
+        target: key of `options.DEFAULT_OUT`.
+        out: folder that will be written; None if only the plan is wanted.
+        dtype, max_shard_bytes, share_embeddings, cs_backend, saturate: see `make_plan`; a dtype of
+            None is the format's default.
+        vocab_choice, drop, adapter, config_file: see `open_merged`.
+        optimizer_state: whether to carry over the state of the optimizer.
+        param_groups: one of `options.GROUPINGS`; None is the usual one of the format.
+
+    Raises:
+        GptjError: as `open_merged`, `refuse_overlap` and `make_plan` raise it.
+    """
+    from gptj_convert.checkpoint.source_names import refuse_unmatched
+    from gptj_convert.conversion.merged_checkpoint import open_merged
+    from gptj_convert.conversion.plan import make_plan
+    from gptj_convert.files.output_folder import refuse_overlap
+    from gptj_model.tensors import Scheme
+
+    scheme = Scheme(target)
+    with open_merged(
+        source,
+        adapter,
+        config_file=config_file,
+        vocab_choice=vocab_choice,
+        drop=drop,
+        with_optimizer=optimizer_state,
+    ) as checkpoint:
+        refuse_unmatched(drop, checkpoint.dropped)
+        if out is not None:
+            merged = checkpoint.adapter.files if checkpoint.adapter else ()
+            refuse_overlap(out, checkpoint.path, (*checkpoint.files, *merged))
+        carried = _optimizer_state(checkpoint, scheme, param_groups) if optimizer_state else None
+        yield (
+            checkpoint,
+            make_plan(
+                checkpoint,
+                scheme,
+                dtype or DEFAULT_DTYPE[target],
+                max_shard_bytes=max_shard_bytes,
+                share_embeddings=share_embeddings,
+                saturate=saturate,
+                continuation=carried,
+                cs_backend=cs_backend,
+            ),
+        )
 
 
 def _optimizer_state(
@@ -243,17 +297,27 @@ def _optimizer_state(
     return continuation(checkpoint, read_state(checkpoint), grouping)
 
 
-def _note_optimizer_state(
-    output: Output, plan: Plan, scheme: Scheme, carried: Continuation
-) -> None:
-    from gptj_convert.optimizer.decay import decay_notes
+def note_plan(output: Output, checkpoint: Checkpoint, plan: Plan) -> None:
+    """Note what a conversion carries over, merges, drops and ignores."""
+    if plan.continuation:
+        from gptj_convert.optimizer.decay import decay_notes
 
-    output.note(f"with the optimizer state after step {carried.state.step}")
-    for text in decay_notes(plan.config, scheme, carried.grouping, carried.settings):
-        output.note(f"note: {text}")
+        carried = plan.continuation
+        output.note(f"with the optimizer state after step {carried.state.step}")
+        for text in decay_notes(plan.config, plan.scheme, carried.grouping, carried.settings):
+            output.note(f"note: {text}")
+    if checkpoint.adapter:
+        _note_adapter(output, checkpoint)
+    _note_source(output, checkpoint, plan)
 
 
-def _note_adapter(output: Output, checkpoint: Checkpoint, source: Path) -> None:
+def note_companions(output: Output, checkpoint: Checkpoint) -> None:
+    """Note that there are no tokenizer files to carry over, if there are none."""
+    if not checkpoint.companions:
+        output.note("note: no tokenizer files beside the weights, so none are carried over")
+
+
+def _note_adapter(output: Output, checkpoint: Checkpoint) -> None:
     """Note the adapter that is merged, and whether the source is known to be its base model."""
     from gptj_convert.conversion.merged_checkpoint import is_base
 
@@ -265,8 +329,8 @@ def _note_adapter(output: Output, checkpoint: Checkpoint, source: Path) -> None:
     )
     if (base := merged.settings.base) and not is_base(checkpoint, base):
         output.note(
-            f"note: the adapter was made for {base}; only the shapes show that {source} is this "
-            "model"
+            f"note: the adapter was made for {base}; only the shapes show that {checkpoint.path} "
+            "is this model"
         )
 
 
@@ -311,7 +375,8 @@ def _show_plan(output: Output, plan: Plan, figures: Mapping[str, Any]) -> None:
         )
 
 
-def _note_result(output: Output, result: Result) -> None:
+def note_result(output: Output, result: Result) -> None:
+    """Note what was reused, and values that are not finite or were replaced."""
     if result.kept_bytes:
         output.note(
             f"reused {result.kept_bytes / 1e9:.2f} GB of the interrupted run (checksums match)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptj_model.errors import ConfigError
@@ -25,24 +26,73 @@ if TYPE_CHECKING:
     from runner.training.train import Run
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that is ready for its next step."""
+
+    run: Run
+    target: int
+    """Step to train to."""
+
+
 def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dict[str, Any]:
     """Train as far as asked for, or until a signal; return the fields of the JSON object."""
-    from gptj_convert.formats.layouts.tf import read_best
+    from runner.training import train as training
+    from runner.training.run.events import StoppedEarly
+
+    stop = StopSignals()
+    early = None
+    with begun(output, job, params, workers, stop) as start:
+        run = start.run
+        with training_display(output, start.target, params.runconfig) as show:
+            evaluate = job.mode == "train_and_eval"
+            for event in training.train(run, start.target, stopped=stop.asked, evaluate=evaluate):
+                show(event)
+                early = event.reason if isinstance(event, StoppedEarly) else early
+    if stop.code is not None:
+        what = f"step {run.step} is saved" if run.step else "nothing was trained yet"
+        output.note(f"stopped; {what}. Run the same command to resume")
+    fields: dict[str, Any] = {"output": str(job.model_dir), "step": run.step}
+    if early:
+        fields["stopped_early"] = early
+    if best := best_of(job.model_dir):
+        fields["best"] = best
+    return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+
+
+@contextmanager
+def begun(
+    output: Output,
+    job: Job,
+    params: Params,
+    workers: Workers,
+    signals: AbstractContextManager[Any],
+) -> Iterator[Begun]:
+    """Check what a job needs, hold its folder, describe the run there, and yield it.
+
+    Args:
+        output: where notes go.
+        job: job that trains.
+        params: accepted parameters.
+        workers: processes that train together.
+        signals: context that is open from when the folder is held.
+
+    Raises:
+        GptjError: as `preflight` and `Run` raise it.
+    """
     from gptj_convert.settings.params_yaml import PARAMS_FILE
     from runner.data.making.instruction.run_templates import keep_templates
     from runner.training import train as training
-    from runner.training.run.events import StoppedEarly
     from runner.training.run.folder import locked
 
     begin = weights_to_begin_with(job, params)
     local = with_local_records(output, params, *sections_of(job, params))
     facts = preflight(job, local, workers.count)
-    stop = StopSignals()
     with ExitStack() as stack:
         if not workers.index:
             stack.enter_context(locked(job.model_dir))
             refuse_a_full_disk(job, params, facts.config, facts.target)
-        stack.enter_context(stop)
+        stack.enter_context(signals)
         if params.runconfig.device:
             stack.enter_context(_device(params.runconfig.device))
         run = training.Run(
@@ -59,8 +109,7 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
         if (begin or job.adapter) and run.continued:
             output.note(f"note: {job.model_dir} has checkpoints, so no other weights are read")
         target = target_of(job, params, run.step, run.place, facts.epochs[TRAIN_INPUT])
-        evaluate = job.mode == "train_and_eval"
-        ended = training.is_finished(run, target, evaluate=evaluate)
+        ended = training.is_finished(run, target, evaluate=job.mode == "train_and_eval")
         if not workers.index and not (ended and (job.model_dir / PARAMS_FILE).exists()):
             _keep_description(job, params, run, target, facts)
             keep_templates(job.model_dir, local.train_input.data_dir)
@@ -68,21 +117,22 @@ def train_job(output: Output, job: Job, params: Params, workers: Workers) -> dic
             _announce(output, job, run, target, facts)
         elif run.step >= target:
             output.note(f"step {run.step} of {target} is reached; nothing to do")
-        show = stack.enter_context(training_display(output, target, params.runconfig))
-        early = None
-        for event in training.train(run, target, stopped=stop.asked, evaluate=evaluate):
-            show(event)
-            early = event.reason if isinstance(event, StoppedEarly) else early
-    if stop.code is not None:
-        what = f"step {run.step} is saved" if run.step else "nothing was trained yet"
-        output.note(f"stopped; {what}. Run the same command to resume")
-    fields: dict[str, Any] = {"output": str(job.model_dir), "step": run.step}
-    if early:
-        fields["stopped_early"] = early
-    if best := read_best(job.model_dir):
-        name, metric = next(iter(best.items()))
-        fields["best"] = {"checkpoint": str(job.model_dir / name), **metric}
-    return fields | {"exit": stop.code if stop.code is not None else Exit.OK}
+        yield Begun(run, target)
+
+
+def best_of(model_dir: Path) -> dict[str, Any] | None:
+    """Return path and metric of the best checkpoint of a run, None if it keeps none.
+
+    Raises:
+        FileFault: as `read_best` raises it.
+    """
+    from gptj_convert.formats.layouts.tf import read_best
+
+    best = read_best(model_dir)
+    if not best:
+        return None
+    name, metric = next(iter(best.items()))
+    return {"checkpoint": str(model_dir / name), **metric}
 
 
 def _keep_description(job: Job, params: Params, run: Run, target: int, facts: Preflight) -> None:
