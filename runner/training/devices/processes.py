@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 from gptj_model.errors import ConfigError, TrainingFault
 from runner.training.devices.distribution import PATIENCE, TF_CONFIG, Alone, Cluster, Workers
 
+#: What the errors of a lost process say, by gloo, NCCL and JAX's coordinator.
+_SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "Connection reset", "Connection closed", "coordination")
 #: Seconds without a sign of life after which JAX takes a process for dead, and ends the others.
 _HEARTBEAT = 60
 
@@ -41,8 +43,7 @@ class Processes:
         """Implement `Workers`."""
         # JAX computes in 32 bits; halves of float64 pass through it unchanged.
         halves = np.asarray(values, np.float64).view(np.uint32)
-        with losses_are_faults():
-            gathered = np.asarray(multihost_utils.process_allgather(halves))
+        gathered = np.asarray(multihost_utils.process_allgather(halves))
         return gathered.view(np.float64).reshape(self.count, -1).sum(axis=0)
 
     def add_up(self, variables: Sequence[Any]) -> None:
@@ -108,9 +109,13 @@ def ending_alone(code_of: Callable[[BaseException], int]) -> Iterator[None]:
     """Let a process that fails end at once, with the exit code of its fault.
 
     JAX would wait for the other processes at the end, and abort if one of them is gone.
+
+    Raises:
+        TrainingFault: in place of an error of JAX that the loss of another process causes.
     """
     try:
-        yield
+        with _losses_are_faults():
+            yield
     except BaseException as e:
         # What is registered last runs first.
         atexit.register(_end, code_of(e))
@@ -139,12 +144,12 @@ def _without_chatter() -> Iterator[None]:
 
 
 @contextmanager
-def losses_are_faults() -> Iterator[None]:
-    """Turn the errors of a lost process into a TrainingFault."""
+def _losses_are_faults() -> Iterator[None]:
     try:
         yield
-    except jax.errors.JaxRuntimeError as e:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as e:
+        # Whatever exchanges something may find that another process is gone.
+        if not any(sign in str(e) for sign in _SIGNS_OF_LOSS):
             raise
         raise TrainingFault(
             f"another worker is gone: {_first_line(e)}",

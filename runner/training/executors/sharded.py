@@ -34,7 +34,6 @@ from runner.evaluation.evaluate import Evaluator
 from runner.evaluation.flash_attention import chosen_attention
 from runner.evaluation.sharded import ShardedEvaluator, device_mesh, rows_here, spread
 from runner.training.devices.distribution import Workers
-from runner.training.devices.processes import losses_are_faults
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.executors.stacked_update import StackedUpdate
 from runner.training.run import checkpoints
@@ -180,8 +179,7 @@ class ShardedExecutor(Executor):
         self._weights.update(weights)
         for arrays, values in zip(self._slots, slots, strict=True):
             arrays.update(values)
-        with losses_are_faults():
-            return StepResult(float(loss), float(norm))
+        return StepResult(float(loss), float(norm))
 
     def compiled(self, batch: Batch) -> Any:
         """Return JAX's compiled program of a step with such batches; nothing is allocated."""
