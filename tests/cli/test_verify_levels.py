@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import golden
 from gptj_model.network import layers
 from gptj_model.streaming import forward
 from tests.cli.rewriting import rewrite_bundle
@@ -165,9 +166,7 @@ def test_a_damaged_recording_judges_nothing(
 
 
 def test_the_programs_own_recording_needs_no_pytorch(workdir: Path, gptj):
-    made = json.loads(
-        (Path(sys.modules["golden"].__path__[0]) / "tiny" / "recording.json").read_text()
-    )["made_by"]
+    made = json.loads((Path(golden.__path__[0]) / "tiny" / "recording.json").read_text())["made_by"]
     assert gptj(*made.split()[1:]).code == 0
     assert gptj("convert", "tinyg", "--to", "tf", "--quiet").code == 0
     code = (
