@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,7 +124,10 @@ def test_what_processes_cannot_do(folder: Path):
         _, err = _run("--model-dir", "bad", code=2)
     assert "error: JAX has no device to compute on (JAX_PLATFORMS is 'cuda')" in err
     assert not Path("bad").exists()
-    addresses = ["127.0.0.1:29711", "127.0.0.1:29712"]
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other)]
     processes = []
     for index in range(2):
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
