@@ -10,6 +10,9 @@ from gptj_model.errors import ConfigError
 from gptj_model.sharding import Mesh, check_divides
 from runner.config.params import Params
 
+#: Variable that names the kinds of devices that JAX may use.
+_PLATFORMS = "JAX_PLATFORMS"
+
 
 def jax_devices() -> list[Any]:
     """Return the devices of JAX, of all processes.
@@ -29,10 +32,6 @@ def jax_devices() -> list[Any]:
             hint="GPUs need `pip install 'gptj-tf[gpu]'` and a driver, which `gptj doctor` shows; "
             f"to compute on the processor, set {_PLATFORMS}=cpu",
         ) from None
-
-
-#: Variable that names the kinds of devices that JAX may use.
-_PLATFORMS = "JAX_PLATFORMS"
 
 
 def mesh_of(params: Params, devices: Callable[[], tuple[int, int]]) -> Mesh:

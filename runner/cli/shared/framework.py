@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from importlib import import_module
 from importlib.util import find_spec
 
 from gptj_model.errors import ConfigError
 from runner.config.execution import Backend, default_backend
 from runner.config.mesh import jax_devices
+from runner.training.devices.chatter import without_chatter
 
 
 def prepare(
@@ -46,7 +46,9 @@ def prepare(
     if os.environ.get("GPTJ_DEBUG") == "1":
         _import(backend)
     else:
-        _import_quietly(backend)
+        sys.stderr.flush()
+        with without_chatter(2):
+            _import(backend)
     _check_backend(backend)
     _set_up(backend, proving)
     if backend == Backend.JAX and not joins_others:
@@ -86,15 +88,3 @@ def _check_backend(backend: str) -> None:
 def _import(backend: str) -> None:
     import_module(backend)
     import_module("keras")
-
-
-def _import_quietly(backend: str) -> None:
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            _import(backend)
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

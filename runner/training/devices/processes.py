@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptj_model.errors import ConfigError, TrainingFault
+from runner.training.devices.chatter import without_chatter
 from runner.training.devices.distribution import PATIENCE, TF_CONFIG, Alone, Cluster, Workers
 
 #: What the errors of a lost process say, by gloo, NCCL and JAX's coordinator.
@@ -99,7 +99,7 @@ def join_processes(cluster: Cluster | None, waiting: Callable[[str], None]) -> W
     if jax.process_count() == 1:
         return Alone()
     joined = Processes()
-    with _without_chatter():
+    with without_chatter(1):  # gloo says there who is connected, and stdout is kept for results
         joined.total([0.0])
     return joined
 
@@ -128,19 +128,6 @@ def _end(code: int) -> None:
             with suppress(OSError):
                 stream.flush()
     os._exit(code)
-
-
-@contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Drop what libraries write to stdout while they connect, which is kept for results."""
-    kept = os.dup(1)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 1)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
 
 
 @contextmanager

@@ -254,9 +254,9 @@ class ShardedExecutor(Executor):
 
     def _initialize_adapter(self) -> None:
         """Set A of every adapted layer at random, as on TensorFlow; B is zero."""
-        seed = initialization_seed(self._params)
+        seed, rows = initialization_seed(self._params), self._rows
         for n, (a, _) in enumerate(self._lora_rows.values()):
-            self._rows[a.hf].assign(first_a(seed, n)(a.shape_in(Scheme.KERAS)))
+            rows[a.hf].assign(first_a(seed, n)(a.shape_in(Scheme.KERAS)))
 
     @property
     def _adapter(self) -> Adapter | None:
