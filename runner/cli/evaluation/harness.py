@@ -134,7 +134,7 @@ def _model(
         _tokens(checkpoint),
         batch_size=batch,
         # What the budget leaves lets more texts share one reading of the weights.
-        memory=STATES if budget.spare is None else max(STATES, budget.spare),
+        memory=budget.room(states, STATES),
         answers=kept,
         defaults=defaults.values,
     )

@@ -108,8 +108,7 @@ def streamed_evaluator(
     kept = budget.keep(checkpoint, Load(batch=batch, length=length, states=states))
     model = StreamedModel(config, checkpoint.source, checkpoint.scheme, kept=kept)
     # The rest of the budget lets more batches share one reading of the weights.
-    room = STATES if budget.spare is None else min(STATES, states + budget.spare)
-    return StreamedEvaluator(lambda: model, memory=room)
+    return StreamedEvaluator(lambda: model, memory=min(STATES, budget.room(states, STATES)))
 
 
 def metrics_line(metrics: dict[str, float]) -> str:

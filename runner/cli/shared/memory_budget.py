@@ -73,6 +73,15 @@ class MemoryBudget:
         self.fields: dict[str, Any] = {}
         """Fields of the JSON object: what stays, and the planned memory."""
 
+    def room(self, states: int, without_budget: int) -> int:
+        """Return the bytes of hidden states that may share one reading of the weights.
+
+        Args:
+            states: bytes of hidden states that `keep` has planned for.
+            without_budget: what is returned if there is no budget.
+        """
+        return without_budget if self.spare is None else states + self.spare
+
     def keep(self, checkpoint: Checkpoint, load: Load) -> Residency:
         """Return what stays in memory.
 
