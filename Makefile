@@ -1,17 +1,28 @@
 # `make setup` once; the other targets call it.
-PYTHON ?= python3
+# The first of these that the lock serves; or `make setup PYTHON=/path/to/python3.12`.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+    && echo $$python && break; done)
+# Where PyTorch comes from. Its own index has a build for the processor alone, of 0.2 GB; that of
+# PyPI (TORCH_INDEX=https://pypi.org/simple) brings CUDA, 3 GB more.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test test-full test-gpu gpu-kit test-cs mutation coverage docs pictures site bench clean
+.PHONY: setup demo check lint test test-full test-gpu gpu-kit test-cs mutation coverage docs lock pictures site dist bench clean
 
 setup: $(STAMP)
 
 # The lock names every package exactly; the project itself is linked, not copied.
 $(STAMP): requirements.lock pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(or $(PYTHON),$(error found no Python 3.11, 3.12 or 3.13; install \
+	    one, or name it: make setup PYTHON=/path/to/python3.12)) -m venv $(VENV)
+	@$(BIN)/$(INSTALL) --no-deps --retries 1 --index-url $(TORCH_INDEX) \
+	    "$$(grep '^torch==' requirements.lock)" \
+	    || { echo "PyTorch was not found at $(TORCH_INDEX); name another index, such as PyPI's \
+	(with CUDA, 3 GB): make setup TORCH_INDEX=https://pypi.org/simple" >&2; exit 1; }
 	$(BIN)/$(INSTALL) --requirement requirements.lock
 	$(BIN)/$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
@@ -20,13 +31,16 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
 
-check: setup
+check: lint
+	$(BIN)/pyright
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
+
+# The fast part, which pre-commit calls.
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
 
 # Two at a time: what XLA compiles, and what waits for signals, leaves a core idle.
 test: setup
@@ -43,7 +57,7 @@ test-full: setup
 GPU_VENV := .venv-gpu
 test-gpu:
 	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
-	sed 's/^tensorflow_cpu==/tensorflow[and-cuda]==/' requirements.lock > $(GPU_VENV)/gpu.lock
+	sed 's/^tensorflow-cpu==/tensorflow[and-cuda]==/' requirements.lock > $(GPU_VENV)/gpu.lock
 	$(GPU_VENV)/bin/$(INSTALL) --requirement $(GPU_VENV)/gpu.lock
 	$(GPU_VENV)/bin/$(INSTALL) --no-deps --no-build-isolation --editable .
 	$(GPU_VENV)/bin/pytest -m gpu -rs
@@ -72,6 +86,12 @@ coverage: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 
+# The newest versions that fit pyproject.toml, for every Python that is supported; the versions of
+# the lock where they need not change with OPTIONS=--keep.
+PYTHONS ?= python3.11 python3.12 python3.13
+lock:
+	$(PYTHON) release/lock.py $(OPTIONS) $(PYTHONS)
+
 # The pages of the demo as the documentation shows them; needs chromium.
 CHROMIUM ?= chromium
 pictures: demo
@@ -83,6 +103,10 @@ pictures: demo
 # The documentation as pages: build/site/index.html.
 site: docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/site
+
+# What a release publishes: a wheel and a source archive.
+dist: setup
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 # Every claim of speed and memory, beside its peer: about half an hour on an idle machine.
 bench: setup

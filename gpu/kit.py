@@ -21,7 +21,7 @@ LIMIT = 60 * 2**20
 #: Packages that the machine lacks and that JAX runs import; each in the version of the lock.
 PACKAGES = (
     "annotated-types",
-    "backports.zstd",
+    "backports-zstd",
     "crc32c",
     "keras",
     "namex",
@@ -30,7 +30,7 @@ PACKAGES = (
     "pydantic",
     "pydantic_core",
     "rich-click",
-    "ruamel.yaml",
+    "ruamel-yaml",
 )
 #: What is run there.
 SOURCES = (
@@ -50,14 +50,14 @@ _PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 def versions() -> dict[str, str]:
     """Return the versions of the lock by name."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return {name.lower().replace("_", "-"): version for name, version in pairs}
+    pins = (line.partition(" ;")[0] for line in lines if not line.startswith("#"))
+    return dict(pin.split("==") for pin in pins)
 
 
 def download(out: Path) -> None:
     """Download the wheels."""
     locked = versions()
-    pinned = [f"{name}=={locked[name.lower().replace('_', '-')]}" for name in PACKAGES]
+    pinned = [f"{name}=={locked[name]}" for name in PACKAGES]
     tags = [f"--platform=manylinux_{one}_x86_64" for one in _PLATFORMS]
     subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",

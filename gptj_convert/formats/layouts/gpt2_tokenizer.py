@@ -1,7 +1,7 @@
 """GPT-J's tokenizer files: the GPT-2 byte-level BPE, and 143 tokens that pad the vocabulary.
 
 The folder `gpt2` beside this module holds the vocabulary and the merges as OpenAI published them,
-with their licence and their SHA-256.
+with their license and their SHA-256.
 """
 
 from __future__ import annotations
