@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from gptj_convert.conversion.random_checkpoint import write_random_checkpoint  #
 from gptj_convert.streams import strips  # noqa: E402
 from gptj_model.config import GPTJConfig  # noqa: E402
 from runner.cli.root import main  # noqa: E402
+from runner.training.executors.reuse import reuse_programs  # noqa: E402
 
 GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
 
@@ -52,6 +53,13 @@ class Outcome:
     @property
     def json(self) -> dict[str, Any]:
         return json.loads(self.stdout)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs() -> Iterator[None]:
+    """Compile the same model once for all runs of this process."""
+    with reuse_programs(limit=12):
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,57 @@ from runner.data.reading.input_fn import Batch
 from runner.evaluation.compiled import ResidentEvaluator
 from runner.evaluation.evaluate import Evaluator
 from runner.training.devices.distribution import Workers
+from runner.training.executors import reuse
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.executors.step import TrainStep
 from runner.training.run import checkpoints
 from runner.training.update.optimizer import Optimizer
-from runner.training.weights.initialize import initialize
+from runner.training.weights.initialize import initialization_seed, initialize
 from runner.training.weights.lora import trained_weights
+
+
+class ResidentModel:
+    """A model, its slots and the programs that train and evaluate it, compiled on first use.
+
+    Args:
+        config: configuration of the model.
+        params: parameters of the run.
+        workers: workers that train the same model.
+
+    Raises:
+        ConfigError: as `trainable_rows` raises it.
+    """
+
+    def __init__(self, config: GPTJConfig, params: Params, workers: Workers) -> None:
+        self.model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
+        self.adapter, weights = trained_weights(self.model, params)
+        self.optimizer = Optimizer(params.optimizer, weights)
+        self.step = TrainStep(
+            self.model, self.optimizer, params.optimizer.grad_accum_steps, workers
+        )
+        self.evaluator = ResidentEvaluator(self.model)
+
+    def reset(self, params: Params) -> ResidentModel:
+        """Return itself as it was made for these parameters, with NaN as weights: one that a
+        checkpoint failed to load must not go unnoticed."""
+        for weight in variables(self.model).values():
+            weight.assign(np.full(weight.shape, np.nan, np.float32))
+        self.optimizer.reset()
+        if self.adapter:
+            self.adapter.initialize(initialization_seed(params))
+        return self
+
+
+def _shape(config: GPTJConfig, params: Params) -> str:
+    """Return all that a `ResidentModel` of a single process depends on."""
+    model = replace(
+        config, n_inner=config.ffn_dim, bos_token_id=None, eos_token_id=None, carried={}
+    )
+    sections = (
+        params.model.model_dump_json(),
+        params.optimizer.model_dump_json(exclude={"learning_rate"}),
+    )
+    return f"{model} {params.dtype_policy} {sections}"
 
 
 class ResidentExecutor(Executor):
@@ -48,13 +94,12 @@ class ResidentExecutor(Executor):
         self._params = params
         self._model_dir = model_dir
         self._workers = workers
-        self.model = GPTJ(config, dtype=params.dtype_policy, recompute=params.model.recompute)
-        self._adapter, weights = trained_weights(self.model, params)
-        self._optimizer = Optimizer(params.optimizer, weights)
-        self._compute = TrainStep(
-            self.model, self._optimizer, params.optimizer.grad_accum_steps, workers
-        )
-        self.trained = list(weights)
+        found = reuse.take(_shape(config, params)) if workers.count == 1 else None
+        self._resident = found.reset(params) if found else ResidentModel(config, params, workers)
+        self.model = self._resident.model
+        self._adapter = self._resident.adapter
+        self._optimizer = self._resident.optimizer
+        self.trained = list(self._optimizer.weights)
         self.devices = workers.count
 
     @override
@@ -89,7 +134,7 @@ class ResidentExecutor(Executor):
         self, group: Sequence[Batch], draw: tuple[int, int], scale: float, rate: float
     ) -> StepResult:
         self.model.seeds.state.assign(draw)
-        return self._compute(group, scale, rate)
+        return self._resident.step(group, scale, rate)
 
     @override
     def advance(self) -> None:
@@ -109,7 +154,7 @@ class ResidentExecutor(Executor):
 
     @override
     def evaluator(self) -> Evaluator:
-        return ResidentEvaluator(self.model)
+        return self._resident.evaluator
 
     @override
     def weights(self) -> Mapping[str, Any]:
@@ -117,4 +162,6 @@ class ResidentExecutor(Executor):
 
     @override
     def close(self) -> None:
-        """See `Executor`; there are none."""
+        """Leave the model to the next run of its shape, if the process keeps any."""
+        if self._workers.count == 1:
+            reuse.give_back(_shape(self._config, self._params), self._resident)

@@ -23,6 +23,7 @@ class Optimizer:
     """
 
     def __init__(self, params: OptimizerParams, weights: Mapping[Tensor, Any]) -> None:
+        self._params = params
         self._rule = UpdateRule(params)
         self._powers = BetaPowers(params)
         self._weights = dict(weights)
@@ -40,6 +41,13 @@ class Optimizer:
     def weights(self) -> dict[Tensor, Any]:
         """Variables that are updated."""
         return self._weights
+
+    def reset(self) -> None:
+        """Return to the state before the first update."""
+        self._powers = BetaPowers(self._params)
+        for tensor, slots in self._slots_of.items():
+            for slot, fill in zip(slots, self._rule.slots(tensor).values(), strict=True):
+                slot.assign(tf.fill(slot.shape, fill))
 
     def advance(self) -> None:
         """Count an update that was applied."""

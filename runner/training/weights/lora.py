@@ -13,7 +13,7 @@ import numpy as np
 
 from gptj_model.lora import Lora, adapter_rows
 from gptj_model.network.model import GPTJ
-from gptj_model.network.weights import enable_lora, variables
+from gptj_model.network.weights import enable_lora, first_a, variables
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import LORA_ALPHA, LORA_BASE, Scheme, Tensor
 from runner.config.params import Params
@@ -54,6 +54,13 @@ class Adapter:
         self._alpha = np.asarray(lora.alpha, np.float32)
         self._kernels = kernels
         self._variables = variables
+
+    def initialize(self, seed: int) -> None:
+        """Draw A again and fill B with zeros, as `enable_lora` does."""
+        for n, kernel in enumerate(self._kernels):
+            a, b = (self._variables[row] for row in adapter_rows(kernel, self._lora.rank))
+            a.assign(first_a(seed, n)(a.shape, a.dtype))
+            b.assign(np.zeros(b.shape, b.dtype))
 
     def tensors(self) -> dict[str, Any]:
         """Return merged kernels, and everything needed to resume, by TF name."""
