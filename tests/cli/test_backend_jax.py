@@ -25,8 +25,10 @@ from gptj_model.source import read_tensor
 from runner.cli.root import main
 from tests.conftest import GOLDEN_RUNS
 
+#: Where TensorFlow is not installed.
 _PROGRAM = """
 import json, sys
+sys.modules["tensorflow"] = None
 from runner.cli.root import main
 codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
 print(json.dumps(codes))
@@ -42,9 +44,9 @@ def _on_jax(*commands: tuple[object, ...]) -> tuple[list[int], str]:
     Returns:
         Their exit codes, and what they wrote to stderr.
     """
-    lists = [[*map(str, command), "--backend", "jax"] for command in commands]
+    lists = [list(map(str, command)) for command in commands]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment.pop("KERAS_BACKEND", None)
+    environment["KERAS_BACKEND"] = "jax"
     with tempfile.TemporaryDirectory() as compiled:  # one step is compiled once
         environment["JAX_COMPILATION_CACHE_DIR"] = compiled
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -87,6 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     again = (*drop, "--set", "model.recompute=true")
     shard = ("--set", "runconfig.shard_weights=true")
     lora = ("--set", "model.lora.rank=2", "--quiet")
+    jax = ("--backend", "jax")  # the runs that TensorFlow began say otherwise
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         before = signal.getsignal(signal.SIGTERM)
@@ -99,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         codes, told = _on_jax(
             (*BEGIN, *_mesh(2, 4), "--model-dir", "divided", "--mode", "train_and_eval"),
             (*BEGIN, *_mesh(1, 1), "--model-dir", "whole", "--quiet"),
-            ("train", "--model-dir", "tf_first", *_mesh(2, 4), "--max-steps", 20, "--quiet"),
+            ("train", "--model-dir", "tf_first", *jax, *_mesh(2, 4), "--max-steps", 20, "--quiet"),
             (*BEGIN, *_mesh(4, 2), *hard, "--model-dir", "unbroken", "--max-steps", 4, "--quiet"),
             (*BEGIN, *_mesh(4, 2), *hard, "--model-dir", "broken", "--max-steps", 2, "--quiet"),
             ("train", "--model-dir", "broken", "--max-steps", 4, "--quiet"),
@@ -107,9 +110,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (*BEGIN, *_mesh(4, 2), *shard, "--model-dir", "sharded"),
             (*BEGIN, *_mesh(2, 2), *drop, "--model-dir", "kept", "--max-steps", 4, "--quiet"),
             (*BEGIN, *_mesh(2, 2), *again, "--model-dir", "again", "--max-steps", 4, "--quiet"),
-            ("train", "--model-dir", "lora_jax", *_mesh(2, 1), "--max-steps", 5, "--quiet"),
+            ("train", "--model-dir", "lora_jax", *jax, *_mesh(2, 1), "--max-steps", 5, "--quiet"),
+            ("eval", "--model", "whole", "--quiet"),
+            ("eval", "--model", "whole", "--execution", "streaming", "--quiet"),
+            ("train", "--model-dir", "whole", "--mode", "eval_all", "--quiet"),
+            (*BEGIN, *_mesh(1, 1), "--model-dir", "compiled", "--compile-only"),
+            ("train", "--model-dir", "whole", "--execution", "streaming"),
+            ("eval", "--model", "whole", "--backend", "tensorflow"),
         )
-    assert codes == [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0], told
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2], told
     (folder / "told").write_text(told)
     return folder
 

@@ -10,6 +10,7 @@ import pytest
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource, data_path, index_path
 from gptj_model.source import read_tensor
+from runner.training.executors.reuse import reuse_programs
 from tests.conftest import load_tensors, save_tensors, write_records
 
 adamw = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
@@ -55,6 +56,22 @@ def test_a_run_in_two_parts_is_the_run_in_one(golden_run: Path, stop_at: int, gp
     ):
         assert _computed(row) == _computed(other)
     found, expected = _tensors("model_dir/model.ckpt-16"), _tensors("whole/model.ckpt-16")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert np.array_equal(found[name], expected[name]), name
+
+
+@adamw
+@pytest.mark.parametrize("more", [(), ("--set", "model.lora.rank=2")], ids=["whole", "lora"])
+def test_a_model_that_another_run_left_computes_the_same(more: tuple[str, ...], golden_run, gptj):
+    options = (*BEGIN, *more, "--max-steps", 4, "--quiet")
+    with reuse_programs(limit=0):
+        assert gptj(*options, "--model-dir", "first").code == 0
+    with reuse_programs():
+        other = ("--set", "optimizer.learning_rate=0.1", "--max-steps", 3, "--model-dir", "other")
+        assert gptj(*options, *other).code == 0
+        assert gptj(*options).code == 0
+    found, expected = _tensors("model_dir/model.ckpt-4"), _tensors("first/model.ckpt-4")
     assert found.keys() == expected.keys()
     for name in expected:
         assert np.array_equal(found[name], expected[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from runner.training.run import checkpoints
-from tests.e2e.test_interrupted_save import Call, _calls, _go_on, _spread, _traced, pytestmark
+from tests.conftest import Outcome
+from tests.e2e.test_interrupted_save import Call, _calls, _go_on, _traced, pytestmark
 
 __all__ = ["pytestmark"]
 
@@ -44,7 +46,9 @@ def _assert_nothing_lost(where: str) -> None:
         source.close()
 
 
-def _interrupt(faults: list[str], choose: Callable[[list[Call]], list[Call]]) -> None:
+def _interrupt(
+    gptj: Callable[..., Outcome], faults: list[str], choose: Callable[[list[Call]], list[Call]]
+) -> None:
     assert _traced(PROGRAM).returncode == 0  # what it compiles is there from now on
     shutil.rmtree("model_dir")
     assert _traced(PROGRAM).returncode == 0
@@ -57,7 +61,7 @@ def _interrupt(faults: list[str], choose: Callable[[list[Call]], list[Call]]) ->
             assert done.returncode != 0, where
             assert "Traceback" not in done.stderr, where
             _assert_nothing_lost(where)
-            _go_on(PROGRAM)
+            _go_on(PROGRAM, gptj)
             assert _found() == whole, where
 
 
@@ -67,8 +71,8 @@ def _exchanging() -> list[Call]:
 
 
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_killed_and_refused_at_some_calls(golden_run: Path):
-    _interrupt(["signal=KILL"], lambda calls: _spread(calls, 2))
+def test_killed_at_some_calls(golden_run: Path, gptj):
+    _interrupt(gptj, ["signal=KILL"], lambda calls: random.sample(calls, 2))
     renames = [c for c in _exchanging() if c.kind == "rename"]
     assert renames
 
@@ -76,5 +80,5 @@ def test_killed_and_refused_at_some_calls(golden_run: Path):
 @pytest.mark.full
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC"])
-def test_killed_and_refused_at_every_call(golden_run: Path, fault: str):
-    _interrupt([fault], lambda calls: calls)
+def test_killed_and_refused_at_every_call(golden_run: Path, fault: str, gptj):
+    _interrupt(gptj, [fault], lambda calls: calls)

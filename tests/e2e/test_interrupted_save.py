@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from gptj_model.source import read_tensor
 from runner.training.run import checkpoints
 from runner.training.run.folder import locked
 from tests.cli.test_train import MEASURED
+from tests.conftest import Outcome
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
@@ -192,15 +194,19 @@ def _found() -> tuple[object, set[str]]:
     return _state(), {name for name in _content() if "tfevents" not in name}
 
 
-def _go_on(program: list[str]) -> None:
-    again = subprocess.run([sys.executable, "-B", *program], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+def _go_on(program: list[str], gptj: Callable[..., Outcome]) -> None:
+    """Run the program of `_traced` in this process, which has started already."""
+    again = gptj(*program[2:])
+    assert again.code == 0, again.stderr
 
 
-def _kill_and_go_on(program: list[str], count: int, lost: int) -> None:
+def _kill_and_go_on(
+    gptj: Callable[..., Outcome], program: list[str], count: int, lost: int
+) -> None:
     """A run killed at some of its calls, each time from the beginning, ends as if it had not been.
 
     Args:
+        gptj: the program in this process.
         program: of the run.
         count: of calls.
         lost: steps that a kill may undo, at most.
@@ -210,14 +216,14 @@ def _kill_and_go_on(program: list[str], count: int, lost: int) -> None:
         shutil.rmtree("model_dir")
         done = _traced(program, f"{kind}:signal=KILL:when={n}")
         assert _logged() - _newest_step() <= lost, f"{kind} {n}: {done.stderr}"
-        _go_on(program)
+        _go_on(program, gptj)
         assert _found() == whole, f"{kind} {n}"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_a_run_that_is_killed_ends_as_if_it_had_not_been(golden_run: Path):
-    _kill_and_go_on(["-m", "runner.cli.root", *TRAIN], 40, lost=2)
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(golden_run: Path, gptj):
+    _kill_and_go_on(gptj, ["-m", "runner.cli.root", *TRAIN], 40, lost=2)
 
 
 STREAMED = ["-m", "runner.cli.root", *TRAIN, "--execution", "streaming"]
@@ -225,13 +231,14 @@ STREAMED = ["-m", "runner.cli.root", *TRAIN, "--execution", "streaming"]
 
 @pytest.mark.full
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_a_streamed_run_that_is_killed_loses_a_step_at_most(golden_run: Path):
-    _kill_and_go_on(STREAMED, 30, lost=1)
+def test_a_streamed_run_that_is_killed_loses_a_step_at_most(golden_run: Path, gptj):
+    _kill_and_go_on(gptj, STREAMED, 30, lost=1)
 
 
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 def test_a_streamed_run_that_is_refused_and_killed_during_an_update_behind_the_next_step(
     golden_run: Path,
+    gptj,
 ):
     whole = _whole_run(STREAMED)
     refused, killed = _spread(_overlapped(), 2)
@@ -243,5 +250,5 @@ def test_a_streamed_run_that_is_refused_and_killed_during_an_update_behind_the_n
     done = _traced(STREAMED, f"pwrite64:signal=KILL:when={killed.number}")
     assert done.returncode < 0
     assert _logged() - _newest_step() <= 1
-    _go_on(STREAMED)
+    _go_on(STREAMED, gptj)
     assert _found() == whole

@@ -19,6 +19,9 @@ _kept: deque[tuple[str, Any]] | None = None
 def reuse_programs(limit: int = 1) -> Iterator[None]:
     """Keep the models of runs that end in this context, for later runs of the same shape.
 
+    Runs of a resident model on TensorFlow, in this process alone, share them: model, optimizer and
+    precision must be the same, learning rates and records may differ.
+
     Args:
         limit: number of models, with their slots and compiled programs, that are kept; the oldest
             is dropped for another one.
