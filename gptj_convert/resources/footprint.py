@@ -64,6 +64,26 @@ def gradients_memory(config: GPTJConfig) -> int:
     return round(_BOTH_FRAMEWORKS + 10 * _block_bytes(config))
 
 
+def tasks_memory(config: GPTJConfig, *, batch: int, length: int, states: int, scored: int) -> int:
+    """Return the peak memory of verify's level tasks: first a block on both sides, passed on
+    through one buffer, with the attention of one batch; then a part of both heads with the logits
+    of some tokens and float64 copies of them.
+
+    Args:
+        config: configuration of both sides.
+        batch: sequences per forward pass.
+        length: tokens of the longest sequence.
+        states: bytes of the hidden states on both sides that share one pass over the weights.
+        scored: tokens of a batch whose log-probabilities are asked for.
+    """
+    one_block = _block_bytes(config)
+    computing = batch * length * (8 * config.n_head * length + 24 * config.n_embd)
+    part = 4 * PART * config.n_embd
+    logits = 32 * min(scored, config.n_positions) * min(PART, config.vocab_size)
+    heading = one_block + 3 * part + logits
+    return round(_BOTH_FRAMEWORKS + states + max(4.3 * one_block + computing, heading))
+
+
 def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) -> int:
     """Return the memory of weights and, for each trained weight, of its gradient, the two slots of
     Adam and the gradient without the loss scale; all in float32, 20 bytes per parameter if all are

@@ -72,7 +72,8 @@ OPTIONS = {
     },
     "verify": {
         "--against", "--backend", "--against-golden", "--tolerance", "--level", "--thorough",
-        "--keep-going", "--report", "--self-test", "--adapter", "--config",
+        "--keep-going", "--report", "--self-test", "--adapter", "--config", "--task",
+        "--include-path", "--num-fewshot", "--limit",
     },
 }  # fmt: skip
 
