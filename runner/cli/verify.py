@@ -67,7 +67,6 @@ RULES = OptionRules(
 
 
 @command(
-    "gptj verify",
     "gptj verify converted/ --against gpt-j-6b --level all --report report.html",
     "gptj verify converted/ --against-golden recording/",
     "gptj verify converted/ --level tasks --task lm-eval:piqa --limit 100",
