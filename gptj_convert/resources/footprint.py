@@ -29,6 +29,8 @@ _TENSORFLOW = 600_000_000
 _BOTH_FRAMEWORKS = 960_000_000
 #: Memory that compiling a step takes and does not return, measured.
 _COMPILER = 200_000_000
+#: Graphs of the signatures of a SavedModel while they are traced and written, measured.
+_GRAPHS = 120_000_000
 #: Parsed JSON of a tokenizer with GPT-J's vocabulary size, measured.
 TOKENIZER = 15_000_000
 
@@ -82,6 +84,16 @@ def tasks_memory(config: GPTJConfig, *, batch: int, length: int, states: int, sc
     logits = 32 * min(scored, config.n_positions) * min(PART, config.vocab_size)
     heading = one_block + 3 * part + logits
     return round(_BOTH_FRAMEWORKS + states + max(4.3 * one_block + computing, heading))
+
+
+def export_memory(config: GPTJConfig, dtype: str) -> int:
+    """Return the peak memory of `gptj export saved-model`: all weights in this dtype, with the
+    largest one as it is read and laid out beside them. Measured at the 6B's width, with 2
+    blocks."""
+    rows = table(config)
+    largest = max(t.size for t in rows)
+    held = NUMPY[dtype].itemsize * (sum(t.size for t in rows) + largest)
+    return _TENSORFLOW + _COMPILER + _GRAPHS + held + 2 * 4 * largest
 
 
 def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) -> int:

@@ -57,6 +57,9 @@ OPTIONS = {
         "--early-stopping", "--num-return-sequences", "--seed", "--logprobs", "--dtype",
         "--execution", "--memory",
     },
+    "export saved-model": {
+        "--out", "--dtype", "--max-length", "--config", "--dry-run", "--force",
+    },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {
