@@ -218,6 +218,7 @@ def verify(
         source = _path(against) or verification.source_of(Path(converted))
         requests = requests_of(
             _OUTPUT,
+            Path(converted),
             source,
             task,
             level=level,

@@ -61,6 +61,22 @@ def adapter_of(converted: Path, against: Path) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def open_source(
+    converted: Path, against: Path, adapter: Path | None = None, *, config_file: Path | None = None
+) -> Checkpoint:
+    """Open a source as it was converted: with its vocabulary, and without what was dropped.
+
+    Args:
+        converted: checkpoint that was made from it.
+        against, adapter, config_file: see `verify`.
+
+    Raises:
+        GptjError: see `open_merged`.
+    """
+    choice, dropped = _choices(converted)
+    return open_merged(against, adapter, config_file=config_file, vocab_choice=choice, drop=dropped)
+
+
 def _folder(converted: Path) -> Path:
     return converted if converted.is_dir() else converted.parent
 
@@ -114,10 +130,7 @@ def verify(
     """
     verdict = Verdict(tolerance, levels_up_to(level))
     _refuse_nothing_there(converted)
-    choice, dropped = _choices(converted)
-    with open_merged(
-        against, adapter, config_file=config_file, vocab_choice=choice, drop=dropped
-    ) as source:
+    with open_source(converted, against, adapter, config_file=config_file) as source:
         expected = match(source)
         result = verdict.levels["structure"] = LevelResult(ok=False)
         manifest, of_files = check_files(_folder(converted))

@@ -188,6 +188,7 @@ def verify(
         compared_with = f"{source} with {adapter}" if adapter else str(source)
         tasks = requests_of(
             output,
+            converted,
             source,
             task,
             level=level,

@@ -109,7 +109,7 @@ def compare_tasks(
     done, compared = 0, dict[int, _Compared]()
     for number, group in enumerate(groups, start=1):
         for event in run.group(group, compared, last=number == len(groups)):
-            name = f"requests {number} of {len(groups)}, {event}" if len(groups) > 1 else event
+            name = f"group {number} of {len(groups)}, {event}" if len(groups) > 1 else event
             yield Progress(done := done + 1, stages, name)
     _judge(asked, {query: compared[n] for n, query in enumerate(queries)}, verdict)
 

@@ -146,7 +146,8 @@ def evaluate_tasks(
 
 def requests_of(
     output: Output,
-    path: Path,
+    converted: Path,
+    source: Path,
     task: str | None,
     *,
     level: str,
@@ -160,7 +161,8 @@ def requests_of(
 
     Args:
         output: where notes go.
-        path: checkpoint whose tokenizer and context the requests are made for.
+        converted: checkpoint that is judged.
+        source: its source, whose tokenizer and context the requests are made for.
         task: `PREFIX` and names of tasks, separated by commas, or None.
         level: last level that runs.
         include, fewshot, limit: see `Asked`.
@@ -177,11 +179,11 @@ def requests_of(
             f"{task} is asked for, and level {level} does not run tasks",
             hint=f"choose level {TASKS_LEVEL}",
         )
-    from gptj_convert.checkpoint.open import open_checkpoint
+    from gptj_convert.verification.verify import open_source
     from runner.evaluation.harness.compared import collected
 
     names = task.removeprefix(PREFIX)
-    with open_checkpoint(path, config_file=config_file) as checkpoint:
+    with open_source(converted, source, config_file=config_file) as checkpoint:
         note_tokenizer(output, checkpoint.folder)
         found = collected(_tasks(output, names, include, fewshot), _tokens(checkpoint), limit)
     _note_shortened(output, found.shortened)
