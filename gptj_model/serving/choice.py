@@ -47,10 +47,12 @@ def chosen(logits_BV: Tensor, drawn_B: Tensor, sampling: Sampling) -> Tensor:
 def _sampled(logits_BV: Tensor, drawn_B: Tensor, sampling: Sampling) -> Tensor:
     V = tf.shape(logits_BV)[1]
     scores_BV, order_BV = tf.math.top_k(logits_BV / sampling.temperature, V)
-    tf.debugging.Assert(
+    finite = tf.debugging.Assert(
         tf.reduce_all(tf.math.is_finite(scores_BV[:, 0])),
         ["no token can be drawn: scores are not finite"],
     )
+    with tf.control_dependencies([finite]):
+        scores_BV = tf.identity(scores_BV)
     scores_BV = tf.cond(
         sampling.top_k > 0, lambda: _top_k(scores_BV, sampling.top_k), lambda: scores_BV
     )

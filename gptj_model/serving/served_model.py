@@ -81,11 +81,11 @@ class ServedModel(tf.Module):
         any token.
         """
         model = self._model.value
-        self._check_ids(ids)
-        _check(
+        fits = _check(
             tf.shape(ids)[1] <= model.config.n_positions,
             f"ids has more columns than the model's {model.config.n_positions} positions",
         )
+        ids = _after([self._check_ids(ids), fits], ids)
         return {"logits": tf.cast(model(ids), tf.float32)}
 
     def generate(
@@ -111,7 +111,8 @@ class ServedModel(tf.Module):
             `new_ids`, int32 (B, N), with a token that ends texts, or 0, after the last one; and
             `new_lengths`, int32 (B,), the number of new tokens without the one that ended the text.
         """
-        self._check_request(ids, lengths, max_new_tokens, temperature, top_k, top_p, seed)
+        checks = self._checks(ids, lengths, max_new_tokens, temperature, top_k, top_p, seed)
+        ids, lengths = _after(checks, ids), _after(checks, lengths)
         sampling = Sampling(temperature, top_k, top_p)
         longest = tf.reduce_max(lengths)
         padding_B1 = (longest - lengths)[:, None]
@@ -175,11 +176,13 @@ class ServedModel(tf.Module):
         )
         return tf.cast(logits_BTV[:, 0], tf.float32), caches
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def _check_ids(self, ids: Tensor) -> Any:
         size = self._model.value.config.vocab_size
-        _check(tf.reduce_all((ids >= 0) & (ids < size)), f"ids holds an id beyond 0 to {size - 1}")
+        return _check(
+            tf.reduce_all((ids >= 0) & (ids < size)), f"ids holds an id beyond 0 to {size - 1}"
+        )
 
-    def _check_request(
+    def _checks(
         self,
         ids: Tensor,
         lengths: Tensor,
@@ -188,27 +191,32 @@ class ServedModel(tf.Module):
         top_k: Tensor,
         top_p: Tensor,
         seed: Tensor,
-    ) -> None:
-        """Let the request fail with what it asks wrongly."""
-        self._check_ids(ids)
+    ) -> list[Any]:
+        """Return the operations that let a request fail with what it asks wrongly."""
         B, T = tf.shape(ids)[0], tf.shape(ids)[1]
-        _check(
-            tf.reduce_all(tf.shape(lengths) == [B]),
-            "lengths has not one number for each row of ids",
-        )
-        _check(
-            tf.reduce_all((lengths >= 1) & (lengths <= T)),
-            "lengths holds a number that is not 1 to the columns of ids",
-        )
-        _check(max_new_tokens >= 1, "max_new_tokens is below 1")
-        _check(
-            tf.reduce_max(lengths) + max_new_tokens <= self._longest,
-            f"a prompt and max_new_tokens are together more than {self._longest} tokens",
-        )
-        _check(tf.math.is_finite(temperature) & (temperature >= 0), "temperature is not 0 or more")
-        _check(top_k >= 0, "top_k is below 0")
-        _check((top_p > 0) & (top_p <= 1), "top_p is not above 0 and at most 1")
-        _check(seed >= 0, "seed is below 0")
+        whole = tf.reduce_max(lengths) + max_new_tokens
+        return [
+            self._check_ids(ids),
+            _check(
+                tf.reduce_all(tf.shape(lengths) == [B]),
+                "lengths has not one number for each row of ids",
+            ),
+            _check(
+                tf.reduce_all((lengths >= 1) & (lengths <= T)),
+                "lengths holds a number that is not 1 to the columns of ids",
+            ),
+            _check(max_new_tokens >= 1, "max_new_tokens is below 1"),
+            _check(
+                whole <= self._longest,
+                f"a prompt and max_new_tokens are together more than {self._longest} tokens",
+            ),
+            _check(
+                tf.math.is_finite(temperature) & (temperature >= 0), "temperature is not 0 or more"
+            ),
+            _check(top_k >= 0, "top_k is below 0"),
+            _check((top_p > 0) & (top_p <= 1), "top_p is not above 0 and at most 1"),
+            _check(seed >= 0, "seed is below 0"),
+        ]
 
 
 class Traced(NamedTuple):
@@ -261,5 +269,13 @@ def _left_padded(ids: Tensor, longest: Tensor, padding_B1: Tensor) -> Tensor:
     return tf.where(columns_BT >= 0, moved_BT, 0)
 
 
-def _check(holds: Tensor, problem: str) -> None:
-    tf.debugging.Assert(holds, [problem])
+def _check(holds: Tensor, problem: str) -> Any:
+    """Return an operation that fails with these words unless the condition holds."""
+    return tf.debugging.Assert(holds, [problem])
+
+
+def _after(checks: Sequence[Any], value: Tensor) -> Tensor:
+    """Return the value, which exists once the checks have passed: what is computed from it cannot
+    fail before them, in words of its own."""
+    with tf.control_dependencies(checks):
+        return tf.identity(value)
