@@ -35,6 +35,25 @@ _CONTINUED = ("the dog", "17 tokens")
 _TRAINED = ("17 tokens", "window at 2032")
 
 
+#: Prompts that questions are made of, and the tokens of a question and of each of its answers.
+_ASKED = ("text", "source code", "other scripts and emoji")
+_CONTEXT, _ANSWER = 24, 8
+#: Largest number of questions of each prompt, and number of answers to choose from.
+_QUESTIONS, _ANSWERS = 8, 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A passage of a prompt, and passages of which one follows it."""
+
+    prompt: str
+    """Name of the prompt."""
+    context: tuple[int, ...]
+    """Token ids of the passage."""
+    answers: tuple[tuple[int, ...], ...]
+    """Token ids of each passage that may follow, the true one first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """Sequences that are run together."""
@@ -125,15 +144,44 @@ def continued(config: GPTJConfig, new_tokens: int) -> list[Prompt]:
     return [_prompt(p.name, p.ids[0, :room], 0) for p in found]
 
 
+def questions(config: GPTJConfig) -> list[Question]:
+    """Return passages of the prompts to continue, cut to the model; the wrong answers to one are
+    the right ones of those after it."""
+    total = min(_CONTEXT + _ANSWER, config.n_positions + 1)
+    answer = min(_ANSWER, total // 2)
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for line in _lines():
+        if line["name"] in _ASKED:
+            ids = (np.asarray(line["ids"], np.int64) % config.vocab_size).tolist()
+            for start in range(0, len(ids) - total + 1, total)[:_QUESTIONS]:
+                end = start + total
+                found.append(
+                    (line["name"], (*ids[start : end - answer],), (*ids[end - answer : end],))
+                )
+    right = [own for _, _, own in found]
+    return [
+        Question(
+            prompt=name,
+            context=context,
+            answers=tuple(dict.fromkeys([*right[n:], *right[:n]]))[:_ANSWERS],
+        )
+        for n, (name, context, _) in enumerate(found)
+    ]
+
+
 def labels(prompt: Prompt) -> np.ndarray:
     """Return the token after each token, int32 (B, T); the last token is followed by the first."""
     return np.roll(prompt.ids, -1, axis=1)
 
 
 def _stored(config: GPTJConfig) -> dict[str, Prompt]:
-    text = (files("golden") / PROMPTS_FILE).read_text(encoding="utf-8")
-    prompts = (_fit(json.loads(line), config) for line in text.splitlines())
+    prompts = (_fit(line, config) for line in _lines())
     return {prompt.name: prompt for prompt in prompts}
+
+
+def _lines() -> list[dict]:
+    text = (files("golden") / PROMPTS_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _fit(line: dict, config: GPTJConfig) -> Prompt:

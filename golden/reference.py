@@ -9,6 +9,7 @@ Shape suffixes: B batch, T time, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,61 @@ class ReferenceBlock:
         return {name: value.numpy() for name, value in seen.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLikelihoods:
+    """How likely N tokens are at their places; every array has one entry per token."""
+
+    logprobs_N: np.ndarray
+    """Log-probability of the token, float64."""
+    greedy_N: np.ndarray
+    """Whether the token is the most likely one."""
+    mean_N: np.ndarray
+    """Mean of the logits over the vocabulary, float64."""
+    square_N: np.ndarray
+    """Mean square of the logits over the vocabulary, float64."""
+
+
+class _RunningLikelihoods:
+    """Likelihoods of tokens from logits that arrive a part of the vocabulary at a time, in float64.
+
+    Args:
+        labels_N: int32 ids of the tokens.
+    """
+
+    def __init__(self, labels_N: np.ndarray) -> None:
+        self._labels_N = torch.from_numpy(labels_N.astype(np.int64))
+        shape = self._labels_N.shape
+        self._log_sum_N = torch.full(shape, -torch.inf, dtype=torch.float64)
+        self._top_N = torch.full(shape, -torch.inf)
+        self._best_N = torch.zeros(shape, dtype=torch.int64)
+        self._label_N, self._sum_N, self._square_N = torch.zeros((3, *shape), dtype=torch.float64)
+
+    def add(self, logits_CV: torch.Tensor, first: int, start: int) -> None:
+        """Add float32 logits of tokens from number `first` on, for token ids from `start` on."""
+        tokens = slice(first, first + len(logits_CV))
+        top_C, best_C = logits_CV.max(-1)
+        better_C = top_C > self._top_N[tokens]
+        self._top_N[tokens] = torch.where(better_C, top_C, self._top_N[tokens])
+        self._best_N[tokens] = torch.where(better_C, best_C + start, self._best_N[tokens])
+        wide_CV = logits_CV.double()
+        self._log_sum_N[tokens] = torch.logaddexp(self._log_sum_N[tokens], wide_CV.logsumexp(-1))
+        self._sum_N[tokens] += wide_CV.sum(-1)
+        self._square_N[tokens] += wide_CV.square().sum(-1)
+        place_C = self._labels_N[tokens] - start
+        inside_C = (place_C >= 0) & (place_C < logits_CV.shape[1])
+        found_C = wide_CV.gather(-1, torch.where(inside_C, place_C, 0)[:, None])[:, 0]
+        self._label_N[tokens] = torch.where(inside_C, found_C, self._label_N[tokens])
+
+    def likelihoods(self, vocab_size: int) -> TokenLikelihoods:
+        """Return the likelihoods, once every part is added."""
+        return TokenLikelihoods(
+            logprobs_N=(self._label_N - self._log_sum_N).numpy(),
+            greedy_N=(self._best_N == self._labels_N).numpy(),
+            mean_N=(self._sum_N / vocab_size).numpy(),
+            square_N=(self._square_N / vocab_size).numpy(),
+        )
+
+
 class StreamedReference:
     """The stages of a forward pass, with the calls of `gptj_model.streaming.forward.StreamedModel`.
 
@@ -208,6 +264,25 @@ class StreamedReference:
                 weights = weight_VD.to(h.dtype), bias_V.to(h.dtype)
                 logits_BTV[..., start:stop] = torch.nn.functional.linear(h, *weights).numpy()
         return found
+
+    @torch.no_grad()
+    def likelihoods(
+        self, normed: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> list[TokenLikelihoods]:
+        """Return how likely tokens are, a part of the vocabulary at a time.
+
+        Args:
+            normed: normed hidden states (1, N, D) before these tokens, of each batch.
+            labels: int32 ids of the tokens, (N,) of each batch.
+        """
+        found = [_RunningLikelihoods(own) for own in labels]
+        for start, stop in parts(self.config):
+            weight_VD, bias_V = self._read_head(start, stop)
+            for h_1ND, running in zip(normed, found, strict=True):
+                for at in range(0, h_1ND.shape[1], self.config.n_positions):
+                    h_CD = torch.from_numpy(h_1ND[0, at : at + self.config.n_positions])
+                    running.add(torch.nn.functional.linear(h_CD, weight_VD, bias_V), at, start)
+        return [running.likelihoods(self.config.vocab_size) for running in found]
 
     def _forward(
         self, x: torch.Tensor, positions_BT: np.ndarray, cache: DynamicCache | None = None

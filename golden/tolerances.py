@@ -13,6 +13,11 @@ LOGITS = 1e-4
 #: a tensor's gradient divided by its root mean square.
 GRADIENTS_OVER_LOGITS = 10
 
+#: Factor between the tolerance of log-probabilities of tokens and that of logits, in standard
+#: deviations of the logits: a log-probability follows from a logit and from the normalizer of all,
+#: and neither moves further than the worst logit.
+LIKELIHOODS_OVER_LOGITS = 2
+
 #: Relative tolerance of losses, learning rates and gradient norms against recorded runs of the
 #: reference. Measured: at most 5e-7 over 20 steps; tests/parity/test_golden_runs.py measures it.
 TRAINING = 1e-5

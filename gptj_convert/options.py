@@ -54,8 +54,10 @@ _UNITS = {
 DEFAULT_SOURCE = Path("gpt-j-6b")
 
 #: Levels of verification from cheap to expensive, the default last level, and the word for all.
-LEVELS = ("structure", "weights", "logits", "gradients", "generation")
+LEVELS = ("structure", "weights", "logits", "gradients", "generation", "tasks")
 DEFAULT_LEVEL = "logits"
+#: Level that takes requests from outside.
+TASKS_LEVEL = "tasks"
 ALL_LEVELS = "all"
 #: Levels that run the models, and therefore need TensorFlow, torch and transformers.
 MODEL_LEVELS = LEVELS[LEVELS.index("logits") :]

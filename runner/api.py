@@ -171,6 +171,10 @@ def verify(
     config: str | Path | None = None,
     thorough: bool = False,
     keep_going: bool = False,
+    task: str | None = None,
+    include_path: Sequence[str | Path] = (),
+    num_fewshot: int | None = None,
+    limit: int = 0,
     backend: str | None = None,
     progress: Callable[[Progress], None] = _ignore,
 ) -> Verdict:
@@ -181,13 +185,19 @@ def verify(
     Args:
         converted: checkpoint to judge.
         against: source that it must equal; None is the source that its manifest names.
-        level: last level to run: structure, weights, logits, gradients, generation, or all.
+        level: last level to run: structure, weights, logits, gradients, generation, tasks, or
+            all.
         tolerance: largest difference of the logits that passes, divided by their standard
             deviation; None is 1e-4.
         adapter: folder of a peft adapter to merge into the source; None is what the manifest names.
         config: config.json of a side that has none beside it.
         thorough: whether to run a prompt of the model's full length, too.
         keep_going: whether to run the later levels although one fails.
+        task: tasks of the harness whose requests level tasks puts to both sides, such as
+            "lm-eval:piqa,hellaswag"; None is a few passages that are built in.
+        include_path: folders of further task files.
+        num_fewshot: number of examples before each question; None leaves it to each task.
+        limit: number of documents of each task; 0 means all.
         backend: tensorflow or jax, for the levels that run the model; None chooses.
         progress: is called with the state of the level that runs.
 
@@ -198,13 +208,26 @@ def verify(
     _check("level", level, (*LEVELS, ALL_LEVELS))
     if tolerance is not None and not tolerance > 0:
         raise UsageError(f"tolerance is {tolerance}, expected a number greater than 0")
+    _check_task(task, num_fewshot, limit, include_path)
     with _faults():
         from golden import tolerances
         from gptj_convert.verification import verify as verification
+        from runner.cli.evaluation.harness import requests_of
 
         if level in (*MODEL_LEVELS, ALL_LEVELS):
             _prepare(backend, proving=True)
         source = _path(against) or verification.source_of(Path(converted))
+        requests = requests_of(
+            _OUTPUT,
+            Path(converted),
+            source,
+            task,
+            level=level,
+            include=[Path(folder) for folder in include_path],
+            fewshot=num_fewshot,
+            limit=limit,
+            config_file=_path(config),
+        )
         work = verification.verify(
             Path(converted),
             source,
@@ -214,6 +237,7 @@ def verify(
             config_file=_path(config),
             keep_going=keep_going,
             thorough=thorough,
+            tasks=requests,
         )
         return finish(work, progress)
 
@@ -507,6 +531,30 @@ def _check(name: str, value: str, known: Collection[str]) -> None:
     """
     if value not in known:
         raise UsageError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+
+
+def _check_task(
+    task: str | None, fewshot: int | None, limit: int, include: Sequence[str | Path]
+) -> None:
+    """Check the arguments that say which tasks are asked.
+
+    Raises:
+        UsageError: the name of a task lacks its prefix, or there are options without a task, or
+            numbers below 0.
+    """
+    from runner.cli.evaluation.harness import PREFIX
+
+    if task is None and (include or limit or fewshot is not None):
+        raise UsageError("include_path, num_fewshot and limit have no effect without task")
+    if task is not None and not (
+        task.startswith(PREFIX) and all(n.strip() for n in task.removeprefix(PREFIX).split(","))
+    ):
+        raise UsageError(f"task is {task!r}, expected names such as {PREFIX}piqa,hellaswag")
+    if isinstance(include, str | Path):
+        raise UsageError(f"include_path is {include!r}, expected a list of folders")
+    for name, value in (("num_fewshot", fewshot), ("limit", limit)):
+        if value is not None and value < 0:
+            raise UsageError(f"{name} is {value!r}, expected 0 or more")
 
 
 def _check_length(**lengths: float | None) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 from gptj_convert.files.whole_file import write_whole
 
 
-def _figure(value: Any) -> str:
-    """Return a value as text: thousands separated, fractions at three digits."""
+def _figure(value: Any, digits: int = 3) -> str:
+    """Return a value as text: thousands separated, fractions at some digits."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def write_page(
@@ -27,7 +27,7 @@ def write_page(
     template: str,
     values: Mapping[str, Any],
     *,
-    figure: Callable[[Any], str] = _figure,
+    figure: Callable[..., str] = _figure,
 ) -> None:
     """Write a page, replacing an existing one once the new one is complete.
 

@@ -36,6 +36,7 @@ _WRITTEN = (
     ),
     *("*.safetensors", "*.bin", "*.pt", "*.ckpt*", "*.h5", "*.keras", "*.mdl", "*.model"),
     *("*.tfrecord*", "*.hdf5"),
+    *("saved_model.pb", "fingerprint.pb", "variables.index", "variables.data-*"),
 )
 #: Number of foreign files that an error names.
 _NAMED = 3

@@ -29,6 +29,9 @@ _TENSORFLOW = 600_000_000
 _BOTH_FRAMEWORKS = 960_000_000
 #: Memory that compiling a step takes and does not return, measured.
 _COMPILER = 200_000_000
+#: Graphs of the signatures of a SavedModel while they are traced and written: of any model, and of
+#: each of its blocks, measured with 3 and 28 blocks.
+_GRAPHS, _BLOCK_GRAPHS = 80_000_000, 14_000_000
 #: Parsed JSON of a tokenizer with GPT-J's vocabulary size, measured.
 TOKENIZER = 15_000_000
 
@@ -62,6 +65,36 @@ def gradients_memory(config: GPTJConfig) -> int:
     """Return the peak memory of verify's level gradients: a block and its gradients in float32 on
     both sides, and copies of them. The factor is measured at the 6B's width."""
     return round(_BOTH_FRAMEWORKS + 10 * _block_bytes(config))
+
+
+def tasks_memory(config: GPTJConfig, *, batch: int, length: int, states: int, scored: int) -> int:
+    """Return the peak memory of verify's level tasks: first a block on both sides, passed on
+    through one buffer, with the attention of one batch; then a part of both heads with the logits
+    of some tokens and float64 copies of them.
+
+    Args:
+        config: configuration of both sides.
+        batch: sequences per forward pass.
+        length: tokens of the longest sequence.
+        states: bytes of the hidden states on both sides that share one pass over the weights.
+        scored: tokens of a batch whose log-probabilities are asked for.
+    """
+    one_block = _block_bytes(config)
+    computing = batch * length * (8 * config.n_head * length + 24 * config.n_embd)
+    part = 4 * PART * config.n_embd
+    logits = 32 * min(scored, config.n_positions) * min(PART, config.vocab_size)
+    heading = one_block + 3 * part + logits
+    return round(_BOTH_FRAMEWORKS + states + max(4.3 * one_block + computing, heading))
+
+
+def export_memory(config: GPTJConfig, dtype: str) -> int:
+    """Return the peak memory of `gptj export saved-model`: all weights in this dtype, the largest
+    one three times more while it is read, laid out and assigned, and the graphs. Measured at the
+    6B's width, with 2 and 3 blocks in float32 and bfloat16."""
+    rows = table(config)
+    held = sum(t.size for t in rows) + 3 * max(t.size for t in rows)
+    graphs = _GRAPHS + config.n_layer * _BLOCK_GRAPHS
+    return _TENSORFLOW + _COMPILER + graphs + NUMPY[dtype].itemsize * held
 
 
 def training_state(config: GPTJConfig, trained: Sequence[Tensor] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _CELLS = 160
 _LEAST_CELLS = 3
 #: Number of shades below the tolerance, one per power of ten; the shade above it is the alarm.
 _SHADES = 6
+#: Number of requests of tasks in the table of the largest differences.
+_REQUESTS = 50
 #: Powers of ten of the histogram of divergences.
 _DIVERGENCES = range(-16, 1)
 
@@ -63,6 +66,7 @@ def write_report(
         OSError: the page cannot be written.
     """
     logits = fields.get("levels", {}).get("logits", {})
+    tasks = fields.get("levels", {}).get("tasks", {})
     prompts = [row for row in logits.get("prompts", ()) if row.get("hidden_by_token")]
     spans = list(_spans(prompts))
     values = {
@@ -76,9 +80,23 @@ def write_report(
         "width": spans[-1].x + spans[-1].width if spans else 0,
         "bars": _bars([kl for row in prompts for kl in row["kl_by_token"]]),
         "tensors": list(_tensors(fields["levels"])),
+        "tasks": tasks,
+        "requests": largest_differences(tasks.get("requests", ()), _REQUESTS),
         "shades": _SHADES,
     }
     write_page(path, "gptj_convert.verification", TEMPLATE_FILE, values)
+
+
+def largest_differences(
+    requests: Sequence[Mapping[str, Any]], count: int
+) -> list[Mapping[str, Any]]:
+    """Return the requests of level tasks whose tokens differ most, the worst first.
+
+    Args:
+        requests: `requests` of the level's figures.
+        count: largest number of requests to return.
+    """
+    return heapq.nlargest(count, requests, key=lambda row: _number(row["relative"]))
 
 
 def _spans(prompts: Sequence[Mapping[str, Any]]) -> Iterator[_Span]:

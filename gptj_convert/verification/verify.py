@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
 from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
 from gptj_convert.conversion.merged_checkpoint import open_merged
 from gptj_convert.conversion.plan import match
-from gptj_convert.options import MODEL_LEVELS, levels_up_to
+from gptj_convert.options import MODEL_LEVELS, TASKS_LEVEL, levels_up_to
 from gptj_convert.streams.progress import Work
 from gptj_convert.verification.evidence.source_check import refuse_changed_source
 from gptj_convert.verification.evidence.verdict import LevelResult, Verdict
@@ -23,6 +23,9 @@ from gptj_convert.verification.levels import weights
 from gptj_convert.verification.levels.structure import check_files, check_structure, unopened
 from gptj_model.config import differing_fields
 from gptj_model.errors import ConfigError, FileFault, GptjError, TensorFault, UsageError
+
+if TYPE_CHECKING:
+    from gptj_convert.verification.levels.task_requests import TaskRequests
 
 #: Fields that must be equal for two models to run side by side.
 _SIDE_BY_SIDE = ("vocab_size", "n_positions", "n_embd", "n_layer")
@@ -58,6 +61,22 @@ def adapter_of(converted: Path, against: Path) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def open_source(
+    converted: Path, against: Path, adapter: Path | None = None, *, config_file: Path | None = None
+) -> Checkpoint:
+    """Open a source as it was converted: with its vocabulary, and without what was dropped.
+
+    Args:
+        converted: checkpoint that was made from it.
+        against, adapter, config_file: see `verify`.
+
+    Raises:
+        GptjError: see `open_merged`.
+    """
+    choice, dropped = _choices(converted)
+    return open_merged(against, adapter, config_file=config_file, vocab_choice=choice, drop=dropped)
+
+
 def _folder(converted: Path) -> Path:
     return converted if converted.is_dir() else converted.parent
 
@@ -91,6 +110,7 @@ def verify(
     config_file: Path | None = None,
     keep_going: bool = False,
     thorough: bool = False,
+    tasks: TaskRequests | None = None,
 ) -> Work[Verdict]:
     """Judge a converted checkpoint level by level, and return the verdict.
 
@@ -103,16 +123,14 @@ def verify(
         config_file: configuration of a side that has none beside it.
         keep_going: whether to run a level, as far as possible, although an earlier one failed.
         thorough: whether level logits also runs a prompt of the model's full length.
+        tasks: requests of level tasks; None stands for those that are built in.
 
     Raises:
         GptjError: the source cannot be read or has changed, or `converted` does not exist.
     """
     verdict = Verdict(tolerance, levels_up_to(level))
     _refuse_nothing_there(converted)
-    choice, dropped = _choices(converted)
-    with open_merged(
-        against, adapter, config_file=config_file, vocab_choice=choice, drop=dropped
-    ) as source:
+    with open_source(converted, against, adapter, config_file=config_file) as source:
         expected = match(source)
         result = verdict.levels["structure"] = LevelResult(ok=False)
         manifest, of_files = check_files(_folder(converted))
@@ -143,7 +161,7 @@ def verify(
             verdict.note(*of_files)
             for name in MODEL_LEVELS:
                 if name in verdict.asked and (keep_going or not verdict.differences):
-                    run = _model_level(name, thorough=thorough)
+                    run = _model_level(name, thorough=thorough, tasks=tasks)
                     yield from _if_possible(name, run, checkpoint, source, verdict)
     return verdict
 
@@ -160,7 +178,7 @@ def _refuse_nothing_there(converted: Path) -> None:
 _Run = Callable[[Checkpoint, Checkpoint, Verdict], Work[None]]
 
 
-def _model_level(level: str, *, thorough: bool) -> _Run:
+def _model_level(level: str, *, thorough: bool, tasks: TaskRequests | None) -> _Run:
     """Return the function that runs a level; the models' libraries are loaded only here."""
     if level == "logits":
         from gptj_convert.verification.levels.logits import compare_outputs
@@ -170,6 +188,10 @@ def _model_level(level: str, *, thorough: bool) -> _Run:
         from gptj_convert.verification.levels.gradients import compare_gradients
 
         return compare_gradients
+    if level == TASKS_LEVEL:
+        from gptj_convert.verification.levels.tasks import compare_tasks
+
+        return lambda *sides: compare_tasks(*sides, asked=tasks)
     from gptj_convert.verification.levels.generation import compare_generation
 
     return compare_generation

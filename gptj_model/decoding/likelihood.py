@@ -9,7 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,6 +69,83 @@ class _Row:
     """Indices of these queries."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Texts that a model reads at once, and what is scored of them."""
+
+    ids_BT: np.ndarray
+    """int32 token ids, padded on the right, where no token sees the padding."""
+    queries: Sequence[int]
+    """Indices of the queries, among all."""
+    counts: Sequence[int]
+    """Number of scored tokens of each query."""
+    rows: Sequence[int]
+    """Row that each query is scored in."""
+    places_N: np.ndarray
+    """int32 index among the batch's B x T tokens of the one before each scored token, query after
+    query."""
+    labels_N: np.ndarray
+    """int32 id of each scored token."""
+
+    def picked(self, h_BTD: np.ndarray) -> np.ndarray:
+        """Return the hidden states that scored tokens are predicted from: (1, N, D)."""
+        return h_BTD.reshape(-1, h_BTD.shape[-1])[None, self.places_N]
+
+    def by_query(self) -> Iterator[tuple[int, slice]]:
+        """Yield the index of each query, and which of the N scored tokens are its own."""
+        at = 0
+        for query, count in zip(self.queries, self.counts, strict=True):
+            yield query, slice(at, at + count)
+            at += count
+
+    def answers(self, logprobs_N: np.ndarray, greedy_N: np.ndarray) -> Answers:
+        """Return the likelihoods of the queries from those of their tokens."""
+        return {
+            query: Likelihood(float(logprobs_N[own].sum()), bool(greedy_N[own].all()))
+            for query, own in self.by_query()
+        }
+
+
+def batches(queries: Sequence[Query], batch_size: int) -> Iterator[Batch]:
+    """Yield batches that score every query once, the longest texts first."""
+    rows = _rows(queries)
+    for start in range(0, len(rows), batch_size):
+        of_batch = rows[start : start + batch_size]
+        ids_BT = _padded(of_batch, batch_size)
+        asked = [(n, i) for n, row in enumerate(of_batch) for i in row.queries]
+        yield Batch(
+            ids_BT=ids_BT,
+            queries=[i for _, i in asked],
+            counts=[queries[i].scored for _, i in asked],
+            rows=[n for n, _ in asked],
+            places_N=np.concatenate([n * ids_BT.shape[1] + _places(queries[i]) for n, i in asked]),
+            labels_N=np.concatenate([_labels(queries[i]) for _, i in asked]),
+        )
+
+
+def grouped(
+    found: Iterable[Batch], size: Callable[[Batch], int], memory: int
+) -> Iterator[list[Batch]]:
+    """Yield groups of batches that share one pass over the weights.
+
+    Args:
+        found: the batches.
+        size: returns the bytes that a batch takes during a pass.
+        memory: largest number of bytes of a group, unless a batch alone takes more.
+    """
+    group: list[Batch] = []
+    room = memory
+    for batch in found:
+        taken = size(batch)
+        if group and taken > room:
+            yield group
+            group, room = [], memory
+        group.append(batch)
+        room -= taken
+    if group:
+        yield group
+
+
 class ResidentScorer:
     """Scorer with a model in memory, compiled once.
 
@@ -99,15 +176,14 @@ class ResidentScorer:
 
     def __call__(self, queries: Sequence[Query]) -> Iterator[Answers]:
         """Implement `Scorer`."""
-        for rows in _batches(_rows(queries), self._batch_size):
-            yield self._answers(queries, rows)
+        for batch in batches(queries, self._batch_size):
+            yield self._answers(batch)
 
-    def _answers(self, queries: Sequence[Query], rows: Sequence[_Row]) -> Answers:
-        ids_BT = _padded(rows, self._batch_size)
-        asked = [(n, queries[i], i) for n, row in enumerate(rows) for i in row.queries]
-        places_N = np.concatenate([n * ids_BT.shape[1] + _places(q) for n, q, _ in asked])
-        labels_N = np.concatenate([_labels(q) for _, q, _ in asked])
-        h_ND = np.asarray(self._hidden(*map(ops.convert_to_tensor, (ids_BT, _filled(places_N)))))
+    def _answers(self, batch: Batch) -> Answers:
+        places_N, labels_N = batch.places_N, batch.labels_N
+        h_ND = np.asarray(
+            self._hidden(*map(ops.convert_to_tensor, (batch.ids_BT, _filled(places_N))))
+        )
         logprobs_N, hits_N = np.empty(len(labels_N)), np.empty(len(labels_N), bool)
         for start in range(0, len(labels_N), self._chunk):
             chunk = slice(start, min(start + self._chunk, len(labels_N)))
@@ -116,12 +192,7 @@ class ResidentScorer:
             found = self._score(*map(ops.convert_to_tensor, (h_CD, labels_C)))
             count = chunk.stop - start
             logprobs_N[chunk], hits_N[chunk] = (np.asarray(x)[:count] for x in found)
-        answers, at = {}, 0
-        for _, query, i in asked:
-            own = slice(at, at + query.scored)
-            answers[i] = Likelihood(float(logprobs_N[own].sum()), bool(hits_N[own].all()))
-            at += query.scored
-        return answers
+        return batch.answers(logprobs_N, hits_N)
 
 
 class StreamedScorer:
@@ -140,35 +211,20 @@ class StreamedScorer:
 
     def __call__(self, queries: Sequence[Query]) -> Iterator[Answers]:
         """Implement `Scorer`."""
-        group: list[Sequence[_Row]] = []
-        room = self._memory
-        for rows in _batches(_rows(queries), self._batch_size):
-            size = 4 * _padded(rows, self._batch_size).size * self._model.config.n_embd
-            if group and size > room:
-                yield self._pass(queries, group)
-                group, room = [], self._memory
-            group.append(rows)
-            room -= size
-        if group:
-            yield self._pass(queries, group)
+        for group in grouped(batches(queries, self._batch_size), self._size, self._memory):
+            yield self._pass(group)
 
-    def _pass(self, queries: Sequence[Query], group: Sequence[Sequence[_Row]]) -> Answers:
-        head, normed = normed_states(
-            self._model, [_padded(rows, self._batch_size) for rows in group]
-        )
-        picked: list[np.ndarray] = []
-        asked: list[int] = []
-        for rows, h_BTD in zip(group, normed, strict=True):
-            for row, h_TD in zip(rows, h_BTD, strict=False):
-                for i in row.queries:
-                    picked.append(h_TD[None, _places(queries[i])])
-                    asked.append(i)
-        labels = [_labels(queries[i])[None] for i in asked]
-        sums = head.losses(picked, [(np.zeros(l_1N.shape), l_1N) for l_1N in labels])
-        return {
-            i: Likelihood(-float(loss.total), bool(loss.correct == loss.count))
-            for i, loss in zip(asked, sums, strict=True)
-        }
+    def _size(self, batch: Batch) -> int:
+        return 4 * batch.ids_BT.size * self._model.config.n_embd
+
+    def _pass(self, group: Sequence[Batch]) -> Answers:
+        head, normed = normed_states(self._model, [batch.ids_BT for batch in group])
+        picked = [batch.picked(h_BTD) for batch, h_BTD in zip(group, normed, strict=True)]
+        found = head.likelihoods(picked, [batch.labels_N for batch in group])
+        answers: Answers = {}
+        for batch, own in zip(group, found, strict=True):
+            answers |= batch.answers(*own)
+        return answers
 
 
 def scorer_of(model: GPTJ | StreamedModel, batch_size: int, *, memory: int) -> Scorer:
@@ -186,10 +242,6 @@ def _rows(queries: Sequence[Query]) -> list[_Row]:
         read = query.ids[:-1]
         found.setdefault(read, _Row(read)).queries.append(i)
     return sorted(found.values(), key=lambda row: (-len(row.ids), row.ids))
-
-
-def _batches(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
-    return (rows[at : at + size] for at in range(0, len(rows), size))
 
 
 def _padded(rows: Sequence[_Row], batch_size: int) -> np.ndarray:

@@ -246,13 +246,21 @@ class RunningLoss:
         """Logarithm of the sum of the exponentials of each token's logits."""
         return np.log(self._sum_N) + self._top_N
 
+    @property
+    def logprobs_N(self) -> np.ndarray:
+        """Log-probability of each label, float64."""
+        return self._label_N - self.log_sum_N
+
+    @property
+    def hits_N(self) -> np.ndarray:
+        """Whether each label is the most likely token."""
+        return self._best_N == self._labels_N
+
     def sums(self, ignored_N: np.ndarray) -> TokenLoss:
         """Return the sums over the tokens that count, once every part is added."""
         counted_N = 1.0 - ignored_N
-        losses_N = self.log_sum_N - self._label_N
-        hits_N = self._best_N == self._labels_N
         return TokenLoss(
-            total=(losses_N * counted_N).sum(),
+            total=(-self.logprobs_N * counted_N).sum(),
             count=counted_N.sum(),
-            correct=(hits_N * counted_N).sum(),
+            correct=(self.hits_N * counted_N).sum(),
         )

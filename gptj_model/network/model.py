@@ -197,8 +197,9 @@ class GPTJ(keras.Model):
         """Return logits (B, T, V) of hidden states after the last block."""
         return self.lm_head(self.ln_f(x_BTD), self.wte.embeddings)
 
-    def empty_caches(self, batch: int, length: int) -> list[Cache]:
-        """Return caches for the keys and values of `length` tokens, one per block."""
+    def empty_caches(self, batch: int | Tensor, length: int | Tensor) -> list[Cache]:
+        """Return caches for the keys and values of `length` tokens, one per block; both sizes may
+        be scalars of a graph."""
         shape = (batch, self.config.n_head, length, self.config.head_dim)
         return [
             (ops.zeros(shape, "float32"), ops.zeros(shape, self.compute_dtype)) for _ in self.blocks

@@ -172,17 +172,39 @@ class HeadPass:
             normed: normed hidden states (B, T, D) of each batch.
             targets: for each batch 1 on ignored tokens, and the labels, both (B, T).
         """
-        found = [RunningLoss(np.asarray(labels).reshape(-1)) for _, labels in targets]
-        for start, stop in parts(self._config):
-            part = self._part(start, stop)
-            for h_BTD, loss in zip(normed, found, strict=True):
-                for row, h_TD in enumerate(h_BTD):
-                    logits_BTV = part(ops.convert_to_tensor(h_TD[None]))
-                    loss.add(np.asarray(logits_BTV)[0], row * len(h_TD), start)
+        found = self._running(normed, [labels for _, labels in targets])
         return [
             loss.sums(np.asarray(ignored).reshape(-1))
             for loss, (ignored, _) in zip(found, targets, strict=True)
         ]
+
+    def likelihoods(
+        self, normed: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return how likely tokens are, without holding their logits.
+
+        Args:
+            normed: normed hidden states (1, N, D) before these tokens, of each batch.
+            labels: int32 ids of the tokens, (N,) of each batch.
+
+        Returns:
+            For each batch the log-probability of every token, float64 (N,), and whether it is the
+            most likely one, bool (N,).
+        """
+        return [(loss.logprobs_N, loss.hits_N) for loss in self._running(normed, labels)]
+
+    def _running(self, normed: Sequence[np.ndarray], labels: Sequence[Any]) -> list[RunningLoss]:
+        """Return the losses of each batch, after every part of the vocabulary."""
+        found = [RunningLoss(np.asarray(own).reshape(-1)) for own in labels]
+        most = self._config.n_positions  # tokens whose logits are held at once
+        for start, stop in parts(self._config):
+            part = self._part(start, stop)
+            for h_BTD, loss in zip(normed, found, strict=True):
+                for row, h_TD in enumerate(h_BTD):
+                    for at in range(0, len(h_TD), most):
+                        logits_BTV = part(ops.convert_to_tensor(h_TD[None, at : at + most]))
+                        loss.add(np.asarray(logits_BTV)[0], row * len(h_TD) + at, start)
+        return found
 
 
 class StreamedModel:

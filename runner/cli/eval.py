@@ -8,7 +8,14 @@ from typing import Any
 
 import rich_click as click
 
-from runner.cli.evaluation.harness import PREFIX, Asked, evaluate_tasks
+from runner.cli.evaluation.harness import (
+    PREFIX,
+    Asked,
+    TaskType,
+    evaluate_tasks,
+    fewshot_option,
+    include_option,
+)
 from runner.cli.evaluation.records import evaluate_model
 from runner.cli.evaluation.text import evaluate_text
 from runner.cli.shared.command import command, parse_settings
@@ -35,26 +42,6 @@ _LM_EVAL = "--task lm-eval:NAMES"
 
 def _mode(values: Mapping[str, Any]) -> str:
     return _LM_EVAL if values["task"].startswith(PREFIX) else f"--task {values['task']}"
-
-
-class _TaskType(click.Choice):
-    """A task of this program, or tasks of the harness."""
-
-    name = "task"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value.startswith(PREFIX):
-            if not all(name.strip() for name in value.removeprefix(PREFIX).split(",")):
-                self.fail(f"{value!r} lacks a name, such as {PREFIX}piqa,hellaswag", param, ctx)
-            return value
-        return super().convert(value, param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join([*self.choices, PREFIX + 'NAMES'])}]"
-
-    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        choices = ", ".join(map(repr, self.choices))
-        return f"{value!r} is not one of {choices}, or {PREFIX}NAMES."
 
 
 RULES = OptionRules(
@@ -92,7 +79,7 @@ RULES = OptionRules(
 @settings_option
 @click.option(
     "--task",
-    type=_TaskType(["records", "text", "summarization"]),
+    type=TaskType(["records", "text", "summarization"]),
     default="records",
     show_default=True,
     help="What is evaluated: the records of eval_input, the texts of --data, summaries that the "
@@ -179,21 +166,8 @@ RULES = OptionRules(
     help="Data format, prompt and settings of a benchmark: mlperf is that of MLPerf Inference for "
     "GPT-J on CNN/DailyMail. Options that are given win.",
 )
-@click.option(
-    "--include-path",
-    "include",
-    type=PATH,
-    multiple=True,
-    metavar="DIR",
-    help="Folder of further task files (YAML) of the harness, which may name local data; can be "
-    "given several times.",
-)
-@click.option(
-    "--num-fewshot",
-    "fewshot",
-    type=COUNT_OR_ZERO,
-    help="Number of examples before each question.  [default: as each task says]",
-)
+@include_option
+@fewshot_option
 @click.option(
     "--work-dir",
     type=PATH,

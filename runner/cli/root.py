@@ -16,6 +16,7 @@ from runner.cli.data.making import data
 from runner.cli.doctor import doctor
 from runner.cli.download import download
 from runner.cli.eval import evaluate
+from runner.cli.export import export
 from runner.cli.generate import generate
 from runner.cli.golden import golden
 from runner.cli.inspect import inspect
@@ -62,6 +63,7 @@ _COMMANDS = (
     train,
     evaluate,
     generate,
+    export,
     runs,
     doctor,
 )

@@ -18,10 +18,22 @@ from gptj_convert.options import (
     MODEL_LEVELS,
     RECORDED_LEVELS,
 )
+from runner.cli.evaluation.harness import (
+    TaskType,
+    fewshot_option,
+    include_option,
+    requests_of,
+)
 from runner.cli.shared.command import command, note_memory
 from runner.cli.shared.errors import Exit
 from runner.cli.shared.option_rules import OptionRules
-from runner.cli.shared.options import CHECKPOINT, PATH, backend_option, config_option
+from runner.cli.shared.options import (
+    CHECKPOINT,
+    COUNT_OR_ZERO,
+    PATH,
+    backend_option,
+    config_option,
+)
 from runner.cli.shared.output import Output
 from runner.cli.shared.progress import follow
 from runner.cli.shared.verdict_lines import say_self_test, say_verdict
@@ -44,18 +56,20 @@ RULES = OptionRules(
     mode=_mode,
     takes={
         "a comparison with the source": (
-            "--against", "--adapter", "--level", "--thorough", "--keep-going", "--report",
+            "--against", "--adapter", "--level", "--thorough", "--keep-going", "--report", "--task",
+            "--include-path", "--num-fewshot", "--limit",
         ),
         "--against-golden": ("--against-golden", "--level", "--report"),
         "--self-test": ("--self-test", "--against", "--adapter"),
     },
+    needs={"--include-path": "--task", "--num-fewshot": "--task", "--limit": "--task"},
 )  # fmt: skip
 
 
 @command(
-    "gptj verify",
     "gptj verify converted/ --against gpt-j-6b --level all --report report.html",
     "gptj verify converted/ --against-golden recording/",
+    "gptj verify converted/ --level tasks --task lm-eval:piqa --limit 100",
     rules=RULES,
 )
 @click.argument("converted", type=CHECKPOINT, default=DEFAULT_CONVERTED)
@@ -99,6 +113,20 @@ RULES = OptionRules(
     help="Folder of a LoRA adapter (peft format) to merge into the source first.  "
     "[default: the adapter that the manifest names]",
 )
+@click.option(
+    "--task",
+    type=TaskType([]),
+    help="Tasks of EleutherAI's lm-evaluation-harness whose requests level tasks puts to both "
+    "sides, such as lm-eval:piqa,hellaswag.  [default: a few passages to continue, built in]",
+)
+@include_option
+@fewshot_option
+@click.option(
+    "--limit",
+    type=COUNT_OR_ZERO,
+    default=0,
+    help="Number of documents of each task of the harness; 0 means all.",
+)
 @config_option
 @backend_option
 def verify(
@@ -113,6 +141,10 @@ def verify(
     report: Path | None,
     self_test: bool,
     adapter: Path | None,
+    task: str | None,
+    include: tuple[Path, ...],
+    fewshot: int | None,
+    limit: int,
     config_file: Path | None,
     backend: str | None,
 ) -> dict[str, Any]:
@@ -120,8 +152,8 @@ def verify(
 
     The levels are structure (names, shapes, config), weights (every tensor, bit for bit), logits
     (hidden states and logits against Hugging Face's model, block by block), gradients (of every
-    tensor) and generation (token for token, with and without a cache). They run in this order and
-    stop at the first that fails.
+    tensor), generation (token for token, with and without a cache) and tasks (log-likelihoods that
+    tasks ask for, request by request). They run in this order and stop at the first that fails.
     """
     if against_golden and level not in RECORDED_LEVELS:
         raise click.UsageError(f"a recording goes up to level {RECORDED_LEVELS[-1]}, found {level}")
@@ -154,6 +186,17 @@ def verify(
         source = against or source_of(converted)
         adapter = adapter or adapter_of(converted, source)
         compared_with = f"{source} with {adapter}" if adapter else str(source)
+        tasks = requests_of(
+            output,
+            converted,
+            source,
+            task,
+            level=level,
+            include=include,
+            fewshot=fewshot,
+            limit=limit,
+            config_file=config_file,
+        )
         work = run(
             converted,
             source,
@@ -163,6 +206,7 @@ def verify(
             config_file=config_file,
             keep_going=keep_going,
             thorough=thorough,
+            tasks=tasks,
         )
     output.note(f"{converted} against {compared_with}")
     verdict = follow(output, "verifying", work, in_bytes=False)

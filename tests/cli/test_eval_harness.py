@@ -21,76 +21,21 @@ from transformers import AutoTokenizer, GPTJForCausalLM
 
 from runner.evaluation.harness import language_model
 from runner.evaluation.harness.kept_answers import KeptAnswers
+from tests.cli.harness_tasks import CHOICE, LIKELIHOOD, TEXT, task_folder
 from tests.conftest import make_checkpoint
 
 #: Float32 in another order: each side is as far from float64.
 ROUNDING = 1e-5
 TASKS = ("local_choice", "local_rolling", "local_text")
 ASK = f"lm-eval:{','.join(TASKS)}"
-#: Shared prefixes, choices of one token and of many, a text without context, other scripts.
-CHOICES = [
-    {
-        "blank": "",
-        "question": f"{n} and {n}? " + "Think it over. " * 4 * n,
-        "choices": [str(2 * n), "é 你 x", f" {n}"],
-    }
-    for n in range(7)
-]
-TEXTS = ["A fox. ", "The quick brown fox jumps over the lazy dog, café. " * 9, " x\n", "y" * 300]
 SENTENCE = "Question: what is it?\nAnswer: it is a fox, and the fox is it.\n"
-
-_CHOICE = """
-output_type: multiple_choice
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_target: 0
-doc_to_choice: "{{choices}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-_LIKELIHOOD = """
-output_type: loglikelihood
-doc_to_text: "{{question}}"
-doc_to_target: "{{blank}}"
-target_delimiter: ""
-metric_list: [{metric: acc}]
-"""
-_ROLLING = """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
-"""
-_TEXT = """
-output_type: generate_until
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["\\n", "fox,"], max_gen_toks: 12}
-metric_list: [{metric: exact_match}, {metric: bleu}]
-"""
-
-
-def _write_tasks(folder: Path) -> None:
-    folder.mkdir()
-    for name, rows, text in (
-        ("local_choice", CHOICES, _CHOICE),
-        ("local_rolling", [{"text": text} for text in TEXTS], _ROLLING),
-        ("local_text", CHOICES, _TEXT),
-    ):
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
-        files = f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        (folder / f"{name}.yaml").write_text(head + files + text, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with ./tasks, and with the caches of the library that loads their data."""
-    import datasets
-
     folder = tmp_path_factory.mktemp("harness")
-    _write_tasks(folder / "tasks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    with task_folder(folder):
         yield folder
 
 
@@ -287,12 +232,11 @@ def test_what_cannot_be_asked(
     data = f"test_split: test\ndataset_path: json\n{files}"
     for name, text in {
         "bad": "output_type: [\n",
-        "no_data": "dataset_path: json\ndataset_kwargs: {data_files: missing.jsonl}\n" + _CHOICE,
-        "odd_options": data
-        + _TEXT.replace("max_gen_toks: 12", "max_gen_toks: 9, penalty_alpha: 1"),
-        "too_long": data + _TEXT.replace("12", "200"),
-        "empty_choice": data + _LIKELIHOOD,
-        "no_field": data + _CHOICE.replace("choices", "nothing"),
+        "no_data": "dataset_path: json\ndataset_kwargs: {data_files: missing.jsonl}\n" + CHOICE,
+        "odd_options": data + TEXT.replace("max_gen_toks: 12", "max_gen_toks: 9, penalty_alpha: 1"),
+        "too_long": data + TEXT.replace("12", "200"),
+        "empty_choice": data + LIKELIHOOD,
+        "no_field": data + CHOICE.replace("choices", "nothing"),
     }.items():
         Path(f"more/{name}.yaml").write_text(f"task: {name}\n{text}")
     include = ("--include-path", place / "tasks", "--include-path", "more")
@@ -310,7 +254,7 @@ def test_a_data_set_that_is_not_cached_without_network(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("tasks").mkdir()
     far = "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
-    Path("tasks/far.yaml").write_text(far + _CHOICE)
+    Path("tasks/far.yaml").write_text(far + CHOICE)
     done = gptj("eval", "--model", one_block, "--task", "lm-eval:far", "--include-path", "tasks")
     assert done.code == 1
     assert "error: task far: its data set is not cached and cannot be fetched" in done.stderr

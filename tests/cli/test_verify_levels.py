@@ -25,12 +25,14 @@ def test_all_levels_pass(converted: Path, gptj):
     done = gptj("verify", "--level", "all", "--thorough", "--json")
     assert done.code == 0, done.stdout
     levels = done.json["levels"]
-    assert list(levels) == ["structure", "weights", "logits", "gradients", "generation"]
+    assert list(levels) == ["structure", "weights", "logits", "gradients", "generation", "tasks"]
     assert 0 < levels["gradients"]["relative"] < 2e-4
     assert len(levels["gradients"]["tensors"]) == levels["weights"]["tensors"]
     for sequence in levels["generation"]["sequences"]:
         assert len(sequence["expected"]) == 18
         assert all(found == sequence["expected"] for found in sequence["found"].values())
+    assert levels["tasks"]["source"].startswith("built in: ")
+    assert 0 < levels["tasks"]["relative"] < 2e-5
     by_name = {row["name"]: row for row in levels["logits"]["prompts"]}
     assert by_name["full length"]["tokens"] == 2048
     assert by_name["padded batch"]["tokens"] == 2 + 17 + 16

@@ -57,6 +57,9 @@ OPTIONS = {
         "--early-stopping", "--num-return-sequences", "--seed", "--logprobs", "--dtype",
         "--execution", "--memory",
     },
+    "export saved-model": {
+        "--out", "--dtype", "--max-length", "--config", "--dry-run", "--force",
+    },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
     "inspect": {"--stats", "--check", "--diff", "--config"},
     "new": {
@@ -72,7 +75,8 @@ OPTIONS = {
     },
     "verify": {
         "--against", "--backend", "--against-golden", "--tolerance", "--level", "--thorough",
-        "--keep-going", "--report", "--self-test", "--adapter", "--config",
+        "--keep-going", "--report", "--self-test", "--adapter", "--config", "--task",
+        "--include-path", "--num-fewshot", "--limit",
     },
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from runner import run as reference
+from runner.cli.evaluation.harness import PREFIX, TaskType
 from runner.cli.root import root
 from runner.cli.shared.command import Command
 
@@ -53,6 +54,8 @@ def _value(option: click.Option) -> list[str]:
     """A value that the option takes."""
     if option.is_flag:
         return []
+    if isinstance(option.type, TaskType):
+        return [f"{PREFIX}piqa"]
     if isinstance(option.type, click.Choice):
         return [str(option.type.choices[0])]
     return ["KEY=1"] if option.multiple and "set" in option.opts[0] else ["1"]

@@ -36,6 +36,7 @@ print(json.dumps([main(arguments) for arguments in json.loads(sys.argv[1])]))
 )
 #: Modules that only runs on TensorFlow use.
 OF_TENSORFLOW = (
+    "gptj_model.serving.",
     "gptj_model.streaming.shared_tensor",
     "gptj_model.streaming.training",
     "runner.evaluation.compiled",

@@ -59,6 +59,7 @@ def test_differences_are_noted_with_their_causes_once():
             "prompt 'p', first in block 0, gelu",
         ),
         ({"prompt": "", "operation": "ln_f"}, "prompt '', first in ln_f"),
+        ({"prompt": "p"}, "prompt 'p'"),
         ({}, "the checkpoint"),
     ],
 )

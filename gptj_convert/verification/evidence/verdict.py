@@ -37,7 +37,7 @@ class Difference:
         if self.prompt is not None:
             block = None if self.block is None else f"block {self.block}"
             at = ", ".join(filter(None, (block, self.operation)))
-            return f"prompt {self.prompt!r}, first in {at}"
+            return f"prompt {self.prompt!r}, first in {at}" if at else f"prompt {self.prompt!r}"
         return "the checkpoint"
 
 

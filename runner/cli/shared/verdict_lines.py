@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Largest number of causes printed; --json has all.
 _SHOWN = 12
+#: Number of requests printed; --json has all.
+_LISTED = 3
 
 
 def say_verdict(output: Output, verdict: Verdict) -> None:
@@ -24,6 +26,7 @@ def say_verdict(output: Output, verdict: Verdict) -> None:
         output.data(f"{name:<10} {'ok' if result.ok else 'DIFFERS'}  {_summary(result.figures)}")
     figures = {name: result.figures for name, result in verdict.levels.items()}
     _say_logits(output, figures.get("logits", {}))
+    _say_tasks(output, figures.get("tasks", {}))
     for name in figures.get("weights", {}).get("zero", ()):
         output.note(f"note: {name} is all zero, and is not in the source")
     for names in figures.get("weights", {}).get("duplicates", ()):
@@ -67,6 +70,35 @@ def _say_logits(output: Output, figures: Mapping[str, Any]) -> None:
             f"  rounding the weights to the converted dtype changes /σ "
             f"{_short(figures['rounding'])}, which is not judged"
         )
+
+
+def _say_tasks(output: Output, figures: Mapping[str, Any]) -> None:
+    for row in figures.get("tasks", ()):
+        output.data(
+            f"  {row['name']:<24} {row['requests']:>4} requests  max|Δ| {_short(row['max_abs'])}  "
+            f"/σ {_short(row['relative'])}  answers that change {row['answers_changed']} of "
+            f"{row['documents']:,}"
+        )
+    for task, metrics in figures.get("metrics", {}).items():
+        for name, sides in metrics.items():
+            output.data(
+                f"  {task} {name}: {_digits(sides['found'])}, the original "
+                f"{_digits(sides['expected'])}"
+            )
+    from gptj_convert.verification.report import largest_differences
+
+    if rows := largest_differences(figures.get("requests", ()), _LISTED):
+        output.data("  largest differences of a request's log-likelihood:")
+    for row in rows:
+        output.data(
+            f"    {row['task']}, document {row['document']}, choice {row['choice']}: "
+            f"{_digits(row['found'])}, the original {_digits(row['expected'])}, Δ "
+            f"{_short(row['difference'])}"
+        )
+
+
+def _digits(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float | int) else value
 
 
 def _short(value: float | str) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
-    has_bos_prefix,
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
@@ -22,10 +18,10 @@ from typing_extensions import override
 from gptj_model.decoding.generation import Generator
 from gptj_model.decoding.likelihood import Query, scorer_of
 from gptj_model.decoding.options import GenerationOptions
-from gptj_model.errors import DataFault
 from gptj_model.network.model import GPTJ
 from gptj_model.streaming.forward import StreamedModel
 from runner.evaluation.harness.kept_answers import KeptAnswers, key_of
+from runner.evaluation.harness.queries import QueryModel, Tokens, arguments, unusable
 
 #: Fields of a task's generation_kwargs that are applied, beside those that the harness reads.
 _APPLIED = {f.name for f in fields(GenerationOptions)} - {
@@ -36,21 +32,6 @@ _APPLIED = {f.name for f in fields(GenerationOptions)} - {
 }
 #: New tokens of a request that names no limit, as in the harness's own models.
 _MOST = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """The tokenizer of a model, and its tokens with a meaning."""
-
-    tokenizer: Tokenizer
-    end: int
-    """Id of the token that ends a text."""
-    prefix: int
-    """Id of the token that stands before a text without context."""
-    ends: frozenset[int]
-    """Ids that each end a generated text."""
-    positions: int
-    """Largest number of tokens that the model reads at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +51,7 @@ class _Prompt:
         return key_of("generate", self.ids, self.until, options, self.number)
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(QueryModel):
     """The harness's view of a model: requests are answered in batches, the longest first.
 
     Args:
@@ -86,8 +67,6 @@ class HarnessModel(TemplateLM):
         defaults: the settings that are applied.
         report: called with the numbers of requests answered and of all requests of a kind, and
             their kind.
-        shortened: number of requests whose beginning was dropped, because they are longer than the
-            model's context.
     """
 
     def __init__(
@@ -100,8 +79,7 @@ class HarnessModel(TemplateLM):
         answers: KeptAnswers,
         defaults: Mapping[str, Any],
     ) -> None:
-        super().__init__()
-        self._tokens = tokens
+        super().__init__(tokens)
         self._scorer = scorer_of(model, batch_size, memory=memory)
         self._stops = _StopTexts(tokens.tokenizer)
         self._generator = Generator(model, stop_at=tokens.ends, stops=self._stops)
@@ -109,82 +87,9 @@ class HarnessModel(TemplateLM):
         self._answers = answers
         self.defaults = {k: v for k, v in defaults.items() if k in _APPLIED}
         self.report: Callable[[int, int, str], None] = lambda done, total, what: None
-        self.shortened = 0
-
-    @property
-    @override
-    def eot_token_id(self) -> int:
-        return self._tokens.end
-
-    @property
-    @override
-    def prefix_token_id(self) -> int:
-        return self._tokens.prefix
 
     @override
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        tokenizer = self._tokens.tokenizer
-        if add_special_tokens is None:
-            begin = tokenizer.decode([self._tokens.prefix], skip_special_tokens=False)
-            add_special_tokens = not has_bos_prefix(string, begin)
-        try:
-            return tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):
-            raise DataFault(
-                f"a request holds half of a surrogate pair, expected Unicode text: {string[:80]!r}"
-            ) from None
-
-    @override
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        for request in requests:
-            _, continuation = _arguments(request)
-            if not continuation:
-                raise _unusable(request, "an empty continuation, expected at least one token")
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    @override
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        queries = [self._query(*request) for request in requests]
-        found = self._likelihoods(queries, "choices")
-        return [(logprob, greedy) for logprob, greedy in found]
-
-    def _query(self, texts: Any, context: list[int], continuation: list[int]) -> Query:
-        longest = self._tokens.positions
-        if not 0 < len(continuation) <= longest:
-            raise DataFault(
-                f"the continuation {texts[1][:80]!r} has {len(continuation)} tokens, expected 1 to "
-                f"the model's {longest}"
-            )
-        ids = context + continuation
-        self.shortened += len(ids) > longest + 1
-        return Query(tuple(ids[-(longest + 1) :]), len(continuation))
-
-    @override
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[float]:
-        windows = [self._windows(request.args[0]) for request in requests]
-        found = iter(self._likelihoods([q for own in windows for q in own], "windows of texts"))
-        return [sum(next(found)[0] for _ in own) for own in windows]
-
-    def _windows(self, text: str) -> list[Query]:
-        pairs = utils.get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self._tokens.prefix,
-            max_seq_len=self._tokens.positions,
-            context_len=1,
-        )
-        disjoint = map(utils.make_disjoint_window, pairs)
-        return [Query((*context, *scored), len(scored)) for context, scored in disjoint]
-
     def _likelihoods(self, queries: Sequence[Query], what: str) -> Iterator[tuple[float, bool]]:
-        """Return log-probability and greediness of each query, computed where they are unknown."""
         keys = [key_of("likelihood", query.ids, query.scored) for query in queries]
         missing = self._answers.missing(keys)
         first = dict(zip(reversed(keys), reversed(queries), strict=True))
@@ -224,14 +129,14 @@ class HarnessModel(TemplateLM):
         return found
 
     def _prompt(self, request: Instance) -> _Prompt:
-        text, asked = _arguments(request)
+        text, asked = arguments(request)
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(asked, _MOST))
         begin = self._tokens.tokenizer.decode([self._tokens.end], skip_special_tokens=False)
         until = handle_stop_sequences(kwargs.pop("until"), eos=begin)
         most = kwargs.pop("max_gen_toks")
         room = self._tokens.positions - most
         if room < 1:
-            raise _unusable(
+            raise unusable(
                 request, f"max_gen_toks {most}, expected fewer than the model's "
                 f"{self._tokens.positions} tokens",
             )  # fmt: skip
@@ -247,7 +152,7 @@ class HarnessModel(TemplateLM):
     def _options(self, request: Instance, kwargs: dict[str, Any], most: int) -> GenerationOptions:
         samples = kwargs.pop("do_sample")
         if unknown := kwargs.keys() - _APPLIED:
-            raise _unusable(
+            raise unusable(
                 request, f"generation_kwargs with {', '.join(sorted(unknown))}, expected "
                 f"{', '.join(sorted(_APPLIED))}",
             )  # fmt: skip
@@ -289,16 +194,3 @@ class _StopTexts:
     def __call__(self, prompt: Sequence[int], new: Sequence[int]) -> bool:
         text = self._tokenizer.decode(list(new), skip_special_tokens=False)
         return any(stop in text for stop in self.texts if stop)
-
-
-def _arguments(request: Instance) -> tuple[Any, ...]:
-    """Return the texts of a request, which the harness annotates as if there were one at most."""
-    return request.args
-
-
-def _unusable(request: Instance, found: str) -> DataFault:
-    shown = json.dumps(request.args, default=str, ensure_ascii=False)
-    return DataFault(
-        f"task {request.task_name}, document {request.doc_id}: has {found}; its request is "
-        f"{shown[:200]}"
-    )

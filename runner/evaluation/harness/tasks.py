@@ -65,7 +65,6 @@ class Tasks:
             task.set_config(key="num_fewshot", value=stated or 0)
         elif stated != 0:
             task.set_config(key="num_fewshot", value=fewshot)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
     @property
     def without_examples(self) -> list[str]:
@@ -74,17 +73,19 @@ class Tasks:
         return [name for name, task in tasks if task.get_config("num_fewshot") == 0]
 
     @property
-    def generate(self) -> bool:
-        """Whether a task asks for texts to be generated."""
-        tasks = self._loaded["tasks"].values()
-        return any(task.OUTPUT_TYPE == "generate_until" for task in tasks)
+    def generating(self) -> list[str]:
+        """Names of the tasks that ask for texts to be generated."""
+        tasks = self._loaded["tasks"].items()
+        return [name for name, task in tasks if task.OUTPUT_TYPE == "generate_until"]
 
-    def run(self, model: LM, limit: int) -> dict[str, Any]:
-        """Return the harness's results.
+    def run(self, model: LM, limit: int, *, resamples: int = 100_000) -> dict[str, Any]:
+        """Return the harness's results; the requests are the same whenever it is called.
 
         Args:
             model: model that answers the requests.
             limit: number of documents of each task; 0 means all.
+            resamples: number of samples behind standard errors that have no formula; 0 computes no
+                standard errors.
 
         Raises:
             DataFault: a task asks for what the model cannot do, or its metrics fail.
@@ -92,10 +93,16 @@ class Tasks:
         # The seeds of the harness's own program.
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
+        for task in self._loaded["tasks"].values():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         found = _guarded(
             f"task {', '.join(self.names)}",
             lambda: evaluate(
-                model, self._loaded, limit=limit or None, log_samples=False, bootstrap_iters=100_000
+                model,
+                self._loaded,
+                limit=limit or None,
+                log_samples=False,
+                bootstrap_iters=resamples,
             ),
         )
         assert found is not None, "there is one process"
