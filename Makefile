@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check lint test test-full test-gpu gpu-kit test-cs mutation coverage docs lock pictures site dist bench clean
+.PHONY: setup demo check lint test test-fast test-full test-gpu gpu-kit test-cs mutation coverage docs lock pictures site dist bench clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ lint: setup
 # Two at a time: what XLA compiles, and what waits for signals, leaves a core idle.
 test: setup
 	$(BIN)/pytest -m "not full" -n 2 --dist worksteal
+
+# The inner loop: what needs no process of its own, no training and no other library's model.
+test-fast: setup
+	$(BIN)/pytest -m "not full" -n 2 --dist worksteal tests/unit tests/contract tests/fuzz
 
 # Everything, the slow proofs too (ten times the fuzz, kills at every call, the commands of the
 # docs): about an hour on 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk
