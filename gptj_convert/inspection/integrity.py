@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
+from gptj_convert.conversion.manifest import EDITED_FILES, MANIFEST_FILE, Manifest
 from gptj_convert.files.digest import GIT, SHA256, FileDigest
 from gptj_convert.formats.containers import sharded
 from gptj_convert.formats.containers.leveldb_table import unmasked
@@ -20,8 +20,6 @@ from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.hub.download import RECORD_FILE, read_record
 from gptj_convert.inspection.inspect import Inspection
-from gptj_convert.settings.params_yaml import PARAMS_FILE
-from gptj_convert.settings.trainer_yaml import TRAINER_FILE
 from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Panels
 from gptj_model.errors import FileFault, UsageError
@@ -201,8 +199,7 @@ def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -
         known = {
             MANIFEST_FILE,
             RECORD_FILE,
-            PARAMS_FILE,
-            TRAINER_FILE,
+            *EDITED_FILES,
             *(f.path.relative_to(folder).parts[0] for _, f in stated),
         }
         result.extra += sorted({p.name for p in folder.iterdir()} - known)
