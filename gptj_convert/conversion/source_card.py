@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,16 @@ def _split(content: str) -> tuple[dict[str, Any], str, str | None]:
     """Return metadata and text of a card, and why the metadata cannot be read."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.error import YAMLError, YAMLWarning
 
     block = REGEX_YAML_BLOCK.search(content)
     if not block:
         return {}, content, None
     try:
-        metadata = YAML(typ="safe", pure=True).load(block[2])
-    except (YAMLError, ValueError, RecursionError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", YAMLWarning)  # of odd YAML that is valid
+            metadata = YAML(typ="safe", pure=True).load(block[2])
+    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError) as e:
         return {}, content, f"it is not valid YAML: {' '.join(str(e).split())[:200]}"
     if metadata is None:
         metadata = {}

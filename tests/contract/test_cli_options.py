@@ -58,7 +58,10 @@ OPTIONS = {
         "--execution", "--memory",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
-    "inspect": {"--stats", "--check", "--diff", "--config"},
+    "inspect": {
+        "--stats", "--check", "--diff", "--config", "--public-key", "--identity",
+        "--identity-provider",
+    },
     "new": {
         "--preset", "--out", "--seed", "--set", "--dtype", "--file-format", "--layout",
         "--max-shard-size", "--force",
