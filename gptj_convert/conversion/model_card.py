@@ -180,7 +180,7 @@ def _facts(checkpoint: Checkpoint, found: Lineage) -> list[tuple[str, str]]:
     if found.step:
         facts.append(("Trained with", f"gptj, up to step {found.step:,}"))
     if found.records:
-        facts.append(("Training records", ", ".join(f"`{name}`" for name in found.records)))
+        facts.append(("Training records", ", ".join(f"`{_shown(name)}`" for name in found.records)))
     if found.data_sets:
         links = (f"[{name}](https://hf.co/datasets/{name})" for name in found.data_sets)
         facts.append(("Training data", ", ".join(links)))
@@ -201,7 +201,7 @@ def _changes(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     if plan.config.tie_word_embeddings:
         changes.append("The output head is the embedding, and is not stored a second time.")
     if checkpoint.dropped:
-        names = ", ".join(f"`{name}`" for name in checkpoint.dropped)
+        names = ", ".join(f"`{_shown(name)}`" for name in checkpoint.dropped)
         changes.append(f"Dropped, since they are not part of GPT-J: {names}.")
     if merged := checkpoint.adapter:
         changes.append(
@@ -292,8 +292,12 @@ def _path(checkpoint: Checkpoint) -> str:
 
 
 def _name(path: Path) -> str:
-    name = Path(os.path.normpath(path.absolute())).name
-    return "".join(c if c.isprintable() and c != "`" else "?" for c in name)
+    return _shown(Path(os.path.normpath(path.absolute())).name)
+
+
+def _shown(name: str) -> str:
+    """Return a name without the characters that would end a cell or a code span of Markdown."""
+    return "".join(c if c.isprintable() and c not in "`|" else "?" for c in name)
 
 
 def _loading(has_tokenizer: bool) -> str:

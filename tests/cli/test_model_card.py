@@ -80,8 +80,10 @@ def test_card_and_licenses_survive_a_round_trip(way: str, carded: Path, gptj):
 
 
 def test_a_conversion_writes_the_same_card_wherever_it_writes(carded: Path, gptj):
+    carded = carded.rename("a|`b\n")
     for out in ("a", "b/c"):
         assert gptj("convert", carded, "--to", "hf", "--out", out).code == 0
+    assert "| Converted from | `a??b?`, a checkpoint of" in card("a")[1]
     assert Path("a/README.md").read_bytes() == Path("b/c/README.md").read_bytes()
     assert "/" not in card("a")[1].partition("`gptj convert ")[2].partition("`")[0]
 
