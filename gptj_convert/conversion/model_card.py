@@ -55,7 +55,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, notes: Sequence[str]) -> str:
         "summary": _summary(found),
         "facts": [
             *_facts(checkpoint, found),
-            ("Converted by", f"gptj {__version__}, `{_command(checkpoint, plan)}`"),
+            ("Converted by", f"gptj {__version__}, `{_shown(_command(checkpoint, plan))}`"),
             ("Dtype", plan.dtype),
         ],
         "changes": changes,

@@ -31,6 +31,9 @@ _PREDICATE = "https://model_signing/signature/v1.0"
 _MAX_BYTES = 2**24
 _MAX_MARKS = 2**20
 _SHA256 = re.compile("[0-9a-f]{64}")
+#: Keys of a bundle, and of the envelope in it.
+_BUNDLE = {"mediaType", "verificationMaterial", "dsseEnvelope"}
+_ENVELOPE = {"payload", "payloadType", "signatures"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,11 @@ def read_statement(path: Path) -> Statement:
         path, expected="a model signature", max_bytes=_MAX_BYTES, max_marks=_MAX_MARKS
     )
     try:
-        payload = base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True)
+        envelope = bundle["dsseEnvelope"]
+        # The library accepts other spellings of these keys, and must not read another payload.
+        if unknown := sorted((bundle.keys() - _BUNDLE) | (envelope.keys() - _ENVELOPE)):
+            raise _fault(path, f"has the unknown key {unknown[0]!r}")
+        payload = base64.b64decode(envelope["payload"], validate=True)
         found = parse_json(payload, where=str(path), max_marks=_MAX_MARKS)
         if found["predicateType"] != _PREDICATE:
             raise _fault(path, f"states {found['predicateType']!r}, expected {_PREDICATE!r}")

@@ -187,6 +187,24 @@ def test_a_list_that_is_none(
     assert found in done.stdout
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_second_payload_under_another_spelling(inner: bool, signed: Path, gptj):
+    """The library must not verify one list while another one is compared with the files."""
+    bundle, statement = _statement(signed)
+    (signed / "more.py").write_text("import os")
+    statement["predicate"]["serialization"]["ignore_paths"].append("more.py")
+    forged = base64.b64encode(json.dumps(statement).encode()).decode()
+    envelope = bundle["dsseEnvelope"]
+    if inner:
+        envelope |= {"pay_load": envelope["payload"], "payload": forged}
+    else:
+        bundle |= {"dsse_envelope": envelope, "dsseEnvelope": envelope | {"payload": forged}}
+    (signed / "model.sig").write_text(json.dumps(bundle))
+    done = gptj("inspect", signed, "--check", "--public-key", "me.pub")
+    assert done.code == 3
+    assert "has the unknown key" in done.stdout
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"dsseEnvelope": {"payload": "?"}}'])
 def test_a_signature_that_is_none(content: bytes, signed: Path, gptj):
     (signed / "model.sig").write_bytes(content)
