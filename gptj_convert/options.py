@@ -50,6 +50,9 @@ _UNITS = {
     for ending, base in (("B", 1000), ("iB", 1024))
 }
 
+#: File beside records that says what they were made from, and how.
+DATA_PARAMS_FILE = "data_params.json"
+
 #: Folder that `gptj download` puts the public model into, and that `gptj convert` reads by default.
 DEFAULT_SOURCE = Path("gpt-j-6b")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.checkpoint.open import locate, read_config
+from gptj_convert.conversion.source_card import carried_document
 from gptj_convert.files.whole_file import write_whole
 from gptj_convert.formats.layouts import cs, hf, tf
 from gptj_convert.settings.params_yaml import (
@@ -167,7 +168,12 @@ def _settings(job: CsJob, checkpoint: Path | None) -> dict[Path, bytes]:
         return {}
     names = hf.settings_files(checkpoint.parent)
     names = [*(n for n in names if n == CONFIG_FILE), *hf.choose_companions(names)]
-    return {job.model_dir / name: (checkpoint.parent / name).read_bytes() for name in names}
+    beside = (p.name for p in checkpoint.parent.iterdir() if p.is_file())
+    documents = [n for n in hf.choose_documents(beside) if not (job.model_dir / n).exists()]
+    settings = {job.model_dir / name: (checkpoint.parent / name).read_bytes() for name in names}
+    return settings | {
+        job.model_dir / n: carried_document(checkpoint.parent / n) for n in documents
+    }
 
 
 def _weights(path: Path) -> Path:

@@ -90,6 +90,11 @@ class Checkpoint:
         """Settings files beside the weights that belong to them, by their paths in the folder."""
         return hf.choose_companions(hf.settings_files(self.folder))
 
+    @property
+    def documents(self) -> list[str]:
+        """Names of the licenses and of the model card beside the weights."""
+        return hf.choose_documents(p.name for p in self.folder.iterdir() if p.is_file())
+
     def __enter__(self) -> Checkpoint:
         return self
 

@@ -19,17 +19,21 @@ from crc32c import crc32c
 
 from gptj_convert.checkpoint.open import Checkpoint
 from gptj_convert.conversion.manifest import (
+    EDITED_FILES,
     MANIFEST_FILE,
     Manifest,
     describe_file,
     describe_source,
     describe_target,
 )
+from gptj_convert.conversion.model_card import model_card
+from gptj_convert.conversion.origin import result_lineage
 from gptj_convert.conversion.plan import Move, Plan
+from gptj_convert.conversion.source_card import carried_document
 from gptj_convert.files.journal import Journal
 from gptj_convert.files.resumable_folder import has_journal, is_kept, resumable_folder
 from gptj_convert.formats.containers.sharded import is_index
-from gptj_convert.formats.layouts.hf import GENERATION_FILE, settings_files
+from gptj_convert.formats.layouts.hf import CARD_FILE, GENERATION_FILE, settings_files
 from gptj_convert.formats.layouts.keras import write_model
 from gptj_convert.formats.layouts.tf import CONVERTED_PREFIX, RUN_FILES, STATE_FILE, state_text
 from gptj_convert.settings.generation_settings import generation_text
@@ -48,10 +52,11 @@ from gptj_model.op import Op
 from gptj_model.source import raw_bytes
 from gptj_model.tensors import Scheme
 
-#: Files that are meant to be edited, and are therefore not hashed.
-_EDITED = (PARAMS_FILE, TRAINER_FILE)
 #: Upper bound of the small files beside the weights, in bytes.
 _SMALL_FILES = 16 * 2**20
+#: What the model card says of values that are not finite, or beyond the dtype's range.
+_KEPT = "are NaN or infinite, as they are in the source"
+_REPLACED = "lay beyond the range of the dtype, and became its largest value"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ def states_no_end(checkpoint: Checkpoint) -> bool:
 def not_carried(checkpoint: Checkpoint) -> list[str]:
     """Return notes on possible settings of a checkpoint that are not carried into the output."""
     used = {*checkpoint.companions, *(p.name for p in checkpoint.files), CONFIG_FILE, MANIFEST_FILE}
-    used.update(RUN_FILES)
+    used.update(RUN_FILES, checkpoint.documents)
     files = [
         name
         for name in settings_files(checkpoint.folder)
@@ -240,8 +245,9 @@ def _write(
             done += event.nbytes
             yield Progress(done, total, what)
     _write_companions(plan, checkpoint, folder)
+    _write_documents(plan, checkpoint, folder, moved)
     _check_unchanged(checkpoint, journal)
-    manifest = _manifest(plan, folder, journal.job, moved, start.digests)
+    manifest = _manifest(plan, checkpoint, folder, journal.job, moved, start.digests)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return Result(tuple(moved.values()), kept)
 
@@ -334,8 +340,27 @@ def _write_companions(plan: Plan, checkpoint: Checkpoint, staging: Path) -> None
         (staging / GENERATION_FILE).write_text(generation_text(plan.config), encoding="utf-8")
 
 
+def _write_documents(
+    plan: Plan, checkpoint: Checkpoint, staging: Path, moved: Mapping[str, Moved]
+) -> None:
+    """Copy licenses and model card; where others load the folder, the card becomes that of the
+    result."""
+    for name in checkpoint.documents:
+        (staging / name).write_bytes(carried_document(checkpoint.folder / name))
+    if plan.scheme is Scheme.HF:
+        counts = [
+            f"{sum(getattr(m, field) for m in moved.values())} values {what}."
+            for field, what in (("nonfinite", _KEPT), ("saturated", _REPLACED))
+            if any(getattr(m, field) for m in moved.values())
+        ]
+        left_behind = [f"Note: {note}." for note in not_carried(checkpoint)]
+        text = model_card(checkpoint, plan, [*counts, *left_behind])
+        (staging / CARD_FILE).write_text(text, encoding="utf-8")
+
+
 def _manifest(
     plan: Plan,
+    checkpoint: Checkpoint,
     folder: Path,
     job: Mapping[str, Any],
     moved: Mapping[str, Moved],
@@ -346,7 +371,7 @@ def _manifest(
         for file in plan.layout.files
     }
     paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    small = paths.keys() - {*files, *_EDITED, MANIFEST_FILE}
+    small = paths.keys() - {*files, *EDITED_FILES, MANIFEST_FILE}
     return Manifest(
         source=job["source"],
         target=job["target"],
@@ -358,4 +383,5 @@ def _manifest(
             }
             for m in plan.weights
         },
+        origin=result_lineage(checkpoint, plan).to_values(),
     )

@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.checkpoint.open import Checkpoint
+from gptj_convert.conversion.lineage import Lineage
 from gptj_convert.conversion.plan import Plan
 from gptj_convert.files.digest import SHA256, digest
 from gptj_convert.files.file_name import is_inner_path
+from gptj_convert.formats.layouts.hf import CARD_FILE
 from gptj_convert.hub.download import read_record
+from gptj_convert.settings.params_yaml import PARAMS_FILE
+from gptj_convert.settings.trainer_yaml import TRAINER_FILE
 from gptj_model import __version__
 from gptj_model.errors import FileFault
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+#: Files that are meant to be edited, and are therefore not hashed.
+EDITED_FILES = (PARAMS_FILE, TRAINER_FILE, CARD_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class Manifest:
     """Size and SHA-256 of each output file that is not meant to be edited."""
     tensors: Mapping[str, Mapping[str, Any]]
     """crc32c in hex of the source's bytes and of the result's, by HF name."""
+    origin: Mapping[str, Any] | None = None
+    """`Lineage.to_values` of the result, where something is known."""
     tool: Mapping[str, str] = field(
         default_factory=lambda: {"name": "gptj", "version": __version__}
     )
@@ -41,7 +49,15 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of the file."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        values = asdict(self)
+        if not self.origin:
+            del values["origin"]
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def lineage(self) -> Lineage:
+        """What is recorded about the model that the result is or was made from."""
+        return Lineage.from_values(self.origin or {})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -67,6 +83,7 @@ _NOT_A_MANIFEST = (OSError, ValueError, TypeError, KeyError, AttributeError, Rec
 def _check(manifest: Manifest) -> None:
     """Raise one of `_NOT_A_MANIFEST` unless files and tensors are described correctly."""
     manifest.source.items()
+    Lineage.from_values(manifest.origin or {})
     for name, stated in manifest.files.items():
         if not is_inner_path(name) or type(stated["bytes"]) is not int:
             raise ValueError(f"entry {name!r} is not a file with its size")

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 from gptj_convert.checkpoint.adapter_folder import CONFIG_FILE, WEIGHTS_FILES
 from gptj_convert.checkpoint.open import Checkpoint
-from gptj_convert.conversion.origin import stated_origin
+from gptj_convert.conversion.model_card import adapter_card
+from gptj_convert.conversion.origin import has_adapter, stated_origin
 from gptj_convert.conversion.plan import match
 from gptj_convert.files.output_folder import output_folder, refuse_overlap
 from gptj_convert.formats.containers.safetensors import safetensors_file
+from gptj_convert.formats.layouts.hf import CARD_FILE
 from gptj_model.errors import UsageError
 from gptj_model.lora import Lora, peft_config, stored_lora
 from gptj_model.source import TensorInfo, raw_bytes, read_tensor
 from gptj_model.tensors import LORA_ALPHA, Scheme, Tensor
 
 WEIGHTS_FILE = WEIGHTS_FILES[0]
-
-
-def has_adapter(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is of a run with LoRA."""
-    return checkpoint.scheme is Scheme.TF and LORA_ALPHA in checkpoint.source.tensors
 
 
 def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> tuple[Lora, str | None]:
@@ -61,6 +59,10 @@ def write_adapter(checkpoint: Checkpoint, out: Path, *, force: bool) -> tuple[Lo
                 f.write(part if isinstance(part, bytes) else _values(checkpoint, rows[part]))
         text = json.dumps(peft_config(lora, base), indent=2) + "\n"
         (staging.content / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in checkpoint.documents:
+            shutil.copyfile(checkpoint.folder / name, staging.content / name)
+        card = adapter_card(checkpoint, lora)
+        (staging.content / CARD_FILE).write_text(card, encoding="utf-8")
     return lora, base
 
 

@@ -71,6 +71,8 @@ class Plan:
     """Optimizer state that is carried over."""
     cs_backend: str = CS_BACKENDS[0]
     """Backend of the CS client: one of `options.CS_BACKENDS`."""
+    max_shard_bytes: int | None = None
+    """Largest size of the tensors in one weight file, as it was asked for."""
 
     @property
     def weights(self) -> list[Move]:
@@ -209,6 +211,7 @@ def make_plan(
         values,
         continuation,
         cs_backend or CS_BACKENDS[0],
+        max_shard_bytes,
     )
 
 

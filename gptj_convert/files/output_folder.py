@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from gptj_convert.files.file_name import is_license
 from gptj_convert.files.lock_file import try_lock
 from gptj_model.errors import FileFault, UsageError
 
@@ -30,7 +31,6 @@ _WRITTEN = (
         "*.jinja",
         "merges.txt",
         "vocab.bpe",
-        "LICENSE*",
         "README.md",
         "checkpoint",
     ),
@@ -181,7 +181,7 @@ def _foreign(out: Path) -> list[str]:
     return [
         str(p.relative_to(out))
         for p in files
-        if not any(fnmatchcase(p.name, pattern) for pattern in _WRITTEN)
+        if not (is_license(p.name) or any(fnmatchcase(p.name, x) for x in _WRITTEN))
     ]
 
 

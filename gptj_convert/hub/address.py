@@ -49,6 +49,12 @@ def parse_address(text: str) -> HubAddress:
     return _page(text, parts.netloc, parts.path.lstrip("/"))
 
 
+def is_repository(text: str) -> bool:
+    """Return whether a text has the form OWNER/NAME."""
+    found = _NAME.fullmatch(text)
+    return bool(found and not found["revision"])
+
+
 def is_address(text: str) -> bool:
     """Return whether a text begins with `http`, `hf:` or the host of the hub."""
     return bool(_SCHEME.match(text)) or text.split("/")[0].lower() in HOSTS

@@ -1,4 +1,4 @@
-"""Choice of a GPT-J's files in a hub repository: one set of weights and its companion files."""
+"""Choice of a GPT-J's files in a hub repository: one set of weights and the files beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptj_convert.files.json_file import parse_json
 from gptj_convert.formats.containers.sharded import MAX_INDEX_BYTES, is_index, parse_index
-from gptj_convert.formats.layouts.hf import WEIGHT_FILES, choose_companions
+from gptj_convert.formats.layouts.hf import WEIGHT_FILES, choose_companions, choose_documents
 from gptj_convert.hub.download import list_files
 from gptj_convert.hub.listing import Contents, Listing
 from gptj_model.config import CONFIG_FILE, GPTJConfig
@@ -62,7 +62,7 @@ def list_model(
 
 
 def choose_model(contents: Contents, *, for_conversion: bool = False) -> Iterable[str]:
-    """Yield the files of one set of weights and its companions.
+    """Yield the files of one set of weights, its companions, licenses and model card.
 
     All names are known ones, except for those of shards, which are checked.
 
@@ -82,6 +82,7 @@ def choose_model(contents: Contents, *, for_conversion: bool = False) -> Iterabl
     yield weights
     yield CONFIG_FILE
     yield from choose_companions(contents.names)
+    yield from choose_documents(contents.names)
     if is_index(weights):
         yield from _shards(contents, weights)
 

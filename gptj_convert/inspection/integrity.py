@@ -1,7 +1,8 @@
 """Integrity of a checkpoint: its files and tensors against recorded sizes, hashes and checksums.
 
-Recorded are sizes and digests in a converted folder's manifest.json or a download's record, crc32c
-of tensors in the manifest and in a bundle's index, and CRC32s in a `.bin` archive.
+Recorded are sizes and digests in a converted folder's manifest.json or a download's record, digests
+in a model's signature, crc32c of tensors in the manifest and in a bundle's index, and CRC32s in a
+`.bin` archive.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptj_convert.conversion.manifest import MANIFEST_FILE, Manifest
+from gptj_convert.conversion.manifest import EDITED_FILES, MANIFEST_FILE, Manifest
 from gptj_convert.files.digest import GIT, SHA256, FileDigest
 from gptj_convert.formats.containers import sharded
 from gptj_convert.formats.containers.leveldb_table import unmasked
@@ -20,8 +21,12 @@ from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
 from gptj_convert.hub.download import RECORD_FILE, read_record
 from gptj_convert.inspection.inspect import Inspection
-from gptj_convert.settings.params_yaml import PARAMS_FILE
-from gptj_convert.settings.trainer_yaml import TRAINER_FILE
+from gptj_convert.inspection.signature import (
+    SIGNATURE_FILE,
+    Signer,
+    read_statement,
+    verify_signer,
+)
 from gptj_convert.streams.progress import Progress, Work
 from gptj_convert.streams.strips import Panels
 from gptj_model.errors import FileFault, UsageError
@@ -36,13 +41,14 @@ _WORDS = {SHA256: "SHA-256", GIT: "git blob"}
 
 
 class StatedFile:
-    """A file with a recorded size and digest (in hex, of a kind of `gptj_convert.files.digest`).
+    """A file with a recorded size, if any, and digest (in hex, of a kind of
+    `gptj_convert.files.digest`).
 
     Iterating reads the file and yields the size of each piece. Afterwards `fault` is None, or what
     was found and what was expected.
     """
 
-    def __init__(self, path: Path, size: int, digest: str, kind: str = SHA256) -> None:
+    def __init__(self, path: Path, size: int | None, digest: str, kind: str = SHA256) -> None:
         self.path = path
         self.size = size
         self.fault: tuple[str, str] | None = None
@@ -54,7 +60,7 @@ class StatedFile:
             found = f"{self.path.stat().st_size} bytes"
             if not self.path.is_file():
                 found = "not a file"
-            elif self.path.stat().st_size == self.size:
+            elif self.size in (None, self.path.stat().st_size):
                 read = FileDigest(self.path, self._kind)
                 yield from read
                 if read.hex == self._digest:
@@ -62,7 +68,8 @@ class StatedFile:
                 found += f", {_WORDS[self._kind]} {read.hex}"
         except OSError as e:
             found = e.strerror or str(e)
-        self.fault = found, f"{self.size} bytes, {_WORDS[self._kind]} {self._digest}"
+        size = "" if self.size is None else f"{self.size} bytes, "
+        self.fault = found, f"{size}{_WORDS[self._kind]} {self._digest}"
 
 
 def stated_checksums(
@@ -105,7 +112,11 @@ class Check:
     """Number of files and tensors that were compared, by who records them."""
     mismatches: list[Mismatch] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
-    """Files in the folder that neither manifest nor record names."""
+    """Files in the folder that neither manifest nor record nor signature names."""
+    signer: str | None = None
+    """Whose signature model.sig has, where that was checked."""
+    unknown_signer: bool = False
+    """Whether there is a signature and nobody said whose it should be."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of the JSON object."""
@@ -113,6 +124,7 @@ class Check:
             "checked": self.checked,
             "problems": [asdict(m) for m in self.mismatches],
             "extra": self.extra,
+            "signer": self.signer,
         }
 
     def add(self, kind: str, name: str, fault: tuple[str, str] | None, stated_by: str) -> None:
@@ -132,21 +144,27 @@ class _Work:
     pieces: Iterator[int]
 
 
-def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
+def check(path: Path, opened: Inspection | FileFault, signer: Signer | None = None) -> Work[Check]:
     """Compare a checkpoint with everything that is recorded about it; progress is in bytes.
 
     Args:
         path: folder, weight file, or prefix of a bundle.
         opened: the open checkpoint, or why it cannot be opened.
+        signer: who must have signed the model; None does not ask.
 
     Raises:
-        UsageError: nothing is recorded.
+        UsageError: nothing is recorded, there is no signature to compare a signer with, or the
+            signer's key cannot be read.
+        ModuleNotFoundError: the library that verifies signatures is not installed.
         FileFault: nothing is recorded and the checkpoint cannot be opened, or a device fails.
     """
     result = Check()
     folder = path if path.is_dir() else path.parent
     manifest = _read_manifest(path, folder, result)
-    work = _files(path, folder, manifest, result)
+    work = [
+        *_signed(path, folder, signer, result),
+        *_files(path, folder, manifest, result),
+    ]
     if isinstance(opened, Inspection):
         work += _tensors(opened, manifest, result)
         work += _archives(opened, result)
@@ -154,8 +172,8 @@ def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
         if isinstance(opened, FileFault):
             raise opened
         raise UsageError(
-            f"{path}: holds no checksums, expected {MANIFEST_FILE} or {RECORD_FILE} in "
-            f"{folder}, or checksums in the checkpoint itself",
+            f"{path}: holds no checksums, expected {MANIFEST_FILE}, {RECORD_FILE} or "
+            f"{SIGNATURE_FILE} in {folder}, or checksums in the checkpoint itself",
             hint="compare it with another copy: `gptj inspect PATH --diff OTHER`",
         )
     if isinstance(opened, FileFault):
@@ -171,6 +189,39 @@ def check(path: Path, opened: Inspection | FileFault) -> Work[Check]:
 def _concerns(path: Path, names: Collection[str]) -> bool:
     """Return whether records of files with these names concern the checkpoint at `path`."""
     return path.is_dir() or any(name.startswith(path.name) for name in names)
+
+
+def _signed(path: Path, folder: Path, signer: Signer | None, result: Check) -> list[_Work]:
+    """Return the files that a signature lists; note those that it should list, and its signer."""
+    signature = folder / SIGNATURE_FILE
+    if not (path.is_dir() and signature.is_file()):
+        if signer:
+            raise UsageError(
+                f"{path}: no {SIGNATURE_FILE} in this folder, expected one of {signer}",
+                hint="fetch it from where the model came from, or leave out the signer",
+            )
+        return []
+    try:
+        statement = read_statement(signature)
+    except FileFault as e:
+        result.add("file", SIGNATURE_FILE, (e.message, "a model signature"), SIGNATURE_FILE)
+        return []
+    result.unknown_signer = not signer
+    if signer:
+        fault = verify_signer(signature, statement, signer)
+        found = (
+            (f"not signed by {signer}: {fault}", f"the signature of {signer}") if fault else None
+        )
+        result.add("file", SIGNATURE_FILE, found, SIGNATURE_FILE)
+        result.signer = None if fault else str(signer)
+    for name, found in statement.unsigned(folder):
+        result.add("file", name, (found, "nothing"), SIGNATURE_FILE)
+    stated = [StatedFile(folder / name, None, digest) for name, digest in statement.files.items()]
+    return [_Work(f.path.name, _size(f.path), _file(f, SIGNATURE_FILE, result)) for f in stated]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _read_manifest(path: Path, folder: Path, result: Check) -> Manifest | None:
@@ -201,12 +252,12 @@ def _files(path: Path, folder: Path, manifest: Manifest | None, result: Check) -
         known = {
             MANIFEST_FILE,
             RECORD_FILE,
-            PARAMS_FILE,
-            TRAINER_FILE,
+            SIGNATURE_FILE,
+            *EDITED_FILES,
             *(f.path.relative_to(folder).parts[0] for _, f in stated),
         }
         result.extra += sorted({p.name for p in folder.iterdir()} - known)
-    return [_Work(f.path.name, f.size, _file(f, by, result)) for by, f in stated]
+    return [_Work(f.path.name, f.size or 0, _file(f, by, result)) for by, f in stated]
 
 
 def _file(file: StatedFile, stated_by: str, result: Check) -> Iterator[int]:

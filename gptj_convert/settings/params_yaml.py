@@ -102,7 +102,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f" at line {e.problem_mark.line + 1}" if e.problem_mark else ""
         problem = str(e.problem).splitlines()[0]
         raise ConfigError(f"{path}: is not valid YAML: {problem}{line}") from None
-    except (YAMLError, ValueError, RecursionError) as e:
+    except (YAMLError, ValueError, TypeError, RecursionError) as e:
         problem = str(e).splitlines()[0]
         raise ConfigError(f"{path}: is not valid YAML: {problem}") from None
     if not isinstance(values, dict):

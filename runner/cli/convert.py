@@ -159,6 +159,9 @@ def convert(
     A run with LoRA is written with its adapter merged; `--to peft` writes the adapter alone, for
     the peft library. `--adapter DIR` merges an adapter of that library into SRC, as
     `merge_and_unload` does in float32.
+
+    Licenses and the model card of SRC are carried; `--to hf` and `--to peft` write README.md, the
+    card of the result.
     """
     from gptj_convert.conversion.cost import conversion_memory
     from gptj_convert.conversion.execute import check_space, execute, is_resumable
@@ -337,8 +340,10 @@ def _note_adapter(output: Output, checkpoint: Checkpoint) -> None:
 def _note_source(output: Output, checkpoint: Checkpoint, plan: Plan) -> None:
     """Note what of the source is dropped, merged, ignored or missing."""
     from gptj_convert.conversion.execute import not_carried, states_no_end
+    from gptj_convert.conversion.model_card import card_notes
     from gptj_convert.conversion.peft_adapter import has_adapter
     from gptj_convert.formats.layouts.gpt2_tokenizer import last_token_id
+    from gptj_model.tensors import Scheme
 
     if checkpoint.dropped:
         more = f" and {len(checkpoint.dropped) - 3} more" if checkpoint.dropped[3:] else ""
@@ -354,6 +359,9 @@ def _note_source(output: Output, checkpoint: Checkpoint, plan: Plan) -> None:
         )
     for left_behind in not_carried(checkpoint):
         output.note(f"note: {left_behind}")
+    if plan.scheme is Scheme.HF:
+        for text in card_notes(checkpoint, plan):
+            output.note(f"note: {text}")
     if states_no_end(checkpoint):
         end = checkpoint.config.eos_token_id
         output.note(
@@ -394,9 +402,11 @@ def _write_adapter(
 ) -> dict[str, Any]:
     from gptj_convert.checkpoint.open import open_checkpoint
     from gptj_convert.conversion.peft_adapter import write_adapter
+    from gptj_convert.conversion.source_card import read_card
 
     with open_checkpoint(source, config_file=config_file) as checkpoint:
         lora, base = write_adapter(checkpoint, out, force=force)
+        notes = read_card(checkpoint.folder).notes
     output.note(
         f"{source} → {out}: the adapter of rank {lora.rank}, alpha {lora.alpha:g}, "
         f"for {', '.join(lora.targets)}"
@@ -406,6 +416,8 @@ def _write_adapter(
             "note: the run does not say which model it started from: base_model_name_or_path in "
             "adapter_config.json is null, so PeftModel.from_pretrained needs the model named"
         )
+    for text in notes:
+        output.note(f"note: {text}")
     output.data(str(out))
     return {
         "output": str(out),

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from gptj_model.errors import UsageError
 from runner.cli.shared.command import command
 from runner.cli.shared.errors import Exit
-from runner.cli.shared.options import CHECKPOINT, config_option
+from runner.cli.shared.option_rules import OptionRules
+from runner.cli.shared.options import CHECKPOINT, PATH, config_option
 from runner.cli.shared.output import Output, one_line
 from runner.cli.shared.progress import follow
 
@@ -20,17 +22,28 @@ if TYPE_CHECKING:
     from gptj_convert.checkpoint.match import Finding
     from gptj_convert.inspection.diff import TensorComparison
     from gptj_convert.inspection.inspect import Inspection, Statistics
+    from gptj_convert.inspection.signature import Signer
     from gptj_model.errors import FileFault
 
 #: Largest number of problems printed, and of characters of a tensor's name; --json has all.
 _SHOWN = 20
 _NAME = 72
 
+RULES = OptionRules(
+    needs={
+        "--public-key": "--check",
+        "--identity": "--check",
+        "--identity-provider": "--identity",
+    },
+    exclusive=(("--public-key", "--identity"),),
+)
+
 
 @command(
     "gptj inspect gpt-j-6b --stats",
-    "gptj inspect converted/ --check",
+    "gptj inspect converted/ --check --public-key me.pub",
     "gptj inspect converted/ --diff gpt-j-6b",
+    rules=RULES,
 )
 @click.argument("path", type=CHECKPOINT)
 @click.option(
@@ -45,6 +58,22 @@ _NAME = 72
     help="Compare the files with the hashes and checksums recorded beside them.",
 )
 @click.option(
+    "--public-key",
+    type=PATH,
+    help="Public key, or root certificates, of who must have signed model.sig, as a PEM file.",
+)
+@click.option(
+    "--identity",
+    metavar="NAME",
+    help="Identity, such as an e-mail address, that must have signed model.sig through sigstore; "
+    "needs the network.",
+)
+@click.option(
+    "--identity-provider",
+    metavar="URL",
+    help="OpenID provider that vouches for the identity, such as https://accounts.google.com.",
+)
+@click.option(
     "--diff",
     "other",
     metavar="OTHER",
@@ -57,6 +86,9 @@ def inspect(
     path: Path,
     stats: bool,
     check: bool,
+    public_key: Path | None,
+    identity: str | None,
+    identity_provider: str | None,
     other: Path | None,
     config_file: Path | None,
 ) -> dict[str, Any]:
@@ -66,8 +98,9 @@ def inspect(
     missing or unknown tensor, or one of another shape, is marked, and is not an error.
 
     With --check or --diff only their findings are printed. The exit code is 3 if a file differs
-    from what its manifest.json, download record, TensorFlow index or .bin archive states, or if
-    OTHER differs by more than the rounding to a narrower dtype.
+    from what its manifest.json, download record, model.sig, TensorFlow index or .bin archive
+    states, if model.sig is not signed by whom it should be, or if OTHER differs by more than the
+    rounding to a narrower dtype.
 
     Statistics cover the finite values. In --json a statistic without values is null, and values
     that are not finite are "nan", "inf" or "-inf".
@@ -76,13 +109,19 @@ def inspect(
     from gptj_convert.inspection.inspect import inspect as run
     from gptj_model.errors import FileFault
 
+    signer = _signer(public_key, identity, identity_provider)
     try:
         opened = run(path, config_file=config_file)
     except FileFault as e:
         if not check or other:
             raise
         nothing = {"path": str(path), "format": None, "files": [], "config": None, "tensors": []}
-        return {**nothing, "problems": [e.message], "hint": e.hint, **_check(output, path, e)}
+        return {
+            **nothing,
+            "problems": [e.message],
+            "hint": e.hint,
+            **_check(output, path, e, signer),
+        }
     with opened:
         statistics: dict[str, Statistics] = {}
         if stats:
@@ -91,7 +130,7 @@ def inspect(
             _show(output, opened, statistics)
         fields = {**opened.to_json(statistics), "exit": Exit.OK}
         if check:
-            fields |= _check(output, path, opened)
+            fields |= _check(output, path, opened, signer)
         if other:
             compared = _compare(output, opened, other, config_file)
             fields |= compared | {"exit": max(fields["exit"], compared["exit"])}
@@ -190,13 +229,35 @@ def _size(count: int) -> str:
     return f"{size:.3g} {unit}"
 
 
-def _check(output: Output, path: Path, opened: Inspection | FileFault) -> dict[str, Any]:
-    from gptj_convert.inspection.integrity import check
+def _signer(key: Path | None, identity: str | None, provider: str | None) -> Signer | None:
+    """Return who must have signed a model, if the command line says so."""
+    from gptj_convert.inspection.signature import Signer
 
-    result = follow(output, "checking", check(path, opened))
+    if identity and not provider:
+        raise UsageError(
+            "--identity has no effect without --identity-provider",
+            hint="add the provider, such as --identity-provider https://accounts.google.com",
+        )
+    return Signer(key, identity, provider) if key or identity else None
+
+
+def _check(
+    output: Output, path: Path, opened: Inspection | FileFault, signer: Signer | None
+) -> dict[str, Any]:
+    from gptj_convert.inspection.integrity import check
+    from gptj_convert.inspection.signature import SIGNATURE_FILE
+
+    result = follow(output, "checking", check(path, opened, signer))
     for stated_by, counts in result.checked.items():
         compared = ", ".join(f"{n} {kinds}" for kinds, n in counts.items() if n)
         output.data(f"compared with {stated_by}: {compared}")
+    if result.signer:
+        output.data(f"signed by {one_line(result.signer)}")
+    if result.unknown_signer:
+        output.data(
+            f"note: who signed {SIGNATURE_FILE} was not checked: give --public-key FILE, or "
+            "--identity NAME with --identity-provider URL"
+        )
     for name in result.extra:
         output.data(f"note: {one_line(name)} also exists, and no hash of it is recorded")
     for m in result.mismatches:

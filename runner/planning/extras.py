@@ -58,6 +58,8 @@ PACKAGES = (
     Package("gcsfs", ("gcsfs",), "records and texts in gs://", "remote"),
     Package("rouge_score", ("rouge-score",), "eval --task summarization", "data"),
     Package("lm_eval", ("lm_eval",), "eval --task lm-eval:NAMES", "lm-eval"),
+    Package("model_signing", ("model-signing",), "inspect --check --public-key", "sign"),
+    Package("OpenSSL", ("pyOpenSSL",), "inspect --check --public-key", "sign"),
     Package("hdf5plugin", ("hdf5plugin",), "checkpoints that the Cerebras client saved", "cs"),
 )
 

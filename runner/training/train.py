@@ -15,6 +15,7 @@ import numpy as np
 from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
 from gptj_convert.conversion.origin import ORIGIN_KEY, origin
 from gptj_convert.conversion.plan import match
+from gptj_convert.conversion.source_card import carried_document
 from gptj_convert.files.whole_file import write_whole
 from gptj_convert.formats.layouts.hf import GENERATION_FILE
 from gptj_convert.formats.layouts.tf import STATE_FILE
@@ -167,10 +168,8 @@ class Run:
         self._build(reconcile(self.params, checkpoint.config, init_from))
         from_yaml = not checkpoint.config_file
         self._keep_config(checkpoint.config, {ORIGIN_KEY: origin(checkpoint)}, from_yaml=from_yaml)
-        for name in () if self.workers.index else checkpoint.companions:
-            if not (folder := (self.model_dir / name).parent).is_dir():
-                folder.mkdir()
-            write_whole(self.model_dir / name, (checkpoint.folder / name).read_bytes())
+        if not self.workers.index:
+            self._keep_files(checkpoint)
         self.executor.load(checkpoint.source, checkpoint.scheme)
         if found_adapter:
             self.executor.load_adapter(found_adapter)
@@ -220,6 +219,16 @@ class Run:
         write_whole(self.model_dir / CONFIG_FILE, text)
         if from_yaml:
             write_whole(self.model_dir / GENERATION_FILE, generation_text(config))
+
+    def _keep_files(self, checkpoint: Checkpoint) -> None:
+        """Copy settings, licenses and model card; a document that exists may be the user's."""
+        documents = [n for n in checkpoint.documents if not (self.model_dir / n).exists()]
+        for name in checkpoint.companions:
+            if not (folder := (self.model_dir / name).parent).is_dir():
+                folder.mkdir()
+            write_whole(self.model_dir / name, (checkpoint.folder / name).read_bytes())
+        for name in documents:
+            write_whole(self.model_dir / name, carried_document(checkpoint.folder / name))
 
     def _load_state(self, source: TensorSource, step: int) -> None:
         if not step:

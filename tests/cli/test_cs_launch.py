@@ -276,6 +276,7 @@ def test_a_run_keeps_the_settings_of_what_it_began_with(for_cs: Path, gptj):
     (for_cs / "chat_template.jinja").write_text("{{ messages }}")
     (for_cs / "additional_chat_templates").mkdir()
     (for_cs / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (for_cs / "LICENSE").write_text("All yours.")
     begin = ("train", "--init-from", for_cs, "--target", "csx", "--max-steps", 20)
     assert gptj(*begin, "--dry-run").code == 0
     assert not Path("model_dir").exists()
@@ -284,5 +285,7 @@ def test_a_run_keeps_the_settings_of_what_it_began_with(for_cs: Path, gptj):
     assert gptj("convert", "model_dir", "--to", "hf").code == 0
     found = json.loads(Path("converted-hf/config.json").read_text())
     assert (found["eos_token_id"], found["pad_token_id"]) == ([3, 4], 1)
-    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja", "LICENSE"):
         assert Path("converted-hf", name).read_bytes() == (for_cs / name).read_bytes()
+    # The golden run's step is in its file, so the card knows that a run trained it.
+    assert "up to step 20" in Path("converted-hf/README.md").read_text()

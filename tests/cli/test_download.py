@@ -77,7 +77,7 @@ def _refused(done, code: int, *words: str) -> None:
 def test_one_set_of_weights_and_what_goes_with_it(hub: FakeHub, gptj):
     for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "rust_model.ot"):
         hub.files[name] = b"x" * 1000
-    hub.files |= {"model.onnx": b"x", "README.md": b"x", ".gitattributes": b"x"}
+    hub.files |= {"model.onnx": b"x", "diagram.png": b"x", ".gitattributes": b"x"}
     done = gptj("download", REPOSITORY)
     assert done.code == 0, done.stderr
     assert done.stdout == "small-gptj\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
@@ -141,6 +142,32 @@ def test_exports_agree_merged_and_as_an_adapter_that_peft_loads(lora_run, gptj):
             change = 6 / 4 * np.matmul(*pair)
         np.testing.assert_allclose(weights[name], begun[name] + change, atol=1e-6)
     assert not update, "nothing but adapters of the model's layers"
+
+
+def test_the_adapter_has_a_card(lora_run, gptj):
+    config = json.loads(Path("model_dir/config.json").read_text())
+    Path("model_dir/README.md").write_text("---\nlicense: mit\n---\nOf the base.\n")
+    Path("model_dir/LICENSE").write_text("Mine.")
+    assert gptj("convert", "model_dir", "--to", "peft", "--out", "unnamed").code == 0
+    data = ModelCard.load("unnamed/README.md").data.to_dict()
+    assert data == {
+        "license": "mit",
+        "tags": ["gptj", "lora"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+    }
+    Path("model_dir/config.json").write_text(json.dumps(config | {"_name_or_path": "me/base"}))
+    assert gptj("convert", "model_dir", "--to", "peft").code == 0
+    found = ModelCard.load("converted-peft/README.md")
+    assert found.data.base_model == "me/base"
+    assert found.data.to_dict()["base_model_relation"] == "adapter"
+    assert "| Trained with | gptj, up to step 3 |" in found.text
+    assert found.text.endswith("Of the base.\n")
+    assert Path("converted-peft/LICENSE").read_text() == "Mine."
+    assert gptj("convert", "model_dir", "--to", "hf").code == 0
+    found = ModelCard.load("converted-hf/README.md")
+    assert found.data.to_dict()["base_model_relation"] == "finetune"
+    assert "The LoRA adapter of the run is merged into its kernels." in found.text
 
 
 @adamw

@@ -142,7 +142,12 @@ def test_a_run_keeps_the_settings_of_what_it_began_with(chat: Path, gptj):
     rows = np.ones((4, 3, 16), np.int64)
     Path("data").mkdir()
     write_records(Path("data/a.tfrecord"), rows)
+    documents = {"LICENSE": b"All yours.\r\n", "README.md": b"---\nlicense: mit\n---\nOurs.\n"}
+    for name, content in documents.items():
+        (chat / name).write_bytes(content)
     assert gptj("convert", chat, "--to", "tf").code == 0
+    Path("model_dir").mkdir()
+    Path("model_dir/README.md").write_bytes(b"What I want to try.\n")
     done = gptj(
         "train", "--init-from", "converted", "--max-steps", 1, "--quiet",
         *("--set", "train_input.batch_size=2", "--set", "train_input.max_sequence_length=16"),
@@ -151,8 +156,11 @@ def test_a_run_keeps_the_settings_of_what_it_began_with(chat: Path, gptj):
     assert done.code == 0, done.stderr
     assert gptj("convert", "model_dir", "--to", "hf").code == 0
     assert config_of("converted-hf") == config_of(chat)
-    for name in FILES:
+    for name in (*FILES, "LICENSE"):
         assert (Path("converted-hf") / name).read_bytes() == (chat / name).read_bytes()
+    # What the user has written in the run's folder stays.
+    assert Path("model_dir/README.md").read_bytes() == b"What I want to try.\n"
+    assert Path("converted-hf/README.md").read_text().endswith("What I want to try.\n")
 
 
 def test_what_is_not_carried_is_named(chat: Path, gptj):
@@ -413,8 +421,9 @@ def test_settings_are_downloaded(workdir: Path, monkeypatch: pytest.MonkeyPatch,
     hub = FakeHub(
         {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
     )
+    hub.files |= {"README.md": b"x", "LICENSE": b"x", "Notice.txt": b"x"}
     wanted = set(hub.files)
-    hub.files |= {"modeling_mine.py": b"x", "deep/config.json": b"{}", "README.md": b"x"}
+    hub.files |= {"modeling_mine.py": b"x", "deep/config.json": b"{}"}
     hub.files["additional_chat_templates/more/x.jinja"] = b"x"
     with serving(hub) as endpoint:
         point_at(endpoint, monkeypatch)

@@ -61,7 +61,10 @@ OPTIONS = {
         "--out", "--dtype", "--max-length", "--config", "--dry-run", "--force",
     },
     "golden record": {"--out", "--dtype", "--note", "--config", "--force"},
-    "inspect": {"--stats", "--check", "--diff", "--config"},
+    "inspect": {
+        "--stats", "--check", "--diff", "--config", "--public-key", "--identity",
+        "--identity-provider",
+    },
     "new": {
         "--preset", "--out", "--seed", "--set", "--dtype", "--file-format", "--layout",
         "--max-shard-size", "--force",

@@ -53,7 +53,8 @@ def test_the_wheel_holds_the_program_and_no_tests(wheel: Path):
         "golden", "gptj_convert", "gptj_model", "runner",
     }  # fmt: skip
     for needed in ("golden/tiny/outputs.npz", "runner/configs/params_gptj.yaml",
-                   "gptj_convert/verification/report.html.j2", "gptj_model/py.typed"):  # fmt: skip
+                   "gptj_convert/verification/report.html.j2",
+                   "gptj_convert/conversion/card.md.j2", "gptj_model/py.typed"):  # fmt: skip
         assert needed in names
 
 

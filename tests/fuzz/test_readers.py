@@ -6,6 +6,7 @@ can be reproduced. `make test-full` runs ten times as many.
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
@@ -23,14 +24,16 @@ from safetensors.torch import load_file
 from gptj_convert.checkpoint.open import open_checkpoint
 from gptj_convert.conversion.execute import execute
 from gptj_convert.conversion.plan import make_plan
+from gptj_convert.conversion.source_card import read_card
 from gptj_convert.formats.containers.hdf5 import Hdf5Source
 from gptj_convert.formats.containers.safetensors import SafetensorsSource
 from gptj_convert.formats.containers.sharded import ShardedSource
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_convert.formats.containers.torch_checkpoint import TorchCheckpointSource
+from gptj_convert.inspection.signature import read_statement
 from gptj_convert.settings.params_yaml import read_yaml
 from gptj_model.config import GPTJConfig
-from gptj_model.errors import GptjError
+from gptj_model.errors import FileFault, GptjError
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Scheme
 from runner.config.params_file import load_params
@@ -118,6 +121,48 @@ def read_params(path: Path) -> None:
     load_params(path, {})
 
 
+def read_metadata(path: Path) -> None:
+    if fault := read_card(path.parent).fault:
+        raise FileFault(fault)
+
+
+def read_signed(path: Path) -> None:
+    """Read a statement as the payload of a signature."""
+    payload = base64.b64encode(path.read_bytes()).decode()
+    signature = path.with_suffix(".sig")
+    signature.write_text(json.dumps({"dsseEnvelope": {"payload": payload}}))
+    read_statement(signature)
+
+
+CARD = """---
+language: [en, "no"]
+license: apache-2.0
+tags: &tags
+- causal-lm
+datasets: *tags
+model-index:
+- name: small
+  results: [{task: {type: text-generation}, metrics: [{type: accuracy, value: 0.5}]}]
+---
+# A model
+"""
+STATEMENT = {
+    "predicateType": "https://model_signing/signature/v1.0",
+    "subject": [{"name": "m", "digest": {"sha256": "0" * 64}}],
+    "predicate": {
+        "resources": [
+            {"name": name, "algorithm": "sha256", "digest": "a" * 64} for name in ("a", "b/c")
+        ],
+        "serialization": {
+            "method": "files",
+            "hash_type": "sha256",
+            "allow_symlinks": False,
+            "ignore_paths": [".git", "model.sig"],
+        },
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     folder = tmp_path_factory.mktemp("seeds")
@@ -145,6 +190,10 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     record, params = folder / "a.tfrecord", folder / "params.yaml"
     shutil.copyfile(next((GOLDEN_RUNS / "adamw").rglob("*.tfrecord*")), record)
     shutil.copyfile(GOLDEN_RUNS / "adamw/params.yaml", params)
+    card, statement = folder / "card/README.md", folder / "statement.json"
+    card.parent.mkdir()
+    card.write_text(CARD)
+    statement.write_text(json.dumps(STATEMENT))
     return {
         "safetensors": Reader(hf / "model.safetensors", lambda p: read_all(SafetensorsSource(p))),
         "bin": Reader(
@@ -159,6 +208,8 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
         "bundle": Reader(
             folder / "tf/tf_model.ckpt.index", lambda p: read_all(BundleSource(p.with_suffix("")))
         ),
+        "model card": Reader(card, read_metadata),
+        "signature": Reader(statement, read_signed),
         "tfrecord": Reader(record, lambda p: list(read_records(p, max_bytes=1 << 20)), 1000),
         "hdf5": Reader(folder / "keras/model.weights.h5", lambda p: read_all(Hdf5Source(p)), 9000),
     }
@@ -166,7 +217,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 
 KINDS = (
     *("safetensors", "bin", "index.json", "config.json", "params.yaml", "bundle", "tfrecord"),
-    *("hdf5", "views"),
+    *("hdf5", "views", "model card", "signature"),
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from gptj_convert.files.file_name import is_license
 from gptj_convert.formats.containers import sharded
 from gptj_convert.formats.containers.layout import FileLayout, Layout
 from gptj_convert.formats.containers.safetensors import safetensors_file
@@ -47,6 +48,8 @@ GENERATION_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: Folder of further chat templates.
 _CHAT_TEMPLATES = "additional_chat_templates"
+#: Model card: metadata for the hub as YAML, and a text for people.
+CARD_FILE = "README.md"
 #: Suffixes of files that may hold settings of a model.
 _SETTINGS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 
@@ -62,6 +65,16 @@ def choose_companions(names: Iterable[str]) -> list[str]:
     folder, pattern = f"{_CHAT_TEMPLATES}/", f"{_CHAT_TEMPLATES}/*.jinja"
     templates = (n for n in present if fnmatchcase(n, pattern) and "/" not in n[len(folder) :])
     return [*(name for name in known if name in present), *sorted(templates)]
+
+
+def choose_documents(names: Iterable[str]) -> list[str]:
+    """Return the files of a folder that say what may be done with the weights: licenses, and the
+    model card.
+
+    Args:
+        names: paths of the files in the folder, separated by `/`.
+    """
+    return sorted(name for name in names if name == CARD_FILE or is_license(name))
 
 
 def settings_files(folder: Path) -> list[str]:

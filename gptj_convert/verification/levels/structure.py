@@ -48,7 +48,7 @@ def _size(path: Path) -> int | None:
 def file_difference(level: str, file: StatedFile) -> Difference:
     """Return the difference of a file that is not what the manifest says."""
     found, expected = file.fault or ("", "")
-    diagnosis = of_file(_size(file.path), file.size)
+    diagnosis = of_file(_size(file.path), file.size or 0)
     return Difference(level, found, expected, file=file.path.name, diagnosis=diagnosis)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gptj_convert.files.output_folder import sync
+from gptj_convert.options import DATA_PARAMS_FILE
 from gptj_model.errors import DataFault
 
-DATA_PARAMS_FILE = "data_params.json"
 #: Key of the facts of a shard, and of the shards that a merged folder holds.
 SHARD, MERGED = "shard", "shards"
 #: Pattern of the names of shards' folders.
