@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 #: Python that acts as if TensorFlow were not installed.
 _BLOCKED = "import sys; sys.modules['tensorflow'] = None\n"
 _MODULES = (
@@ -63,13 +65,14 @@ def test_only_runs_on_tensorflow_import_it(tmp_path: Path):
     assert [name for name in failed if not name.startswith(OF_TENSORFLOW)] == []
 
 
-def test_every_command_that_computes_once(small_hf: Path, tmp_path: Path):
+@pytest.mark.parametrize("level", ["logits", pytest.param("all", marks=pytest.mark.full)])
+def test_every_command_that_computes(level: str, small_hf: Path, tmp_path: Path):
     """On JAX by default, where TensorFlow is not installed; tests/cli/test_backend_jax.py trains
     and evaluates so."""
     shutil.copytree(small_hf, tmp_path / "small")
     commands = [
         "convert small --to tf --out small_tf",
-        "verify small_tf --level all",
+        f"verify small_tf --level {level}",
         "generate --model small_tf --ids 5,17,3 --max-new-tokens 4",
         "generate --model small_tf --ids 5,17,3 --max-new-tokens 4 --execution streaming",
         "doctor",

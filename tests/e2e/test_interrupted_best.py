@@ -71,8 +71,8 @@ def _exchanging() -> list[Call]:
 
 
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-def test_killed_at_some_calls(golden_run: Path, gptj):
-    _interrupt(gptj, ["signal=KILL"], lambda calls: random.sample(calls, 2))
+def test_killed_at_some_call(golden_run: Path, gptj):
+    _interrupt(gptj, ["signal=KILL"], lambda calls: [random.choice(calls)])
     renames = [c for c in _exchanging() if c.kind == "rename"]
     assert renames
 

@@ -81,6 +81,7 @@ def _assert_same(found: str, expected: list[dict], step: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.full
 def test_four_processes_with_sharded_weights_are_one(alone: list[dict]):
     shard = ("--set", "runconfig.mesh=[2,2]", "--set", "runconfig.shard_weights=true")
     _run("--workers", 4, *shard, *EVALUATED, "--max-steps", 12, "--model-dir", "four", "--quiet")

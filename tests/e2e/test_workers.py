@@ -72,12 +72,8 @@ def test_two_workers_are_one_also_after_a_kill_and_a_signal(golden_run: Path, gp
     assert f"stopped; step {last} is saved" in err
     assert last > reached
     assert err.count(f"step {last:6}/") == 1
-    process = _start(*more, "--max-steps", last + 1, "--json")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert json.loads(out)["step"] == last + 1
-    assert gptj(*BEGIN, *more, "--max-steps", last + 1, "--model-dir", "alone", "--quiet").code == 0
-    _assert_same("model_dir", "alone", last + 1)
+    assert gptj(*BEGIN, *more, "--max-steps", last, "--model-dir", "alone", "--quiet").code == 0
+    _assert_same("model_dir", "alone", last)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def _tokens(examples: list[dict[str, np.ndarray]], length: int) -> list[int]:
     return found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=1),
     length=SIZES,

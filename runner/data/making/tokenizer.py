@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from functools import lru_cache
@@ -10,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import orjson
 from tokenizers import Tokenizer
 
 from gptj_convert.formats.layouts.tokenizer import END_OF_TEXT, LoadedTokenizer, read_tokenizer
@@ -141,7 +141,7 @@ def end_of_text(folder: Path) -> int:
 
 def may_cut(tokenizer: Tokenizer) -> bool:
     """Return whether a long text can be tokenized in pieces; see `pieces`."""
-    settings = json.loads(tokenizer.to_str())
+    settings = orjson.loads(tokenizer.to_str())
     splitter = settings["pre_tokenizer"] or {}
     added = settings["added_tokens"]
     return (

@@ -7,7 +7,6 @@ tokenizer that is not GPT-2's kind of byte-level BPE, `tokenizers` does all of t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import orjson
 from tokenizers import Tokenizer
 from tokenizers import __version__ as tokenizers_version
 
@@ -97,10 +97,9 @@ def _chosen(settings: str) -> Backend:
         import gigatoken.gigatoken_rs  # noqa: F401
     except ImportError:
         return _plain("it is not installed")
-    values = json.loads(settings)
-    if why := unsupported(values):
+    if why := unsupported(orjson.loads(settings)):
         return _plain(why)
-    bare = _bare(values)
+    bare = _bare(settings)
     try:
         differing, other = _differing(version), _open(bare)
     except Exception as e:  # what it raises is not documented
@@ -154,9 +153,11 @@ def _open(settings: str) -> guard.Encode:
     return load_hf_json(settings).encode
 
 
-def _bare(settings: dict[str, Any]) -> str:
-    """Return a tokenizer.json as text, without added tokens."""
-    return json.dumps(settings | {"added_tokens": [], "post_processor": None})
+@lru_cache(maxsize=4)
+def _bare(settings: str) -> str:
+    """Return a tokenizer.json, given as text, without added tokens."""
+    bare = orjson.loads(settings) | {"added_tokens": [], "post_processor": None}
+    return orjson.dumps(bare).decode()
 
 
 class TextTokenizer:
@@ -175,7 +176,7 @@ class TextTokenizer:
         last = max(tokenizer.get_vocab().values(), default=0)
         self.dtype = np.dtype(np.uint16 if last < 2**16 else np.int32)
         is_fast = backend.name == GIGATOKEN
-        self._settings = _bare(json.loads(tokenizer.to_str())) if is_fast else ""
+        self._settings = _bare(tokenizer.to_str()) if is_fast else ""
         self._differing = guard.Characters(backend.differing)
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         self._added = added
