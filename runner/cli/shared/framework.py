@@ -86,5 +86,9 @@ def _check_backend(backend: str) -> None:
 
 
 def _import(backend: str) -> None:
+    # PyTorch's CUDA build imports Triton, whose LLVM ends the process with a segmentation fault if
+    # TensorFlow's is loaded before it (Triton 3.7.1 and TensorFlow 2.21, seen 2026-11-30).
+    if backend == Backend.TENSORFLOW and find_spec("triton"):
+        import_module("triton")
     import_module(backend)
     import_module("keras")
