@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,17 @@ def test_the_model_package_itself_loads_no_keras(tmp_path: Path):
     probe = "import sys, gptj_model.tensors, gptj_model.source; print('keras' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_triton_is_loaded_before_tensorflow(tmp_path: Path):
+    """PyTorch's CUDA build brings Triton, which ends the process if it comes second."""
+    (tmp_path / "triton.py").write_text("import sys; assert 'tensorflow' not in sys.modules")
+    probe = (
+        "import sys; from runner.cli.shared import framework; framework.prepare(); "
+        "print({'triton', 'tensorflow'} <= sys.modules.keys())"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True", done.stderr
