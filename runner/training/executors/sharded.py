@@ -23,7 +23,7 @@ from typing_extensions import override
 from gptj_model.config import GPTJConfig
 from gptj_model.network.device_arrays import DeviceArrays
 from gptj_model.network.stacked import StackedModel, stack_name
-from gptj_model.network.weights import first_a, read_part
+from gptj_model.network.weights import read_part
 from gptj_model.sharding import BATCH, Mesh, axes
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.tensors import Role, Scheme, Tensor, table
@@ -253,10 +253,8 @@ class ShardedExecutor(Executor):
         return jnp.dtype("float32" if is_vector or not lora else lora.base_dtype)
 
     def _initialize_adapter(self) -> None:
-        """Set A of every adapted layer at random, as on TensorFlow; B is zero."""
-        seed, rows = initialization_seed(self._params), self._rows
-        for n, (a, _) in enumerate(self._lora_rows.values()):
-            rows[a.hf].assign(first_a(seed, n)(a.shape_in(Scheme.KERAS)))
+        if adapter := self._adapter:
+            adapter.initialize(initialization_seed(self._params))
 
     @property
     def _adapter(self) -> Adapter | None:

@@ -58,9 +58,9 @@ class Adapter:
     def initialize(self, seed: int) -> None:
         """Draw A again and fill B with zeros, as `enable_lora` does."""
         for n, kernel in enumerate(self._kernels):
-            a, b = (self._variables[row] for row in adapter_rows(kernel, self._lora.rank))
-            a.assign(first_a(seed, n)(a.shape, a.dtype))
-            b.assign(np.zeros(b.shape, b.dtype))
+            a, b = adapter_rows(kernel, self._lora.rank)
+            self._variables[a].assign(first_a(seed, n)(a.shape_in(Scheme.KERAS)))
+            self._variables[b].assign(np.zeros(b.shape_in(Scheme.KERAS), np.float32))
 
     def tensors(self) -> dict[str, Any]:
         """Return merged kernels, and everything needed to resume, by TF name."""
