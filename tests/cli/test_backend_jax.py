@@ -111,6 +111,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (*BEGIN, *_mesh(2, 2), *drop, "--model-dir", "kept", "--max-steps", 4, "--quiet"),
             (*BEGIN, *_mesh(2, 2), *again, "--model-dir", "again", "--max-steps", 4, "--quiet"),
             ("train", "--model-dir", "lora_jax", *jax, *_mesh(2, 1), "--max-steps", 5, "--quiet"),
+            (*BEGIN, *lora, *_mesh(1, 1), "--model-dir", "lora_new", "--max-steps", 2),
             ("eval", "--model", "whole", "--quiet"),
             ("eval", "--model", "whole", "--execution", "streaming", "--quiet"),
             ("train", "--model-dir", "whole", "--mode", "eval_all", "--quiet"),
@@ -118,7 +119,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("train", "--model-dir", "whole", "--execution", "streaming"),
             ("eval", "--model", "whole", "--backend", "tensorflow"),
         )
-    assert codes == [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2], told
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2], told
     (folder / "told").write_text(told)
     return folder
 
@@ -162,6 +163,11 @@ def test_recomputed_activations_are_the_kept_ones(runs: Path):
 def test_an_adapter_goes_on(runs: Path):
     """Two steps on TensorFlow and three on JAX are five on TensorFlow."""
     _assert_same(runs / "lora_jax", runs / "lora_tf", 5, steps=3)
+
+
+def test_an_adapter_starts_from_the_same_values(runs: Path):
+    found, expected = ([r["loss"] for r in _rows(runs / n)] for n in ("lora_new", "lora_tf"))
+    assert found == pytest.approx(expected[:2], rel=ROUNDING)
 
 
 def test_a_run_that_was_interrupted_is_the_same_bits(runs: Path):
