@@ -29,6 +29,8 @@ if _COMPILED not in os.environ:
         f"{os.environ.get('TF_XLA_FLAGS', '')} --tf_xla_persistent_cache_device_types=CPU "
         f"--tf_xla_persistent_cache_directory={os.environ[_COMPILED]}"
     )
+# Small models spend more time in LLVM's optimization passes than they save.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 framework.prepare()
 # Tests have no terminal, whatever a runner of several processes says of its width.
 os.environ.pop("COLUMNS", None)

@@ -32,9 +32,9 @@ _COLUMNS = 64
 SMALL_STRIP_BYTES = 2**20
 #: Smallest number of strip buffers: one strip is laid out while the next is read.
 STRIP_BUFFERS = 2
-#: Size of all strip buffers together, in bytes, where more than `STRIP_BUFFERS` fit: with more
+#: Size of all strip buffers together, in panels, where more than `STRIP_BUFFERS` fit: with more
 #: buffers, reading and writing wait less for each other. `benchmarks/conversion.py` measures it.
-_ALL_BUFFERS_BYTES = 64 * 2**20
+_ALL_BUFFERS_PANELS = 8
 #: Number of strip buffers for the converted side of a verification, whose strips are panels.
 CONVERTED_STRIP_BUFFERS = 4
 
@@ -108,7 +108,7 @@ def strip_bytes(info: TensorInfo, op: Op) -> int:
 
 def strip_buffers(largest: int) -> int:
     """Return the number of strip buffers of a conversion, by the largest strip's size in bytes."""
-    return max(STRIP_BUFFERS, _ALL_BUFFERS_BYTES // max(largest, PANEL_BYTES, 1))
+    return max(STRIP_BUFFERS, _ALL_BUFFERS_PANELS * PANEL_BYTES // max(largest, PANEL_BYTES))
 
 
 class Strips:

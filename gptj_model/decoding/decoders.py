@@ -159,7 +159,7 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
 
     plain = compiled(model, step)
     # For a single token, launching the operations one by one takes a third of the time.
-    of_one = tf.function(step, jit_compile=True)
+    of_one = tf.function(step, jit_compile=True, autograph=False)
 
     def either(
         ids_BT: np.ndarray,
@@ -192,7 +192,9 @@ def compiled(
     import tensorflow as tf
 
     signature = [tf.TensorSpec(*argument) for argument in arguments] or None
-    return tf.function(function, reduce_retracing=True, input_signature=signature)
+    return tf.function(
+        function, reduce_retracing=True, autograph=False, input_signature=signature
+    )
 
 
 def _compiled_by_jax(

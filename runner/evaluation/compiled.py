@@ -19,7 +19,7 @@ class ResidentEvaluator:
     """Evaluates a model in memory, compiled once."""
 
     def __init__(self, model: GPTJ) -> None:
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=True, autograph=False)
         def run(ids_BT, ignored_BT, labels_BT):
             return model.token_loss(ids_BT, labels_BT, ignored_BT)
 

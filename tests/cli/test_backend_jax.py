@@ -45,7 +45,7 @@ def _on_jax(*commands: tuple[object, ...]) -> tuple[list[int], str]:
         Their exit codes, and what they wrote to stderr.
     """
     lists = [list(map(str, command)) for command in commands]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")}
     environment["KERAS_BACKEND"] = "jax"
     with tempfile.TemporaryDirectory() as compiled:  # one step is compiled once
         environment["JAX_COMPILATION_CACHE_DIR"] = compiled

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
-from runner.data.making import build, encoding
+from runner.data.making import build, encoding, summarization, text
 from runner.data.tokenizing import backend
 
 DOCUMENTS = [f"document {n} " * (n % 9 + 1) for n in range(60)] + [
@@ -44,9 +44,9 @@ def pile(workdir: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    backend._chosen.cache_clear()
+    backend.choose.cache_clear()
     yield
-    backend._chosen.cache_clear()
+    backend.choose.cache_clear()
 
 
 def _records(folder: str) -> dict[str, bytes]:
@@ -95,7 +95,7 @@ def test_the_default_is_processes_only_without_it(gptj, pile: Path, monkeypatch)
     assert started == []
     assert gptj(*common, "b", "--ftfy").code != 0
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    backend._chosen.cache_clear()
+    backend.choose.cache_clear()
     assert gptj(*common, "c").code != 0
     assert started == [3, 3]
 
@@ -107,8 +107,8 @@ def test_a_difference_names_the_document(
 ):
     # What a process is given says which library it uses, also where another is meant.
     wrong = backend.Backend(backend.GIGATOKEN, "0.0")
-    monkeypatch.setattr(backend, "_chosen", lambda settings: wrong)
-    monkeypatch.setattr(backend._chosen, "cache_clear", lambda: None, raising=False)
+    for module in (text, summarization):
+        monkeypatch.setattr(module, "choose", lambda settings: wrong)
     texts = ["<|endoftext|>", "\U000323b0 a \u088f's"]
     rows = [{"text": text, "article": text, "summary": "<|endoftext|>"} for text in texts]
     pile.write_text("".join(json.dumps(row) + "\n" for row in rows))

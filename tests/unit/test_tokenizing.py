@@ -45,7 +45,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         found.append(seen)
         return lambda text: (seen.append(text), encode(text))[1]
 
-    backend._chosen.cache_clear()
+    backend.choose.cache_clear()
     monkeypatch.setattr(backend, "_open", opening)
     return found
 
@@ -105,8 +105,8 @@ def fuzzed(seed: int, count: int) -> Iterator[str]:
 def _fuzz(folder: Path, opened: list[list[str]], seeds: range, count: int) -> None:
     for seed in seeds:
         tokenizer = load_tokenizer(folder, allow_special=bool(seed % 2))
-        assert choose(tokenizer).name == GIGATOKEN
-        ours = TextTokenizer(tokenizer, choose(tokenizer))
+        assert choose(tokenizer.to_str()).name == GIGATOKEN
+        ours = TextTokenizer(tokenizer, choose(tokenizer.to_str()))
         texts = list(fuzzed(seed, count))
         same(ours, tokenizer, texts)
         # Most of them are not left to the other library, which would prove nothing.
@@ -123,7 +123,7 @@ def test_two_million_fuzzed_texts(folder: Path, opened: list[list[str]]):
 
 
 def test_very_long_words(tokenizer: Tokenizer):
-    ours = TextTokenizer(tokenizer, choose(tokenizer))
+    ours = TextTokenizer(tokenizer, choose(tokenizer.to_str()))
     draw = random.Random(1)
     same(ours, tokenizer, ["".join(draw.choices("abcde", k=n)) for n in (10**4, 10**5)])
     same(ours, tokenizer, ["\u4e00" * 50_000, " " * 50_000, "1" * 50_000, "\U0001f600" * 20_000])
@@ -178,7 +178,7 @@ def test_a_planted_class_is_found(planted: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_text_with_a_differing_character_is_left(tokenizer: Tokenizer, opened: list[list[str]]):
-    ours = TextTokenizer(tokenizer, choose(tokenizer))
+    ours = TextTokenizer(tokenizer, choose(tokenizer.to_str()))
     opened.clear()
     texts = ["plain", f"a{NEW_LETTER}1", "<|endoftext|> is text", "x<|extratoken_7|>", "<|other|>"]
     same(ours, tokenizer, texts)
@@ -186,7 +186,7 @@ def test_a_text_with_a_differing_character_is_left(tokenizer: Tokenizer, opened:
 
 
 def test_every_thousandth_text_is_compared(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    chosen = choose(tokenizer)
+    chosen = choose(tokenizer.to_str())
     monkeypatch.setattr(backend, "_open", _mistaken(backend._open, "wrong", "other"))
     with pytest.raises(TokensDiffer) as caught:
         TextTokenizer(tokenizer, chosen).encode(["wrong"])
@@ -210,10 +210,10 @@ def test_another_vocabulary_is_noticed(tokenizer: Tokenizer, monkeypatch: pytest
         del values["model"]["merges"][49_000:]
         return real(json.dumps(values))
 
-    backend._chosen.cache_clear()
+    backend.choose.cache_clear()
     monkeypatch.setattr(backend, "_open", without_some_merges)
-    chosen = choose(tokenizer)
-    backend._chosen.cache_clear()
+    chosen = choose(tokenizer.to_str())
+    backend.choose.cache_clear()
     assert (chosen.name, chosen.why) == (
         "tokenizers",
         "it gives other ids for tokens of the vocabulary",
@@ -224,10 +224,10 @@ def test_what_it_cannot_read_is_left(tokenizer: Tokenizer, monkeypatch: pytest.M
     def broken(settings: str) -> guard.Encode:
         raise RuntimeError("no such thing")
 
-    backend._chosen.cache_clear()
+    backend.choose.cache_clear()
     monkeypatch.setattr(backend, "_open", broken)
-    chosen = choose(tokenizer)
-    backend._chosen.cache_clear()
+    chosen = choose(tokenizer.to_str())
+    backend.choose.cache_clear()
     assert chosen.name == "tokenizers"
     assert "no such thing" in chosen.why
 
@@ -237,7 +237,7 @@ def test_it_begins_again_at_a_limit(
 ):
     monkeypatch.setattr(backend, "_LOOK", 1)
     monkeypatch.setattr(backend, "_MOST_GROWTH", -(2**40))
-    ours = TextTokenizer(tokenizer, choose(tokenizer))
+    ours = TextTokenizer(tokenizer, choose(tokenizer.to_str()))
     opened.clear()
     same(ours, tokenizer, ["one", "two", "three"])
     assert opened == [["one"], ["two"], ["three"]]
@@ -285,9 +285,9 @@ def _without_bytes(tokenizer: Tokenizer) -> None:
 )
 def test_other_kinds_are_left(change: Callable[[Tokenizer], None], why: str):
     tokenizer = _small()
-    assert choose(tokenizer).name == GIGATOKEN
+    assert choose(tokenizer.to_str()).name == GIGATOKEN
     change(tokenizer)
-    chosen = choose(tokenizer)
+    chosen = choose(tokenizer.to_str())
     assert chosen.name == "tokenizers"
     assert why in chosen.why
     if change is not _with_dropout:
@@ -299,7 +299,7 @@ def test_large_ids(last: int, dtype: type):
     vocabulary = {sign: n for n, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = _small()
     tokenizer.model = BPE(vocabulary | {"he": last}, [("h", "e")])
-    chosen = choose(tokenizer)
+    chosen = choose(tokenizer.to_str())
     ids = TextTokenizer(tokenizer, chosen).encode(["he", "\U000323b0"])
     assert {i.dtype for i in ids} == {np.dtype(dtype)}
     assert [i.tolist() for i in ids] == [tokenizer.encode(t).ids for t in ("he", "\U000323b0")]
@@ -314,6 +314,6 @@ def test_added_tokens_of_every_kind(flags: dict[str, bool], normalized: bool):
     tokenizer.add_special_tokens([AddedToken("[E]", **flags)])
     for splits in (False, True):
         tokenizer.encode_special_tokens = splits
-        ours = TextTokenizer(tokenizer, choose(tokenizer))
-        assert choose(tokenizer).name == GIGATOKEN
+        ours = TextTokenizer(tokenizer, choose(tokenizer.to_str()))
+        assert choose(tokenizer.to_str()).name == GIGATOKEN
         same(ours, tokenizer, ["hello", " hell  he", "he [E] he", "[E]hell[E]", "he", "", "shell"])

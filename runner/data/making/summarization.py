@@ -30,7 +30,7 @@ from runner.data.making.encoding import (
 )
 from runner.data.making.long_line import Damaged, json_kind, names
 from runner.data.making.sources import TEST
-from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded
+from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded, settings
 from runner.data.reading.example import parse_bytes
 from runner.data.tokenizing.backend import (
     GIGATOKEN,
@@ -143,7 +143,7 @@ class PairOptions:
     @property
     def backend(self) -> Backend:
         """Library that turns texts into tokens."""
-        return choose(loaded(self.tokenizer, self.allow_special))
+        return choose(settings(self.tokenizer))
 
 
 class PairEncoder:

@@ -18,7 +18,14 @@ from runner.data.making.documents.document import Form, Problem, Raw, Reading
 from runner.data.making.encoding import Chunk, Encoded, Encoder, decode, parse_object, problem
 from runner.data.making.long_line import Damaged, names, string_of
 from runner.data.making.packing import Packer
-from runner.data.making.tokenizer import SpecialNames, end_of_text, facts, loaded, may_cut
+from runner.data.making.tokenizer import (
+    SpecialNames,
+    end_of_text,
+    facts,
+    loaded,
+    may_cut,
+    settings,
+)
 from runner.data.tokenizing.backend import (
     GIGATOKEN,
     Backend,
@@ -53,7 +60,7 @@ class TextOptions:
     @property
     def backend(self) -> Backend:
         """Library that turns texts into tokens."""
-        return choose(loaded(self.tokenizer, self.allow_special))
+        return choose(settings(self.tokenizer))
 
 
 class TextEncoder:
@@ -76,7 +83,7 @@ class TextEncoder:
         self._backend = backend
         self._tokens = TextTokenizer(tokenizer, backend)
         self._end = np.array([end_of_text(options.tokenizer)], self._tokens.dtype)
-        self._may_cut = may_cut(tokenizer)
+        self._may_cut = may_cut(settings(options.tokenizer))
         self._names = SpecialNames(tokenizer)
 
     def __call__(self, chunk: Chunk) -> Encoded:

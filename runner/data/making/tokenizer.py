@@ -46,6 +46,21 @@ def _read_once(folder: Path, allow_special: bool, state: object) -> LoadedTokeni
     return read_tokenizer(folder)
 
 
+def settings(folder: Path) -> str:
+    """Return the tokenizer of a folder as the text of a tokenizer.json, always the same string as
+    long as the files are the same.
+
+    Raises:
+        FileFault: see `read_tokenizer`.
+    """
+    return _settings_once(folder, _state(folder))
+
+
+@lru_cache(maxsize=4)
+def _settings_once(folder: Path, state: object) -> str:
+    return _read_once(folder, False, state).backend.to_str()
+
+
 def _state(folder: Path) -> object:
     """Return a cache key that changes whenever the files do."""
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
@@ -119,7 +134,7 @@ def facts(folder: Path) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.get_vocab_size(),
         "eos_id": end_of_text(folder),
-        "tokenizer_sha256": sha256(tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer_sha256": sha256(settings(folder).encode()).hexdigest(),
     }
 
 
@@ -139,13 +154,15 @@ def end_of_text(folder: Path) -> int:
     return end
 
 
-def may_cut(tokenizer: Tokenizer) -> bool:
-    """Return whether a long text can be tokenized in pieces; see `pieces`."""
-    settings = orjson.loads(tokenizer.to_str())
-    splitter = settings["pre_tokenizer"] or {}
-    added = settings["added_tokens"]
+@lru_cache(maxsize=4)
+def may_cut(settings: str) -> bool:
+    """Return whether a tokenizer, given as the text of a tokenizer.json, may get a long text in
+    pieces; see `pieces`."""
+    stated = orjson.loads(settings)
+    splitter = stated["pre_tokenizer"] or {}
+    added = stated["added_tokens"]
     return (
-        settings["normalizer"] is None
+        stated["normalizer"] is None
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not splitter["add_prefix_space"]

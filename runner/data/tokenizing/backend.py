@@ -84,14 +84,10 @@ def tokens_differ(where: str, backend: Backend) -> DataFault:
     )
 
 
-def choose(tokenizer: Tokenizer) -> Backend:
-    """Return the backend for a tokenizer; it depends on the tokenizer and what is installed."""
-    return _chosen(tokenizer.to_str())
-
-
 @lru_cache(maxsize=4)
-def _chosen(settings: str) -> Backend:
-    """Return the backend for a tokenizer.json, given as text."""
+def choose(settings: str) -> Backend:
+    """Return the backend for a tokenizer.json, given as text; it depends on the tokenizer and what
+    is installed."""
     try:
         version = metadata.version(GIGATOKEN)
         import gigatoken.gigatoken_rs  # noqa: F401
