@@ -105,6 +105,11 @@ class StreamedTraining:
         self._logits_back = _compiled(self._run_logits_back)
         self._context = lru_cache(maxsize=1)(partial(_context, config))
 
+    def reset(self) -> None:
+        """Forget the weights that were loaded: they are NaN until others are."""
+        for variable in (*self._weights, *self._norm.weights):
+            variable.assign(np.full(variable.shape, np.nan, np.float32))
+
     def load(self, weights: Sequence[np.ndarray]) -> None:
         """Load the weights of a block: those of `tensors.block` in Keras' layout, then A and B of
         each adapted kernel. Memory is shared where possible; see `shared_tensor`."""

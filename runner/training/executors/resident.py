@@ -50,15 +50,13 @@ class ResidentModel:
         )
         self.evaluator = ResidentEvaluator(self.model)
 
-    def reset(self, params: Params) -> ResidentModel:
-        """Return itself as it was made for these parameters, with NaN as weights: one that a
-        checkpoint failed to load must not go unnoticed."""
+    def reset(self, params: Params) -> None:
+        """Become what was made for these parameters, with NaN as weights."""
         for weight in variables(self.model).values():
             weight.assign(np.full(weight.shape, np.nan, np.float32))
         self.optimizer.reset()
         if self.adapter:
             self.adapter.initialize(initialization_seed(params))
-        return self
 
 
 def _shape(config: GPTJConfig, params: Params) -> str:
@@ -94,8 +92,12 @@ class ResidentExecutor(Executor):
         self._params = params
         self._model_dir = model_dir
         self._workers = workers
-        found = reuse.take(_shape(config, params)) if workers.count == 1 else None
-        self._resident = found.reset(params) if found else ResidentModel(config, params, workers)
+        self._borrowed = reuse.borrow(
+            _shape(config, params) if workers.count == 1 else object(),
+            lambda: ResidentModel(config, params, workers),
+            lambda model: model.reset(params),
+        )
+        self._resident = self._borrowed.model
         self.model = self._resident.model
         self._adapter = self._resident.adapter
         self._optimizer = self._resident.optimizer
@@ -162,6 +164,5 @@ class ResidentExecutor(Executor):
 
     @override
     def close(self) -> None:
-        """Leave the model to the next run of its shape, if the process keeps any."""
         if self._workers.count == 1:
-            reuse.give_back(_shape(self._config, self._params), self._resident)
+            self._borrowed.give_back()

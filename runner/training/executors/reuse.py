@@ -8,19 +8,22 @@ because what is kept occupies the memory of a whole run.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-_kept: deque[tuple[str, Any]] | None = None
+T = TypeVar("T")
+
+_kept: deque[tuple[Hashable, Any]] | None = None
 
 
 @contextmanager
 def reuse_programs(limit: int = 1) -> Iterator[None]:
     """Keep the models of runs that end in this context, for later runs of the same shape.
 
-    Runs of a resident model on TensorFlow, in this process alone, share them: model, optimizer and
-    precision must be the same, learning rates and records may differ.
+    Runs on TensorFlow, in this process alone, share them: model, optimizer and precision must be
+    the same, learning rates and records may differ.
 
     Args:
         limit: number of models, with their slots and compiled programs, that are kept; the oldest
@@ -34,18 +37,32 @@ def reuse_programs(limit: int = 1) -> Iterator[None]:
         _kept = before
 
 
-def take(shape: str) -> Any | None:
-    """Return what a run of this shape gave back, which is then no other run's; None if nothing
-    is left."""
+@dataclass(frozen=True)
+class Borrowed(Generic[T]):
+    """A model that is one run's own until it is given back."""
+
+    shape: Hashable
+    model: T
+
+    def give_back(self) -> None:
+        """Leave the model to the next run of its shape, if the process keeps any."""
+        if _kept is not None:
+            _kept.append((self.shape, self.model))
+
+
+def borrow(shape: Hashable, make: Callable[[], T], reset: Callable[[T], object]) -> Borrowed[T]:
+    """Return a model of this shape that an ended run has left, or a new one.
+
+    Args:
+        shape: all that the model and its programs depend on.
+        make: makes a new one.
+        reset: makes one that was left as it was when it was new, with NaN as weights: weights that
+            are not loaded must not go unnoticed.
+    """
     kept = deque() if _kept is None else _kept
     for n, (known, model) in enumerate(kept):
         if known == shape:
             del kept[n]
-            return model
-    return None
-
-
-def give_back(shape: str, model: Any) -> None:
-    """Keep what a run has ended with, if anything is kept."""
-    if _kept is not None:
-        _kept.append((shape, model))
+            reset(model)
+            return Borrowed(shape, model)
+    return Borrowed(shape, make())

@@ -28,8 +28,10 @@ from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, StreamedEvaluator
 from runner.training.executors.executor import Executor, StepResult
+from runner.training.executors.reuse import Borrowed
 from runner.training.run import checkpoints
 from runner.training.streamed.embedding_gradient import EmbeddingGradient
+from runner.training.streamed.passes import borrow_passes
 from runner.training.streamed.scratch import Scratch
 from runner.training.streamed.step import StreamedStep, states_bytes
 from runner.training.update.optimizer import Optimizer
@@ -62,19 +64,14 @@ class StreamedAdapterExecutor(Executor):
         self._variables = _first_values(self._lora, config, initialization_seed(params))
         self._optimizer = Optimizer(params.optimizer, {t: self._variables[t] for t in self.trained})
         self._apply = tf.function(self._optimizer.apply, jit_compile=True, autograph=False)
+        self._passes: Borrowed[StreamedTraining] | None = None
         self._scratch: Scratch | None = None
 
     @override
     def load(self, source: TensorSource, scheme: Scheme) -> None:
         """Open the weights of a checkpoint, which are read for as long as the run trains."""
         self._model = _FrozenModel(self._config, source, scheme, self._lora, self._variables)
-        self._passes = StreamedTraining(
-            self._config,
-            dtype=self._params.dtype_policy,
-            accumulate=self._params.optimizer.grad_accum_steps,
-            lora=self._lora,
-            head_rows=self._model.head_rows,
-        )
+        self._passes = borrow_passes(self._config, self._params, head_rows=self._model.head_rows)
         kernels = {t: self._model.stored(t) for t in self._lora.rows(self._config)}
         self._adapter = Adapter(self._lora, kernels, self._variables)
 
@@ -109,8 +106,9 @@ class StreamedAdapterExecutor(Executor):
         if self._scratch is None:
             self._scratch = Scratch(self._model_dir, list(states_bytes(self._config, batches)))
         found = _Gradients()
+        assert self._passes, "loaded"
         step = StreamedStep(
-            self._config, self._passes, self._model, self._scratch, found, self.trained
+            self._config, self._passes.model, self._model, self._scratch, found, self.trained
         )
         loss = step.run(batches, draw, scale)
         gradients = [tf.convert_to_tensor(found.by_row[t]) for t in self.trained]
@@ -149,6 +147,8 @@ class StreamedAdapterExecutor(Executor):
         self._evaluated.close()
         if self._scratch:
             self._scratch.close()
+        if self._passes:
+            self._passes.give_back()
 
 
 class _FrozenModel:

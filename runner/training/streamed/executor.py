@@ -16,7 +16,7 @@ from gptj_model.config import GPTJConfig
 from gptj_model.page_buffers import page_buffers
 from gptj_model.source import TensorSource, read_tensor
 from gptj_model.streaming.forward import StreamedModel
-from gptj_model.streaming.training import Draw, StreamedTraining
+from gptj_model.streaming.training import Draw
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
 from runner.config.trainable import trainable_rows
@@ -27,6 +27,7 @@ from runner.training.executors.executor import Executor, StepResult
 from runner.training.run import checkpoints
 from runner.training.streamed.background import Background
 from runner.training.streamed.malloc_trim import keep_freed_memory
+from runner.training.streamed.passes import borrow_passes
 from runner.training.streamed.scratch import Scratch
 from runner.training.streamed.state import StreamedState
 from runner.training.streamed.step import StreamedStep, states_bytes
@@ -61,12 +62,7 @@ class StreamedExecutor(Executor):
         self._state = StreamedState(
             config, self._rule, self.trained, model_dir, slots_dtype=slots_dtype(params)
         )
-        self._passes = StreamedTraining(
-            config,
-            dtype=params.dtype_policy,
-            accumulate=params.optimizer.grad_accum_steps,
-            head_rows=config.tie_word_embeddings,
-        )
+        self._passes = borrow_passes(config, params, head_rows=config.tie_word_embeddings)
         (self._gradients,) = page_buffers(1, room_bytes(config))
         self._scratch: Scratch | None = None
         self._background = Background("update")
@@ -121,7 +117,7 @@ class StreamedExecutor(Executor):
             draw,
         )
         step = StreamedStep(
-            self._config, self._passes, self._state, self._scratch, update, self.trained
+            self._config, self._passes.model, self._state, self._scratch, update, self.trained
         )
         try:
             loss = step.run(batches, draw, scale)
@@ -170,3 +166,4 @@ class StreamedExecutor(Executor):
         self._state.close()
         if self._scratch:
             self._scratch.close()
+        self._passes.give_back()
