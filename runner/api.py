@@ -455,7 +455,7 @@ def _prepare(backend: str | None, *, proving: bool = False) -> None:
         backend = sys.modules["keras"].backend.backend()
     if backend is not None:
         _check("backend", backend, [b.value for b in Backend])
-    framework.prepare(backend=backend, proving=proving)
+    framework.prepare(backend=backend, proving=proving, bare=False)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from runner.cli.shared import framework
 from tests.small_model import SMALL
 
 #: Where XLA keeps what it has compiled, for all processes of this session: most of a test of
-#: training would be compiling the same step again.
+#: training would be compiling the same step again. TensorFlow reads it first in other processes.
 _COMPILED = "GPTJ_TESTS_COMPILED"
 if _COMPILED not in os.environ:
     os.environ[_COMPILED] = tempfile.mkdtemp(prefix="gptj-compiled-")
@@ -29,6 +29,8 @@ if _COMPILED not in os.environ:
         f"{os.environ.get('TF_XLA_FLAGS', '')} --tf_xla_persistent_cache_device_types=CPU "
         f"--tf_xla_persistent_cache_directory={os.environ[_COMPILED]}"
     )
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[_COMPILED]}/jax"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Small models spend more time in LLVM's optimization passes than they save.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 framework.prepare()
@@ -80,6 +82,14 @@ def gptj(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, out, err)
 
     return call
+
+
+def eight_devices() -> dict[str, str]:
+    """The environment of a process in which Keras may have JAX, with eight virtual devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    environment.pop("KERAS_BACKEND", None)
+    return environment
 
 
 @pytest.fixture

@@ -192,9 +192,7 @@ def compiled(
     import tensorflow as tf
 
     signature = [tf.TensorSpec(*argument) for argument in arguments] or None
-    return tf.function(
-        function, reduce_retracing=True, autograph=False, input_signature=signature
-    )
+    return tf.function(function, reduce_retracing=True, autograph=False, input_signature=signature)
 
 
 def _compiled_by_jax(

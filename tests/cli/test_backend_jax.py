@@ -4,13 +4,11 @@ Keras has one backend in each."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.config import GPTJConfig
 from gptj_model.source import read_tensor
 from runner.cli.root import main
-from tests.conftest import GOLDEN_RUNS
+from tests.conftest import GOLDEN_RUNS, eight_devices
 
 #: Where TensorFlow is not installed.
 _PROGRAM = """
@@ -45,13 +43,8 @@ def _on_jax(*commands: tuple[object, ...]) -> tuple[list[int], str]:
         Their exit codes, and what they wrote to stderr.
     """
     lists = [list(map(str, command)) for command in commands]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")}
-    environment["KERAS_BACKEND"] = "jax"
-    with tempfile.TemporaryDirectory() as compiled:  # one step is compiled once
-        environment["JAX_COMPILATION_CACHE_DIR"] = compiled
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        command = [sys.executable, "-c", _PROGRAM, json.dumps(lists)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(lists)]
+    done = subprocess.run(command, env=eight_devices(), capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -232,9 +225,12 @@ def test_too_few_devices(runs: Path):
 def test_a_block_of_the_6b_on_eight_devices_by_its_shape(golden_run: Path, gptj):
     folder = Path("records").resolve()
     of_6b = Path(runner.__file__).parent / "configs/params_gptj_6b_continued.yaml"
-    settings = {"train_input.data_dir": folder, "train_input.max_sequence_length": 32,
-                "model.num_hidden_layers": 1,
-                "runconfig.keep_checkpoint_max": 1}  # its checkpoints need 7 GB; fmt: skip
+    settings = {
+        "train_input.data_dir": folder,
+        "train_input.max_sequence_length": 32,
+        "model.num_hidden_layers": 1,
+        "runconfig.keep_checkpoint_max": 1,
+    }  # its checkpoints need 7 GB; fmt: skip
     options = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]
     done = gptj("train", "--params", of_6b, "--backend", "jax", *_mesh(1, 8), *options,
                 "--validate-only", "--json")  # fmt: skip

@@ -4,7 +4,6 @@ kernel is XLA's, in a process of its own: Keras has one backend in each."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from runner.config.flash_attention import has_kernel
-from tests.conftest import GOLDEN_RUNS
+from tests.conftest import GOLDEN_RUNS, eight_devices
 
 ON = ("--set", "model.flash_attention=true")
 HALF = ("--set", "model.mixed_precision=true", "--set", "model.mixed_precision_dtype=bfloat16")
@@ -108,11 +107,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the program above found, on eight virtual devices."""
     folder = tmp_path_factory.mktemp("flash") / "adamw"
     shutil.copytree(GOLDEN_RUNS / "adamw", folder)
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    environment.pop("KERAS_BACKEND", None)
+    environment = eight_devices() | {"PYTHONPATH": str(Path(__file__).parents[2])}
     arguments = [*BEGIN, *ON, *HALF, "--backend", "jax", "--set", "runconfig.mesh=[1,1]"]
     command = [sys.executable, "-c", _PROGRAM, json.dumps(arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -7,25 +7,20 @@ resumes runs in this process, which starts no interpreter for it.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import GOLDEN_RUNS, make_checkpoint
+from tests.e2e.tracing import needs_strace, started, traced
 from tests.public_layout import write_public_bin
 
-pytestmark = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
-    reason="needs strace",
-)
+pytestmark = needs_strace
 
 CHANGING = (
     "write,pwrite64,fallocate,ftruncate,fsync,rename,unlink,unlinkat,mkdir,rmdir,copy_file_range"
@@ -33,17 +28,13 @@ CHANGING = (
 CONVERT = ("convert", "hf", "--to", "tf")
 #: Blocks and strips far smaller than the tensors, as in a large checkpoint.
 SMALL_PIECES = (
-    "import sys; from gptj_convert.streams import strips, writer; "
+    "from gptj_convert.streams import strips, writer; "
     "strips.PANEL_BYTES = 4096; strips.STRIP_BYTES = 20_000; writer.BLOCK_BYTES = 32768; "
-    "from runner.cli.root import main; sys.exit(main())"
 )
 
 
 def _traced(inject: str, *options: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-B", "-c", SMALL_PIECES, *CONVERT]
-    strace = ["strace", "-f", "-qqq", "-o", "trace", "-e", f"trace={CHANGING}"]
-    strace += ["-e", "signal=none", *(["-e", f"inject={inject}"] if inject else [])]
-    return subprocess.run([*strace, *program, *options], capture_output=True, text=True)
+    return traced(*CONVERT, *options, calls=CHANGING, inject=inject, before=SMALL_PIECES)
 
 
 def _calls() -> list[str]:
@@ -231,9 +222,8 @@ def test_another_job_is_not_resumed(whole: dict[str, bytes], gptj):
 
 def test_no_rename_before_what_it_names_is_on_the_disk(whole: dict[str, bytes]):
     """Every file and the folder are synced before the folder is renamed, its parent after."""
-    program = [sys.executable, "-B", "-c", SMALL_PIECES, *CONVERT]
-    trace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", "trace=pwrite64,write,fsync,rename"]
-    assert subprocess.run([*trace, *program], capture_output=True).returncode == 0
+    done = traced(*CONVERT, calls="pwrite64,write,fsync,rename", before=SMALL_PIECES)
+    assert done.returncode == 0
     dirty, synced_after = set(), []
     renamed = False
     for line in Path("trace").read_text().splitlines():
@@ -257,12 +247,8 @@ def test_no_rename_before_what_it_names_is_on_the_disk(whole: dict[str, bytes]):
 
 def test_two_at_once(whole: dict[str, bytes], gptj):
     """The second conversion is refused at once, and the error names the first."""
-    with subprocess.Popen(
-        ["strace", "-f", "-qqq", "-o", "trace", "-e", "trace=fsync",
-         "-e", "inject=fsync:delay_enter=3000000",
-         sys.executable, "-B", "-m", "runner.cli.root", *CONVERT],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    ) as first:  # fmt: skip
+    slow = "fsync:delay_enter=3000000"
+    with started(*CONVERT, calls="fsync", inject=slow) as first:
         assert first.stderr
         first.stderr.readline()  # the plan is made
         while not list(Path.cwd().glob("converted.partial-gptj/journal.jsonl")):
@@ -270,7 +256,7 @@ def test_two_at_once(whole: dict[str, bytes], gptj):
         second = gptj(*CONVERT)
         assert second.code == 1
         assert re.search(r"process \d+ is writing it", second.stderr)
-        os.killpg(first.pid, signal.SIGKILL)  # strace alone would leave the conversion running
+        first.kill()
 
 
 def test_a_planted_link_is_not_followed(whole: dict[str, bytes], gptj):

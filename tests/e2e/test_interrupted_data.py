@@ -11,25 +11,25 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
+from runner.data.making import encoding
+from tests.conftest import Outcome
+from tests.e2e.tracing import needs_strace, started, traced
 
-pytestmark = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
-    reason="needs strace",
-)
+pytestmark = needs_strace
 
 CHANGING = ("write", "fsync", "rename", "unlink", "mkdir")
 #: Chunks far smaller than a record file, as in a large set.
-PROGRAM = (
-    *(sys.executable, "-B", "-c"),
-    "import sys; from runner.data.making import encoding; encoding.CHUNK_BYTES = 300; "
-    "from runner.cli.root import main; sys.exit(main())",
+CHUNK_BYTES = 300
+SMALL_CHUNKS = (
+    f"from runner.data.making import build, encoding, text; encoding.CHUNK_BYTES = {CHUNK_BYTES}"
 )
 PILE = (
     *("data", "pile", "a.jsonl", "--tokenizer", "tokenizer", "--max-sequence-length", "16"),
@@ -38,15 +38,16 @@ PILE = (
 ALONE = ("--processes", "1")
 
 
-def _run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PROGRAM, *PILE, *options], capture_output=True, text=True)
-
-
 def _traced(inject: str = "", *options: str) -> subprocess.CompletedProcess[str]:
-    strace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", f"trace={','.join(CHANGING)}"]
-    strace += ["-e", "signal=none", *(["-e", f"inject={inject}"] if inject else [])]
-    command = [*strace, *PROGRAM, *PILE, *ALONE, *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    command, calls = (*PILE, *ALONE, *options), ",".join(CHANGING)
+    return traced(*command, calls=calls, inject=inject, before=SMALL_CHUNKS)
+
+
+@pytest.fixture
+def run(gptj, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Make the records in this process, which has started already."""
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", CHUNK_BYTES)
+    return partial(gptj, *PILE)
 
 
 def _calls() -> list[tuple[str, int]]:
@@ -89,7 +90,7 @@ def whole(workdir: Path, unbroken: Path) -> dict[str, bytes]:
     return found
 
 
-def _kill_everywhere(whole: dict[str, bytes], count: int) -> None:
+def _kill_everywhere(run, whole: dict[str, bytes], count: int) -> None:
     calls = _calls()
     assert {kind for kind, _ in calls} >= {"write", "fsync", "rename"}
     for kind, n in calls[1 :: max(1, len(calls) // count) if count else 1]:
@@ -98,56 +99,56 @@ def _kill_everywhere(whole: dict[str, bytes], count: int) -> None:
         _traced(f"{kind}:signal=KILL:when={n}")
         if Path("data").exists():
             assert _content() == whole
-        resumed = _run("--resume", *ALONE)
-        assert resumed.returncode == 0, f"{kind} {n}: {resumed.stderr}"
+        resumed = run("--resume", *ALONE)
+        assert resumed.code == 0, f"{kind} {n}: {resumed.stderr}"
         assert _content() == whole, f"{kind} {n}"
         assert not Path("data.partial-gptj").exists()
 
 
-def test_killed_at_some_calls(whole: dict[str, bytes]):
-    _kill_everywhere(whole, 5)
+def test_killed_at_some_calls(whole: dict[str, bytes], run):
+    _kill_everywhere(run, whole, 5)
 
 
 @pytest.mark.full
-def test_killed_at_every_call(whole: dict[str, bytes]):
-    _kill_everywhere(whole, 0)
+def test_killed_at_every_call(whole: dict[str, bytes], run):
+    _kill_everywhere(run, whole, 0)
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", pytest.param("EIO", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ["write", "fsync", "rename"])
-def test_a_call_that_fails(error: str, kind: str, whole: dict[str, bytes]):
+def test_a_call_that_fails(error: str, kind: str, whole: dict[str, bytes], run):
     last = [n for k, n in _calls() if k == kind][-4]
     done = _traced(f"{kind}:error={error}:when={last}")
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1
     assert "with --resume to reuse what is done" in done.stderr
     assert not Path("data").exists()
-    assert _run(*ALONE).returncode == 2
-    assert _run("--resume", *ALONE).returncode == 0
+    assert run(*ALONE).code == 2
+    assert run("--resume", *ALONE).code == 0
     assert _content() == whole
 
 
-def test_what_was_done_is_not_done_again_and_another_job_is_refused(whole: dict[str, bytes]):
+def test_what_was_done_is_not_done_again_and_another_job_is_refused(whole: dict[str, bytes], run):
     renames = [n for k, n in _calls() if k == "rename"]
     _traced(f"rename:signal=KILL:when={renames[len(renames) // 2]}")
-    other = _run("--resume", "--seed", "3", *ALONE)
-    assert other.returncode == 2
+    other = run("--resume", "--seed", "3", *ALONE)
+    assert other.code == 2
     assert "has other sources or options" in other.stderr
     damaged = Path("data.partial-gptj/content/records-00001.tfrecord")
     damaged.write_bytes(damaged.read_bytes()[:-1])
     before = Path("data.partial-gptj/content/records-00000.tfrecord").stat().st_mtime_ns
-    assert _run("--resume", "--processes", "2").returncode == 0
+    assert run("--resume", "--processes", "2").code == 0
     assert _content() == whole
     assert Path("data/records-00000.tfrecord").stat().st_mtime_ns == before
 
 
-def test_a_changed_source_is_noticed(whole: dict[str, bytes]):
+def test_a_changed_source_is_noticed(whole: dict[str, bytes], run):
     renames = [n for k, n in _calls() if k == "rename"]
     _traced(f"rename:signal=KILL:when={renames[3]}")
     with Path("a.jsonl").open("a") as file:
         file.write('\n{"text": "more"}')
-    done = _run("--resume", *ALONE)
-    assert done.returncode == 1
+    done = run("--resume", *ALONE)
+    assert done.code == 1
     assert "a.jsonl: has changed since" in done.stderr
 
 
@@ -159,20 +160,17 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("victim", ["first", "worker"])
-def test_any_process_killed(victim: str, whole: dict[str, bytes]):
+def test_any_process_killed(victim: str, whole: dict[str, bytes], run):
     # Every name after the first is given late, so that the kill comes before the end.
-    late = ["strace", "-f", "-qqq", "-o", "trace", "-e", "trace=rename"]
-    late += ["-e", "inject=rename:delay_enter=5000000:when=3+"]
-    with subprocess.Popen(
-        [*late, *PROGRAM, *PILE, "--processes", "2"], stderr=subprocess.PIPE, text=True
-    ) as process:
+    late = "rename:delay_enter=5000000:when=3+"
+    command = (*PILE, "--processes", "2")
+    with started(*command, calls="rename", inject=late, before=SMALL_CHUNKS) as process:
         # The first finished file; the folder itself is created again at the start.
         while not Path("data.partial-gptj/content/records-00000.tfrecord").exists():
             assert process.poll() is None
-        (first,) = _children(process.pid)
-        workers = _children(first)
+        workers = _children(process.pid)
         assert len(workers) == 2
-        os.kill(first if victim == "first" else workers[0], signal.SIGKILL)
+        os.kill(process.pid if victim == "first" else workers[0], signal.SIGKILL)
         assert process.stderr
         stderr = process.stderr.read()  # ends when the last process does
     if victim == "worker":
@@ -180,15 +178,15 @@ def test_any_process_killed(victim: str, whole: dict[str, bytes]):
         assert "was killed" in stderr
         assert "with --resume to reuse what is done" in stderr
     assert not Path("data").exists()
-    assert _run("--resume", *ALONE).returncode == 0
+    assert run("--resume", *ALONE).code == 0
     assert _content() == whole
 
 
 @pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143)])
-def test_stopped_by_a_signal(name: str, code: int, whole: dict[str, bytes]):
+def test_stopped_by_a_signal(name: str, code: int, whole: dict[str, bytes], run):
     renames = [n for k, n in _calls() if k == "rename"]
     done = _traced(f"rename:signal={name}:when={renames[3]}")
     assert done.returncode == code, done.stderr
     assert "run the same command with --resume" in done.stderr
-    assert _run("--resume", *ALONE).returncode == 0
+    assert run("--resume", *ALONE).code == 0
     assert _content() == whole

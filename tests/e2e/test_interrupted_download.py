@@ -18,17 +18,14 @@ import pytest
 
 from gptj_convert.formats.layouts.gpt2_tokenizer import write_tokenizer
 from tests.cli.fake_hub import REPOSITORY, FakeHub, serving
+from tests.e2e.tracing import needs_strace, traced
 
-pytestmark = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
-    reason="needs strace",
-)
+pytestmark = needs_strace
 
 CHANGING = ("write", "ftruncate", "fsync", "rename", "unlink", "mkdir")
-PROGRAM = (sys.executable, "-B", "-m", "runner.cli.root")
-MODEL = (*PROGRAM, "download", REPOSITORY, "--quiet")
+MODEL = ("download", REPOSITORY, "--quiet")
 DATA = (
-    *(*PROGRAM, "data", "pile", "--download", "--repository", REPOSITORY, "--tokenizer", "."),
+    *("data", "pile", "--download", "--repository", REPOSITORY, "--tokenizer", "."),
     *("--processes", "1", "--force", "--quiet"),
 )
 FOLDER = Path(REPOSITORY.rpartition("/")[2])
@@ -65,9 +62,13 @@ def _called(hub: FakeHub, workdir: Path) -> Iterator[None]:
 
 
 def _traced(command: tuple[str, ...], inject: str = "") -> int:
-    strace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", f"trace={','.join(CHANGING)}"]
-    strace += ["-e", "signal=none", *(["-e", f"inject={inject}"] if inject else [])]
-    return subprocess.run([*strace, *command], capture_output=True).returncode
+    return traced(*command, calls=",".join(CHANGING), inject=inject).returncode
+
+
+def _started(command: tuple[str, ...]) -> subprocess.CompletedProcess[bytes]:
+    """Run the program in a process of its own: the client reads where its hub is only once."""
+    program = (sys.executable, "-m", "runner.cli.root")
+    return subprocess.run([*program, *command], capture_output=True)
 
 
 def _calls() -> list[tuple[str, int]]:
@@ -102,7 +103,7 @@ def _kill_everywhere(hub: FakeHub, command: tuple[str, ...], count: int) -> None
         for name, data in _content().items():
             if not Path(name).name.startswith("."):
                 assert data == whole[name], where
-        assert subprocess.run(command, capture_output=True).returncode == 0, where
+        assert _started(command).returncode == 0, where
         assert _content() == whole, where
         assert code != 0, where
         for name, data in hub.files.items():

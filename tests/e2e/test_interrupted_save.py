@@ -9,8 +9,7 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,16 +22,13 @@ from runner.training.run import checkpoints
 from runner.training.run.folder import locked
 from tests.cli.test_train import MEASURED
 from tests.conftest import Outcome
+from tests.e2e.tracing import needs_strace, traced
 
-pytestmark = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "strace -V"], capture_output=True).returncode != 0,
-    reason="needs strace",
-)
+pytestmark = needs_strace
 
 CHANGING = "write,pwrite64,fallocate,ftruncate,fsync,rename,unlink,unlinkat"
 #: The saving alone, without the seconds that TensorFlow takes to start.
 SAVE = """
-import sys
 import numpy as np
 from pathlib import Path
 from runner.training.run import checkpoints
@@ -47,11 +43,13 @@ TRAIN = (
 )
 
 
-def _traced(program: list[str], inject: str = "") -> subprocess.CompletedProcess[str]:
-    strace = ["strace", "-f", "-y", "-qqq", "-o", "trace", "-e", f"trace={CHANGING}"]
-    strace += ["-e", "signal=none", *(["-e", f"inject={inject}"] if inject else [])]
-    command = [*strace, sys.executable, "-B", *program]
-    return subprocess.run(command, capture_output=True, text=True)
+#: What takes seconds is loaded before the calls are traced.
+STARTED = "from runner.cli.shared import framework; framework.prepare()"
+
+
+def _traced(arguments: Sequence[str], inject: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the program, traced."""
+    return traced(*arguments, calls=CHANGING, inject=inject, before=STARTED)
 
 
 class Call(NamedTuple):
@@ -95,7 +93,7 @@ def _overlapped() -> list[Call]:
 
 
 def _save(step: int, keep: int, inject: str = "") -> subprocess.CompletedProcess[str]:
-    return _traced(["-c", SAVE, str(step), str(keep)], inject)
+    return traced(str(step), str(keep), calls=CHANGING, inject=inject, run=SAVE)
 
 
 def _content() -> dict[str, bytes]:
@@ -182,10 +180,8 @@ def _newest_step() -> int:
     return max(checkpoints.steps(Path("model_dir")), default=0)
 
 
-def _whole_run(program: list[str]) -> tuple[object, set[str]]:
+def _whole_run(program: Sequence[str]) -> tuple[object, set[str]]:
     """What the run computes, and its files but for TensorBoard's; ./trace is of it."""
-    assert _traced(program).returncode == 0  # what it compiles is there from now on
-    shutil.rmtree("model_dir")
     assert _traced(program).returncode == 0
     return _found()
 
@@ -194,14 +190,14 @@ def _found() -> tuple[object, set[str]]:
     return _state(), {name for name in _content() if "tfevents" not in name}
 
 
-def _go_on(program: list[str], gptj: Callable[..., Outcome]) -> None:
+def _go_on(program: Sequence[str], gptj: Callable[..., Outcome]) -> None:
     """Run the program of `_traced` in this process, which has started already."""
-    again = gptj(*program[2:])
+    again = gptj(*program)
     assert again.code == 0, again.stderr
 
 
 def _kill_and_go_on(
-    gptj: Callable[..., Outcome], program: list[str], count: int, lost: int
+    gptj: Callable[..., Outcome], program: Sequence[str], count: int, lost: int
 ) -> None:
     """A run killed at some of its calls, each time from the beginning, ends as if it had not been.
 
@@ -223,10 +219,10 @@ def _kill_and_go_on(
 @pytest.mark.full
 @pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(golden_run: Path, gptj):
-    _kill_and_go_on(gptj, ["-m", "runner.cli.root", *TRAIN], 40, lost=2)
+    _kill_and_go_on(gptj, TRAIN, 40, lost=2)
 
 
-STREAMED = ["-m", "runner.cli.root", *TRAIN, "--execution", "streaming"]
+STREAMED = (*TRAIN, "--execution", "streaming")
 
 
 @pytest.mark.full

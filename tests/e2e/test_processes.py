@@ -33,8 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(GOLDEN_RUNS / "adamw", path)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path / "compiled"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.delenv("KERAS_BACKEND", raising=False)
         yield path
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -14,7 +16,11 @@ from runner.training.devices.chatter import without_chatter
 
 
 def prepare(
-    *, proving: bool = False, backend: str | None = None, joins_others: bool = False
+    *,
+    proving: bool = False,
+    backend: str | None = None,
+    joins_others: bool = False,
+    bare: bool = True,
 ) -> None:
     """Import Keras and its backend without their start-up chatter on stderr.
 
@@ -26,6 +32,8 @@ def prepare(
         backend: one of `Backend`; None chooses as `default_backend` does.
         joins_others: whether this process will join others, before which JAX must not look for
             devices.
+        bare: whether Keras is imported without its connections to libraries that no command uses,
+            see `_CONNECTED`; a program that is not ours may use them.
 
     Raises:
         ConfigError: this process has imported Keras with another backend, or the backend is not
@@ -43,12 +51,13 @@ def prepare(
     # On by default where the CPU has AVX512-VNNI: its allocator grows by doubling and returns
     # nothing, and XLA does not multiply with it.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    if os.environ.get("GPTJ_DEBUG") == "1":
-        _import(backend)
-    else:
-        sys.stderr.flush()
-        with without_chatter(2):
+    with _hidden(_CONNECTED[backend] if bare else ()):
+        if os.environ.get("GPTJ_DEBUG") == "1":
             _import(backend)
+        else:
+            sys.stderr.flush()
+            with without_chatter(2):
+                _import(backend)
     _check_backend(backend)
     _set_up(backend, proving)
     if backend == Backend.JAX and not joins_others:
@@ -56,6 +65,24 @@ def prepare(
 
 
 _EXTRAS = {Backend.TENSORFLOW: "tf", Backend.JAX: "jax"}
+#: Libraries that TensorFlow and Keras import if they are installed, to take their arrays or to be
+#: called by them; that takes as long as importing TensorFlow itself.
+_CONNECTED = {
+    Backend.TENSORFLOW: ("sklearn", "pandas", "jax"),
+    Backend.JAX: ("sklearn", "pandas"),
+}
+
+
+@contextmanager
+def _hidden(modules: Sequence[str]) -> Iterator[None]:
+    """Import as if these modules were not installed, but for those that are imported already."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType,reportCallIssue]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _set_up(backend: Backend, proving: bool) -> None:
