@@ -9,6 +9,8 @@ from contextlib import suppress
 #: the amount that may lie free before it is returned.
 _M_MMAP_THRESHOLD = -3
 _M_TRIM_THRESHOLD = -1
+#: Bytes that are returned to the system at once.
+_WORTH = 64 * 2**20
 
 
 def keep_freed_memory() -> None:
@@ -23,7 +25,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back_freed_memory() -> None:
-    """Return the memory that `keep_freed_memory` has kept so far."""
+def give_back_freed_memory(worth: int) -> None:
+    """Return the memory that `keep_freed_memory` has kept so far.
+
+    Args:
+        worth: about how many bytes are free; little memory is not worth a walk through all of it.
+    """
+    if worth < _WORTH:
+        return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gptj_model.config import GPTJConfig
 from gptj_model.streaming.training import Draw, HeadGradients, StreamedTraining
-from gptj_model.tensors import Tensor, embedding, head
+from gptj_model.tensors import Tensor, block, embedding, head
 from gptj_model.vocabulary import gather_rows
 from runner.training.streamed.block_weights import BlockWeights
 from runner.training.streamed.embedding_gradient import EmbeddingGradient
@@ -82,6 +82,8 @@ class StreamedStep:
         self._scratch = scratch
         self._update = update
         self._trained = frozenset(trained)
+        self._freed = 4 * max(sum(t.size for t in block(config, 0)), embedding(config).size)
+        """Bytes of the largest gradients, whose memory lies free after they are taken."""
 
     def run(self, batches: Sequence[tuple], draw: Draw, scale: float) -> float:
         """Return the mean of the batches' losses.
@@ -104,7 +106,7 @@ class StreamedStep:
             self._keep(n, 0, self._passes.embed(rows_BTD, n, draw))
         for i in self._state.blocks(range(self._config.n_layer), self._passes.load):
             for n in range(len(batches)):
-                give_back_freed_memory()
+                give_back_freed_memory(self._freed)
                 x_BTD = self._passes.forward(self._scratch.get((n, i)), i, n, draw)
                 self._keep(n, i + 1, x_BTD)
 
@@ -122,7 +124,7 @@ class StreamedStep:
 
         def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             if not start:  # first for logits, then for gradients, whose arrays have other sizes
-                give_back_freed_memory()
+                give_back_freed_memory(self._freed)
             return part(start, stop)
 
         for n, (_, ignored_BT, labels_BT) in enumerate(batches):
@@ -139,7 +141,7 @@ class StreamedStep:
         for i in self._state.blocks(range(last, -1, -1), self._passes.load):
             rows, sums = self._state.of_block(i), []
             for n in range(len(batches)):
-                give_back_freed_memory()
+                give_back_freed_memory(self._freed)
                 x_BTD, d_out_BTD = self._scratch.get((n, i)), self._scratch.get((n, i + 1))
                 d_x_BTD, gradients = self._passes.backward(x_BTD, d_out_BTD, i, n, draw, scale)
                 sums = sums or self._update.room(rows)
