@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +16,8 @@ import pytest
 from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
 from tests.conftest import GOLDEN_RUNS
+from tests.e2e.running import ended, start, wait_for_step
 
-GPTJ = (sys.executable, "-m", "runner.cli.root")
 BEGIN = ("train", "--init-from", "hf", "--params", "params.yaml", "--backend", "jax")
 EVALUATED = ("--mode", "train_and_eval", "--set", "runconfig.save_checkpoints_steps=4")
 #: Largest relative difference of a loss: sums in float32 in another order.
@@ -37,13 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-def _start(*arguments: object) -> subprocess.Popen[str]:
-    command = [*GPTJ, *map(str, (*BEGIN, *arguments))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def _run(*arguments: object, code: int = 0) -> tuple[str, str]:
-    process = _start(*arguments)
+    process = start(*BEGIN, *arguments)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert "Traceback" not in err
@@ -89,12 +82,11 @@ def test_four_processes_with_sharded_weights_are_one(alone: list[dict]):
 def test_two_processes_are_one_also_after_one_is_killed(alone: list[dict]):
     """Each evaluates its rows, and only the first writes and prints."""
     more = ("--workers", 2, *EVALUATED, "--model-dir", "two")
-    with _start(*more, "--max-steps", 10**6) as process:
-        while not (rows := _rows("two")) or rows[-1]["step"] < 5:
-            assert process.poll() is None, process.communicate()
+    with start(*BEGIN, *more, "--max-steps", 10**6) as process:
+        wait_for_step(process, 5)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        err = ended(process)
     assert process.returncode == 1
     assert err.count("error: ") == 1
     assert "error: another worker is gone" in err
@@ -125,7 +117,9 @@ def test_what_processes_cannot_do(folder: Path):
     for index in range(2):
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         os.environ["TF_CONFIG"] = json.dumps(cluster)
-        processes.append(_start("--set", f"model.dropout_seed={index}", "--model-dir", "bad"))
+        processes.append(
+            start(*BEGIN, "--set", f"model.dropout_seed={index}", "--model-dir", "bad")
+        )
     del os.environ["TF_CONFIG"]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], errors

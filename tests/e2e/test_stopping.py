@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from gptj_convert.formats.containers.tensor_bundle import BundleSource
 from gptj_model.source import read_tensor
 from tests.cli.test_train import MEASURED
 from tests.conftest import make_checkpoint
+from tests.e2e.running import ended, start, wait_for_step
 
-GPTJ = (sys.executable, "-m", "runner.cli.root")
 TRAIN = (
     "train", "--init-from", "hf", "--params", "params.yaml", "--max-steps", "16",
     "--set", "runconfig.save_checkpoints_steps=3", "--set", "train_input.shuffle=true",
@@ -31,16 +29,11 @@ pytestmark = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
 
 def _stop_after(step: int, number: signal.Signals, *arguments: str) -> tuple[int, str]:
     """Start a process, send it a signal once it has printed a step, and wait for its end."""
-    seen = []
-    with subprocess.Popen((*GPTJ, *arguments), stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        for line in process.stderr:
-            seen.append(line)
-            if line.startswith("step") and int(line.split()[1].split("/")[0]) == step:
-                process.send_signal(number)
-                break
-        seen.append(process.stderr.read())
-    return process.returncode, "".join(seen)
+    with start(*arguments) as process:
+        seen = wait_for_step(process, step)
+        process.send_signal(number)
+        seen += ended(process)
+    return process.returncode, seen
 
 
 def _rows(model_dir: str) -> list[dict]:
@@ -94,11 +87,11 @@ def test_a_conversion_stopped_midway_leaves_nothing_under_its_name(
 ):
     make_checkpoint(Path("large"), n_embd=1024, n_head=8, n_layer=8, vocab_size=5000)
     arguments = ["convert", "large", "--to", "tf", "--out", "out"]
-    with subprocess.Popen([*GPTJ, *arguments], stderr=subprocess.PIPE, text=True) as process:
+    with start(*arguments) as process:
         assert process.stderr
         assert "tensors" in process.stderr.readline()
         process.send_signal(number)
-        text = process.stderr.read()
+        text = ended(process)
     assert process.returncode == code
     assert "error: " in text
     assert "Traceback" not in text

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +16,15 @@ from runner.training.devices.distribution import TF_CONFIG, Alone, Cluster, clus
 from runner.training.run import checkpoints
 from runner.training.train import Run
 from tests.cli.test_train import BEGIN, _tensors
+from tests.e2e.running import ended, start, wait_for_step
 
-GPTJ = (sys.executable, "-m", "runner.cli.root")
 adamw = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)
-
-
-def _start(*arguments: object) -> subprocess.Popen[str]:
-    command = [*GPTJ, *map(str, (*BEGIN, "--workers", 2, *arguments))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _rows(folder: str) -> list[dict]:
     path = Path(folder, "metrics.jsonl")
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _wait_for_step(process: subprocess.Popen[str], step: int) -> None:
-    while not (rows := _rows("model_dir")) or rows[-1]["step"] < step:
-        assert process.poll() is None, process.communicate()
 
 
 def _assert_same(found: str, expected: str, step: int) -> None:
@@ -53,20 +41,21 @@ def _assert_same(found: str, expected: str, step: int) -> None:
 @adamw
 def test_two_workers_are_one_also_after_a_kill_and_a_signal(golden_run: Path, gptj):
     more = ("--set", "optimizer.grad_accum_steps=2", "--set", "runconfig.save_checkpoints_steps=2")
-    with _start(*more, "--max-steps", 10**6) as process:
-        _wait_for_step(process, 3)
+    begin = (*BEGIN, "--workers", 2, *more, "--max-steps", 10**6)
+    with start(*begin) as process:
+        wait_for_step(process, 3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        err = ended(process)
     assert process.returncode == 1
     assert "error: another worker is gone" in err
     assert "hint: start all of them again" in err
     assert "Traceback" not in err
     reached = _rows("model_dir")[-1]["step"]
-    with _start(*more, "--max-steps", 10**6) as process:
-        _wait_for_step(process, reached + 1)
+    with start(*begin) as process:
+        err = wait_for_step(process, reached + 1)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        err += ended(process)
     assert process.returncode == 143, err
     last = checkpoints.steps(Path("model_dir"))[-1]
     assert f"stopped; step {last} is saved" in err

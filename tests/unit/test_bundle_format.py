@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -340,10 +341,15 @@ def field(number: int, value: int | bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
+@cache
+def dimension(n: int) -> bytes:
+    return field(2, field(1, n))
+
+
 def entry(
     *shape: int, dtype: int = 1, size: int = 8, shard: int = 0, offset: int = 0, extra: bytes = b""
 ) -> bytes:
-    dims = b"".join(field(2, field(1, n)) for n in shape)
+    dims = b"".join(map(dimension, shape))
     fields = field(1, dtype) + field(2, dims) + field(3, shard) + field(4, offset)
     return fields + field(5, size) + b"\x35" + bytes(4) + extra
 
@@ -391,8 +397,9 @@ def keyed(*keys: bytes) -> bytes:
 def shared_prefixes(length: int, count: int) -> bytes:
     """Return a table of names with `length` bytes that share all but six with the name before."""
     out = bytearray(block([(b"", HEADER), (b"x" * (length - 6) + b"000000", entry(2))], b""))
+    before, after = varint(length - 6) + b"\6" + varint(len(entry(2))), entry(2)
     for n in range(1, count):
-        out += varint(length - 6) + b"\6" + varint(len(entry(2))) + b"%06d" % n + entry(2)
+        out += before + b"%06d" % n + after
     return table(bytes(out) + struct.pack("<II", 0, 1))
 
 
