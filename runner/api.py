@@ -30,7 +30,7 @@ from gptj_convert.streams.progress import Progress, finish
 from gptj_model.errors import ConfigError, UsageError
 from runner.cli.shared.errors import as_fault
 from runner.cli.shared.output import Output
-from runner.training.executors.reuse import reuse_programs as reuse_programs
+from runner.evaluation.reuse import reuse_programs as reuse_programs
 
 if TYPE_CHECKING:
     from gptj_convert.conversion.execute import Result

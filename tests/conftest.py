@@ -41,7 +41,7 @@ from gptj_convert.conversion.random_checkpoint import write_random_checkpoint  #
 from gptj_convert.streams import strips  # noqa: E402
 from gptj_model.config import GPTJConfig  # noqa: E402
 from runner.cli.root import main  # noqa: E402
-from runner.training.executors.reuse import reuse_programs  # noqa: E402
+from runner.evaluation.reuse import reuse_programs  # noqa: E402
 
 GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
 

@@ -137,10 +137,21 @@ def _reorder(caches: list[Cache], parents: np.ndarray) -> None:
         caches[i] = ops.take(keys, rows, axis=0), ops.take(values, rows, axis=0)
 
 
-def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
-    """Return one decoding step, compiled: from numpy arrays, caches and the number of tokens in
-    them to logits (B, V) of the last token, and caches."""
+_Step = Callable[..., tuple[Tensor, list[Cache]]]
 
+
+def compiled_step(model: GPTJ) -> _Step:
+    """Return one decoding step, compiled: from numpy arrays, caches and the number of tokens in
+    them to logits (B, V) of the last token, and caches.
+
+    On TensorFlow, a model has one such step, which always has its present weights.
+    """
+    if keras.backend.backend() == "jax":
+        return _compiled_by_jax(model, _step(model), donated=(4,))  # the caches
+    return model.once("step", lambda: _compiled_by_tensorflow(model))
+
+
+def _step(model: GPTJ) -> _Step:
     def step(
         ids_BT: Tensor,
         positions_BT: Tensor,
@@ -153,10 +164,13 @@ def compiled_step(model: GPTJ) -> Callable[..., tuple[Tensor, list[Cache]]]:
         )
         return logits_BTV[:, 0], caches
 
-    if keras.backend.backend() == "jax":
-        return _compiled_by_jax(model, step, donated=(4,))  # the caches
+    return step
+
+
+def _compiled_by_tensorflow(model: GPTJ) -> _Step:
     import tensorflow as tf
 
+    step = _step(model)
     plain = compiled(model, step)
     # For a single token, launching the operations one by one takes a third of the time.
     of_one = tf.function(step, jit_compile=True, autograph=False)

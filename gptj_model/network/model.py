@@ -10,7 +10,7 @@ Shape suffixes: B batch, T time (queries), S time (keys), D hidden, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 from keras import ops
@@ -20,6 +20,8 @@ from gptj_model.network.array_type import Tensor
 from gptj_model.network.layers import UNSET, Block, Cache, Context, Dropout, Head, layer_norm
 from gptj_model.network.loss import TokenLoss, head_loss
 from gptj_model.network.rotary import sin_cos_tables
+
+T = TypeVar("T")
 
 #: Number added to the score of a key that must not be attended to: its probability underflows to 0.
 MASKED = -1e9
@@ -89,6 +91,14 @@ class GPTJ(keras.Model):
         for layer in (*self.blocks, self.ln_f, self.lm_head):
             layer.build(hidden_shape)
         self.built = True
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return what `make` has made for this model under this name, at the first call: a compiled
+        function, which always uses the present weights."""
+        made = self.__dict__.setdefault("_made_once", {})
+        if name not in made:
+            made[name] = make()
+        return made[name]
 
     def call(
         self,

@@ -82,6 +82,12 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
         assign(found[tensor.hf], tensor, source, scheme)
 
 
+def forget_weights(model: GPTJ) -> None:
+    """Make every weight NaN, so that one that is not loaded afterwards does not go unnoticed."""
+    for variable in variables(model).values():
+        variable.assign(np.full(variable.shape, np.nan, np.float32))
+
+
 def assign(variable: Any, tensor: Tensor, source: TensorSource, scheme: Scheme) -> None:
     """Assign one variable from a source, in Keras' layout."""
     variable.assign(read_values(tensor, source, scheme, variable.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def evaluate(
         from runner.cli.evaluation import summaries
 
         of_summaries = summaries.Asked(limit=limit, batch_size=batch_size, **generation)
-        return summaries.evaluate_summaries(output, model, sources, of_summaries)
+        with ExitStack() as lent:
+            return summaries.evaluate_summaries(output, model, sources, of_summaries, lent)
     budget = MemoryBudget(output, memory)
     way = execution_within(memory, execution, lambda: Execution.RESIDENT)
     if task.startswith(PREFIX):

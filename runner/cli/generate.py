@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +227,7 @@ def generate(
             f"--dtype is of a model in memory, and the execution is {way}, which computes in "
             f"float32: leave it out, or add --execution {Execution.RESIDENT}"
         )
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint, ExitStack() as lent:
         config = checkpoint.config
         defaults = generation_defaults(folder, config)
         choices = choose_options(asked, defaults, seed)
@@ -253,6 +254,7 @@ def generate(
             tokenizer,
             dtype or DTYPES[0],
             backend,
+            lent,
         )
         printed = Printed(
             output, tokenizer, choices.options, logprobs=logprobs, only_completion=rendered
@@ -364,6 +366,7 @@ def _generator(
     tokenizer: Tokenizer | None,
     dtype: str,
     backend: str | None,
+    lent: ExitStack,
 ) -> Generator:
     from runner.cli.shared import framework
 
@@ -372,7 +375,7 @@ def _generator(
     from runner.evaluation.restore import model_of
     from runner.generation.stop_strings import StopStrings
 
-    model = model_of(checkpoint, keep=keep, dtype=dtype)
+    model = model_of(checkpoint, keep=keep, dtype=dtype, lent=lent)
     if tokenizer is None or not choices.stop_strings:
         return Generator(model, stop_at=ends)
     return Generator(model, stop_at=ends, stops=StopStrings(tokenizer, choices.stop_strings))

@@ -16,14 +16,14 @@ from runner.data.reading.input_fn import Batch
 
 
 class ResidentEvaluator:
-    """Evaluates a model in memory, compiled once."""
+    """Evaluates a model in memory, compiled once for each model."""
 
     def __init__(self, model: GPTJ) -> None:
         @tf.function(jit_compile=True, autograph=False)
         def run(ids_BT, ignored_BT, labels_BT):
             return model.token_loss(ids_BT, labels_BT, ignored_BT)
 
-        self._run = run
+        self._run = model.once("loss", lambda: run)
 
     def compiled(self, batch: Batch) -> str:
         """Return the compiled program of one batch as text, without running it."""

@@ -10,7 +10,7 @@ import pytest
 
 from gptj_convert.formats.containers.tensor_bundle import BundleSource, data_path, index_path
 from gptj_model.source import read_tensor
-from runner.training.executors.reuse import reuse_programs
+from runner.evaluation.reuse import reuse_programs
 from tests.conftest import load_tensors, save_tensors, write_records
 
 adamw = pytest.mark.parametrize("golden_run", ["adamw"], indirect=True)

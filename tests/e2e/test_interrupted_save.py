@@ -48,7 +48,7 @@ TRAIN = (
 STARTED = """
 import shutil
 from runner.cli.shared import framework
-from runner.training.executors.reuse import reuse_programs
+from runner.evaluation.reuse import reuse_programs
 framework.prepare()
 kept = reuse_programs(2)
 kept.__enter__()

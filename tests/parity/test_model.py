@@ -41,6 +41,12 @@ def _hf(path: Path) -> transformers.GPTJForCausalLM:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def small(small_hf: Path) -> GPTJ:
+    """The model of `small_hf`, whose programs are compiled once."""
+    return load_model(small_hf)
+
+
 def _ids(vocab_size: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, shape)
 
@@ -80,23 +86,22 @@ def test_logits_of_half_precision_weights(dtype: str, tmp_path: Path):
     assert np.abs(found - _hf_logits(_hf(path), ids)).max() <= TOLERANCE
 
 
-def test_logits_over_the_longest_sequence(small_hf: Path):
+def test_logits_over_the_longest_sequence(small_hf: Path, small: GPTJ):
     ids = _ids(211, (1, 2048))
-    found = load_model(small_hf)(ids).numpy()
+    found = small(ids).numpy()
     assert np.abs(found - _hf_logits(_hf(small_hf), ids)).max() <= TOLERANCE
 
 
-def test_padding_is_not_seen(small_hf: Path):
+def test_padding_is_not_seen(small_hf: Path, small: GPTJ):
     ids = _ids(211, (2, 20))
     mask = np.ones((2, 20), np.int64)
     mask[0, :7] = 0
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     expected = _hf_logits(_hf(small_hf), ids, attention_mask=mask, position_ids=positions)
-    model = load_model(small_hf)
-    found = model(ids, positions_BT=positions, attention_mask_BT=mask).numpy()
+    found = small(ids, positions_BT=positions, attention_mask_BT=mask).numpy()
     real = mask.astype(bool)
     assert np.abs(found - expected)[real].max() <= TOLERANCE
-    alone = model(ids[:1, 7:]).numpy()
+    alone = small(ids[:1, 7:]).numpy()
     assert np.abs(found[0, 7:] - alone[0]).max() <= TOLERANCE
 
 
@@ -131,7 +136,7 @@ def test_gradients_of_every_tensor(tied: bool, tmp_path: Path):
 
 
 @pytest.mark.parametrize("prompt", [[5], list(range(40, 57))], ids=["one token", "17 tokens"])
-def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Path):
+def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Path, small: GPTJ):
     with torch.no_grad():
         expected = _hf(small_hf).generate(
             torch.tensor([prompt]),
@@ -141,19 +146,19 @@ def test_greedy_continuation_is_transformers_own(prompt: list[int], small_hf: Pa
             eos_token_id=None,
             pad_token_id=0,
         )
-    (found,) = _continued(load_model(small_hf), [prompt], max_new_tokens=40)
+    (found,) = _continued(small, [prompt], max_new_tokens=40)
     assert prompt + found == expected[0].tolist()
 
 
-def test_prompts_of_several_lengths_do_not_see_one_another(small_hf: Path):
+def test_prompts_of_several_lengths_do_not_see_one_another(small: GPTJ):
     prompts = [[5], list(range(40, 57)), [9, 8, 7]]
-    model, how = load_model(small_hf), {"temperature": 0.8, "max_new_tokens": 30}
-    together = _continued(model, prompts, seed=3, **how)
+    how = {"temperature": 0.8, "max_new_tokens": 30}
+    together = _continued(small, prompts, seed=3, **how)
     for n, prompt in enumerate(prompts):
-        assert _continued(model, [prompt], seed=3 + n, **how) == [together[n]]
+        assert _continued(small, [prompt], seed=3 + n, **how) == [together[n]]
 
 
-def test_a_penalty_for_repetition_is_transformers_own(small_hf: Path):
+def test_a_penalty_for_repetition_is_transformers_own(small_hf: Path, small: GPTJ):
     prompt = [5, 17, 3, 99]
     with torch.no_grad():
         expected = _hf(small_hf).generate(
@@ -161,55 +166,52 @@ def test_a_penalty_for_repetition_is_transformers_own(small_hf: Path):
             max_new_tokens=30, do_sample=False, repetition_penalty=1.3, eos_token_id=None,
             pad_token_id=0,
         )  # fmt: skip
-    model = load_model(small_hf)
-    (found,) = _continued(model, [prompt], repetition_penalty=1.3, max_new_tokens=30)
+    (found,) = _continued(small, [prompt], repetition_penalty=1.3, max_new_tokens=30)
     assert prompt + found == expected[0].tolist()
-    assert found != _continued(model, [prompt], max_new_tokens=30)[0]
+    assert found != _continued(small, [prompt], max_new_tokens=30)[0]
 
 
-def test_a_text_that_has_ended_does_not_end_the_others(small_hf: Path):
-    model, prompts = load_model(small_hf), [[5], [9, 8, 7]]
-    whole = _continued(model, prompts, max_new_tokens=20)
+def test_a_text_that_has_ended_does_not_end_the_others(small: GPTJ):
+    prompts = [[5], [9, 8, 7]]
+    whole = _continued(small, prompts, max_new_tokens=20)
     end = next(i for i in whole[0][3:] if i not in whole[1])
     at = whole[0].index(end)
-    ended = _continued(model, prompts, stop_at=[end], max_new_tokens=20)
+    ended = _continued(small, prompts, stop_at=[end], max_new_tokens=20)
     assert ended == [whole[0][:at], whole[1]]
 
 
 @pytest.mark.parametrize(("width", "least"), [(1, 0), (4, 0), (4, 6)])
-def test_beam_search_is_transformers_own(width: int, least: int, small_hf: Path):
-    prompt, model, hf = [5, 17, 3, 99], load_model(small_hf), _hf(small_hf)
+def test_beam_search_is_transformers_own(width: int, least: int, small_hf: Path, small: GPTJ):
+    prompt, hf = [5, 17, 3, 99], _hf(small_hf)
     how = {"max_new_tokens": 16, "min_new_tokens": least}
     # Tokens that the search meets, so that texts do end.
     ours = {"num_beams": width, "early_stopping": width > 1, **how}
-    for end in _continued(model, [prompt], stop_at=[0], **ours)[0][2:14:4]:
+    for end in _continued(small, [prompt], stop_at=[0], **ours)[0][2:14:4]:
         with torch.no_grad():
             expected = hf.generate(
                 torch.tensor([prompt]), num_beams=width, do_sample=False, eos_token_id=end,
                 early_stopping=width > 1, pad_token_id=end, **how,
             )  # fmt: skip
-        (found,) = _continued(model, [prompt], stop_at=[end], **ours)
+        (found,) = _continued(small, [prompt], stop_at=[end], **ours)
         assert found == [i for i in expected[0, len(prompt) :].tolist() if i != end]
 
 
-def test_cached_decoding_equals_the_full_pass(small_hf: Path):
-    model = load_model(small_hf)
+def test_cached_decoding_equals_the_full_pass(small: GPTJ):
     ids = _ids(211, (2, 24))
-    full = model(ids).numpy()
-    caches = model.empty_caches(2, 24)
+    full = small(ids).numpy()
+    caches = small.empty_caches(2, 24)
     pieces = []
     for start, stop in ((0, 11), (11, 12), (12, 24)):
-        logits, caches = model.call_cached(ids[:, start:stop], caches, start)
+        logits, caches = small.call_cached(ids[:, start:stop], caches, start)
         pieces.append(logits.numpy())
     assert np.abs(np.concatenate(pieces, axis=1) - full).max() <= TOLERANCE
 
 
-def test_a_seed_repeats_what_it_sampled(small_hf: Path):
-    model = load_model(small_hf)
+def test_a_seed_repeats_what_it_sampled(small: GPTJ):
     how = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "max_new_tokens": 30}
-    first = _continued(model, [[1, 2, 3]], seed=4, **how)
-    assert first == _continued(model, [[1, 2, 3]], seed=4, **how)
-    assert first != _continued(model, [[1, 2, 3]], seed=5, **how)
+    first = _continued(small, [[1, 2, 3]], seed=4, **how)
+    assert first == _continued(small, [[1, 2, 3]], seed=4, **how)
+    assert first != _continued(small, [[1, 2, 3]], seed=5, **how)
 
 
 def test_dropout_is_the_steps_alone(tmp_path: Path):

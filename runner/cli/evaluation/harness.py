@@ -122,7 +122,7 @@ def evaluate_tasks(
         kept = stack.enter_context(KeptAnswers(_file(file_of, asked, checkpoint)))
         try:
             model = _model(
-                output, checkpoint, asked, kept, budget, generates=bool(tasks.generating)
+                output, checkpoint, asked, kept, budget, stack, generates=bool(tasks.generating)
             )
             with progress(output, "evaluating", in_bytes=False) as report:
                 model.report = report
@@ -214,6 +214,7 @@ def _model(
     asked: Asked,
     kept: KeptAnswers,
     budget: MemoryBudget,
+    lent: ExitStack,
     *,
     generates: bool,
 ) -> HarnessModel:
@@ -233,7 +234,8 @@ def _model(
         return budget.keep(checkpoint, load)
 
     defaults = generation_defaults(checkpoint.folder, config)
-    model = model_of(checkpoint, keep=keep if asked.execution == Execution.STREAMING else None)
+    streams = asked.execution == Execution.STREAMING
+    model = model_of(checkpoint, keep=keep if streams else None, lent=lent)
     made = HarnessModel(
         model,
         _tokens(checkpoint),

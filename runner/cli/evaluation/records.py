@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def evaluate_model(
     params = with_local_records(output, params, "eval_input")
     with (
         open_checkpoint(model) as checkpoint,
+        ExitStack() as lent,
         progress(output, "evaluating", in_bytes=False) as report,
     ):
         config = reconcile(params, checkpoint.config, model)
@@ -53,7 +55,7 @@ def evaluate_model(
             size = section.batch_size, section.max_sequence_length
             evaluator = streamed_evaluator(checkpoint, budget or MemoryBudget(output, None), *size)
         else:
-            evaluator = resident_evaluator(checkpoint, config, params)
+            evaluator = resident_evaluator(checkpoint, config, lent, params)
         metrics = run(
             evaluator,
             batches,
@@ -66,13 +68,14 @@ def evaluate_model(
 
 
 def resident_evaluator(
-    checkpoint: Checkpoint, config: GPTJConfig, params: Params | None = None
+    checkpoint: Checkpoint, config: GPTJConfig, lent: ExitStack, params: Params | None = None
 ) -> Evaluator:
     """Return the evaluator of a checkpoint that is loaded whole, with the settings of `config`.
 
     Args:
         checkpoint: open checkpoint.
         config: its configuration, maybe with other dropout rates.
+        lent: takes back the model; see `loaded`.
         params: parameters that name the mesh of JAX; None means one device.
     """
     import keras
@@ -84,7 +87,7 @@ def resident_evaluator(
     from runner.evaluation.compiled import ResidentEvaluator
     from runner.evaluation.restore import loaded
 
-    return ResidentEvaluator(loaded(checkpoint, config))
+    return ResidentEvaluator(loaded(checkpoint, config, lent=lent))
 
 
 def streamed_evaluator(

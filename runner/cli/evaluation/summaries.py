@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,7 +85,7 @@ class Asked:
 
 
 def evaluate_summaries(
-    output: Output, model: Path, sources: tuple[Path, ...], asked: Asked
+    output: Output, model: Path, sources: tuple[Path, ...], asked: Asked, lent: ExitStack
 ) -> dict[str, Any]:
     """Generate with each number of beams, print the mean scores, and return the fields of the JSON
     object.
@@ -104,7 +105,7 @@ def evaluate_summaries(
     folder = model if model.is_dir() else model.parent
     note_tokenizer(output, folder)
     tokenizer, end = load_tokenizer(folder), end_of_text(folder)
-    loaded = load_model(model)
+    loaded = load_model(model, lent=lent)
     room = loaded.config.n_positions - asked.most
     prompting, more = _prompting(output, asked, folder, tokenizer, room)
     _check_vocabulary(model, loaded.config.vocab_size, prompting, asked)

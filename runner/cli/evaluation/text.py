@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def evaluate_text(
     note_tokenizer(output, folder)
     with (
         open_checkpoint(model) as checkpoint,
+        ExitStack() as lent,
         progress(output, "evaluating", in_bytes=False) as report,
     ):
         config = checkpoint.config
@@ -63,7 +65,7 @@ def evaluate_text(
         if streamed:
             evaluator = streamed_evaluator(checkpoint, streamed, batch_size, length)
         else:
-            evaluator = resident_evaluator(checkpoint, config)
+            evaluator = resident_evaluator(checkpoint, config, lent)
         metrics = perplexity(
             evaluator, ids_N, size, window, lambda n, all: report(n, all, "batches")
         )

@@ -12,15 +12,15 @@ from typing_extensions import override
 
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
-from gptj_model.network.weights import load_weights, variables
+from gptj_model.network.weights import forget_weights, load_weights, variables
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
 from runner.data.reading.input_fn import Batch
+from runner.evaluation import reuse
 from runner.evaluation.compiled import ResidentEvaluator
 from runner.evaluation.evaluate import Evaluator
 from runner.training.devices.distribution import Workers
-from runner.training.executors import reuse
 from runner.training.executors.executor import Executor, StepResult
 from runner.training.executors.step import TrainStep
 from runner.training.run import checkpoints
@@ -52,8 +52,7 @@ class ResidentModel:
 
     def reset(self, params: Params) -> None:
         """Become what was made for these parameters, with NaN as weights."""
-        for weight in variables(self.model).values():
-            weight.assign(np.full(weight.shape, np.nan, np.float32))
+        forget_weights(self.model)
         self.optimizer.reset()
         if self.adapter:
             self.adapter.initialize(initialization_seed(params))

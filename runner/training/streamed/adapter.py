@@ -27,8 +27,8 @@ from runner.config.params import Params
 from runner.config.trainable import trainable_rows
 from runner.data.reading.input_fn import Batch
 from runner.evaluation.evaluate import Evaluator, StreamedEvaluator
+from runner.evaluation.reuse import Borrowed
 from runner.training.executors.executor import Executor, StepResult
-from runner.training.executors.reuse import Borrowed
 from runner.training.run import checkpoints
 from runner.training.streamed.embedding_gradient import EmbeddingGradient
 from runner.training.streamed.passes import borrow_passes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptj_model.config import GPTJConfig
 from gptj_model.streaming.training import StreamedTraining
 from runner.config.params import Params
-from runner.training.executors.reuse import Borrowed, borrow
+from runner.evaluation.reuse import Borrowed, borrow
 
 
 def borrow_passes(

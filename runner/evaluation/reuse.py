@@ -1,4 +1,4 @@
-"""Models of ended runs, with the programs compiled for them, for the next runs of their shape.
+"""Models that are no longer used, with the programs compiled for them, for the next of their shape.
 
 A process that trains several small runs, such as a sweep over learning rates, spends most of its
 time on building and compiling the same step. Nothing is kept unless `reuse_programs` asks for it,
@@ -20,9 +20,10 @@ _kept: deque[tuple[Hashable, Any]] | None = None
 
 @contextmanager
 def reuse_programs(limit: int = 1) -> Iterator[None]:
-    """Keep the models of runs that end in this context, for later runs of the same shape.
+    """Keep the models of runs and commands that end in this context, for later ones of the same
+    shape.
 
-    Runs on TensorFlow, in this process alone, share them: model, optimizer and precision must be
+    Those on TensorFlow, in this process alone, share them: model, optimizer and precision must be
     the same, learning rates and records may differ.
 
     Args:
@@ -39,19 +40,19 @@ def reuse_programs(limit: int = 1) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Borrowed(Generic[T]):
-    """A model that is one run's own until it is given back."""
+    """A model that is one user's own until it is given back."""
 
     shape: Hashable
     model: T
 
     def give_back(self) -> None:
-        """Leave the model to the next run of its shape, if the process keeps any."""
+        """Leave the model to the next user of its shape, if the process keeps any."""
         if _kept is not None:
             _kept.append((self.shape, self.model))
 
 
 def borrow(shape: Hashable, make: Callable[[], T], reset: Callable[[T], object]) -> Borrowed[T]:
-    """Return a model of this shape that an ended run has left, or a new one.
+    """Return a model of this shape that another user has left, or a new one.
 
     Args:
         shape: all that the model and its programs depend on.
