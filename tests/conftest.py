@@ -38,6 +38,7 @@ framework.prepare()
 os.environ.pop("COLUMNS", None)
 
 from gptj_convert.conversion.random_checkpoint import write_random_checkpoint  # noqa: E402
+from gptj_convert.resources import rates  # noqa: E402
 from gptj_convert.streams import strips  # noqa: E402
 from gptj_model.config import GPTJConfig  # noqa: E402
 from runner.cli.root import main  # noqa: E402
@@ -63,6 +64,14 @@ class Outcome:
 def programs() -> Iterator[None]:
     """Compile the same model once for all runs of this process."""
     with reuse_programs(limit=12):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Measure the machine in a moment: no test depends on how fast it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "_SECONDS", 0.01)
         yield
 
 

@@ -87,6 +87,7 @@ def _etag(name: str, data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it would wait 40 ms for an acknowledgement
     hub: FakeHub
 
     def log_message(self, format: str, *args: Any) -> None:

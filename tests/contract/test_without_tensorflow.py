@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,11 @@ from runner.cli.root import main
 print(json.dumps([main(arguments) for arguments in json.loads(sys.argv[1])]))
 """
 )
+_COMPILING = (
+    "XLA_FLAGS",
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+)
 #: Modules that only runs on TensorFlow use.
 OF_TENSORFLOW = (
     "gptj_model.serving.",
@@ -53,7 +59,7 @@ def _run(program: str, *arguments: str, cwd: Path) -> str:
     command = [sys.executable, "-c", program, *arguments]
     root = str(Path(__file__).parents[2])
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": root}
-    environment |= {"KERAS_BACKEND": "jax"}
+    environment |= {"KERAS_BACKEND": "jax"} | {k: os.environ[k] for k in _COMPILING}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr

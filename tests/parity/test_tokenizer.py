@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,17 @@ def test_ids_are_those_of_transformers(folder: Path, files: dict[str, Any], text
     same_as_transformers(folder, texts)
 
 
-def test_the_true_vocabulary_in_every_combination_of_its_files(tmp_path: Path):
+LACKING = ((), ("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json"))
+
+
+@pytest.mark.parametrize(
+    "combinations",
+    [
+        pytest.param(lambda all: random.sample(all, 4), id="some"),
+        pytest.param(lambda all: all, id="all", marks=pytest.mark.full),
+    ],
+)
+def test_the_true_vocabulary_in_combinations_of_its_files(combinations, tmp_path: Path):
     """GPT-J's own files, less what a folder may lack, and with a chat fine-tune's tokens."""
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -203,15 +215,14 @@ def test_the_true_vocabulary_in_every_combination_of_its_files(tmp_path: Path):
         "added": {"added_tokens.json": {"<|im_start|>": 50257, "<|im_end|>": 50258}},
         "map": {"special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}}},
     }
-    for case, files in added.items():
-        for lacking in ((), ("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json")):
-            folder = tmp_path / f"{case}-{len(lacking)}"
-            shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*lacking))
-            for name, content in files.items():
-                (folder / name).write_text(json.dumps(content))
-            (folder / "config.json").write_text('{"model_type": "gptj"}')
-            text = f"<|im_start|>user\n  naïve 漢字{END} <|extratoken_7|><|im_end|>"
-            same_as_transformers(folder, [text, "", "\u3000x"])
+    for case, lacking in combinations(list(product(added, LACKING))):
+        folder = tmp_path / f"{case}-{len(lacking)}"
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*lacking))
+        for name, content in added[case].items():
+            (folder / name).write_text(json.dumps(content))
+        (folder / "config.json").write_text('{"model_type": "gptj"}')
+        text = f"<|im_start|>user\n  naïve 漢字{END} <|extratoken_7|><|im_end|>"
+        same_as_transformers(folder, [text, "", "\u3000x"])
 
 
 JSON = st.recursive(

@@ -132,6 +132,7 @@ def test_very_long_words(tokenizer: Tokenizer):
 # The guard.
 
 
+@pytest.mark.full
 def test_the_known_differences_are_all():
     (known,) = guard.KNOWN.values()
     differing = guard.differing(backend._open)
