@@ -46,7 +46,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokens(tokenizer_folder: Path) -> Callable[[Sequence[str]], list[int]]:
     """Return the stream that documents must become."""
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -76,7 +76,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("reader") / "hf", vocab_size=50400)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(16, 5), (16, 16), (7, 1), (64, 32)])
+@pytest.mark.parametrize(
+    ("window", "stride"),
+    [(16, 5), (64, 32), *(pytest.param(*p, marks=pytest.mark.full) for p in ((16, 16), (7, 1)))],
+)
 def test_a_text_scored_in_windows(reader: Path, window: int, stride: int, workdir: Path, gptj):
     Path("a.txt").write_text(TEXT, encoding="utf-8")
     text = ("eval", "--model", reader, "--task", "text", "--data", "a.txt", "--json")

@@ -114,7 +114,15 @@ def _ask(gptj: Callable[..., Any], model: Path, place: Path, *more: object) -> A
     return gptj(*tasks, "--batch-size", 3, "--json", *more)
 
 
-@pytest.mark.parametrize("way", ["resident", "streaming"])
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [
+        *(("random", "resident"), ("trained", "streaming")),
+        pytest.param("random", "streaming", marks=pytest.mark.full),
+        pytest.param("trained", "resident", marks=pytest.mark.full),
+    ],
+    indirect=["model"],
+)
 def test_every_answer_is_that_of_the_harness_own_model(
     way: str, model: Path, place: Path, expected, recorded, workdir: Path, gptj
 ):

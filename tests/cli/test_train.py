@@ -62,7 +62,13 @@ def test_a_run_in_two_parts_is_the_run_in_one(golden_run: Path, stop_at: int, gp
 
 
 @adamw
-@pytest.mark.parametrize("more", [(), ("--set", "model.lora.rank=2")], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((), id="whole"),
+        pytest.param(("--set", "model.lora.rank=2"), id="lora", marks=pytest.mark.full),
+    ],
+)
 def test_a_model_that_another_run_left_computes_the_same(more: tuple[str, ...], golden_run, gptj):
     options = (*BEGIN, *more, "--max-steps", 4, "--quiet")
     with reuse_programs(limit=0):

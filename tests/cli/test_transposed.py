@@ -19,6 +19,7 @@ from tests.cli.fake_hub import FakeHub, client_alone, point_at, serving
 from tests.conftest import make_checkpoint, write_records
 from tests.public_layout import public_state, write_public_bin
 
+full = pytest.mark.full
 DATA = "tf_model.ckpt.data-00000-of-00001"
 RUN = "model.ckpt-1.data-00000-of-00001"
 
@@ -31,8 +32,13 @@ def public(hf: Path) -> Path:
     return Path(folder)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "shards"),
+    [
+        *(("float32", 1), ("float16", 3), ("bfloat16", 1)),
+        *(pytest.param(*p, marks=full) for p in (("float32", 3), ("float16", 1), ("bfloat16", 3))),
+    ],
+)
 def test_it_becomes_the_same_bytes(dtype: str, shards: int, workdir: Path, small_pieces, gptj):
     hf = make_checkpoint(workdir / "hf", dtype=dtype)
     public = Path(shutil.copytree(hf, "public"))

@@ -111,7 +111,7 @@ def _kill_everywhere(hub: FakeHub, command: tuple[str, ...], count: int) -> None
 
 
 def test_killed_at_some_calls(hub: FakeHub):
-    _kill_everywhere(hub, MODEL, 6)
+    _kill_everywhere(hub, MODEL, 4)
 
 
 def test_parts_of_a_data_set_killed_at_some_calls(data_hub: FakeHub):

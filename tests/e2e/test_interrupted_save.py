@@ -151,7 +151,7 @@ def _interrupt(keep: int, faults: list[str], count: int) -> None:
 
 
 def test_killed_and_refused_at_some_calls(workdir: Path):
-    _interrupt(1, ["signal=KILL", "error=ENOSPC"], 6)
+    _interrupt(1, ["signal=KILL", "error=ENOSPC"], 4)
 
 
 @pytest.mark.full

@@ -47,11 +47,14 @@ def _weights(model_dir: str) -> dict[str, bytes]:
     return {name: read_tensor(source, name).tobytes() for name in source.tensors}
 
 
-def test_killed_at_some_steps_the_run_ends_as_if_it_had_not_been(golden_run: Path, gptj):
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.full)])
+def test_killed_at_some_steps_the_run_ends_as_if_it_had_not_been(
+    golden_run: Path, kills: int, gptj
+):
     assert gptj(*TRAIN, "--model-dir", "whole").code == 0
     random = np.random.default_rng()
     command = TRAIN
-    for step in sorted(random.choice(np.arange(1, 16), 2, replace=False)):
+    for step in sorted(random.choice(np.arange(1, 16), kills, replace=False)):
         code, _ = _stop_after(int(step), signal.SIGKILL, *command)
         assert code == -signal.SIGKILL
         command = GO_ON if Path("model_dir/checkpoint").exists() else TRAIN
