@@ -54,7 +54,7 @@ test-fast: setup
 # docs): about an hour on 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk
 # needs root.
 test-full: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # On an NVIDIA GPU, in a virtual environment of its own with TensorFlow's build for it: the lock
 # but for that one name, and NVIDIA's libraries, about 10 GB.

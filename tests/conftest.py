@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ import pytest
 
 from runner.cli.shared import framework
 from tests.small_model import SMALL
+
+# The modules of five frameworks are millions of objects, and none of them ever becomes garbage.
+gc.set_threshold(50_000, 20, 50)
 
 #: Where XLA keeps what it has compiled, for all processes of this session: most of a test of
 #: training would be compiling the same step again. TensorFlow reads it first in other processes.
@@ -45,6 +49,12 @@ from runner.cli.root import main  # noqa: E402
 from runner.evaluation.reuse import reuse_programs  # noqa: E402
 
 GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the modules hold out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

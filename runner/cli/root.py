@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -71,10 +72,17 @@ for _command in _COMMANDS:
     root.add_command(_command)
 
 
+#: When Python looks for garbage: importing a framework makes a million objects, which are none, and
+#: by default it looks at them again and again, a quarter of the time.
+_SELDOM = (50_000, 20, 50)
+
+
 def main(
     argv: Sequence[str] | None = None, *, command: click.Command = root, name: str = "gptj"
 ) -> int:
     """Run the program, or one command as a program; return its exit code, and raise nothing."""
+    if argv is None:  # the process is the program's own
+        gc.set_threshold(*_SELDOM)
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     # For faults that are reported before the command has read its options.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -117,5 +118,11 @@ def _import(backend: str) -> None:
     # TensorFlow's is loaded before it (Triton 3.7.1 and TensorFlow 2.21, seen 2026-11-30).
     if backend == Backend.TENSORFLOW and find_spec("triton"):
         import_module("triton")
-    import_module(backend)
-    import_module("keras")
+    collects = gc.isenabled()
+    gc.disable()  # there is no garbage, and looking for it takes a quarter of the time
+    try:
+        import_module(backend)
+        import_module("keras")
+    finally:
+        if collects:
+            gc.enable()
