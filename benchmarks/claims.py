@@ -25,6 +25,7 @@ from gptj_model import __version__
 #: The arguments of each program; `{}` is a folder of its own.
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "transposition": (),
+    "start": (),
     "conversion": ("{}", "--layers", "4", "--rounds", "3"),
     "data": ("{}", "--megabytes", "40", "--rounds", "2"),
     "reading": ("{}",),
@@ -68,6 +69,7 @@ CLAIMS = (
     Claim("conversion", "HF float16 → HF float16", "ratio", 1.15, at_most=True),
     Claim("conversion", "HF float16 → CS float16", "ratio", 1.3, at_most=True),
     Claim("conversion", "HF float16 → TF float32", "memory", 1.0, at_most=True),
+    Claim("start", "tensorflow", "ratio", 0.8, at_most=True),
     Claim("data", "gptj data pile", "ratio", 10),
     Claim("data", "gptj data pile", "memory", 1.0, at_most=True),
     Claim("reading", "input_fn", "× what", 20),

@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptj_convert.conversion.random_checkpoint import write_random_checkpoint
+from gptj_convert.resources import rates
+from gptj_convert.streams import strips
+from gptj_model.config import GPTJConfig
+from runner.cli.root import main
 from runner.cli.shared import framework
+from runner.evaluation.reuse import reuse_programs
 from tests.small_model import SMALL
 
 # The modules of five frameworks are millions of objects, and none of them ever becomes garbage.
@@ -35,25 +41,23 @@ if _COMPILED not in os.environ:
     )
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[_COMPILED]}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Small models spend more time in LLVM's optimization passes than they save.
+# Small models are compiled for longer than they run: LLVM's optimizations do not pay.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-framework.prepare()
+
 # Tests have no terminal, whatever a runner of several processes says of its width.
 os.environ.pop("COLUMNS", None)
-
-from gptj_convert.conversion.random_checkpoint import write_random_checkpoint  # noqa: E402
-from gptj_convert.resources import rates  # noqa: E402
-from gptj_convert.streams import strips  # noqa: E402
-from gptj_model.config import GPTJConfig  # noqa: E402
-from runner.cli.root import main  # noqa: E402
-from runner.evaluation.reuse import reuse_programs  # noqa: E402
 
 GOLDEN_RUNS = Path(__file__).parent / "golden_runs"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Load Keras in processes that run tests; that of `-n` only divides them."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        framework.prepare()
+
+
 def pytest_collection_finish() -> None:
     """Leave what the modules hold out of every later garbage collection."""
-    gc.collect()
     gc.freeze()
 
 

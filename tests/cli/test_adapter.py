@@ -111,7 +111,9 @@ def test_merging_gives_the_weights_of_the_library(
     assert done.json["adapter"]["files"]["adapter_model.safetensors"]["bytes"] > 0
 
 
-@pytest.mark.parametrize("to", ["tf", "keras", "cs"])
+@pytest.mark.parametrize(
+    "to", ["tf", *(pytest.param(to, marks=pytest.mark.full) for to in ("keras", "cs"))]
+)
 def test_into_and_out_of_every_format(to: str, workdir: Path, small_pieces: None, gptj):
     """The base's layout decides which factor is cut."""
     adapter = make_adapter(HF, "adapter", target_modules=["q_proj", "fc_in", "fc_out"],

@@ -65,6 +65,7 @@ def test_each_side_is_measured(side: str, more: tuple[str, ...]):
         assert (found["prompt"], found["new"]) == (16, 3)
 
 
+@pytest.mark.full
 def test_a_stage_that_fails_is_a_row(tmp_path: Path):
     """One that runs, and one that needs a GPU."""
     names = ("golden run", "train flash")

@@ -165,7 +165,7 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.parametrize("victim", ["first", "worker"])
 def test_any_process_killed(victim: str, whole: dict[str, bytes], run):
     # Every name after the first is given late, so that the kill comes before the end.
-    late = "rename:delay_enter=5000000:when=3+"
+    late = "rename:delay_enter=2000000:when=3+"
     command = (*PILE, "--processes", "2")
     with started(*command, calls="rename", inject=late, before=SMALL_CHUNKS) as process:
         # The first finished file; the folder itself is created again at the start.

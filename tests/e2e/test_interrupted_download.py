@@ -114,10 +114,6 @@ def test_killed_at_some_calls(hub: FakeHub):
     _kill_everywhere(hub, MODEL, 4)
 
 
-def test_parts_of_a_data_set_killed_at_some_calls(data_hub: FakeHub):
-    _kill_everywhere(data_hub, DATA, 2)
-
-
 @pytest.mark.full
 def test_killed_at_every_call(hub: FakeHub):
     _kill_everywhere(hub, MODEL, 0)

@@ -48,7 +48,6 @@ def started(
     options += ["-e", f"inject={inject}"] if inject else []
     with subprocess.Popen(
         [sys.executable, "-B", "-c", code, *arguments],
-        env=os.environ | {"TF_XLA_FLAGS": ""},  # programs that are kept are calls of the first run
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -67,7 +67,7 @@ def prepare(
 
 _EXTRAS = {Backend.TENSORFLOW: "tf", Backend.JAX: "jax"}
 #: Libraries that TensorFlow and Keras import if they are installed, to take their arrays or to be
-#: called by them; that takes as long as importing TensorFlow itself.
+#: called by them; that takes nearly as long as importing TensorFlow itself.
 _CONNECTED = {
     Backend.TENSORFLOW: ("sklearn", "pandas", "jax"),
     Backend.JAX: ("sklearn", "pandas"),
