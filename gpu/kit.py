@@ -28,7 +28,7 @@ PACKAGES = (
     "optree",
     "orjson",
     "pydantic",
-    "pydantic_core",
+    "pydantic-core",
     "rich-click",
     "ruamel-yaml",
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gpu.kit import LIMIT, PACKAGES
+from gpu.kit import LIMIT, PACKAGES, versions
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--preset", "tiny", "--set", "vocab_size=64", "--set", "n_layer=1", "--batch", 2,
@@ -104,6 +104,10 @@ def test_a_signal_ends_what_a_stage_runs(tmp_path: Path):
     assert stages.wait() == 143
     stages.communicate()
     assert not any(Path("/proc", child).exists() for child in found)
+
+
+def test_the_lock_has_the_packages_of_the_kit():
+    assert set(PACKAGES) <= versions().keys()
 
 
 @pytest.mark.full
