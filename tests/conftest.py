@@ -41,8 +41,11 @@ if _COMPILED not in os.environ:
     )
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[_COMPILED]}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Small models are compiled for longer than they run: LLVM's optimizations do not pay.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Small models are compiled for longer than they run: LLVM's optimizations, and the slower one of
+# XLA's two ways to write loops, do not pay. `XLA_FLAGS= make test` tests with both.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 # Tests have no terminal, whatever a runner of several processes says of its width.
 os.environ.pop("COLUMNS", None)
