@@ -50,8 +50,8 @@ test: setup
 test-fast: setup
 	$(BIN)/pytest -m "not full" -n 2 --dist worksteal tests/unit tests/contract tests/fuzz
 
-# Everything, the slow proofs too (ten times the fuzz, kills at every call, the commands of the
-# docs): about an hour on 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk
+# Everything, the slow proofs too (twenty times the fuzz, kills at every call, the commands of the
+# docs): 25 minutes on 2 cores, 8 GB of memory, 4 GB of disk; kills need strace, a full disk
 # needs root.
 test-full: setup
 	$(BIN)/pytest -n 2 --dist worksteal
