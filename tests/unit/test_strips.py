@@ -56,6 +56,21 @@ def test_strip_sizes_are_known_in_advance(shape: tuple[int, ...], panel: int, st
         assert strips.strip_sizes(source.tensors["x"], op) == found
 
 
+@pytest.mark.parametrize("panel", [1000, strips.PANEL_BYTES])
+def test_there_are_few_buffers_whatever_the_size_of_a_panel(panel: int):
+    with patch.object(strips, "PANEL_BYTES", panel):
+        found = [strips.strip_buffers(size) for size in (0, panel, 2 * panel, 100 * panel)]
+    assert found == [8, 8, 4, 2]
+
+
+def test_strips_of_a_copy_follow_one_another_in_the_source():
+    source = _source(np.ones((10, 10), np.float32))
+    with patch.object(strips, "PANEL_BYTES", 60), patch.object(strips, "STRIP_BYTES", 200):
+        for op in (Op.COPY, Op.TRANSPOSE):
+            assert len(strips.strip_sizes(source.tensors["x"], op)) > 1
+            assert strips.Strips(source, "x", op).are_contiguous is (op is Op.COPY)
+
+
 def test_panels_free_their_memory_at_once():
     """A reference cycle would keep it until the next garbage collection."""
     reader = strips.Panels(_source(np.ones((3, 4), np.float32)), "x", Op.TRANSPOSE)
