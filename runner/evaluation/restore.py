@@ -79,7 +79,7 @@ def loaded(
     """
     match(checkpoint)
     if lent:
-        borrowed = borrow((config, dtype), lambda: GPTJ(config, dtype=dtype), forget_weights)
+        borrowed = borrow((GPTJ, config, dtype), lambda: GPTJ(config, dtype=dtype), forget_weights)
         lent.callback(borrowed.give_back)
         model = borrowed.model
     else:

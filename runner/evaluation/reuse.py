@@ -55,7 +55,7 @@ def borrow(shape: Hashable, make: Callable[[], T], reset: Callable[[T], object])
     """Return a model of this shape that another user has left, or a new one.
 
     Args:
-        shape: all that the model and its programs depend on.
+        shape: all that the model and its programs depend on; its class first.
         make: makes a new one.
         reset: makes one that was left as it was when it was new, with NaN as weights: weights that
             are not loaded must not go unnoticed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class ResidentModel:
             self.adapter.initialize(initialization_seed(params))
 
 
-def _shape(config: GPTJConfig, params: Params) -> str:
+def _shape(config: GPTJConfig, params: Params) -> Hashable:
     """Return all that a `ResidentModel` of a single process depends on."""
     model = replace(
         config, n_inner=config.ffn_dim, bos_token_id=None, eos_token_id=None, carried={}
@@ -67,7 +67,7 @@ def _shape(config: GPTJConfig, params: Params) -> str:
         params.model.model_dump_json(),
         params.optimizer.model_dump_json(exclude={"learning_rate"}),
     )
-    return f"{model} {params.dtype_policy} {sections}"
+    return ResidentModel, model, params.dtype_policy, sections
 
 
 class ResidentExecutor(Executor):

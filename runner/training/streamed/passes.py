@@ -21,7 +21,7 @@ def borrow_passes(
     dtype, accumulate = params.dtype_policy, params.optimizer.grad_accum_steps
     lora = params.model.lora.lora if params.model.lora else None
     return borrow(
-        (config, dtype, accumulate, lora, head_rows),
+        (StreamedTraining, config, dtype, accumulate, lora, head_rows),
         lambda: StreamedTraining(
             config, dtype=dtype, accumulate=accumulate, lora=lora, head_rows=head_rows
         ),
