@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from threading import Timer
 
 import pytest
 
@@ -11,9 +14,14 @@ GPTJ = (sys.executable, "-m", "runner.cli.root")
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start the program."""
-    command = [*GPTJ, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Start the program, as the first process of a group."""
+    return subprocess.Popen(
+        [*GPTJ, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(process: subprocess.Popen[str], step: int) -> str:
@@ -28,8 +36,12 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> str:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Return what else a process writes to stderr until its end."""
+    """Return what else a process writes to stderr until its end, which is forced after a minute."""
     assert process.stderr
-    rest = process.stderr.read()
-    process.wait(timeout=60)
-    return rest
+    limit = Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+    limit.start()
+    try:
+        return process.stderr.read()
+    finally:
+        limit.cancel()
+        process.wait()

@@ -18,7 +18,8 @@ needs_strace = pytest.mark.skipif(
 
 #: The command line, once it is loaded.
 COMMAND = "from runner.cli.root import main; sys.exit(main())"
-#: Stops before what is traced, which is ten times as slow: importing makes thousands of calls.
+#: Stops before what is traced: a traced process is far slower, and importing makes thousands of
+#: calls.
 #: 0x59616d61 is PR_SET_PTRACER: any process may trace this one.
 _PROGRAM = """
 import ctypes, os, signal, sys
@@ -60,7 +61,9 @@ def started(
         ) as strace:
             assert strace.stderr
             told = strace.stderr.readline()
-            assert "attached" in told, told or process.communicate()
+            if "attached" not in told:
+                process.kill()
+                pytest.fail(f"{told} {process.communicate()}")
             process.send_signal(signal.SIGCONT)
             yield process
             strace.communicate()
