@@ -95,7 +95,9 @@ def test_a_conversion_stopped_midway_leaves_nothing_under_its_name(
         assert "tensors" in process.stderr.readline()
         process.send_signal(number)
         text = ended(process)
-    assert process.returncode == code
+    # Python that is interrupted while it runs a string, as dataclasses do when they are imported,
+    # ends by the signal after all; a shell shows the same code.
+    assert process.returncode in (code, -number), text
     assert "error: " in text
     assert "Traceback" not in text
     assert not Path("out").exists()
