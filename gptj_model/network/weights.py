@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -82,9 +82,9 @@ def load_weights(model: GPTJ, source: TensorSource, scheme: Scheme) -> None:
         assign(found[tensor.hf], tensor, source, scheme)
 
 
-def forget_weights(model: GPTJ) -> None:
-    """Make every weight NaN, so that one that is not loaded afterwards does not go unnoticed."""
-    for variable in variables(model).values():
+def forget(weights: Iterable[Any]) -> None:
+    """Make variables NaN, so that one that is not loaded afterwards does not go unnoticed."""
+    for variable in weights:
         variable.assign(np.full(variable.shape, np.nan, np.float32))
 
 

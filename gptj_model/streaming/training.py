@@ -26,7 +26,7 @@ from gptj_model.lora import Lora
 from gptj_model.network.layers import Block, Context, Dropout, layer_norm
 from gptj_model.network.loss import RunningLoss, head_gradients, head_logits
 from gptj_model.network.model import make_context
-from gptj_model.network.weights import adapted_layer, assigned_variables
+from gptj_model.network.weights import adapted_layer, assigned_variables, forget
 from gptj_model.streaming.shared_tensor import shared_tensor
 from gptj_model.tensors import FINAL_NORM, block
 from gptj_model.vocabulary import parts
@@ -107,8 +107,7 @@ class StreamedTraining:
 
     def reset(self) -> None:
         """Forget the weights that were loaded: they are NaN until others are."""
-        for variable in (*self._weights, *self._norm.weights):
-            variable.assign(np.full(variable.shape, np.nan, np.float32))
+        forget((*self._weights, *self._norm.weights))
 
     def load(self, weights: Sequence[np.ndarray]) -> None:
         """Load the weights of a block: those of `tensors.block` in Keras' layout, then A and B of

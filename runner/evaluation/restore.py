@@ -10,7 +10,7 @@ from gptj_convert.checkpoint.open import Checkpoint, open_checkpoint
 from gptj_convert.conversion.plan import match
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
-from gptj_model.network.weights import forget_weights, load_weights
+from gptj_model.network.weights import forget, load_weights, variables
 from gptj_model.streaming.forward import StreamedModel
 from gptj_model.streaming.residency import Residency
 from runner.evaluation.reuse import borrow
@@ -79,7 +79,11 @@ def loaded(
     """
     match(checkpoint)
     if lent:
-        borrowed = borrow((GPTJ, config, dtype), lambda: GPTJ(config, dtype=dtype), forget_weights)
+        borrowed = borrow(
+            (GPTJ, config, dtype),
+            lambda: GPTJ(config, dtype=dtype),
+            lambda left: forget(variables(left).values()),
+        )
         lent.callback(borrowed.give_back)
         model = borrowed.model
     else:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from gptj_model.config import GPTJConfig
 from gptj_model.network.model import GPTJ
-from gptj_model.network.weights import forget_weights, load_weights, variables
+from gptj_model.network.weights import forget, load_weights, variables
 from gptj_model.source import TensorSource
 from gptj_model.tensors import Scheme, table
 from runner.config.params import Params
@@ -52,7 +52,7 @@ class ResidentModel:
 
     def reset(self, params: Params) -> None:
         """Become what was made for these parameters, with NaN as weights."""
-        forget_weights(self.model)
+        forget(variables(self.model).values())
         self.optimizer.reset()
         if self.adapter:
             self.adapter.initialize(initialization_seed(params))
