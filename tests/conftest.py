@@ -110,12 +110,15 @@ def gptj(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
+def any_backend(**more: str) -> dict[str, str]:
+    """The environment of a process in which Keras may have another backend than here."""
+    return {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"} | more
+
+
 def eight_devices() -> dict[str, str]:
     """The environment of a process in which Keras may have JAX, with eight virtual devices."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags}
-    environment.pop("KERAS_BACKEND", None)
-    return environment
+    return any_backend(XLA_FLAGS=flags)
 
 
 @pytest.fixture

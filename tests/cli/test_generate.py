@@ -24,7 +24,7 @@ from gptj_model.streaming.residency import Residency
 from runner.cli.generate import generate
 from runner.cli.shared.output import Output, json_line, one_line, printable, visible
 from runner.generation.choices import choose_options, in_words
-from tests.conftest import make_checkpoint
+from tests.conftest import any_backend, make_checkpoint
 from tests.small_tokenizer import write_vocabulary
 
 PROMPT = "hello w"
@@ -607,8 +607,7 @@ def test_tokens_of_jax_are_those_of_tensorflow(workdir: Path, gptj):
     expected = [json.loads(line) for one in commands for line in gptj(*one).stdout.splitlines()]
     assert len({len(row["ids"]) for row in expected[:3]}) > 1
     lists = [[*one, "--backend", "jax"] for one in commands]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    environment.pop("KERAS_BACKEND", None)
+    environment = any_backend(PYTHONPATH=str(Path(__file__).parents[2]))
     command = [sys.executable, "-c", _ON_JAX, json.dumps(lists)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,22 +13,20 @@ from typing import Any
 import pytest
 
 from gpu.kit import LIMIT, PACKAGES, versions
+from tests.conftest import any_backend
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--preset", "tiny", "--set", "vocab_size=64", "--set", "n_layer=1", "--batch", 2,
         "--length", 16, "--steps", 2, "--new", 3)  # fmt: skip
 
 
-def _environment() -> dict[str, str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("KERAS_BACKEND", None)
-    return environment
-
-
 def _measured(side: str, *options: object) -> dict[str, Any]:
     command = [sys.executable, ROOT / "benchmarks/accelerator.py", side, *TINY, *options]
     done = subprocess.run(
-        [str(word) for word in command], env=_environment(), capture_output=True, text=True
+        [str(word) for word in command],
+        env=any_backend(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -39,7 +36,9 @@ def _measured(side: str, *options: object) -> dict[str, Any]:
 def _stages(out: Path, *options: object) -> subprocess.Popen[str]:
     command = [sys.executable, ROOT / "gpu/stages.py", "--tiny", "--out", out, *options]
     words = [str(word) for word in command]
-    return subprocess.Popen(words, env=_environment(), stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, env=any_backend(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize(
